@@ -1,0 +1,210 @@
+"""Low-rank adapters on a model's projections, and PEFT's files for them. Sources: Hu et al. 2021 (arXiv:2106.09685);
+Kalajdzievski 2023 (rsLoRA, arXiv:2312.03732); the format is that of PEFT's checkpoint guide.
+"""
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from minorca_kernels import Adapter, lora_linear
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minorca.architecture import Architecture, read_json
+from minorca.errors import UserError
+from minorca.model import Mistral
+from minorca.weights import fill_rows, open_safetensors
+
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+PEFT_NAMES = {t: f"self_attn.{t}_proj" if t in "qkvo" else f"mlp.{t}_proj" for t in TARGETS}
+PEFT_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.lora_([AB])\.weight")
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """What defines an adapter besides its numbers. `dropout` is for training only."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = TARGETS
+    dropout: float = 0.0
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def _group_rows(arch: Architecture, target: str) -> tuple[int, int]:
+    """Where a target's rows lie in the projection its group stacks."""
+    attended, kv, inner = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim, arch.intermediate_size
+    ends = {
+        "q": (0, attended),
+        "k": (attended, attended + kv),
+        "v": (attended + kv, attended + 2 * kv),
+        "gate": (0, inner),
+        "up": (inner, 2 * inner),
+    }
+    return ends.get(target, (0, arch.hidden_size))
+
+
+class LoRALinear(nn.Module):
+    """A frozen projection with an adapter for each of its targets: A [r, in] and B [out, r], PEFT's shapes."""
+
+    def __init__(self, base: nn.Linear, rows: dict[str, tuple[int, int]], settings: LoRASettings, dtype: torch.dtype):
+        super().__init__()
+        self.weight, self.rows, self.scale, self.dropout = base.weight, rows, settings.scale, settings.dropout
+        like = {"dtype": dtype, "device": base.weight.device}
+        rank, width = settings.rank, base.in_features
+        self.a = nn.ParameterDict({t: nn.Parameter(torch.empty(rank, width, **like)) for t in rows})
+        self.b = nn.ParameterDict({t: nn.Parameter(torch.empty(stop - start, rank, **like)) for t, (start, stop) in rows.items()})
+        self.seeds = dict.fromkeys(rows, 0)
+
+    def forward(self, x_TK: Tensor) -> Tensor:
+        adapters = [
+            Adapter(start, stop, self.a[t].to(x_TK.dtype), self.b[t].to(x_TK.dtype), self.seeds[t])
+            for t, (start, stop) in self.rows.items()
+        ]
+        return lora_linear(x_TK, self.weight, adapters, self.scale, self.dropout if self.training else 0.0)
+
+
+def add_adapters(model: Mistral, settings: LoRASettings, dtype: torch.dtype = torch.float32) -> None:
+    """Puts adapters, their values not yet set, in place of the targeted projections of every layer."""
+    for block in model.layers:
+        for group, members in GROUPS.items():
+            rows = {t: _group_rows(model.arch, t) for t in members if t in settings.targets}
+            if rows:
+                setattr(block, group, LoRALinear(getattr(block, group), rows, settings, dtype))
+
+
+def _projections(model: Mistral):
+    for layer, block in enumerate(model.layers):
+        for group in GROUPS:
+            if isinstance(projection := getattr(block, group), LoRALinear):
+                yield layer, projection
+
+
+def adapter_parameters(model: Mistral) -> dict[str, nn.Parameter]:
+    """PEFT's tensor name -> parameter, in a fixed order."""
+    return {
+        f"base_model.model.model.layers.{layer}.{PEFT_NAMES[target]}.lora_{matrix}.weight": values[target]
+        for layer, projection in _projections(model)
+        for target in projection.rows
+        for matrix, values in (("A", projection.a), ("B", projection.b))
+    }
+
+
+def _seed(*parts) -> int:
+    """64 bits that depend on every part, the same on every machine and rank."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def init_adapters(model: Mistral, seed: int) -> None:
+    """PEFT's initial values: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B zero. A function of seed and name
+    alone, so any sharding of one model starts from the same numbers."""
+    for name, parameter in adapter_parameters(model).items():
+        if "lora_B" in name:
+            nn.init.zeros_(parameter)
+            continue
+        generator = torch.Generator().manual_seed(_seed(seed, name))
+        bound = parameter.shape[1] ** -0.5
+        whole = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+        fill_rows(parameter, lambda start, stop: whole[start:stop])
+
+
+def seed_dropout(model: Mistral, *parts: int) -> None:
+    """Fixes the next forward's dropout masks as a function of parts (seed, step, micro-batch), layer and projection."""
+    for layer, projection in _projections(model):
+        projection.seeds = {target: _seed(*parts, layer, target) for target in projection.rows}
+
+
+# ----------------------------------------------------------------------------------------------------- PEFT's files
+
+
+def save_adapter(directory: Path, tensors: dict[str, Tensor], settings: LoRASettings, base_model: str) -> None:
+    """Writes adapter_model.safetensors and adapter_config.json into an existing directory."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.rslora,
+        "target_modules": [f"{t}_proj" for t in settings.targets],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    save_file({name: t.contiguous() for name, t in tensors.items()}, directory / "adapter_model.safetensors", {"format": "pt"})
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_adapter_settings(directory: str | Path) -> LoRASettings:
+    """The settings of an adapter in PEFT's format; refuses what this engine would compute differently.
+
+    Raises:
+        UserError: naming the file and field.
+    """
+    directory = Path(directory)
+    path = directory / "adapter_config.json"
+    if not path.is_file():
+        raise UserError(f"{directory}: no adapter_config.json; expected an adapter's directory in PEFT's format")
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: field peft_type is {config.get('peft_type')!r}; expected LORA")
+    if config.get("bias", "none") != "none":
+        raise UserError(f"{path}: field bias is {config['bias']!r}; expected none")
+    for field in ("use_dora", "fan_in_fan_out", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform"):
+        if config.get(field):
+            raise UserError(f"{path}: field {field} is {config[field]!r}, which this engine does not compute")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise UserError(f"{path}: r is {rank!r} and lora_alpha {alpha!r}; expected a positive whole number and a number")
+    return LoRASettings(rank, alpha, _targets_in(directory), rslora=bool(config.get("use_rslora")))
+
+
+def _adapter_file(directory: Path) -> Path:
+    path = directory / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{directory}: no adapter_model.safetensors")
+    return path
+
+
+def _targets_in(directory: Path) -> tuple[str, ...]:
+    """The targets an adapter's tensors name: what was trained, however target_modules spells it (list or pattern)."""
+    path, found = _adapter_file(directory), set()
+    for key in open_safetensors(path).keys():
+        match = PEFT_KEY.fullmatch(key)
+        if not match or match[2] not in TARGETS:
+            raise UserError(f"{path}: holds {key}, which is no LoRA tensor of a Mistral projection")
+        found.add(match[2])
+    return tuple(t for t in TARGETS if t in found)
+
+
+def load_adapter(model: Mistral, directory: str | Path) -> None:
+    """Fills a model's adapters, sharded or not, from PEFT's file.
+
+    Raises:
+        UserError: a tensor that is missing, surplus or of another shape; names file and key.
+    """
+    path = _adapter_file(Path(directory))
+    file, parameters = open_safetensors(path), adapter_parameters(model)
+    keys = set(file.keys())
+    if wrong := sorted(keys ^ set(parameters)):
+        raise UserError(f"{path}: {'holds' if wrong[0] in keys else 'lacks'} {wrong[0]}; the model's adapters {'do not' if wrong[0] in keys else 'have it'}")
+    for name, parameter in parameters.items():
+        rows = file.get_slice(name)
+        if tuple(rows.get_shape()) != tuple(parameter.shape):
+            raise UserError(f"{path}: {name} has shape {rows.get_shape()}; expected {list(parameter.shape)}; was it made for another model?")
+        fill_rows(parameter, lambda start, stop: rows[start:stop])

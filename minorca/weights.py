@@ -1,0 +1,254 @@
+"""Weights in and out of files: name maps, shards, and slices read straight into the model's parameters.
+
+Reads Hugging Face's safetensors (single or sharded), `.bin` shards, and Mistral's consolidated.safetensors; each rank
+reads only the rows it keeps. The network stores its projections stacked (q, k and v in one), the files do not: a
+parameter is made of `Piece`s, one a tensor in the files.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from minorca.architecture import Architecture, read_json
+from minorca.errors import UserError
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of the files: `rows` of a stacked parameter; `heads` where its rows lie in Mistral's interleaved order."""
+
+    name: str
+    rows: int
+    heads: int = 0
+
+
+def _interleaved_to_halves(weight: Tensor, heads: int) -> Tensor:
+    """Mistral's own rotary layout pairs rows (2i, 2i+1) of a head, Hugging Face's (i, i + D/2)."""
+    return weight.view(heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+
+
+def hf_pieces(arch: Architecture) -> dict[str, list[Piece]]:
+    """Parameter name -> the tensors of Hugging Face's layout it stacks, in order."""
+    attended, kv, inner, hidden = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim, arch.intermediate_size, arch.hidden_size
+    pieces = {"embedding.weight": [Piece("model.embed_tokens.weight", arch.vocab_size)]}
+    for i in range(arch.layers):
+        ours, theirs = f"layers.{i}", f"model.layers.{i}"
+        heads = {"q": attended, "k": kv, "v": kv}
+        pieces |= {
+            f"{ours}.attention_norm.weight": [Piece(f"{theirs}.input_layernorm.weight", hidden)],
+            f"{ours}.qkv.weight": [Piece(f"{theirs}.self_attn.{name}_proj.weight", rows) for name, rows in heads.items()],
+            f"{ours}.o.weight": [Piece(f"{theirs}.self_attn.o_proj.weight", hidden)],
+            f"{ours}.mlp_norm.weight": [Piece(f"{theirs}.post_attention_layernorm.weight", hidden)],
+            f"{ours}.gate_up.weight": [Piece(f"{theirs}.mlp.{name}_proj.weight", inner) for name in ("gate", "up")],
+            f"{ours}.down.weight": [Piece(f"{theirs}.mlp.down_proj.weight", hidden)],
+        }
+    pieces["norm.weight"] = [Piece("model.norm.weight", hidden)]
+    if not arch.tied:
+        pieces["head.weight"] = [Piece("lm_head.weight", arch.vocab_size)]
+    return pieces
+
+
+def mistral_pieces(arch: Architecture) -> dict[str, list[Piece]]:
+    """The same for Mistral's own layout, whose query and key rows are interleaved."""
+    names = {
+        "model.embed_tokens": "tok_embeddings",
+        "model.norm": "norm",
+        "lm_head": "output",
+        "model.layers": "layers",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        **{f"self_attn.{x}_proj": f"attention.w{x}" for x in "qkvo"},
+        **{f"mlp.{x}_proj": f"feed_forward.{w}" for x, w in (("gate", "w1"), ("down", "w2"), ("up", "w3"))},
+    }
+
+    def native(piece: Piece) -> Piece:
+        heads = arch.heads if "q_proj" in piece.name else arch.kv_heads if "k_proj" in piece.name else 0
+        name = piece.name
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        return Piece(name, piece.rows, heads)
+
+    return {name: [native(piece) for piece in pieces] for name, pieces in hf_pieces(arch).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+def _inside(directory: Path, name: str, index: Path) -> Path:
+    """A shard's path, which must be a plain name in the index's own directory."""
+    if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
+        raise UserError(f"{index}: names the file {name!r}; expected a name inside {directory}, without directories")
+    if not (directory / name).is_file():
+        raise UserError(f"{index}: names the file {name}, which is not in {directory}; is the download complete?")
+    return directory / name
+
+
+def _weight_files(directory: Path) -> tuple[list[Path], dict[str, Path] | None]:
+    """The files that hold a model's weights and, where there is an index, which file each tensor is in."""
+    for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        single = directory / index_name.removesuffix(".index.json")
+        if single.is_file():
+            return [single], None
+        index = directory / index_name
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise UserError(f"{index}: expected an object weight_map from tensor to file")
+            files = {key: _inside(directory, name, index) for key, name in weight_map.items()}
+            return sorted(set(files.values())), files
+    if (directory / "consolidated.safetensors").is_file():
+        return [directory / "consolidated.safetensors"], None
+    raise UserError(
+        f"{directory}: no weights; expected model.safetensors, model.safetensors.index.json with its shards, "
+        "consolidated.safetensors, or pytorch_model*.bin"
+    )
+
+
+def open_safetensors(path: Path):
+    """`safe_open`, with complaints that name the file and say what it is instead."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        head = path.open("rb").read(64) if path.is_file() else b""
+        if head.startswith(b"version https://git-lfs"):
+            raise UserError(f"{path}: is a Git LFS pointer, not the weights; fetch the file itself (git lfs pull)") from None
+        if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+            raise UserError(f"{path}: is a web page, not weights; the download went wrong") from None
+        raise UserError(f"{path}: not a whole safetensors file ({error}); download it again") from None
+
+
+def _open_bin(path: Path) -> dict[str, Tensor]:
+    """A pickled state dict, read without running code and without reading the data yet (memory-mapped)."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch has no common error for files that are cut, of another kind, or refused
+        raise UserError(f"{path}: cannot be read as PyTorch weights ({str(error).splitlines()[0]})") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise UserError(f"{path}: expected a dictionary of tensors")
+    return tensors
+
+
+class WeightFiles:
+    """The tensors of a model's directory, by name, each in exactly one file."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        files, index = _weight_files(directory)
+        self._handles = {path: _open_bin(path) if path.suffix == ".bin" else open_safetensors(path) for path in files}
+        self.files: dict[str, Path] = {}
+        for path, handle in self._handles.items():
+            for name in handle.keys():
+                if name in self.files:
+                    raise UserError(f"{path}: holds {name}, which {self.files[name].name} holds too; expected it once")
+                self.files[name] = path
+        for name, path in (index or {}).items():
+            if self.files.get(name) != path:
+                raise UserError(f"{path}: does not hold {name}, which the index says it does")
+        if index is not None and (surplus := sorted(set(self.files) - set(index))):
+            raise UserError(f"{self.files[surplus[0]]}: holds {surplus[0]}, which the index does not name")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        handle = self._handles[self.files[name]]
+        return tuple(handle[name].shape if isinstance(handle, dict) else handle.get_slice(name).get_shape())
+
+    def is_float(self, name: str) -> tuple[bool, str]:
+        handle = self._handles[self.files[name]]
+        if isinstance(handle, dict):
+            return handle[name].is_floating_point(), str(handle[name].dtype)
+        dtype = handle.get_slice(name).get_dtype()
+        return dtype in FLOATS, dtype
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor."""
+        handle = self._handles[self.files[name]]
+        return handle[name][start:stop] if isinstance(handle, dict) else handle.get_slice(name)[start:stop]
+
+
+def open_weights(directory: Path, arch: Architecture) -> tuple[WeightFiles, dict[str, list[Piece]]]:
+    """A model's files and the pieces its parameters are made of, both checked against each other.
+
+    Raises:
+        UserError: a tensor that is missing, surplus, of another shape, or not floating point; names file and key.
+    """
+    files = WeightFiles(directory)
+    native = "tok_embeddings.weight" in files.files
+    pieces = mistral_pieces(arch) if native else hf_pieces(arch)
+    expected = {
+        piece.name: (piece.rows,) if "norm" in name else (piece.rows, _columns(arch, name))
+        for name, parts in pieces.items()
+        for piece in parts
+    }
+    if missing := [name for name in expected if name not in files.files]:
+        raise UserError(f"{directory}: no file holds {missing[0]} (and {len(missing) - 1} more are missing); is the download complete?")
+    for name in sorted(set(files.files) - set(expected)):
+        _check_surplus(files, name, arch, "output.weight" if native else "lm_head.weight", pieces["embedding.weight"][0].name)
+    for name, shape in expected.items():
+        if files.shape(name) != shape:
+            raise UserError(f"{files.files[name]}: {name} has shape {list(files.shape(name))}; the configuration says {list(shape)}")
+        right, dtype = files.is_float(name)
+        if not right:
+            raise UserError(f"{files.files[name]}: {name} is {dtype}; expected unquantised weights in bf16, fp16 or fp32")
+    return files, pieces
+
+
+def _columns(arch: Architecture, parameter: str) -> int:
+    if parameter.endswith(".o.weight"):
+        return arch.heads * arch.head_dim
+    return arch.intermediate_size if parameter.endswith(".down.weight") else arch.hidden_size
+
+
+def _check_surplus(files: WeightFiles, name: str, arch: Architecture, head: str, embedding: str) -> None:
+    if name.endswith("rotary_emb.inv_freq"):  # a buffer that old versions of transformers saved; follows from rope_theta
+        return
+    if arch.tied and name == head and files.shape(name) == files.shape(embedding):
+        if torch.equal(files.read(name, 0, arch.vocab_size), files.read(embedding, 0, arch.vocab_size)):
+            return
+        raise UserError(f"{files.files[name]}: {name} differs from {embedding}, but the configuration ties them")
+    raise UserError(f"{files.files[name]}: holds {name}, which this network has no place for")
+
+
+# -------------------------------------------------------------------------------------------------------- loading
+
+
+def fill_rows(parameter: Tensor, read: Callable[[int, int], Tensor]) -> None:
+    """Copies rows into a parameter, of a DTensor only this rank's own. `read(start, stop)` gives rows of the whole."""
+    start, stop, local = 0, len(parameter), parameter
+    if isinstance(parameter, DTensor):
+        local = parameter.to_local()
+        shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+        start, stop = offset[0], offset[0] + shape[0]
+    if stop > start:
+        with torch.no_grad():
+            local.copy_(read(start, stop))
+
+
+def _stacked(files: WeightFiles, pieces: list[Piece]) -> Callable[[int, int], Tensor]:
+    def read(start: int, stop: int) -> Tensor:
+        parts, first = [], 0
+        for piece in pieces:
+            a, b = max(start - first, 0), min(stop - first, piece.rows)
+            if a < b and piece.heads:
+                parts.append(_interleaved_to_halves(files.read(piece.name, 0, piece.rows), piece.heads)[a:b])
+            elif a < b:
+                parts.append(files.read(piece.name, a, b))
+            first += piece.rows
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    return read
+
+
+def load_weights(model: nn.Module, directory: Path, arch: Architecture) -> None:
+    """Fills a model's base parameters (adapters are left alone), sharded or not, from its directory's files."""
+    files, pieces = open_weights(directory, arch)
+    parameters = dict(model.named_parameters())
+    for name, parts in pieces.items():
+        fill_rows(parameters[name], _stacked(files, parts))

@@ -1,0 +1,29 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="minorca",
+    version="0.1.0",
+    description="A low-level PyTorch engine for Mistral models: fine-tuning with LoRA, and generation",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # `kernels` is a package root of its own: its import name, minorca_kernels, collides with nobody's
+    packages=find_packages(include=["minorca", "minorca.*"]) + find_packages("kernels"),
+    package_dir={"minorca_kernels": "kernels/minorca_kernels"},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6",
+        "safetensors",
+        "sentencepiece",
+        "tokenizers",
+        "jinja2",
+        "datasets",
+        "numpy<2.4",  # triton 3.6's interpreter fails with 2.4
+        "pydantic>=2",
+        "pyyaml",
+        "tqdm",
+        "tensorboard",
+        "matplotlib",
+    ],
+    extras_require={"test": ["pytest", "transformers", "peft", "mistral-common", "gguf"]},
+    entry_points={"console_scripts": ["minorca = minorca.__main__:main"]},
+)
