@@ -1,0 +1,153 @@
+"""Checkpoints: complete or absent, verified before they are read, no code in them.
+
+OUTPUT/checkpoints/step-00000100/ holds the adapter in PEFT's format, optimizer.safetensors (AdamW's moments under the same
+names), state.json (step, and the settings that define the run) and, written last, MANIFEST.json with every file's size and
+SHA-256. It is written under another name and renamed; a published one is never written into again.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minorca.architecture import read_json
+from minorca.config import Config
+from minorca.errors import UserError
+from minorca.lora import LoRASettings, adapter_parameters, load_adapter, save_adapter
+from minorca.model import Mistral
+from minorca.parallel import World, whole
+from minorca.weights import fill_rows, open_safetensors
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STEP = re.compile(r"step-(\d{8})")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def publish(directory: Path, write) -> None:
+    """Makes a directory appear complete or not at all: `write(temporary)`, synchronise to disk, rename."""
+    temporary = directory.with_name(f"{directory.name}.tmp-{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        for path in temporary.iterdir():
+            _sync(path)
+        _sync(temporary)
+        if directory.exists():  # an adapter of an earlier end of this run; checkpoints never get here
+            shutil.rmtree(directory)
+        temporary.rename(directory)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror}); nothing half-written was left") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync(directory.parent)
+
+
+def settings_that_matter(config: Config) -> dict:
+    """The settings under which a run's numbers are what they are: all but where and how often it writes, and on what it runs."""
+    import dataclasses
+
+    values = {f"{s}.{k}": v for s, keys in dataclasses.asdict(config).items() for k, v in keys.items() if s != "parallel"}
+    for key in ("output", "checkpoint_every", "keep", "eval_every", "log_every", "resume"):
+        del values[f"train.{key}"]
+    return json.loads(json.dumps(values))
+
+
+def save(directory: Path, model: Mistral, optimizer: torch.optim.Optimizer, step: int, config: Config, settings: LoRASettings, world: World) -> None:
+    """Publishes the checkpoint of a finished step under `directory` and removes all but the newest `keep`. Every rank calls it."""
+    parameters = adapter_parameters(model)
+    adapter = {name: whole(p) for name, p in parameters.items()}
+    moments = {f"{m}.{name}": whole(optimizer.state[p][m]) for m in MOMENTS for name, p in parameters.items()}
+
+    def write(temporary: Path) -> None:
+        save_adapter(temporary, adapter, settings, config.model.path)
+        save_file(moments, temporary / "optimizer.safetensors")
+        state = {"step": step, "settings": settings_that_matter(config)}
+        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
+        (temporary / "MANIFEST.json").write_text(json.dumps(files, indent=2) + "\n")
+
+    if world.rank == 0:
+        publish(directory / f"step-{step:08d}", write)
+        for old in published(directory)[: -config.train.keep]:
+            shutil.rmtree(old)
+    torch.distributed.barrier()
+
+
+def published(directory: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    names = directory.iterdir() if directory.is_dir() else []
+    return sorted(path for path in names if STEP.fullmatch(path.name) and (path / "MANIFEST.json").is_file())
+
+
+def verify(directory: Path) -> dict:
+    """A checkpoint's state.json, after every file has the size and SHA-256 its manifest says.
+
+    Raises:
+        UserError: naming the file, what was expected and what was found.
+    """
+    if not (directory / "MANIFEST.json").is_file():
+        raise UserError(f"{directory}: no MANIFEST.json; expected a complete checkpoint")
+    for name, expected in read_json(directory / "MANIFEST.json").items():
+        path = directory / name
+        if name != path.name or not path.is_file():
+            raise UserError(f"{path}: named by the checkpoint's manifest, and not there; remove {directory} to fall back to an older one")
+        found = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        if found != expected:
+            raise UserError(f"{path}: is not what was saved (expected {expected}, found {found}); remove {directory} to fall back to an older one")
+    return read_json(directory / "state.json")
+
+
+def find(config: Config) -> Path | None:
+    """The checkpoint `train.resume` asks for, or None to start afresh."""
+    directory = Path(config.train.output) / "checkpoints"
+    if config.train.resume == "never":
+        if published(directory):
+            raise UserError(f"{directory}: holds checkpoints and train.resume is never; remove them, or choose another train.output")
+        return None
+    if config.train.resume == "auto":
+        return (published(directory) or [None])[-1]
+    path = Path(config.train.resume)
+    if not path.is_dir():
+        raise UserError(f"train.resume is {config.train.resume}; expected auto, never, or a checkpoint's directory")
+    return path
+
+
+def load(directory: Path, model: Mistral, optimizer: torch.optim.Optimizer, config: Config) -> int:
+    """Fills adapters and optimizer, sharded or not, from a checkpoint; returns its step.
+
+    Raises:
+        UserError: a damaged file, or settings that differ from the run's, by name.
+    """
+    state = verify(directory)
+    now, then = settings_that_matter(config), state["settings"]
+    if differing := [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in sorted(now.keys() | then) if now.get(key) != then.get(key)]:
+        raise UserError(f"{directory}: made with other settings: {'; '.join(differing)}; set them back, or choose another train.output")
+    load_adapter(model, directory)
+    moments = open_safetensors(directory / "optimizer.safetensors")
+    for name, parameter in adapter_parameters(model).items():
+        state_of = {"step": torch.tensor(float(state["step"]))}
+        for moment in MOMENTS:
+            state_of[moment] = torch.zeros_like(parameter)
+            rows = moments.get_slice(f"{moment}.{name}")
+            fill_rows(state_of[moment], lambda start, stop: rows[start:stop])
+        optimizer.state[parameter] = state_of
+    return state["step"]

@@ -1,0 +1,231 @@
+"""Every setting of a run: one tree of dataclasses, read from a YAML file and `--section.key VALUE` options.
+
+Types are checked by pydantic, imported only where settings are read; ranges and contradictions by `_problems`. Whatever
+is wrong is reported at once.
+"""
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from minorca.cli import Parser
+from minorca.errors import UserError
+from minorca.lora import TARGETS
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+_STRICT = {"extra": "forbid", "coerce_numbers_to_str": True, "allow_inf_nan": False}  # pydantic's; an unknown key is an error
+
+
+@dataclass
+class ModelConfig:
+    __pydantic_config__ = _STRICT
+    path: Annotated[str, "the base model's directory"]
+    dtype: Annotated[Literal["bfloat16", "float32"], "of the frozen weights and of computation; adapters are fp32"] = "bfloat16"
+    quantize: Annotated[Literal["none"], "how the frozen weights are kept"] = "none"
+
+
+@dataclass
+class LoRAConfig:
+    __pydantic_config__ = _STRICT
+    rank: Annotated[int, "of every adapter"] = 16
+    alpha: Annotated[float, "the update is scaled by alpha / rank"] = 32
+    dropout: Annotated[float, "of an adapter's input"] = 0.0
+    targets: Annotated[list[Literal["q", "k", "v", "o", "gate", "up", "down"]], "the projections with an adapter"] = field(
+        default_factory=lambda: list(TARGETS)
+    )
+    rslora: Annotated[bool, "scale by alpha / sqrt(rank) instead"] = False
+    init: Annotated[str | None, "a PEFT adapter to start from"] = None
+
+
+@dataclass
+class DataConfig:
+    __pydantic_config__ = _STRICT
+    train: Annotated[str, "a parquet, JSONL or CSV file, a hub id, or hub-id:FILE"]
+    eval: Annotated[str | float | None, "the same, or a fraction of the rows held out by seed"] = None
+    limit: Annotated[int | None, "rows to read at most"] = None
+    format: Annotated[Literal["openorca"], "the columns of a row"] = "openorca"
+    template: Annotated[Literal["auto", "chatml", "mistral-v1", "mistral-v2", "mistral-v3", "jinja"], "how a row is written"] = "auto"
+    seq_len: Annotated[int, "the longest row, in tokens"] = 4096
+    packing: Annotated[bool, "fill micro-batches with several rows; false: one row each"] = True
+    train_on: Annotated[Literal["response", "all"], "the tokens that count in the loss"] = "response"
+    too_long: Annotated[Literal["drop", "truncate", "error"], "what to do with rows over seq_len"] = "drop"
+    empty_response: Annotated[Literal["drop", "error"], "what to do with rows without an answer"] = "drop"
+
+
+@dataclass
+class OptimConfig:
+    __pydantic_config__ = _STRICT
+    lr: Annotated[float, "the highest learning rate"] = 2e-4
+    betas: Annotated[tuple[float, float], "AdamW's"] = (0.9, 0.95)
+    eps: Annotated[float, "AdamW's"] = 1e-8
+    weight_decay: Annotated[float, "AdamW's"] = 0.0
+    warmup_steps: Annotated[int, "steps of linear rise"] = 0
+    schedule: Annotated[Literal["cosine", "linear", "constant"], "after the rise; the first two fall to 0"] = "cosine"
+    max_grad_norm: Annotated[float, "gradients are clipped to this norm"] = 1.0
+
+
+@dataclass
+class TrainConfig:
+    __pydantic_config__ = _STRICT
+    objective: Annotated[Literal["sft"], "what is trained"] = "sft"
+    steps: Annotated[int | None, "optimizer steps; overrides epochs"] = None
+    epochs: Annotated[int, "passes over the rows"] = 1
+    batch_tokens: Annotated[int, "tokens a step holds at most, over all ranks"] = 32768
+    micro_batch_tokens: Annotated[int, "tokens one forward holds at most"] = 4096
+    seed: Annotated[int, "of the order of the data, new adapters and dropout"] = 0
+    output: Annotated[str | None, "the run's directory; runs/NAME of the configuration file by default"] = None
+    checkpoint_every: Annotated[int, "steps; 0: only at the end"] = 100
+    keep: Annotated[int, "checkpoints"] = 2
+    eval_every: Annotated[int, "steps; 0: only at the end"] = 0
+    log_every: Annotated[int, "steps between lines on the console; metrics.jsonl has every step"] = 1
+    resume: Annotated[str, "auto (the newest checkpoint of the output), never, or a checkpoint's path"] = "auto"
+
+
+@dataclass
+class ParallelConfig:
+    __pydantic_config__ = _STRICT
+    shard: Annotated[Literal["auto", "none", "fsdp"], "none: the model whole on each rank"] = "auto"
+    replicate: Annotated[int, "copies of the sharded model; divides the ranks"] = 1
+    activation_checkpointing: Annotated[Literal["none", "selective", "full"], "what backward computes again"] = "none"
+    cpu_offload: Annotated[bool, "keep shards in host memory"] = False
+
+
+@dataclass
+class Config:
+    __pydantic_config__ = _STRICT
+    model: ModelConfig
+    data: DataConfig
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+def _problems(c: Config) -> Iterator[str]:
+    """Values out of range, and keys that contradict each other."""
+    positive = ["lora.rank", "lora.alpha", "data.limit", "data.seq_len", "optim.lr", "optim.eps", "optim.max_grad_norm", "train.steps"]
+    positive += ["train.epochs", "train.batch_tokens", "train.micro_batch_tokens", "train.keep", "train.log_every", "parallel.replicate"]
+    for key in positive:
+        section, name = key.split(".")
+        value = getattr(getattr(c, section), name)
+        if value is not None and value <= 0:
+            yield f"{key} is {value}; expected a positive number"
+    for key in ("optim.weight_decay", "optim.warmup_steps", "train.checkpoint_every", "train.eval_every", "train.seed"):
+        section, name = key.split(".")
+        if (value := getattr(getattr(c, section), name)) < 0:
+            yield f"{key} is {value}; expected 0 or more"
+    if not 0 <= c.lora.dropout < 1:
+        yield f"lora.dropout is {c.lora.dropout}; expected at least 0 and less than 1"
+    if not all(0 <= beta < 1 for beta in c.optim.betas):
+        yield f"optim.betas is {list(c.optim.betas)}; expected two numbers, at least 0 and less than 1"
+    if not c.lora.targets or len(set(c.lora.targets)) < len(c.lora.targets):
+        yield f"lora.targets is {c.lora.targets}; expected at least one target, each once"
+    if isinstance(c.data.eval, float) and not 0 < c.data.eval < 1:
+        yield f"data.eval is {c.data.eval}; expected a path, or a fraction between 0 and 1"
+    if c.train.eval_every and c.data.eval is None:
+        yield "train.eval_every is set but data.eval is not; give held-out rows or a fraction"
+    if c.train.micro_batch_tokens < c.data.seq_len:
+        yield f"train.micro_batch_tokens is {c.train.micro_batch_tokens} and data.seq_len {c.data.seq_len}; a micro-batch must hold the longest row"
+    if c.train.batch_tokens % c.train.micro_batch_tokens:
+        yield f"train.batch_tokens is {c.train.batch_tokens}; expected a multiple of train.micro_batch_tokens, {c.train.micro_batch_tokens}"
+    if c.parallel.shard == "none" and c.parallel.replicate > 1:
+        yield "parallel.replicate is over 1, which needs parallel.shard fsdp, not none"
+    if c.parallel.shard == "none" and c.parallel.cpu_offload:
+        yield "parallel.cpu_offload needs parallel.shard fsdp, not none"
+
+
+def _read_yaml(path: Path) -> dict:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):  # the base class keeps the last of two equal keys, silently
+            keys = [key.value for key, _ in node.value]
+            for i, (key, _) in enumerate(node.value):
+                if key.value in keys[:i]:
+                    raise yaml.constructor.ConstructorError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+            return super().construct_mapping(node, deep)
+
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: {error.problem or 'not valid YAML'}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML ({error})") from None
+    if not isinstance(values or {}, dict) or not all(isinstance(v, dict | None) for v in (values or {}).values()):
+        raise UserError(f"{path}: expected sections (model:, data:, ...) with keys")
+    return {section: keys or {} for section, keys in (values or {}).items()}
+
+
+def config_parser(prog: str, description: str) -> Parser:
+    """A parser of `--config FILE` and one `--section.key VALUE` a setting; commands may add their own options to it."""
+    usage = f"{prog} [--config FILE] [--section.key VALUE ...]"
+    parser = Parser(prog=prog, usage=usage, description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="a YAML file of these settings, which options override; default: the quickstart")
+    for section in dataclasses.fields(Config):
+        group = parser.add_argument_group(section.name)
+        hints = typing.get_type_hints(section.type, include_extras=True)
+        for key in dataclasses.fields(section.type):
+            value = key.default_factory() if callable(key.default_factory) else key.default
+            choices = [choice for choice in typing.get_args(hints[key.name].__origin__) if isinstance(choice, str)]
+            text = hints[key.name].__metadata__[0] + ("" if value is dataclasses.MISSING else f" (default: {value})")
+            metavar = "|".join(choices) or "VALUE"
+            group.add_argument(f"--{section.name}.{key.name}", default=argparse.SUPPRESS, metavar=metavar, help=text)
+    return parser
+
+
+def read_config(args: argparse.Namespace, surplus: list[str]) -> Config:
+    """The settings of a parsed command line (`config_parser(...).parse_known_args()`), checked.
+
+    Raises:
+        UserError: every unknown key or option, wrong type, value out of range and contradiction, in one message.
+    """
+    import pydantic
+    import yaml
+
+    path = Path(args.config) if args.config else QUICKSTART
+    if not path.is_file():
+        raise UserError(f"{path}: no such configuration file; give one with --config FILE")
+    values = _read_yaml(path)
+    for option, text in vars(args).items():
+        if "." in option:
+            section, key = option.split(".")
+            values.setdefault(section, {})[key] = yaml.safe_load(text)
+    values.setdefault("train", {}).setdefault("output", f"runs/{path.stem}")
+
+    problems = [f"{word} is no option of this command" for word in surplus]
+    check = pydantic.TypeAdapter(Config).validate_python
+    try:
+        config = check(values)
+    except pydantic.ValidationError as error:
+        for problem in error.errors():
+            name, message = ".".join(str(part) for part in problem["loc"]), problem["msg"]
+            if problem["type"] in ("missing", "unexpected_keyword_argument"):
+                problems.append(f"{name} is {'missing' if problem['type'] == 'missing' else 'no setting'}")
+            else:
+                problems.append(f"{name} is {problem['input']!r}; {message[0].lower()}{message[1:]}")
+            section, *key = problem["loc"]
+            (values.get(section, {}) if key else values).pop(key[0] if key else section, None)
+        # the rest, with defaults in place of what was wrong, so that its problems are reported too
+        for section, key in (("model", "path"), ("data", "train")):
+            values.setdefault(section, {}).setdefault(key, "")
+        config = check(values)
+    problems += _problems(config)
+    if problems:
+        raise UserError(f"{path}{' and the command line' * (len(vars(args)) > 1)}: " + "; ".join(dict.fromkeys(problems)))
+    return config
+
+
+def write_config(config: Config, path: Path) -> None:
+    """The whole resolved configuration, as a file that `--config` reads."""
+    import yaml
+
+    values = dataclasses.asdict(config)
+    values["optim"]["betas"] = list(values["optim"]["betas"])
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+    temporary.replace(path)

@@ -1,0 +1,29 @@
+"""AdamW on the adapters, the learning rate as a function of the step, and clipping."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from minorca.config import OptimConfig
+
+
+def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, config.lr, tuple(config.betas), config.eps, config.weight_decay, foreach=True)
+
+
+def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
+    """Of step `step` in 1..steps: a linear rise over warmup_steps, then the schedule, which ends just above 0."""
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    done = (step - config.warmup_steps - 1) / max(1, steps - config.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return config.lr * factor[config.schedule]
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scales all gradients so that their common norm is at most max_norm; returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

@@ -1,0 +1,122 @@
+"""One run on any number of processes: who we are, what is sharded, what is computed again. Applied to a model from outside.
+
+`none` keeps the model whole on each rank, unwrapped, and sums the adapters' gradients in one all-reduce a step: FSDP2 on
+an (N, 1) mesh would do the same but copies every frozen weight twice a micro-batch even where there is nothing to gather.
+`fsdp` shards every block, and the root with embedding, final norm and head, over a named (replicate, shard) mesh.
+"""
+
+import datetime
+import functools
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from minorca.config import ParallelConfig
+from minorca.errors import UserError
+from minorca.model import Mistral
+
+TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Each value's sum over the ranks, in fp64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def start() -> World:
+    """Joins the process group torchrun describes, or makes one of this process alone: nccl on CUDA, gloo on the CPU."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop() -> None:
+    """Leaves the group together: gloo aborts processes that leave while others still talk."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _memory_per_rank(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def shards(model: nn.Module, config: ParallelConfig, world: World) -> bool:
+    """Whether the model is to be sharded; `auto`: where its weights take half of a rank's memory, or an option needs it."""
+    if config.shard != "auto":
+        return config.shard == "fsdp"
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return config.replicate > 1 or config.cpu_offload or 2 * weights >= _memory_per_rank(world.device)
+
+
+def shard(model: Mistral, config: ParallelConfig, world: World) -> None:
+    """FSDP2 on a model on the meta device: frozen weights in their dtype, adapters fp32, reductions fp32, sums not means."""
+    if world.size % config.replicate:
+        raise UserError(f"parallel.replicate is {config.replicate}; expected a divisor of the number of ranks, {world.size}")
+    names, sizes = ("replicate", "shard"), (config.replicate, world.size // config.replicate)
+    mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=names)
+    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.cpu_offload else OffloadPolicy()
+    # RoPE's tables are inputs of a block and stay fp32, so inputs are not cast
+    precision = MixedPrecisionPolicy(model.embedding.weight.dtype, torch.float32, cast_forward_inputs=False)
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh if config.replicate > 1 else mesh["shard"], mp_policy=precision, offload_policy=offload)
+        # the loss is already divided by the step's global token count; gloo has no pre-multiplied sum
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+
+
+def checkpoint_activations(model: Mistral, kind: str) -> None:
+    """`full`: a block keeps its input and computes the rest again in backward; `selective`: it keeps attention's output too."""
+    if kind == "none":
+        return
+    aten, kept = torch.ops.aten, []
+    for name in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"):
+        kept.append(getattr(aten, f"_scaled_dot_product_{name}").default)
+    if hasattr(torch.ops.torch_attn, "_varlen_attn"):
+        kept.append(torch.ops.torch_attn._varlen_attn.default)
+    options = {"context_fn": functools.partial(create_selective_checkpoint_contexts, kept)} if kind == "selective" else {}
+    for block in model.layers:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """What FSDP does for its own: gradients summed over the ranks, of an unsharded model in one all-reduce."""
+    gradients = [p.grad for p in parameters if not isinstance(p, DTensor)]
+    if world.size == 1 or not gradients:
+        return
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(summed.view_as(gradient))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, sharded or not, whole and on the host. Every rank must call it."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
