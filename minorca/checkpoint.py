@@ -5,6 +5,7 @@ names), state.json (step, and the settings that define the run) and, written las
 SHA-256. It is written under another name and renamed; a published one is never written into again.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -51,8 +52,6 @@ def publish(directory: Path, write) -> None:
         for path in temporary.iterdir():
             _sync(path)
         _sync(temporary)
-        if directory.exists():  # an adapter of an earlier end of this run; checkpoints never get here
-            shutil.rmtree(directory)
         temporary.rename(directory)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); nothing half-written was left") from None
@@ -63,8 +62,6 @@ def publish(directory: Path, write) -> None:
 
 def settings_that_matter(config: Config) -> dict:
     """The settings under which a run's numbers are what they are: all but where and how often it writes, and on what it runs."""
-    import dataclasses
-
     values = {f"{s}.{k}": v for s, keys in dataclasses.asdict(config).items() for k, v in keys.items() if s != "parallel"}
     for key in ("output", "checkpoint_every", "keep", "eval_every", "log_every", "resume"):
         del values[f"train.{key}"]
@@ -131,7 +128,7 @@ def find(config: Config) -> Path | None:
     return path
 
 
-def load(directory: Path, model: Mistral, optimizer: torch.optim.Optimizer, config: Config) -> int:
+def load(directory: Path, model: Mistral, optimizer: torch.optim.Optimizer, config: Config, settings: LoRASettings) -> int:
     """Fills adapters and optimizer, sharded or not, from a checkpoint; returns its step.
 
     Raises:
@@ -141,7 +138,7 @@ def load(directory: Path, model: Mistral, optimizer: torch.optim.Optimizer, conf
     now, then = settings_that_matter(config), state["settings"]
     if differing := [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in sorted(now.keys() | then) if now.get(key) != then.get(key)]:
         raise UserError(f"{directory}: made with other settings: {'; '.join(differing)}; set them back, or choose another train.output")
-    load_adapter(model, directory)
+    load_adapter(model, directory, settings)
     moments = open_safetensors(directory / "optimizer.safetensors")
     for name, parameter in adapter_parameters(model).items():
         state_of = {"step": torch.tensor(float(state["step"]))}

@@ -16,6 +16,13 @@ def build_model(arch: Architecture, dtype: torch.dtype) -> Mistral:
         return Mistral(arch).to(dtype).requires_grad_(False)
 
 
+def fast_dtype() -> torch.dtype:
+    """bf16 where this machine multiplies it in hardware, else fp32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
 def load_model(
     path: str | Path,
     dtype: torch.dtype = torch.bfloat16,
@@ -33,10 +40,11 @@ def load_model(
     """
     directory = model_directory(path)
     model = build_model(read_architecture(directory), dtype)
-    if adapter is not None:
-        add_adapters(model, read_adapter_settings(adapter), dtype)
+    settings = None if adapter is None else read_adapter_settings(adapter)
+    if settings:
+        add_adapters(model, settings, dtype)
     model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
     load_weights(model, directory, model.arch)
-    if adapter is not None:
-        load_adapter(model, adapter)
+    if settings:
+        load_adapter(model, adapter, settings)
     return model.eval()

@@ -192,19 +192,29 @@ def _targets_in(directory: Path) -> tuple[str, ...]:
     return tuple(t for t in TARGETS if t in found)
 
 
-def load_adapter(model: Mistral, directory: str | Path) -> None:
-    """Fills a model's adapters, sharded or not, from PEFT's file.
+def check_adapter(directory: str | Path, arch: Architecture, settings: LoRASettings):
+    """PEFT's tensor file, opened, once it is sure to hold just the tensors that `settings` mean for this network.
 
     Raises:
         UserError: a tensor that is missing, surplus or of another shape; names file and key.
     """
     path = _adapter_file(Path(directory))
-    file, parameters = open_safetensors(path), adapter_parameters(model)
+    with torch.device("meta"):
+        model = Mistral(arch)
+    add_adapters(model, settings)
+    file, expected = open_safetensors(path), adapter_parameters(model)
     keys = set(file.keys())
-    if wrong := sorted(keys ^ set(parameters)):
-        raise UserError(f"{path}: {'holds' if wrong[0] in keys else 'lacks'} {wrong[0]}; the model's adapters {'do not' if wrong[0] in keys else 'have it'}")
-    for name, parameter in parameters.items():
+    for name in sorted(keys ^ set(expected)):
+        raise UserError(f"{path}: {'holds' if name in keys else 'lacks'} {name}; was it made for another model?")
+    for name, parameter in expected.items():
+        if (shape := file.get_slice(name).get_shape()) != list(parameter.shape):
+            raise UserError(f"{path}: {name} has shape {shape}; this model's has {list(parameter.shape)}; was it made for another one?")
+    return file
+
+
+def load_adapter(model: Mistral, directory: str | Path, settings: LoRASettings) -> None:
+    """Fills a model's adapters, which `settings` made, sharded or not, from PEFT's file; errors as `check_adapter`."""
+    file = check_adapter(directory, model.arch, settings)
+    for name, parameter in adapter_parameters(model).items():
         rows = file.get_slice(name)
-        if tuple(rows.get_shape()) != tuple(parameter.shape):
-            raise UserError(f"{path}: {name} has shape {rows.get_shape()}; expected {list(parameter.shape)}; was it made for another model?")
         fill_rows(parameter, lambda start, stop: rows[start:stop])

@@ -1,6 +1,7 @@
 """Fine-tuning, top to bottom: `torchrun -m minorca.train --config FILE`, or `python -m minorca.train` as one process."""
 
 import logging
+import shutil
 import time
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from minorca import checkpoint, cli, metrics, parallel
 from minorca.architecture import model_directory, read_architecture
+from minorca.chat import resolve_template
 from minorca.config import Config, config_parser, read_config, write_config
 from minorca.data.packing import Batch, make_batch, plan_epoch, trained_tokens
-from minorca.data.store import TokenStore
+from minorca.data.sources import read_rows
+from minorca.data.store import TokenStore, render_rows
 from minorca.errors import UserError
 from minorca.loading import build_model
 from minorca.lora import (
@@ -29,6 +32,7 @@ from minorca.lora import (
 from minorca.model import Mistral
 from minorca.objectives import next_token_loss
 from minorca.optim import adamw, clip_gradients, learning_rate
+from minorca.tokenizer import check_vocabulary, load_tokenizer
 from minorca.weights import load_weights
 
 log = logging.getLogger("minorca.train")
@@ -45,11 +49,6 @@ def main(argv: list[str]) -> None:
 
 def read_data(config: Config) -> tuple[TokenStore, TokenStore | None]:
     """The rows to train on and those held out, rendered; prints what became of every row."""
-    from minorca.chat import resolve_template
-    from minorca.data.sources import read_rows
-    from minorca.data.store import render_rows
-    from minorca.tokenizer import check_vocabulary, load_tokenizer
-
     data, directory = config.data, model_directory(config.model.path)
     tok = load_tokenizer(directory)
     check_vocabulary(tok, read_architecture(directory).vocab_size, directory)
@@ -87,7 +86,7 @@ def build(config: Config, world: parallel.World) -> tuple[Mistral, LoRASettings]
     init_adapters(model, config.train.seed)
     if lora.init:
         _check_init(config, settings)
-        load_adapter(model, lora.init)
+        load_adapter(model, lora.init, settings)
     return model, settings
 
 
@@ -148,7 +147,7 @@ def train(config: Config, world: parallel.World) -> None:
     # 3. where an earlier run stopped
     resumed = 0
     if found := checkpoint.find(config):
-        resumed = checkpoint.load(found, model, optimizer, config)
+        resumed = checkpoint.load(found, model, optimizer, config, settings)
         log.info("resumed from %s", found)
     if resumed >= steps and (output / "adapter").is_dir():
         log.info("%s: all %d steps are done; nothing to do", output, steps)
@@ -204,6 +203,7 @@ def train(config: Config, world: parallel.World) -> None:
     # 6. the adapter, where others look for it
     tensors = {name: parallel.whole(p) for name, p in adapters.items()}
     if record:
+        shutil.rmtree(output / "adapter", ignore_errors=True)  # of an earlier end of this run
         checkpoint.publish(output / "adapter", lambda path: save_adapter(path, tensors, settings, config.model.path))
         record.close()
         log.info("done: %s", output / "adapter")

@@ -167,6 +167,11 @@ class WeightFiles:
         dtype = handle.get_slice(name).get_dtype()
         return dtype in FLOATS, dtype
 
+    def bytes(self, name: str) -> int:
+        """What a tensor takes in memory."""
+        row = self.read(name, 0, 1)
+        return row.numel() * row.element_size() * self.shape(name)[0]
+
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor."""
         handle = self._handles[self.files[name]]
@@ -231,15 +236,20 @@ def fill_rows(parameter: Tensor, read: Callable[[int, int], Tensor]) -> None:
             local.copy_(read(start, stop))
 
 
+def read_piece(files: WeightFiles, piece: Piece, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of a piece, in Hugging Face's order."""
+    if piece.heads:
+        return _interleaved_to_halves(files.read(piece.name, 0, piece.rows), piece.heads)[start:stop]
+    return files.read(piece.name, start, stop)
+
+
 def _stacked(files: WeightFiles, pieces: list[Piece]) -> Callable[[int, int], Tensor]:
     def read(start: int, stop: int) -> Tensor:
         parts, first = [], 0
         for piece in pieces:
             a, b = max(start - first, 0), min(stop - first, piece.rows)
-            if a < b and piece.heads:
-                parts.append(_interleaved_to_halves(files.read(piece.name, 0, piece.rows), piece.heads)[a:b])
-            elif a < b:
-                parts.append(files.read(piece.name, a, b))
+            if a < b:
+                parts.append(read_piece(files, piece, a, b))
             first += piece.rows
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 

@@ -50,3 +50,17 @@ def save_mistral(tmp_path):
         return directory, model
 
     return save
+
+
+def random_adapter(base, directory, targets, **config):
+    """PEFT's model around `base` with a random adapter (B too, which PEFT starts at zero), saved to `directory`."""
+    from peft import LoraConfig, get_peft_model
+
+    names = [f"{target}_proj" for target in targets]
+    model = get_peft_model(base, LoraConfig(target_modules=names, task_type="CAUSAL_LM", **{"r": 4} | config))
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    model.save_pretrained(directory)
+    return model.eval()

@@ -49,7 +49,7 @@ def _store(rows: list[tuple[np.ndarray, np.ndarray]]) -> TokenStore:
 def render_row(row: Row, tok: Tokenizer, template: str, train_on: str) -> tuple[np.ndarray, np.ndarray]:
     """A row's ids [n] int32 and the mask [n] of the tokens it trains; the first token is never predicted."""
     try:
-        rendered = render(tok, row.messages, template, add_generation_prompt=False)
+        rendered = render(tok, row.messages, template, masked=train_on == "response")
     except UserError as error:
         raise UserError(f"{row.where}: {error}") from None
     trained = np.array(rendered.trained, bool)
