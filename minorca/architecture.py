@@ -39,12 +39,6 @@ class Architecture:
     tied: bool  # the head is the embedding
     max_positions: int | None = None  # what the model was made for; None: its file does not say
 
-    def __post_init__(self):
-        if self.heads % self.kv_heads or self.head_dim % 2:
-            raise UserError(
-                f"{self.heads} query heads over {self.kv_heads} key heads of size {self.head_dim}: expected a multiple, and an even size"
-            )
-
 
 def read_json(path: Path) -> dict:
     """A JSON object from a file, or a `UserError` naming file and line."""
@@ -52,7 +46,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # also bytes that are no text, numbers without end, and brackets
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -83,7 +77,11 @@ def read_architecture(path: str | Path) -> Architecture:
     for name, parse in (("config.json", _from_hf), ("params.json", _from_mistral)):
         if (directory / name).exists():
             fields = _Fields(directory / name)
-            return parse(fields)
+            arch = parse(fields)
+            if arch.heads % arch.kv_heads or arch.head_dim % 2:
+                heads = f"{arch.heads} query heads over {arch.kv_heads} key heads of size {arch.head_dim}"
+                raise UserError(f"{fields.path}: {heads}; expected a multiple of the key heads, and an even size")
+            return arch
     raise UserError(f"{directory}: holds neither config.json nor params.json; is it a model's directory?")
 
 
@@ -162,7 +160,7 @@ def _from_mistral(fields: _Fields) -> Architecture:
         window = values.get(key)
         if window is not None:
             same = {str(w) for w in (window if isinstance(window, list) else [window])}
-            if len(same) > 1 or not next(iter(same)).isdigit():
+            if len(same) != 1 or not next(iter(same)).isdecimal():
                 fields.refuse(key, "expected one whole number, the same in every layer")
             values["sliding_window"] = int(same.pop())
             break

@@ -6,6 +6,7 @@ is wrong is reported at once.
 
 import argparse
 import dataclasses
+import logging
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from typing import Annotated, Literal
 from minorca.cli import Parser
 from minorca.errors import UserError
 from minorca.lora import TARGETS
+
+log = logging.getLogger(__name__)
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 _STRICT = {"extra": "forbid", "coerce_numbers_to_str": True, "allow_inf_nan": False}  # pydantic's; an unknown key is an error
@@ -188,6 +191,8 @@ def read_config(args: argparse.Namespace, surplus: list[str]) -> Config:
     import yaml
 
     path = Path(args.config) if args.config else QUICKSTART
+    if not args.config:
+        log.info("no --config: starting from the quickstart, %s", path)
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file; give one with --config FILE")
     values = _read_yaml(path)

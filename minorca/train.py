@@ -1,6 +1,7 @@
 """Fine-tuning, top to bottom: `torchrun -m minorca.train --config FILE`, or `python -m minorca.train` as one process."""
 
 import logging
+import os
 import shutil
 import time
 from pathlib import Path
@@ -39,10 +40,11 @@ log = logging.getLogger("minorca.train")
 
 
 def main(argv: list[str]) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("minorca").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     parser = config_parser("minorca.train", "Fine-tunes a Mistral model with LoRA.")
     config = read_config(*parser.parse_known_args(argv))
     world = parallel.start()
-    logging.basicConfig(level=logging.INFO if world.rank == 0 else logging.WARNING, format="%(message)s")
     train(config, world)
     parallel.stop()
 

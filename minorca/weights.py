@@ -6,6 +6,7 @@ parameter is made of `Piece`s, one a tensor in the files.
 """
 
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from minorca.architecture import Architecture, read_json
 from minorca.errors import UserError
 
-FLOATS = {"F64", "F32", "F16", "BF16"}
+FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -118,20 +119,29 @@ def open_safetensors(path: Path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        head = path.open("rb").read(64) if path.is_file() else b""
-        if head.startswith(b"version https://git-lfs"):
-            raise UserError(f"{path}: is a Git LFS pointer, not the weights; fetch the file itself (git lfs pull)") from None
-        if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-            raise UserError(f"{path}: is a web page, not weights; the download went wrong") from None
+        _refuse_what_is_no_weights(path)
         raise UserError(f"{path}: not a whole safetensors file ({error}); download it again") from None
+
+
+def _refuse_what_is_no_weights(path: Path) -> None:
+    """A `UserError` that says so where a file is what downloads often leave instead of weights."""
+    head = path.open("rb").read(64) if path.is_file() else b""
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: is a Git LFS pointer, not the weights; fetch the file itself (git lfs pull)")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise UserError(f"{path}: is a web page, not weights; the download went wrong")
 
 
 def _open_bin(path: Path) -> dict[str, Tensor]:
     """A pickled state dict, read without running code and without reading the data yet (memory-mapped)."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch has no common error for files that are cut, of another kind, or refused
-        raise UserError(f"{path}: cannot be read as PyTorch weights ({str(error).splitlines()[0]})") from None
+    except pickle.UnpicklingError:  # torch's own message tells how to run the code
+        raise UserError(f"{path}: cannot be read without running code that it holds; use the model's safetensors files") from None
+    except Exception as error:  # torch has no common error for files that are cut or of another kind
+        _refuse_what_is_no_weights(path)
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: cannot be read as PyTorch weights ({reason}); download it again") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{path}: expected a dictionary of tensors")
     return tensors
@@ -162,9 +172,7 @@ class WeightFiles:
 
     def is_float(self, name: str) -> tuple[bool, str]:
         handle = self._handles[self.files[name]]
-        if isinstance(handle, dict):
-            return handle[name].is_floating_point(), str(handle[name].dtype)
-        dtype = handle.get_slice(name).get_dtype()
+        dtype = str(handle[name].dtype) if isinstance(handle, dict) else handle.get_slice(name).get_dtype()
         return dtype in FLOATS, dtype
 
     def bytes(self, name: str) -> int:

@@ -64,3 +64,58 @@ def random_adapter(base, directory, targets, **config):
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     model.save_pretrained(directory)
     return model.eval()
+
+
+def save_tokenizer(directory) -> None:
+    """A byte-level tokenizer.json with ChatML's tokens (258 ids) and no merges, beside a model."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<|im_start|>", "<|im_end|>")])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+
+
+@pytest.fixture
+def workplace(save_mistral, tmp_path):
+    """A model with a tokenizer, OpenOrca-like rows, and `options(...)`: the command line of a short run on them."""
+    import json
+    import random
+
+    directory, model = save_mistral(vocab_size=260, sliding_window=24, tie_word_embeddings=True, initializer_range=0.08)
+    save_tokenizer(directory)
+    draw = random.Random(0)
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for n in range(60):
+            word = "".join(draw.choices("abcdef", k=draw.randint(1, 12)))
+            system = draw.choice(["", "Be brief."])
+            file.write(json.dumps({"id": f"t0.{n}", "system_prompt": system, "question": f"Reverse {word}", "response": word[::-1]}) + "\n")
+
+    def options(output: str = "run", **settings) -> list[str]:
+        settings = {
+            "model.path": directory,
+            "model.dtype": "float32",
+            "data.train": tmp_path / "rows.jsonl",
+            "data.eval": "null",
+            "data.seq_len": 128,
+            "lora.rank": 4,
+            "optim.lr": 0.01,
+            "optim.warmup_steps": 0,
+            "train.batch_tokens": 512,
+            "train.micro_batch_tokens": 128,
+            "train.output": tmp_path / output,
+        } | settings
+        return [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+
+    options.model, options.path = model, tmp_path
+    return options
+
+
+def lines_of(output) -> list[dict]:
+    """A run's metrics.jsonl."""
+    import json
+
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

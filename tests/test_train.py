@@ -1,0 +1,209 @@
+"""The loop: against PEFT's numbers, on one and on two ranks, stopped and resumed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import lines_of, relative_error
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from minorca import UserError, checkpoint, train
+from minorca.config import config_parser, read_config
+from minorca.data.packing import make_batch, plan_epoch
+from minorca.optim import learning_rate
+
+SAME = ("loss", "grad_norm", "lr", "tokens", "trained_tokens")
+
+
+def config_of(options):
+    return read_config(*config_parser("test", "").parse_known_args(options))
+
+
+def test_fifty_steps_follow_pefts_losses(workplace, tmp_path, monkeypatch):
+    """From the same adapter, on the same rows, every step's loss is within 1e-3 of transformers + PEFT's."""
+    options = workplace(**{"train.steps": 50, "optim.lr": 0.003, "optim.warmup_steps": 5, "optim.weight_decay": 0.1})
+    config, started = config_of(options), {}
+    init = train.init_adapters
+
+    def save_start(model, seed):
+        init(model, seed)
+        started.update({name: p.detach().clone() for name, p in train.adapter_parameters(model).items()})
+
+    monkeypatch.setattr(train, "init_adapters", save_start)
+    train.main(options)
+    ours = [line["loss"] for line in lines_of(tmp_path / "run")]
+
+    theirs = PeftModel.from_pretrained(workplace.model, tmp_path / "run" / "adapter", is_trainable=True).train()
+    trainable = {name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad}
+    assert trainable.keys() == started.keys()
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(started[name])
+    optimizer = torch.optim.AdamW(trainable.values(), betas=(0.9, 0.95), weight_decay=0.1)
+    store, _ = train.read_data(config)
+    steps = [(epoch, step) for epoch in range(50) for step in plan_epoch(store.lengths, 128, 4, True, 0, epoch)][:50]
+    for n, (_, micro_batches) in enumerate(steps, 1):
+        rows = [store.row(row) for micro_batch in micro_batches for row in micro_batch]
+        trained, total = sum(mask.sum() for _, mask in rows), 0.0
+        for ids, mask in rows:  # one row at a time: nothing of packing, of the flat batch or of the chunked loss
+            labels = torch.where(torch.tensor(mask), torch.tensor(ids).long(), -100)
+            logits = theirs(torch.tensor(ids).long()[None]).logits[0]
+            loss = F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum") / trained
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(n, 50, config.optim)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert abs(total - ours[n - 1]) <= 1e-3, f"step {n}"
+    assert ours[-1] < 0.8 * ours[0]
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert max(relative_error(saved[name], p) for name, p in trainable.items()) < 0.05
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rates_are_those_of_transformers(schedule, workplace):
+    """Its schedules count from 0, with the first step's rate at 0; ours give the first step its share."""
+    import transformers
+
+    optim = config_of(workplace(**{"optim.schedule": schedule, "optim.warmup_steps": 3})).optim
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=optim.lr)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    theirs = transformers.get_scheduler(name, optimizer, 0, num_training_steps=17)
+    for step in range(4, 21):
+        assert learning_rate(step, 20, optim) == pytest.approx(theirs.get_last_lr()[0])
+        theirs.step()
+    assert [learning_rate(step, 20, optim) for step in (1, 2, 3)] == pytest.approx([optim.lr / 3, optim.lr * 2 / 3, optim.lr])
+
+
+def test_a_stopped_run_resumes_to_the_same_bits(workplace, tmp_path, monkeypatch):
+    """Stopped between two checkpoints and started again: every line and the adapter as if it had never stopped."""
+    settings = {"train.steps": 12, "train.checkpoint_every": 4, "lora.dropout": 0.1, "data.eval": 0.1, "train.eval_every": 6}
+    train.main(workplace("whole", **settings))
+    step = train.metrics.Record.step
+
+    def stop_in_step_7(record, number, *rest):
+        if number == 7:
+            raise KeyboardInterrupt
+        step(record, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.metrics.Record, "step", stop_in_step_7)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(workplace("stopped", **settings))
+        torch.distributed.destroy_process_group()
+    train.main(workplace("stopped", **settings))
+    whole, stopped = lines_of(tmp_path / "whole"), lines_of(tmp_path / "stopped")
+    keys = ("step", "eval_loss", *SAME)
+    assert [[line.get(key) for key in keys] for line in whole] == [[line.get(key) for key in keys] for line in stopped]
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert [path.name for path in checkpoint.published(tmp_path / "stopped" / "checkpoints")] == ["step-00000008", "step-00000012"]
+
+
+def test_a_finished_run_says_so(workplace, tmp_path, caplog):
+    options = workplace(**{"train.steps": 2})
+    train.main(options)
+    files = {"config.yaml", "metrics.jsonl", "checkpoints", "adapter", "curves.png", "tensorboard"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == files
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    caplog.set_level("INFO")
+    train.main(options)
+    assert "all 2 steps are done" in caplog.text
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    expected = {"step", *SAME, "seconds", "tokens_per_second", "mfu", "peak_memory_bytes"}
+    assert all(set(line) == expected and line["mfu"] is None for line in lines_of(tmp_path / "run"))
+
+
+@pytest.fixture
+def refused(workplace):
+    """refused(**settings) -> the complaint of a second run in one output directory."""
+
+    def second(**settings):
+        options = workplace(**{"train.steps": 2} | settings)
+        try:
+            with pytest.raises(UserError) as error:
+                train.main(options)
+            return str(error.value)
+        finally:
+            torch.distributed.destroy_process_group()
+
+    train.main(workplace(**{"train.steps": 2}))
+    return second
+
+
+def test_other_settings_do_not_resume(refused):
+    message = refused(**{"optim.lr": 0.02, "train.seed": 3})
+    assert "optim.lr was 0.01 and is 0.02" in message and "train.seed was 0 and is 3" in message
+    assert "holds checkpoints and train.resume is never" in refused(**{"train.resume": "never"})
+
+
+def test_a_damaged_checkpoint_is_named(refused, tmp_path):
+    path = tmp_path / "run" / "checkpoints" / "step-00000002" / "optimizer.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-5] ^= 1
+    path.write_bytes(damaged)
+    assert str(path) in refused() and "is not what was saved" in refused()
+
+
+def step_gradients(workplace, accumulate: bool = False, dropout: float = 0.0, recompute: str = "none"):
+    """The loss and adapter gradients of one step of 4 micro-batches, or the same rows as one."""
+    config = config_of(workplace(**{"parallel.activation_checkpointing": recompute, "lora.dropout": dropout}))
+    model, _ = train.build(config, train.parallel.World(0, 1, torch.device("cpu")))
+    for parameter in train.adapter_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
+    store, _ = train.read_data(config)
+    micro_batches = plan_epoch(store.lengths, 128, 4, True, 0, 0)[0]
+    trained = train.trained_tokens(store, micro_batches)
+    if not accumulate:
+        micro_batches = [sum(micro_batches, [])]
+    model.train()
+    loss = 0.0
+    for n, rows in enumerate(micro_batches):
+        train.seed_dropout(model, 0, 1, n)
+        loss += train.forward_backward(model, make_batch(store, rows), trained, last=True)
+    return loss, {name: p.grad for name, p in train.adapter_parameters(model).items()}
+
+
+def test_accumulation_changes_nothing(workplace):
+    """Four micro-batches are one large one: the loss is divided by the whole step's trained tokens."""
+    (loss, gradients), (whole_loss, whole) = step_gradients(workplace, accumulate=True), step_gradients(workplace)
+    assert loss.item() == pytest.approx(whole_loss.item(), rel=1e-6)
+    assert all(relative_error(gradients[name], whole[name]) < 1e-5 for name in whole)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_changes_no_bit(recompute, dropout, workplace):
+    """Dropout masks are a function of their seed, so what is computed again is the same."""
+    (loss, plain), (again_loss, again) = (step_gradients(workplace, dropout=dropout, recompute=r) for r in ("none", recompute))
+    assert loss == again_loss and all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def torchrun(ranks: int, options: list[str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "minorca.train"]
+    quiet = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.run(command + options, env=os.environ | quiet, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize("shard", ["none", "fsdp"])
+def test_two_ranks_give_one_ranks_losses(shard, workplace, tmp_path):
+    """20 steps of 3 micro-batches, so that one rank is left without a row in every step; tied weights; an evaluation."""
+    settings = {"train.steps": 20, "train.batch_tokens": 384, "data.eval": 0.1, "optim.lr": 0.003}
+    train.main(workplace("one", **settings))
+    run = torchrun(2, workplace("two", **settings, **{"parallel.shard": shard}))
+    assert run.returncode == 0, run.stderr[-3000:]
+    one, two = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for a, b in zip(one, two):
+        for key in ("loss", "grad_norm", "eval_loss"):
+            if key in a:
+                assert b[key] == pytest.approx(a[key], rel=1e-5), (a["step"], key)
+        assert [a.get(key) for key in ("lr", "tokens", "trained_tokens")] == [b.get(key) for key in ("lr", "tokens", "trained_tokens")]
+    first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert max(relative_error(second[name], first[name]) for name in first) < 1e-3
