@@ -6,9 +6,11 @@ is wrong is reported at once.
 
 import argparse
 import dataclasses
+import json
 import logging
+import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,7 +22,7 @@ from minorca.lora import TARGETS
 log = logging.getLogger(__name__)
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-_STRICT = {"extra": "forbid", "coerce_numbers_to_str": True, "allow_inf_nan": False}  # pydantic's; an unknown key is an error
+_STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # pydantic's: an unknown key is an error, true is no number
 
 
 @dataclass
@@ -141,7 +143,8 @@ def _problems(c: Config) -> Iterator[str]:
         yield "parallel.cpu_offload needs parallel.shard fsdp, not none"
 
 
-def _read_yaml(path: Path) -> dict:
+def _load_yaml(text: str):
+    """PyYAML's safe loader, but a key given twice is an error, every key is text, and 2e-4 is a number (to YAML 1.1 it is text)."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -150,10 +153,18 @@ def _read_yaml(path: Path) -> dict:
             for i, (key, _) in enumerate(node.value):
                 if key.value in keys[:i]:
                     raise yaml.constructor.ConstructorError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
-            return super().construct_mapping(node, deep)
+            return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
+
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return yaml.load(text, Loader)
+
+
+def _read_yaml(path: Path) -> dict:
+    import yaml
 
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        values = _load_yaml(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: {error.problem or 'not valid YAML'}") from None
@@ -162,6 +173,19 @@ def _read_yaml(path: Path) -> dict:
     if not isinstance(values or {}, dict) or not all(isinstance(v, dict | None) for v in (values or {}).values()):
         raise UserError(f"{path}: expected sections (model:, data:, ...) with keys")
     return {section: keys or {} for section, keys in (values or {}).items()}
+
+
+def _option_reader(kind) -> Callable[[str], object]:
+    """How an option's text becomes a value of `kind`: as YAML, but where only text is wanted as it stands (007 is a name)."""
+    import yaml
+
+    def read(text: str):
+        try:
+            return _load_yaml(text)
+        except yaml.YAMLError:
+            return text  # a path that starts with [ or @; where no text is wanted, the check of types says so
+
+    return {str: str, str | None: lambda text: None if text == "null" else text}.get(kind, read)
 
 
 def config_parser(prog: str, description: str) -> Parser:
@@ -174,10 +198,12 @@ def config_parser(prog: str, description: str) -> Parser:
         hints = typing.get_type_hints(section.type, include_extras=True)
         for key in dataclasses.fields(section.type):
             value = key.default_factory() if callable(key.default_factory) else key.default
-            choices = [choice for choice in typing.get_args(hints[key.name].__origin__) if isinstance(choice, str)]
+            kind = hints[key.name].__origin__
+            choices = [choice for choice in typing.get_args(kind) if isinstance(choice, str)]
             text = hints[key.name].__metadata__[0] + ("" if value is dataclasses.MISSING else f" (default: {value})")
             metavar = "|".join(choices) or "VALUE"
-            group.add_argument(f"--{section.name}.{key.name}", default=argparse.SUPPRESS, metavar=metavar, help=text)
+            options = {"default": argparse.SUPPRESS, "type": _option_reader(kind), "metavar": metavar, "help": text}
+            group.add_argument(f"--{section.name}.{key.name}", **options)
     return parser
 
 
@@ -188,7 +214,6 @@ def read_config(args: argparse.Namespace, surplus: list[str]) -> Config:
         UserError: every unknown key or option, wrong type, value out of range and contradiction, in one message.
     """
     import pydantic
-    import yaml
 
     path = Path(args.config) if args.config else QUICKSTART
     if not args.config:
@@ -196,32 +221,37 @@ def read_config(args: argparse.Namespace, surplus: list[str]) -> Config:
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file; give one with --config FILE")
     values = _read_yaml(path)
-    for option, text in vars(args).items():
-        if "." in option:
-            section, key = option.split(".")
-            values.setdefault(section, {})[key] = yaml.safe_load(text)
-    values.setdefault("train", {}).setdefault("output", f"runs/{path.stem}")
+    options = {option: value for option, value in vars(args).items() if "." in option}
+    for option, value in options.items():
+        section, key = option.split(".")
+        values.setdefault(section, {})[key] = value
+    if values.setdefault("train", {}).get("output") is None:
+        values["train"]["output"] = f"runs/{path.stem}"
 
-    problems = [f"{word} is no option of this command" for word in surplus]
-    check = pydantic.TypeAdapter(Config).validate_python
+    problems, wrong = [f"{word} is no option of this command" for word in surplus], []
+
+    def check(values: dict) -> Config:  # by way of JSON, for which pydantic's strict types are YAML's (a list may be a tuple)
+        return pydantic.TypeAdapter(Config).validate_json(json.dumps(values, default=str))
+
     try:
         config = check(values)
     except pydantic.ValidationError as error:
         for problem in error.errors():
-            name, message = ".".join(str(part) for part in problem["loc"]), problem["msg"]
+            name, message = ".".join(str(part) for part in problem["loc"][:2]), problem["msg"]
+            wrong.append(name)
             if problem["type"] in ("missing", "unexpected_keyword_argument"):
                 problems.append(f"{name} is {'missing' if problem['type'] == 'missing' else 'no setting'}")
             else:
                 problems.append(f"{name} is {problem['input']!r}; {message[0].lower()}{message[1:]}")
             section, *key = problem["loc"]
             (values.get(section, {}) if key else values).pop(key[0] if key else section, None)
-        # the rest, with defaults in place of what was wrong, so that its problems are reported too
+        # the rest, with defaults in place of what was wrong, so that its problems are reported too, but not the defaults'
         for section, key in (("model", "path"), ("data", "train")):
             values.setdefault(section, {}).setdefault(key, "")
         config = check(values)
-    problems += _problems(config)
+    problems += [problem for problem in _problems(config) if not any(name in problem for name in wrong)]
     if problems:
-        raise UserError(f"{path}{' and the command line' * (len(vars(args)) > 1)}: " + "; ".join(dict.fromkeys(problems)))
+        raise UserError(f"{path}{' and the command line' * bool(options or surplus)}: " + "; ".join(dict.fromkeys(problems)))
     return config
 
 

