@@ -49,7 +49,8 @@ def export(model: str | Path, adapter: str | Path | None, output: Path) -> None:
         if (directory / "config.json").exists():
             shutil.copy(directory / "config.json", temporary)
         else:
-            (temporary / "config.json").write_text(json.dumps(hf_config(arch), indent=2) + "\n")
+            embedding = tensors[0][2]()
+            (temporary / "config.json").write_text(json.dumps(hf_config(arch, embedding.dtype), indent=2) + "\n")
         for pattern in COPIED:
             for file in directory.glob(pattern):
                 shutil.copy(file, temporary)
@@ -100,7 +101,7 @@ def _write_shards(directory: Path, tensors: list[tuple[str, int, Callable[[], Te
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def hf_config(arch: Architecture) -> dict:
+def hf_config(arch: Architecture, dtype: torch.dtype) -> dict:
     """config.json of a network that came with params.json, as transformers 4 and 5 both read it."""
     return {
         "architectures": ["MistralForCausalLM"],
@@ -118,7 +119,7 @@ def hf_config(arch: Architecture) -> dict:
         "sliding_window": arch.window,
         "tie_word_embeddings": arch.tied,
         "max_position_embeddings": arch.max_positions or 32768,
-        "torch_dtype": "bfloat16",
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
 

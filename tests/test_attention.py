@@ -34,15 +34,26 @@ def test_the_definition_is_the_sentence(window):
         start += length
 
 
+def documents(q, k, v, window):
+    """What the network calls on this device."""
+    return Documents(torch.tensor([0, *itertools.accumulate(LENGTHS)]), sum(LENGTHS), window, q.device)(0, q, k, v)
+
+
+def sdpa(q, k, v, window):
+    """What it calls on CUDA where the varlen kernel cannot run."""
+    return torch.cat([attention._sdpa(*parts, window) for parts in zip(*(t.split(LENGTHS) for t in (q, k, v)))])
+
+
+@pytest.mark.parametrize("back_end", [documents, sdpa])
 @pytest.mark.parametrize("block", [7, 256])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (3, 3), (5, 1)])
 @pytest.mark.parametrize("window", [None, 1, W, 2 * W])
-def test_packed_documents_equal_the_definition(window, heads, kv_heads, block, monkeypatch):
+def test_packed_documents_equal_the_definition(window, heads, kv_heads, block, back_end, monkeypatch):
     """Values and gradients, in blocks of queries shorter and longer than the window."""
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(attention, "GRADIENT_BLOCK", block)
     inputs = qkv(heads, kv_heads)
-    cu_seqlens = torch.tensor([0, *itertools.accumulate(LENGTHS)])
-    out = Documents(cu_seqlens, sum(LENGTHS), window, torch.device("cpu"))(0, *inputs)
+    out = back_end(*inputs, window)
     expected = attention_definition(*inputs, LENGTHS, window)
     assert relative_error(out, expected) < 1e-12
     weights = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))

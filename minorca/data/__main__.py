@@ -16,6 +16,8 @@ def show(argv: list[str]) -> None:
     parser = config_parser("minorca.data show", "Prints rendered rows; «trained» tokens are marked (on a terminal, in green).")
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to print (default: 3)")
     args, surplus = parser.parse_known_args(argv)
+    if args.rows < 1:
+        raise UserError(f"--rows is {args.rows}; expected at least 1")
     config = read_config(args, surplus)
     tok = load_tokenizer(config.model.path)
     template = resolve_template(tok, config.data.template)

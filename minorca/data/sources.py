@@ -33,7 +33,7 @@ def read_rows(source: str, limit: int | None = None) -> Iterator[Row]:
             if not isinstance(text, str):
                 raise UserError(f"{where}: {column} is {type(text).__name__}; expected text")
             if any("\ud800" <= c <= "\udfff" for c in text):
-                raise UserError(f"{where}: {column} holds half of a surrogate pair, which is no text; mend or remove the row")
+                raise UserError(f"{where}: {column} holds bytes that are no UTF-8, or half of a surrogate pair; mend or remove the row")
         system = [{"role": "system", "content": texts["system_prompt"]}] if texts["system_prompt"] else []
         yield Row(where, [*system, {"role": "user", "content": texts["question"]}, {"role": "assistant", "content": texts["response"]}])
 
@@ -52,7 +52,7 @@ def _records(source: str) -> Iterator[tuple[str, dict]]:
 
 def _jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     try:
-        with path.open(encoding="utf-8-sig") as lines:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:  # `read_rows` says in which line bytes are wrong
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
@@ -60,25 +60,33 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict]]:
                     record = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno})") from None
+                except (ValueError, RecursionError) as error:  # numbers and brackets without end
+                    raise UserError(f"{path}, line {number}: cannot be read ({error})") from None
                 if not isinstance(record, dict):
                     raise UserError(f"{path}, line {number}: expected an object with columns, found {type(record).__name__}")
                 yield f"{path}, line {number}", record
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def _csv(path: Path) -> Iterator[tuple[str, dict]]:
     csv.field_size_limit(sys.maxsize)  # answers can be longer than the 128 KiB the module allows
+    line = 1  # where a row starts: its cells may hold lines
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            for record in reader:
-                where = f"{path}, line {reader.line_num}"
-                if None in record or None in record.values():
-                    raise UserError(f"{where}: the number of cells differs from the header's, {len(reader.fieldnames)}")
-                yield where, record
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as CSV ({error})") from None
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
+            line = reader.line_num + 1
+            for cells in reader:
+                if cells and len(cells) != len(header):
+                    raise UserError(f"{path}, line {line}: found {len(cells)} cells; the header has {len(header)}")
+                if cells:
+                    yield f"{path}, line {line}", dict(zip(header, cells))
+                line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}, line {line}: not valid CSV ({error}) in the row that starts here") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
@@ -91,7 +99,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
             for record in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", record
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read as parquet ({error})") from None
 
 
