@@ -1,6 +1,7 @@
 """The loop: against PEFT's numbers, on one and on two ranks, stopped and resumed."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -185,25 +186,61 @@ def test_activation_checkpointing_changes_no_bit(recompute, dropout, workplace):
     assert loss == again_loss and all(torch.equal(plain[name], again[name]) for name in plain)
 
 
-def torchrun(ranks: int, options: list[str]) -> subprocess.CompletedProcess:
+def torchrun(ranks: int, options: list[str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "minorca.train"]
     quiet = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return subprocess.run(command + options, env=os.environ | quiet, capture_output=True, text=True, timeout=240)
+    run = subprocess.run(command + options, env=os.environ | quiet, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def assert_same_run(one, two):
+    """Losses, norms and counts of every line within 1e-5 relative, and adapters that tell the same."""
+    assert [line["step"] for line in lines_of(one)] == [line["step"] for line in lines_of(two)]
+    for a, b in zip(lines_of(one), lines_of(two)):
+        for key in {"loss", "grad_norm", "eval_loss", "lr", "tokens", "trained_tokens"} & a.keys():
+            assert b[key] == pytest.approx(a[key], rel=1e-5), (a["step"], key)
+    first, second = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (one, two))
+    assert max(relative_error(second[name], first[name]) for name in first) < 1e-3
+
+
+# 3 micro-batches a step, so that one of two ranks is left without a row in every step; tied weights; evaluations
+RANKED = {"train.steps": 20, "train.batch_tokens": 384, "data.eval": 0.1, "optim.lr": 0.003}
 
 
 @pytest.mark.parametrize("shard", ["none", "fsdp"])
 def test_two_ranks_give_one_ranks_losses(shard, workplace, tmp_path):
-    """20 steps of 3 micro-batches, so that one rank is left without a row in every step; tied weights; an evaluation."""
-    settings = {"train.steps": 20, "train.batch_tokens": 384, "data.eval": 0.1, "optim.lr": 0.003}
+    train.main(workplace("one", **RANKED))
+    torchrun(2, workplace("two", **RANKED, **{"parallel.shard": shard}))
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ranks, parallel",
+    [
+        (4, {"shard": "none"}),
+        (4, {"shard": "fsdp"}),
+        (4, {"shard": "fsdp", "replicate": 2}),
+        (2, {"shard": "fsdp", "cpu_offload": "true"}),
+        (2, {"shard": "fsdp", "activation_checkpointing": "full"}),
+        (2, {"shard": "fsdp", "activation_checkpointing": "selective"}),
+        (1, {"shard": "fsdp"}),
+    ],
+    ids=str,
+)
+def test_any_ranks_give_one_ranks_losses(ranks, parallel, workplace, tmp_path):
+    train.main(workplace("one", **RANKED))
+    torchrun(ranks, workplace("many", **RANKED, **{f"parallel.{key}": value for key, value in parallel.items()}))
+    assert_same_run(tmp_path / "one", tmp_path / "many")
+
+
+@pytest.mark.slow
+def test_a_run_resumes_on_another_number_of_ranks(workplace, tmp_path):
+    """8 steps sharded over 2 ranks, then the rest on one."""
+    settings = RANKED | {"train.checkpoint_every": 8}
     train.main(workplace("one", **settings))
-    run = torchrun(2, workplace("two", **settings, **{"parallel.shard": shard}))
-    assert run.returncode == 0, run.stderr[-3000:]
-    one, two = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
-    assert [line["step"] for line in one] == [line["step"] for line in two]
-    for a, b in zip(one, two):
-        for key in ("loss", "grad_norm", "eval_loss"):
-            if key in a:
-                assert b[key] == pytest.approx(a[key], rel=1e-5), (a["step"], key)
-        assert [a.get(key) for key in ("lr", "tokens", "trained_tokens")] == [b.get(key) for key in ("lr", "tokens", "trained_tokens")]
-    first, second = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
-    assert max(relative_error(second[name], first[name]) for name in first) < 1e-3
+    torchrun(2, workplace("moved", **settings, **{"parallel.shard": "fsdp"}))
+    for path in checkpoint.published(tmp_path / "moved" / "checkpoints")[1:]:
+        shutil.rmtree(path)
+    train.main(workplace("moved", **settings))
+    assert_same_run(tmp_path / "one", tmp_path / "moved")
