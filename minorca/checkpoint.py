@@ -128,23 +128,26 @@ def find(config: Config) -> Path | None:
     return path
 
 
-def load(directory: Path, model: Mistral, optimizer: torch.optim.Optimizer, config: Config, settings: LoRASettings) -> int:
-    """Fills adapters and optimizer, sharded or not, from a checkpoint; returns its step.
+def read_step(directory: Path, config: Config) -> int:
+    """The step a checkpoint was made after, once its files are verified and its settings are this run's.
 
     Raises:
-        UserError: a damaged file, or settings that differ from the run's, by name.
+        UserError: a damaged file, or the settings that differ, by name.
     """
     state = verify(directory)
     now, then = settings_that_matter(config), state["settings"]
     if differing := [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in sorted(now.keys() | then) if now.get(key) != then.get(key)]:
         raise UserError(f"{directory}: made with other settings: {'; '.join(differing)}; set them back, or choose another train.output")
+    return state["step"]
+
+
+def load(directory: Path, step: int, model: Mistral, optimizer: torch.optim.Optimizer, settings: LoRASettings) -> None:
+    """Fills adapters and optimizer, sharded or not, from a checkpoint that `read_step` has verified."""
     load_adapter(model, directory, settings)
     moments = open_safetensors(directory / "optimizer.safetensors")
     for name, parameter in adapter_parameters(model).items():
-        state_of = {"step": torch.tensor(float(state["step"]))}
+        optimizer.state[parameter] = {"step": torch.tensor(float(step))}
         for moment in MOMENTS:
-            state_of[moment] = torch.zeros_like(parameter)
-            rows = moments.get_slice(f"{moment}.{name}")
-            fill_rows(state_of[moment], lambda start, stop: rows[start:stop])
-        optimizer.state[parameter] = state_of
-    return state["step"]
+            values, rows = torch.zeros_like(parameter), moments.get_slice(f"{moment}.{name}")
+            fill_rows(values, lambda start, stop: rows[start:stop])
+            optimizer.state[parameter][moment] = values

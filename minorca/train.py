@@ -43,10 +43,7 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("minorca").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     parser = config_parser("minorca.train", "Fine-tunes a Mistral model with LoRA.")
-    config = read_config(*parser.parse_known_args(argv))
-    world = parallel.start()
-    train(config, world)
-    parallel.stop()
+    train(read_config(*parser.parse_known_args(argv)))
 
 
 def read_data(config: Config) -> tuple[TokenStore, TokenStore | None]:
@@ -125,11 +122,11 @@ def evaluate(model: Mistral, store: TokenStore, config: Config, world: parallel.
     return world.sum([loss.item()])[0] / int(store.trained.sum())
 
 
-def train(config: Config, world: parallel.World) -> None:
+def train(config: Config) -> None:
     """A whole run, from data to the saved adapter. Every rank calls it."""
     output = Path(config.train.output)
 
-    # 1. the data, before a model is touched
+    # 1. the data, before a process waits for another or a model is touched
     store, held_out = read_data(config)
     per_step = config.train.batch_tokens // config.train.micro_batch_tokens
 
@@ -139,21 +136,24 @@ def train(config: Config, world: parallel.World) -> None:
     steps_an_epoch = len(plan(0))
     steps = config.train.steps or config.train.epochs * steps_an_epoch
 
-    # 2. the model and its optimizer
-    model, settings = build(config, world)
-    adapters = adapter_parameters(model)
-    optimizer = adamw(adapters.values(), config.optim)
-    count = sum(p.numel() for p in adapters.values())
-    log.info("%s; %s trainable parameters; %d steps of %d an epoch; %s", model.arch, f"{count:,}", steps, steps_an_epoch, world)
-
-    # 3. where an earlier run stopped
-    resumed = 0
-    if found := checkpoint.find(config):
-        resumed = checkpoint.load(found, model, optimizer, config, settings)
-        log.info("resumed from %s", found)
+    # 2. where an earlier run stopped
+    found, resumed = checkpoint.find(config), 0
+    if found:
+        resumed = checkpoint.read_step(found, config)
+        log.info("resuming from %s", found)
     if resumed >= steps and (output / "adapter").is_dir():
         log.info("%s: all %d steps are done; nothing to do", output, steps)
         return
+
+    # 3. the model and its optimizer
+    world = parallel.start()
+    model, settings = build(config, world)
+    adapters = adapter_parameters(model)
+    optimizer = adamw(adapters.values(), config.optim)
+    if found:
+        checkpoint.load(found, resumed, model, optimizer, settings)
+    count = sum(p.numel() for p in adapters.values())
+    log.info("%s; %s trainable parameters; %d steps of %d an epoch; %s", model.arch, f"{count:,}", steps, steps_an_epoch, world)
     record = None
     if world.rank == 0:
         output.mkdir(parents=True, exist_ok=True)
@@ -215,6 +215,7 @@ def train(config: Config, world: parallel.World) -> None:
         checkpoint.publish(output / "adapter", lambda path: save_adapter(path, tensors, settings, config.model.path))
         record.close()
         log.info("done: %s", output / "adapter")
+    parallel.stop()
 
 
 def due(step: int, every: int, steps: int) -> bool:
