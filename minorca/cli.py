@@ -4,6 +4,7 @@ Exit status: 0 done; 2 for what the user can mend, with one line on standard err
 """
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -16,6 +17,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"{message} (see {self.prog} --help)")
+
+    def exit(self, status: int = 0, message: str | None = None):
+        sys.stdout.flush()  # the help, while `run` can still see that nobody reads it
+        super().exit(status, message)
 
 
 class Terminated(BaseException):
@@ -31,6 +36,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
     signal.signal(signal.SIGTERM, _terminate)
     try:
         main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
     except UserError as error:
         print(f"minorca: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -39,5 +45,5 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
     except Terminated:
         sys.exit(143)
     except BrokenPipeError:  # the reader of our output has gone (`| head`): nobody is left to tell
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more on its way out, and complains
         sys.exit(0)

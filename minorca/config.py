@@ -144,7 +144,7 @@ def _problems(c: Config) -> Iterator[str]:
 
 
 def _load_yaml(text: str):
-    """PyYAML's safe loader, but a key given twice is an error, every key is text, and 2e-4 is a number (to YAML 1.1 it is text)."""
+    """What PyYAML loads safely, but a key given twice is an error, every key is text, and 2e-4 is a number (not in YAML 1.1)."""
     import yaml
 
     class Loader(yaml.SafeLoader):

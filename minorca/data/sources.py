@@ -33,7 +33,8 @@ def read_rows(source: str, limit: int | None = None) -> Iterator[Row]:
             if not isinstance(text, str):
                 raise UserError(f"{where}: {column} is {type(text).__name__}; expected text")
             if any("\ud800" <= c <= "\udfff" for c in text):
-                raise UserError(f"{where}: {column} holds bytes that are no UTF-8, or half of a surrogate pair; mend or remove the row")
+                wrong = "bytes that are no UTF-8, or half of a surrogate pair"
+                raise UserError(f"{where}: {column} holds {wrong}; mend or remove the row")
         system = [{"role": "system", "content": texts["system_prompt"]}] if texts["system_prompt"] else []
         yield Row(where, [*system, {"role": "user", "content": texts["question"]}, {"role": "assistant", "content": texts["response"]}])
 
@@ -52,7 +53,8 @@ def _records(source: str) -> Iterator[tuple[str, dict]]:
 
 def _jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:  # `read_rows` says in which line bytes are wrong
+        # bytes that are no UTF-8 come through, for `read_rows` to say in which line they are
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue

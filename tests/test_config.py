@@ -1,0 +1,246 @@
+"""Settings from a file and the command line: all that is wrong is said at once, and all that is right is kept."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from minorca import UserError
+from minorca.config import Config, config_parser, read_config, write_config
+
+# every setting with its documented default, but for the two that must be given and the output's name
+SETTINGS = """
+model:    {path: DIR, dtype: bfloat16, quantize: none}
+lora:     {rank: 16, alpha: 32, dropout: 0.0, targets: [q, k, v, o, gate, up, down], rslora: false, init: null}
+data:     {train: PATH, eval: null, limit: null, format: openorca, template: auto, seq_len: 4096, packing: true,
+           train_on: response, too_long: drop, empty_response: drop}
+optim:    {lr: 2.0e-4, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.0, warmup_steps: 0, schedule: cosine, max_grad_norm: 1.0}
+train:    {objective: sft, steps: null, epochs: 1, batch_tokens: 32768, micro_batch_tokens: 4096, seed: 0, output: runs/run,
+           checkpoint_every: 100, keep: 2, eval_every: 0, log_every: 1, resume: auto}
+parallel: {shard: auto, replicate: 1, activation_checkpointing: none, cpu_offload: false}
+"""
+MINIMAL = "model: {path: DIR}\ndata: {train: PATH}\n"
+LEAVES = [(section, key, value) for section, keys in yaml.safe_load(SETTINGS).items() for key, value in keys.items()]
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(text of run.yaml, *options) -> Config."""
+
+    def read(text: str, *options: str) -> Config:
+        (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+        parser = config_parser("minorca.train", "")
+        return read_config(*parser.parse_known_args(["--config", str(tmp_path / "run.yaml"), *options]))
+
+    return read
+
+
+def plain(config: Config) -> dict:
+    values = dataclasses.asdict(config)
+    values["optim"]["betas"] = list(values["optim"]["betas"])
+    return values
+
+
+def complaints(read, text: str, *options: str) -> list[str]:
+    """What a file and options are refused for, one string each."""
+    with pytest.raises(UserError) as caught:
+        read(text, *options)
+    place, rest = re.fullmatch(r"(\S+/run.yaml(?: and the command line)?): (.*)", str(caught.value)).groups()
+    assert place.endswith("command line") == bool(options)
+    return re.split(r"; (?=\S+ (?:is|needs) )", rest)
+
+
+def test_the_documented_settings_are_all_there_are_with_their_defaults(read):
+    assert plain(read(SETTINGS)) == yaml.safe_load(SETTINGS)
+    assert read(MINIMAL) == read(SETTINGS)
+
+
+@pytest.mark.parametrize("section, key, value", LEAVES, ids=lambda part: str(part))
+def test_every_setting_is_also_an_option(section, key, value, read):
+    """Each option gives its key the value that it would have in the file; the file is left without that key."""
+    values = yaml.safe_load(SETTINGS)
+    del values[section][key]
+    given = "DIR2" if key in ("path", "train", "output") else value
+    config = read(yaml.safe_dump(values), f"--{section}.{key}", yaml.safe_dump(given, default_flow_style=True).split("\n")[0])
+    assert plain(config)[section] == yaml.safe_load(SETTINGS)[section] | {key: given}
+
+
+def test_everything_wrong_is_reported_at_once(read):
+    """Unknown keys, sections and options, types, ranges and contradictions in one message, each once and nothing else."""
+    text = """
+model: {path: DIR, dtype: float16, colour: red}
+lora: {rank: 0, dropout: 1.0, targets: [q, x], rslora: 3}
+data: {train: PATH, eval: 1.5, seq_len: long, packing: maybe, limit: -1}
+optim: {lr: fast, betas: [0.9, 1.0], weight_decay: -0.1, max_grad_norm: .nan}
+train: {batch_tokens: 5000, micro_batch_tokens: 4000, eval_every: -1, steps: 2.5, epochs: true, seed: null}
+parallel: {shard: none, replicate: 2, cpu_offload: true}
+extra: {key: 1}
+"""
+    found = complaints(read, text, "--lora.rang=8", "--optim.eps", "0", "stray")
+    starts = [
+        "--lora.rang=8 is no option",
+        "stray is no option",
+        "model.colour is no setting",
+        "extra is no setting",
+        "model.dtype is 'float16'",
+        "lora.targets is 'x'",
+        "lora.rslora is 3",
+        "lora.rank is 0",
+        "lora.dropout is 1.0",
+        "data.seq_len is 'long'",
+        "data.packing is 'maybe'",
+        "data.eval is 1.5",
+        "data.limit is -1",
+        "optim.lr is 'fast'",
+        "optim.betas is [0.9, 1.0]",
+        "optim.weight_decay is -0.1",
+        "optim.max_grad_norm is nan",
+        "optim.eps is 0",
+        "train.batch_tokens is 5000",
+        "train.eval_every is -1",
+        "train.steps is 2.5",
+        "train.epochs is True",
+        "train.seed is None",
+        "parallel.replicate is over 1",
+        "parallel.cpu_offload needs",
+    ]
+    for start in starts:
+        assert sum(complaint.startswith(start) for complaint in found) == 1, (start, found)
+    assert len(found) == len(starts), found
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", ["model is missing", "data is missing"]),
+        ("model: {}\ndata: {}", ["model.path is missing", "data.train is missing"]),
+        ("model: {path: null}\ndata: {train: [1]}", ["model.path is None", "data.train is [1]"]),
+        ("model: {path: 7}\ndata: {train: PATH}", ["model.path is 7"]),
+        (MINIMAL + "1: {a: b}", ["1 is no setting"]),
+        (MINIMAL + "lora: {2024-01-01: 1}", ["lora.2024-01-01 is no setting"]),
+        (MINIMAL + "lora: {rank: '16'}", ["lora.rank is '16'"]),
+        (MINIMAL + "lora: {rank: true}", ["lora.rank is True"]),
+        (MINIMAL + "lora: {rank: 16.5}", ["lora.rank is 16.5"]),
+        (MINIMAL + "lora: {targets: []}", ["lora.targets is []"]),
+        (MINIMAL + "lora: {targets: [q, q]}", ["lora.targets is ['q', 'q']"]),
+        (MINIMAL + "optim: {betas: [0.9]}", ["optim.betas is"]),
+        (MINIMAL + "train: {eval_every: 5}", ["train.eval_every is set but data.eval is not"]),
+        (MINIMAL + "train: {micro_batch_tokens: 2048}", ["train.micro_batch_tokens is 2048 and data.seq_len 4096"]),
+    ],
+)
+def test_complaints(text, expected, read):
+    found = complaints(read, text)
+    assert len(found) == len(expected) and all(map(str.startswith, found, expected)), found
+
+
+def test_what_was_complained_of_is_no_part_of_a_contradiction(read):
+    """seq_len's default, put in the place of nonsense, would not fit this micro-batch."""
+    text = "model: {path: DIR}\ndata: {train: PATH, seq_len: long}\ntrain: {micro_batch_tokens: 1024}"
+    assert not [complaint for complaint in complaints(read, text) if "micro_batch_tokens" in complaint]
+
+
+@pytest.mark.parametrize(
+    "addition, key",
+    [
+        ("model: {path: DIR, quantize: nf4}\ndata: {train: PATH}", "model.quantize is 'nf4'"),
+        ("model: {path: DIR}\ndata: {train: PATH, format: sharegpt}", "data.format is 'sharegpt'"),
+        ("model: {path: DIR}\ndata: {train: PATH, format: preference}", "data.format is 'preference'"),
+        (MINIMAL + "train: {objective: dpo}", "train.objective is 'dpo'"),
+        (MINIMAL + "dpo: {beta: 0.1}", "dpo is no setting"),
+    ],
+)
+def test_what_does_not_exist_yet_is_refused(addition, key, read):
+    assert complaints(read, addition)[0].startswith(key)
+
+
+@pytest.mark.parametrize(
+    "text, line, complaint",
+    [
+        ("model: {path: A}\ndata: {train: B}\nmodel: {path: C}\n", 3, "model is given twice"),
+        ("model:\n  path: A\n  dtype: float32\n  path: B\n", 4, "path is given twice"),
+        ("model: {path: A\ndata: {train: B}\n", 2, ""),
+        ("model:\n\tpath: A\n", 2, ""),
+        ("model: {path: !!python/object/apply:os.system [true]}\n", 1, "could not determine a constructor"),
+    ],
+)
+def test_a_broken_file_is_named_with_the_line(text, line, complaint, read, tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path}/run.yaml, line {line}: .*{complaint}"):
+        read(text)
+
+
+@pytest.mark.parametrize("text", ["- model\n- data\n", "model: DIR\n", "just text", "7"])
+def test_a_file_without_sections(text, read, tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path}/run.yaml: expected sections"):
+        read(text)
+
+
+def test_a_missing_file(tmp_path):
+    parser = config_parser("minorca.train", "")
+    with pytest.raises(UserError, match="nowhere.yaml: no such configuration file"):
+        read_config(*parser.parse_known_args(["--config", str(tmp_path / "nowhere.yaml")]))
+
+
+OVERRIDES = [
+    (["--lora.targets", "[q, v]"], "lora", "targets", ["q", "v"]),
+    (["--lora.targets=[down]"], "lora", "targets", ["down"]),
+    (["--optim.betas", "[0.8, 0.9]"], "optim", "betas", (0.8, 0.9)),
+    (["--data.limit", "null"], "data", "limit", None),
+    (["--data.eval", "null"], "data", "eval", None),
+    (["--data.eval", "0.25"], "data", "eval", 0.25),
+    (["--data.eval", "5e-2"], "data", "eval", 0.05),
+    (["--data.eval", "held out.jsonl"], "data", "eval", "held out.jsonl"),
+    (["--lora.init", "null"], "lora", "init", None),
+    (["--optim.lr", "1e-3"], "optim", "lr", 1e-3),
+    (["--data.packing", "false"], "data", "packing", False),
+    (["--train.steps", "3", "--train.steps", "4"], "train", "steps", 4),
+    (["--train.output", "null"], "train", "output", "runs/run"),
+    (["--train.output", "007"], "train", "output", "007"),
+    (["--train.output", "2024_01"], "train", "output", "2024_01"),
+    (["--train.resume", "never"], "train", "resume", "never"),
+    (["--model.path", "[odd"], "model", "path", "[odd"),
+    (["--model.path", "@odd: name"], "model", "path", "@odd: name"),
+    (["--data.train", "Open-Orca/OpenOrca:1M.parquet"], "data", "train", "Open-Orca/OpenOrca:1M.parquet"),
+]
+
+
+@pytest.mark.parametrize("options, section, key, expected", OVERRIDES, ids=lambda part: str(part))
+def test_options_override_the_file(options, section, key, expected, read):
+    text = "model: {path: DIR}\nlora: {init: DIR2}\ndata: {train: PATH, limit: 5, eval: PATH2}\ntrain: {output: other}"
+    config = read(text, *options)
+    assert getattr(getattr(config, section), key) == expected
+    untouched = dataclasses.replace(getattr(config, section), **{key: getattr(getattr(read(text), section), key)})
+    assert dataclasses.replace(config, **{section: untouched}) == read(text)
+
+
+@pytest.mark.parametrize("option, value", [("--lora.targets", "[q"), ("--lora.rank", "{"), ("--data.limit", "@")])
+def test_an_option_that_is_no_yaml_is_a_wrong_type(option, value, read):
+    (complaint, *_) = complaints(read, MINIMAL, option, value)
+    assert complaint.startswith(f"{option[2:]} is {value!r}")
+
+
+def test_numbers_with_an_exponent_are_numbers(read):
+    """In YAML 1.1, and so for PyYAML, 2e-4 without a point is text."""
+    config = read(MINIMAL + "optim: {lr: 2e-4, eps: 1E-8, weight_decay: 1e+1, max_grad_norm: .5e1}")
+    assert (config.optim.lr, config.optim.eps, config.optim.weight_decay, config.optim.max_grad_norm) == (2e-4, 1e-8, 10.0, 5.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SETTINGS,
+        "model: {path: 'a: #b é 日本'}\nlora: {targets: [up], alpha: 0.1}\ndata: {train: PATH, eval: 0.1}\n"
+        "optim: {lr: 1.2345678901234567e-05}\ntrain: {steps: 3, eval_every: 2}\nparallel: {shard: fsdp, cpu_offload: true}",
+    ],
+)
+def test_what_is_written_reads_back_equal(text, read, tmp_path):
+    config, file = read(text), tmp_path / "written.yaml"
+    write_config(config, file)
+    assert read_config(*config_parser("minorca.train", "").parse_known_args(["--config", str(file)])) == config
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml", "written.yaml"]
+
+
+def test_the_quickstart_is_a_right_configuration():
+    config = read_config(*config_parser("minorca.train", "").parse_known_args([]))
+    assert (Path(__file__).parent.parent / config.data.train).is_file()

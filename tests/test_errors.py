@@ -1,0 +1,254 @@
+"""Commands as users run them: what users can mend ends with status 2 and one line that says what, and leaves nothing behind."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_mistral
+from test_export import adapted
+from test_tokenizer import byte_level
+
+import minorca.data.__main__
+import minorca.export
+import minorca.generate
+import minorca.train
+from minorca import UserError, cli
+from minorca.__main__ import _dispatch
+
+ROOT = Path(__file__).parent.parent
+ROW = {"id": "1", "system_prompt": "", "question": "the quick brown fox", "response": "jumps"}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A directory with a model and its tokenizer, adapters for it and for another, and something to train on."""
+    root = tmp_path_factory.mktemp("original")
+    random_mistral(vocab_size=512).save_pretrained(root / "model")
+    byte_level(root / "model")
+    adapted(random_mistral(vocab_size=512), root / "adapter")
+    adapted(random_mistral(vocab_size=512, num_hidden_layers=3), root / "deeper")
+    adapted(random_mistral(vocab_size=512, hidden_size=48), root / "narrower")
+    (root / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
+    (root / "run.yaml").write_text("model: {path: model}\ndata: {train: rows.jsonl, seq_len: 64}\n"
+                                   "train: {steps: 1, batch_tokens: 64, micro_batch_tokens: 64, output: runs/run}\n")
+    return root
+
+
+@pytest.fixture
+def here(original, tmp_path, monkeypatch):
+    """A copy of that directory to break, as the working directory."""
+    for source in original.rglob("*"):
+        copy = tmp_path / source.relative_to(original)
+        copy.mkdir() if source.is_dir() else copy.write_bytes(source.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def leave_the_process_as_it_was():
+    """A command is the last thing its process does: here it is not."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def tree(root: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
+        for path in root.rglob("*")
+    }
+
+
+def refusal(main, argv: list[str], capsys) -> str:
+    """What a command that must fail says, after it failed as all do and changed nothing."""
+    capsys.readouterr()
+    before = tree(Path.cwd())
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main, argv)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert err.startswith("minorca: error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert out == "" and "Traceback" not in err
+    assert tree(Path.cwd()) == before
+    return err.removeprefix("minorca: error: ").strip()
+
+
+def cut(path: str) -> None:
+    Path(path).write_bytes(Path(path).read_bytes()[:-100])
+
+
+def shrink_vocabulary(rows: int = 128) -> None:
+    """The model of `here` with fewer rows than its tokenizer has ids."""
+    random_mistral(vocab_size=rows).save_pretrained("model")
+
+
+def edit(path: str, **changes) -> None:
+    Path(path).write_text(json.dumps(json.loads(Path(path).read_text()) | changes))
+
+
+WEIGHTS, ADAPTER = "model/model.safetensors", "adapter/adapter_model.safetensors"
+GENERATE = ["--model", "model", "--prompt", "Hello"]
+GENERATING = {  # what breaks the directory, options, what is said
+    "no directory": (None, ["--model", "./nowhere", "--prompt", "x"], r"./nowhere: no such directory"),
+    "hub id": (None, ["--model", "mistralai/Mistral-7B-v0.1", "--prompt", "x"], "hf download mistralai/Mistral-7B-v0.1"),
+    "a file": (None, ["--model", "rows.jsonl", "--prompt", "x"], "rows.jsonl: is a file"),
+    "truncated": (lambda: cut(WEIGHTS), GENERATE, f"{WEIGHTS}: not a whole safetensors file"),
+    "no weights": (lambda: os.remove(WEIGHTS), GENERATE, "model: no weights"),
+    "no configuration": (lambda: os.remove("model/config.json"), GENERATE, "model: holds neither config.json nor params.json"),
+    "another network": (lambda: edit("model/config.json", model_type="qwen2"), GENERATE, "model/config.json: field model_type"),
+    "no tokenizer": (lambda: os.remove("model/tokenizer.json"), GENERATE, "model: no tokenizer here"),
+    "truncated tokenizer": (lambda: cut("model/tokenizer.json"), GENERATE, "model/tokenizer.json: cannot be read"),
+    "another tokenizer": (shrink_vocabulary, GENERATE, "vocab_size is 128; use the tokenizer that belongs to these weights"),
+    "deeper adapter": (None, [*GENERATE, "--adapter", "deeper"], "deeper/adapter_model.safetensors: .*layers.2.*another model"),
+    "narrower adapter": (None, [*GENERATE, "--adapter", "narrower"], "narrower/adapter_model.safetensors: .* has shape"),
+    "no adapter": (None, [*GENERATE, "--adapter", "model"], "model: no adapter_config.json"),
+    "truncated adapter": (lambda: cut(ADAPTER), [*GENERATE, "--adapter", "adapter"], f"{ADAPTER}: not a whole safetensors file"),
+    "no tokens": (None, [*GENERATE, "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+    "no number": (None, [*GENERATE, "--max-new-tokens", "many"], "--max-new-tokens: invalid int value: 'many'"),
+    "over the limit": (None, [*GENERATE, "--max-new-tokens", "600"], "600 are over the model's 512 positions"),
+    "cold": (None, [*GENERATE, "--temperature", "-1"], "--temperature must be 0 or more"),
+    "no temperature": (None, [*GENERATE, "--temperature", "nan"], "--temperature must be 0 or more"),
+    "no mass": (None, [*GENERATE, "--top-p", "0"], "--top-p must be over 0"),
+    "too much mass": (None, [*GENERATE, "--top-p", "1.5"], "--top-p must be over 0 and at most 1"),
+    "less than none": (None, [*GENERATE, "--top-k", "-1"], "--top-k must be 0"),
+    "all at once": (None, [*GENERATE, "--top-k", "-1", "--top-p", "2"], "--top-p must be .*; --top-k must be"),
+    "no prompt": (None, ["--model", "model"], "one of the arguments --prompt --chat is required"),
+    "empty prompt": (None, ["--model", "model", "--prompt", "", "--raw"], "--prompt is empty"),
+    "unknown option": (None, [*GENERATE, "--max-tokens", "5"], "unrecognized arguments: --max-tokens 5.*--help"),
+}
+
+
+EXPORT = ["--model", "model", "--adapter", "adapter", "--output", "out"]
+EXPORTING = {
+    "onto a directory": (lambda: Path("out").mkdir(), EXPORT, "out: exists already"),
+    "onto a file": (None, [*EXPORT[:-1], "rows.jsonl"], "rows.jsonl: exists already"),
+    "no directory": (None, ["--model", "./nowhere", "--output", "out"], "./nowhere: no such directory"),
+    "truncated": (lambda: cut(WEIGHTS), EXPORT, f"{WEIGHTS}: not a whole safetensors file"),
+    "missing tensor": (lambda: edit("model/config.json", num_hidden_layers=3), EXPORT, "model: no file holds model.layers.2"),
+    "deeper adapter": (None, [*EXPORT, "--adapter", "deeper"], "deeper/adapter_model.safetensors: .*another model"),
+    "narrower adapter": (None, [*EXPORT, "--adapter", "narrower"], "narrower/adapter_model.safetensors: .* has shape"),
+    "no adapter": (None, [*EXPORT, "--adapter", "./nowhere"], "nowhere: no adapter_config.json"),
+    "DoRA": (lambda: edit("adapter/adapter_config.json", use_dora=True), EXPORT, "adapter/adapter_config.json: field use_dora"),
+    "no output": (None, ["--model", "model"], "required: --output"),
+}
+RUN = ["--config", "run.yaml"]
+TRAINING = {
+    "no configuration": (None, ["--config", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
+    "unknown keys": (None, [*RUN, "--lora.rang=8", "--optim.lr", "fast"], "--lora.rang=8 is no option.*optim.lr is 'fast'"),
+    "no directory": (None, [*RUN, "--model.path", "./nowhere"], "./nowhere: no such directory"),
+    "hub id": (None, [*RUN, "--model.path", "mistralai/Mistral-7B-v0.1"], "hf download mistralai/Mistral-7B-v0.1"),
+    "no data": (None, [*RUN, "--data.train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    "broken data": (lambda: Path("rows.jsonl").write_text('{"id": 1,\n'), RUN, "rows.jsonl, line 1: not valid JSON"),
+    "no rows": (None, [*RUN, "--data.seq_len", "2"], "rows.jsonl: no row is left"),
+    "truncated": (lambda: cut(WEIGHTS), RUN, f"{WEIGHTS}: not a whole safetensors file"),
+    "another tokenizer": (shrink_vocabulary, RUN, "vocab_size is 128; use the tokenizer that belongs to these weights"),
+    "adapter of another shape": (None, [*RUN, "--lora.init", "adapter"], "lora.rank is 16, and the adapter adapter has 4"),
+    "no checkpoint": (None, [*RUN, "--train.resume", "adapter"], "adapter: no MANIFEST.json"),
+}
+SHOWING = {
+    "unknown key": (None, ["show", *RUN, "--data.trian=x"], "--data.trian=x is no option"),
+    "no tokenizer": (lambda: os.remove("model/tokenizer.json"), ["show", *RUN], "model: no tokenizer here"),
+    "template": (None, ["show", *RUN, "--data.template", "mistral-v3"], r"model: template mistral-v3 needs .* \[INST\]"),
+    "broken data": (lambda: Path("rows.jsonl").write_text("{"), ["show", *RUN], "rows.jsonl, line 1: not valid JSON"),
+    "no command": (None, [], "minorca.data takes a command: show"),
+}
+NAMING = {
+    "no command": (None, [], "expected one of the commands train, data, generate, export"),
+    "another command": (None, ["serv"], "expected one of the commands .*; found serv"),
+    "a command's own": (None, ["export", *EXPORT[:-1], "rows.jsonl"], "rows.jsonl: exists already"),
+}
+COMMANDS = [
+    (minorca.generate.main, GENERATING),
+    (minorca.export.main, EXPORTING),
+    (minorca.train.main, TRAINING),
+    (minorca.data.__main__.main, SHOWING),
+    (_dispatch, NAMING),
+]
+CASES = [
+    pytest.param(main, *case, id=f"{main.__module__.removeprefix('minorca.')}: {name}")
+    for main, cases in COMMANDS
+    for name, case in cases.items()
+]
+
+
+@pytest.mark.parametrize("main, break_it, argv, complaint", CASES)
+def test_one_line_and_status_two(main, break_it, argv, complaint, here, capsys):
+    if break_it:
+        break_it()
+    found = refusal(main, argv, capsys)
+    assert re.search(complaint, found), found
+
+
+def test_where_nothing_is_wrong(here, capsys):
+    """What the cases above break does work, and writes where it was told to and nowhere else."""
+    before = tree(here)
+    cli.run(minorca.generate.main, [*GENERATE, "--adapter", "adapter", "--max-new-tokens", "3", "--json"])
+    assert json.loads(capsys.readouterr().out)["tokens"] <= 3
+    cli.run(minorca.data.__main__.main, ["show", *RUN])
+    assert tree(here) == before
+    cli.run(minorca.export.main, EXPORT)
+    cli.run(minorca.train.main, RUN)
+    new = tree(here).keys() - before
+    assert {Path(path).parts[0] for path in new} == {"out", "runs"} and before.items() <= tree(here).items()
+
+
+def raising(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+def stopped_by(signum):
+    return lambda argv: os.kill(os.getpid(), signum)
+
+
+@pytest.mark.parametrize(
+    "main, status, said",
+    [
+        (lambda argv: None, None, ""),
+        (raising(UserError("a.json:\n  field x\n")), 2, "minorca: error: a.json: field x\n"),
+        (stopped_by(signal.SIGINT), 130, ""),
+        (stopped_by(signal.SIGTERM), 143, ""),
+    ],
+    ids=["done", "error", "SIGINT", "SIGTERM"],
+)
+def test_the_ways_a_command_ends(main, status, said, capfd):
+    try:
+        cli.run(main, [])
+        found = None
+    except SystemExit as ended:
+        found = ended.code
+    assert found == status and capfd.readouterr().err == said
+
+
+def command(*argv: str, reader_gone: bool = False) -> tuple[int, str | None, str]:
+    """A command in a process of its own, optionally with standard output that nobody reads any more."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PYTHONUNBUFFERED": ""}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    with subprocess.Popen([sys.executable, "-m", *argv], **pipe) as process:
+        if reader_gone:
+            process.stdout.close()
+            process.stdout = None
+        out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def test_processes():
+    """The same from outside, side by side for time's sake: an error, and help for a reader that has gone."""
+    with ThreadPoolExecutor() as pool:
+        failed = pool.submit(command, "minorca", "generate", "--model", "a/b", "--prompt", "x")
+        helped = pool.submit(command, "minorca.export", "--help", reader_gone=True)
+    status, out, err = failed.result()
+    assert (status, out) == (2, "") and re.fullmatch("minorca: error: a/b: no such directory.*hf download a/b .*\n", err)
+    assert helped.result() == (0, None, "")
