@@ -15,6 +15,7 @@ import uuid
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -46,18 +47,18 @@ def _sha256(path: Path) -> str:
 def publish(directory: Path, write) -> None:
     """Makes a directory appear complete or not at all: `write(temporary)`, synchronise to disk, rename."""
     temporary = directory.with_name(f"{directory.name}.tmp-{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         write(temporary)
         for path in temporary.iterdir():
             _sync(path)
         _sync(temporary)
         temporary.rename(directory)
-    except OSError as error:
-        raise UserError(f"{directory}: cannot be written ({error.strerror}); nothing half-written was left") from None
+        _sync(directory.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{directory}: cannot be written ({error}); nothing half-written was left") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _sync(directory.parent)
 
 
 def settings_that_matter(config: Config) -> dict:
@@ -146,7 +147,7 @@ def load(directory: Path, step: int, model: Mistral, optimizer: torch.optim.Opti
     load_adapter(model, directory, settings)
     moments = open_safetensors(directory / "optimizer.safetensors")
     for name, parameter in adapter_parameters(model).items():
-        optimizer.state[parameter] = {"step": torch.tensor(float(step))}
+        optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device)}
         for moment in MOMENTS:
             values, rows = torch.zeros_like(parameter), moments.get_slice(f"{moment}.{name}")
             fill_rows(values, lambda start, stop: rows[start:stop])

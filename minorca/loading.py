@@ -7,7 +7,7 @@ import torch
 from minorca.architecture import Architecture, model_directory, read_architecture
 from minorca.lora import add_adapters, load_adapter, read_adapter_settings
 from minorca.model import Mistral
-from minorca.weights import load_weights
+from minorca.weights import load_weights, open_weights
 
 
 def build_model(arch: Architecture, dtype: torch.dtype) -> Mistral:
@@ -39,12 +39,14 @@ def load_model(
         UserError: what is wrong with which file.
     """
     directory = model_directory(path)
-    model = build_model(read_architecture(directory), dtype)
+    arch = read_architecture(directory)
+    files, pieces = open_weights(directory, arch)  # checked before memory is taken
+    model = build_model(arch, dtype)
     settings = None if adapter is None else read_adapter_settings(adapter)
     if settings:
         add_adapters(model, settings, dtype)
     model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    load_weights(model, directory, model.arch)
+    load_weights(model, files, pieces)
     if settings:
         load_adapter(model, adapter, settings)
     return model.eval()

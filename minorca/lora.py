@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minorca.architecture import Architecture, read_json
 from minorca.errors import UserError
 from minorca.model import Mistral
-from minorca.weights import fill_rows, open_safetensors
+from minorca.weights import FLOATS, fill_rows, open_safetensors
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
@@ -168,9 +168,13 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
     for field in ("use_dora", "fan_in_fan_out", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform"):
         if config.get(field):
             raise UserError(f"{path}: field {field} is {config[field]!r}, which this engine does not compute")
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal"):  # the others change the base too
+        raise UserError(f"{path}: field init_lora_weights is {config['init_lora_weights']!r}; convert it to a plain adapter with PEFT first")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-        raise UserError(f"{path}: r is {rank!r} and lora_alpha {alpha!r}; expected a positive whole number and a number")
+    if type(rank) is not int or rank < 1:
+        raise UserError(f"{path}: field r is {rank!r}; expected a positive whole number")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise UserError(f"{path}: field lora_alpha is {alpha!r}; expected a number")
     return LoRASettings(rank, alpha, _targets_in(directory), rslora=bool(config.get("use_rslora")))
 
 
@@ -207,6 +211,8 @@ def check_adapter(directory: str | Path, arch: Architecture, settings: LoRASetti
     for name in sorted(keys ^ set(expected)):
         raise UserError(f"{path}: {'holds' if name in keys else 'lacks'} {name}; was it made for another model?")
     for name, parameter in expected.items():
+        if (dtype := file.get_slice(name).get_dtype()) not in FLOATS:
+            raise UserError(f"{path}: {name} is {dtype}; expected a floating-point type")
         if (shape := file.get_slice(name).get_shape()) != list(parameter.shape):
             raise UserError(f"{path}: {name} has shape {shape}; this model's has {list(parameter.shape)}; was it made for another one?")
     return file

@@ -34,7 +34,7 @@ from minorca.model import Mistral
 from minorca.objectives import next_token_loss
 from minorca.optim import adamw, clip_gradients, learning_rate
 from minorca.tokenizer import check_vocabulary, load_tokenizer
-from minorca.weights import load_weights
+from minorca.weights import load_weights, open_weights
 
 log = logging.getLogger("minorca.train")
 
@@ -75,13 +75,15 @@ def build(config: Config, world: parallel.World) -> tuple[Mistral, LoRASettings]
     """The model ready to train: meta device, adapters, checkpointing, sharding, then weights into what each rank keeps."""
     directory, lora = model_directory(config.model.path), config.lora
     settings = LoRASettings(lora.rank, lora.alpha, tuple(lora.targets), lora.dropout, lora.rslora)
-    model = build_model(read_architecture(directory), getattr(torch, config.model.dtype))
+    arch = read_architecture(directory)
+    files, pieces = open_weights(directory, arch)
+    model = build_model(arch, getattr(torch, config.model.dtype))
     add_adapters(model, settings)
     parallel.checkpoint_activations(model, config.parallel.activation_checkpointing)
     if parallel.shards(model, config.parallel, world):
         parallel.shard(model, config.parallel, world)
     model.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
-    load_weights(model, directory, model.arch)
+    load_weights(model, files, pieces)
     init_adapters(model, config.train.seed)
     if lora.init:
         _check_init(config, settings)

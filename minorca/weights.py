@@ -264,9 +264,8 @@ def _stacked(files: WeightFiles, pieces: list[Piece]) -> Callable[[int, int], Te
     return read
 
 
-def load_weights(model: nn.Module, directory: Path, arch: Architecture) -> None:
-    """Fills a model's base parameters (adapters are left alone), sharded or not, from its directory's files."""
-    files, pieces = open_weights(directory, arch)
+def load_weights(model: nn.Module, files: WeightFiles, pieces: dict[str, list[Piece]]) -> None:
+    """Fills a model's base parameters (adapters are left alone), sharded or not, from what `open_weights` has checked."""
     parameters = dict(model.named_parameters())
     for name, parts in pieces.items():
         fill_rows(parameters[name], _stacked(files, parts))

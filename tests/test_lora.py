@@ -85,7 +85,7 @@ def test_the_start_is_pefts_and_depends_on_seed_and_name_alone(save_mistral):
             assert 0.9 * bound < values.abs().max() <= bound and not torch.equal(values, other[name])
 
 
-@pytest.mark.parametrize("field, value", [("bias", "all"), ("use_dora", True), ("rank_pattern", {"q_proj": 2}), ("modules_to_save", ["lm_head"]), ("r", 0), ("peft_type", "IA3")])
+@pytest.mark.parametrize("field, value", [("bias", "all"), ("use_dora", True), ("rank_pattern", {"q_proj": 2}), ("modules_to_save", ["lm_head"]), ("r", 0), ("lora_alpha", float("nan")), ("init_lora_weights", "olora"), ("peft_type", "IA3")])
 def test_what_we_would_compute_differently_is_refused(field, value, save_mistral, tmp_path):
     import json
 
@@ -93,7 +93,7 @@ def test_what_we_would_compute_differently_is_refused(field, value, save_mistral
     random_adapter(base, tmp_path / "adapter", ("q",))
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
-    with pytest.raises(UserError, match=rf"adapter_config.json: .*{'r is 0' if field == 'r' else field}"):
+    with pytest.raises(UserError, match=f"adapter_config.json: field {field} is"):
         read_adapter_settings(tmp_path / "adapter")
 
 

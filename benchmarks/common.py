@@ -1,0 +1,143 @@
+"""What the benchmarks share: the clock, the model under test and its peer, and the JSON they write."""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minorca.architecture import read_architecture
+from minorca.loading import build_model, fast_dtype, load_model
+from minorca.model import Mistral
+from minorca.weights import hf_pieces
+
+ROOT = Path(__file__).parent.parent
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPES = {
+    "7b": {  # config.json of Mistral-7B-v0.3
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "vocab_size": 32768,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+    }
+}
+
+
+def clock() -> float:
+    """Seconds, once the device has done all it was given."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def parser(module: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the options that choose a model, and where the JSON goes."""
+    options = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    options.add_argument("--model", type=Path, default=ROOT / "examples" / "model", metavar="DIR", help="default: examples/model")
+    options.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of --model")
+    options.add_argument("--layers", type=int, metavar="N", help="of --shape; default: all it has")
+    options.add_argument("--dtype", choices=("bfloat16", "float32"), default=str(fast_dtype()).removeprefix("torch."))
+    options.add_argument("--output", type=Path, metavar="FOLDER", help="write the JSON there too")
+    return options
+
+
+@contextlib.contextmanager
+def model_under_test(args: argparse.Namespace) -> Iterator[tuple[Path, Mistral]]:
+    """A directory with a config.json, and minorca's model of it in args.dtype on the device, frozen."""
+    dtype = getattr(torch, args.dtype)
+    if not args.shape:
+        yield args.model, load_model(args.model, dtype, DEVICE)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        config = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
+        Path(directory, "config.json").write_text(json.dumps(config))
+        model = build_model(read_architecture(directory), dtype).to_empty(device=DEVICE).eval()
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            nn.init.ones_(parameter) if "norm" in name else nn.init.normal_(parameter, std=0.02)
+        yield Path(directory), model
+
+
+def peer(directory: Path, model: Mistral) -> nn.Module:
+    """transformers' model of the directory's configuration, its weights views of minorca's: one copy in memory serves both."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config, ours = AutoConfig.from_pretrained(directory), dict(model.named_parameters())
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(config, dtype=model.embedding.weight.dtype, attn_implementation="sdpa")
+    views = {
+        piece.name: view
+        for name, pieces in hf_pieces(model.arch).items()
+        for piece, view in zip(pieces, ours[name].detach().split([piece.rows for piece in pieces]))
+    }
+    theirs.load_state_dict(views, strict=False, assign=True)
+    theirs.tie_weights()
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(DEVICE)  # its tables are in no state dict
+    return theirs.eval()
+
+
+def machine() -> dict:
+    """Names and versions; the commit from git, or from a file COMMIT where the checkout has no git."""
+
+    def said(*command: str) -> str | None:
+        try:
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def read(path: Path) -> str:
+        return path.read_text() if path.exists() else ""
+
+    cuda = DEVICE.type == "cuda"
+    cpu = re.search(r"model name\s*: (.*)", read(Path("/proc/cpuinfo")))
+    return {
+        "device": torch.cuda.get_device_name() if cuda else cpu[1] if cpu else platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "triton", "transformers", "peft")},
+        "cuda": torch.version.cuda,
+        "cuda_driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+        "commit": said("git", "describe", "--always", "--dirty") or read(ROOT / "COMMIT").strip() or None,
+    }
+
+
+def report(result: dict, name: str, output: Path | None) -> None:
+    """Prints a result, and writes it to FOLDER/name.json."""
+    text = json.dumps({"machine": machine(), **result}, indent=2)
+    print(text)
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / f"{name}.json").write_text(text + "\n")

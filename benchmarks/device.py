@@ -1,0 +1,50 @@
+"""The machine and its measured limits: python -m benchmarks.device [--output FOLDER]
+
+Copy bandwidth is the bytes that `dst.copy_(src)` reads and writes a second; the matrix rate is what bf16 products of
+normal-random matrices sustain.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import DEVICE, clock, report, spread
+
+CUDA = DEVICE.type == "cuda"
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of copying 1 GiB on CUDA, 256 MiB on the CPU; the median of 20 copies."""
+    source = torch.ones(2**30 if CUDA else 2**28, dtype=torch.uint8, device=DEVICE)
+    target, seconds = torch.empty_like(source), []
+    target.copy_(source)
+    for _ in range(20):
+        start = clock()
+        target.copy_(source)
+        seconds.append(clock() - start)
+    return 2 * source.numel() / spread(seconds)["median"]
+
+
+def matmul_rate() -> dict[str, float]:
+    """FLOP/s of bf16 products of n x n matrices, over at least 10 s on CUDA (its power limit shows by then), 1 s on the CPU."""
+    n, at_least = (8192, 10) if CUDA else (1024, 1)
+    a, b = (torch.randn(n, n, device=DEVICE).bfloat16() for _ in range(2))
+    out, products = a @ b, 0
+    start = clock()
+    while (seconds := clock() - start) < at_least:
+        for _ in range(20 if CUDA else 1):
+            torch.mm(a, b, out=out)
+            products += 1
+    return {"n": n, "seconds": seconds, "flops_per_second": products * 2 * n**3 / seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description="The machine and its measured limits.")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write the JSON there too")
+    args = parser.parse_args()
+    report({"copy_bytes_per_second": copy_bandwidth(), "matmul_bf16": matmul_rate()}, "device", args.output)
+
+
+if __name__ == "__main__":
+    main()

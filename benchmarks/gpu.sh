@@ -1,0 +1,35 @@
+#!/bin/bash
+# Everything a machine with CUDA can tell, in at most nine minutes: benchmarks/gpu.sh FOLDER
+# Works without installing. A part that fails, or runs out of its time, does not stop the rest; the exit status is how many did.
+# SMOKE=1 tries the script itself with tiny sizes, on any machine.
+folder=$(mkdir -p "${1:?usage: benchmarks/gpu.sh FOLDER}" && cd "$1" && pwd) || exit
+cd "$(dirname "$0")/.." || exit
+export PYTHONPATH=.:kernels PYTHONUNBUFFERED=1
+export PYTORCH_ALLOC_CONF=expandable_segments:True # two sides of different shapes share the GPU's memory
+failed=0
+
+part() { # part NAME SECONDS COMMAND...: its output in FOLDER/NAME.txt, and the last lines of it here
+    local name=$1 seconds=$2 start=$SECONDS
+    shift 2
+    timeout -k 5 "$seconds" "$@" >"$folder/$name.txt" 2>&1
+    local status=$?
+    tail -n 3 "$folder/$name.txt"
+    echo "$name: exit status $status after $((SECONDS - start)) s"
+    [ $status = 0 ] || failed=$((failed + 1))
+}
+
+if [ -z "$SMOKE" ]; then
+    python -c 'import torch; assert torch.cuda.is_available()' || { echo "no CUDA: SMOKE=1 tries the script without"; exit 1; }
+    shape="--shape 7b" full="--tokens 8192" short=$full
+    generation="--batch 1,8 --prompt-tokens 512 --new-tokens 64"
+else
+    shape="--shape 7b --layers 1" full="--tokens 1024 --steps 1" short="--tokens 256 --steps 1"
+    generation="--batch 1,2 --prompt-tokens 16 --new-tokens 4"
+fi
+part device 45 python -m benchmarks.device --output "$folder"
+part tests 110 python -m pytest -m cuda $(grep -l mark.cuda tests/*.py) -q -rs -p no:cacheprovider
+part train-full 130 python -m benchmarks.train_step $shape $full --rows full --output "$folder"
+part train-short 105 python -m benchmarks.train_step $shape $short --rows short --output "$folder"
+part generation 105 python -m benchmarks.generation $shape $generation --output "$folder"
+python -m benchmarks.table "$folder"
+exit $failed

@@ -1,0 +1,243 @@
+"""One training step of LoRA, minorca beside transformers + PEFT: python -m benchmarks.train_step
+
+A step is forward, backward, clipping and AdamW over the same synthetic rows, two micro-batches of at most --tokens tokens
+for minorca, which packs. The peer is what a careful user of transformers would write: SDPA, PEFT's fp32 adapters, autocast
+in bf16 as its Trainer does, fused AdamW, rows sorted by length and padded to the longest of their micro-batch, of which none
+holds more than --tokens with its padding. Both share one copy of the frozen weights and start from the same adapter; their
+losses must agree in the first two steps. Where a micro-batch does not fit into the GPU, that side halves its own.
+
+Steps alternate, one side after the other. Tokens a second count real tokens, no padding. Peak memory is what CUDA allocated
+for one side alone, or the resident memory of a process that runs one side alone (Python and its libraries included).
+"""
+
+import contextlib
+import itertools
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from benchmarks.common import DEVICE, clock, model_under_test, parser, peer, report, spread
+from minorca.config import OptimConfig
+from minorca.data.packing import make_batch, plan_epoch
+from minorca.data.store import TokenStore
+from minorca.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters
+from minorca.metrics import peak_flops, peak_memory_bytes, training_flops
+from minorca.model import Mistral
+from minorca.objectives import next_token_loss
+from minorca.optim import adamw, clip_gradients
+
+SETTINGS, OPTIM = LoRASettings(rank=16, alpha=32), OptimConfig()
+LENGTHS = {"full": (512, 1024, 720, 0.3), "short": (16, 200, 60, 0.7)}  # least, most, and median and sigma of a lognormal
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of the losses, relative
+
+
+def plan(store: TokenStore, tokens: int) -> list[list[int]]:
+    """The rows of minorca's micro-batches, packed."""
+    return list(itertools.chain(*plan_epoch(store.lengths, tokens, 1, packing=True, seed=0, epoch=0)))
+
+
+def draw_rows(kind: str, vocabulary: int, tokens: int) -> TokenStore:
+    """Random rows, until one more would need a third micro-batch; of each the last 30 to 70 % of its tokens are trained."""
+    random = np.random.default_rng(0)
+    least, most, median, sigma = LENGTHS[kind]
+    store = TokenStore(np.empty(0, np.int32), np.empty(0, bool), np.zeros(1, np.int64))
+    while True:
+        length = int(np.clip(random.lognormal(np.log(median), sigma), least, most))
+        ids = random.integers(vocabulary, size=length, dtype=np.int32)
+        trained = np.arange(length) >= random.uniform(0.3, 0.7) * length
+        longer = TokenStore(
+            np.concatenate([store.tokens, ids]),
+            np.concatenate([store.trained, trained]),
+            np.append(store.offsets, store.offsets[-1] + length),
+        )
+        if len(plan(longer, tokens)) > 2:
+            return store
+        store = longer
+
+
+class Ours:
+    """minorca. `step` is one training step that stops at the end of each of its parts to be timed."""
+
+    def __init__(self, store: TokenStore, model: Mistral, directory: Path, adapter: dict[str, Tensor]):
+        self.store, self.trained, self.model = store, int(store.trained.sum()), model.train()
+        self.adapters = list(adapter_parameters(model).values())
+        self.optimizer = adamw(self.adapters, OPTIM)
+
+    def arrange(self, tokens: int) -> list[int]:
+        """Makes micro-batches of at most `tokens` tokens; returns how many each holds."""
+        self.batches = [make_batch(self.store, rows).to(DEVICE) for rows in plan(self.store, tokens)]
+        return [len(batch.tokens) for batch in self.batches]
+
+    def step(self) -> Iterator[str]:
+        self.loss = 0.0
+        for batch in self.batches:
+            loss = self.model(batch.tokens, batch.cu_seqlens, head=next_token_loss(batch)) / self.trained
+            self.loss += loss.detach()
+            yield "forward"
+            loss.backward()
+            yield "backward"
+        clip_gradients(self.adapters, OPTIM.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        yield "optimizer"
+
+
+class Theirs:
+    """transformers + PEFT, with the methods of `Ours`."""
+
+    def __init__(self, store: TokenStore, model: Mistral, directory: Path, adapter: dict[str, Tensor]):
+        from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+        self.store, self.trained = store, int(store.trained.sum())
+        targets = [f"{target}_proj" for target in SETTINGS.targets]
+        config = LoraConfig(r=SETTINGS.rank, lora_alpha=SETTINGS.alpha, target_modules=targets, task_type="CAUSAL_LM")
+        self.model = get_peft_model(peer(directory, model), config).train()
+        set_peft_model_state_dict(self.model, adapter)
+        self.adapters = [p for p in self.model.parameters() if p.requires_grad]
+        half = model.embedding.weight.dtype == torch.bfloat16
+        self.precision = torch.autocast(DEVICE.type, torch.bfloat16) if half else contextlib.nullcontext()
+        settings = OPTIM.lr, tuple(OPTIM.betas), OPTIM.eps, OPTIM.weight_decay
+        self.optimizer = torch.optim.AdamW(self.adapters, *settings, fused=True)
+
+    def arrange(self, tokens: int) -> list[int]:
+        groups: list[list[int]] = [[]]
+        for row in np.argsort(-self.store.lengths, kind="stable").tolist():
+            if groups[-1] and self.store.lengths[groups[-1][0]] * (len(groups[-1]) + 1) > tokens:
+                groups.append([])
+            groups[-1].append(row)
+        self.batches = [self._padded(rows) for rows in groups]
+        return [batch["input_ids"].numel() for batch in self.batches]
+
+    def _padded(self, rows: list[int]) -> dict[str, Tensor]:
+        parts = [tuple(map(torch.from_numpy, self.store.row(row))) for row in rows]
+        batch = {
+            "input_ids": pad_sequence([ids.long() for ids, _ in parts], batch_first=True),
+            "attention_mask": pad_sequence([torch.ones(len(ids), dtype=torch.int64) for ids, _ in parts], batch_first=True),
+            "labels": pad_sequence([ids.long().where(mask, -100) for ids, mask in parts], batch_first=True, padding_value=-100),
+        }
+        return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+
+    def step(self) -> Iterator[str]:
+        self.loss = 0.0
+        for batch in self.batches:
+            with self.precision:
+                loss = self.model(**batch, num_items_in_batch=self.trained, use_cache=False).loss
+            self.loss += loss.detach()
+            yield "forward"
+            loss.backward()
+            yield "backward"
+        torch.nn.utils.clip_grad_norm_(self.adapters, OPTIM.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        yield "optimizer"
+
+
+SIDES = {"ours": Ours, "theirs": Theirs}
+
+
+def timed(side: Ours | Theirs) -> Counter:
+    """One step's seconds by part."""
+    parts, start = Counter(), clock()
+    for part in side.step():
+        now = clock()
+        parts[part] += now - start
+        start = now
+    return parts
+
+
+def warm_up(side: Ours | Theirs, tokens: int) -> tuple[int, list[int]]:
+    """The first step; returns the micro-batches' limit it fits the GPU with, at most `tokens`, and their sizes."""
+    while True:
+        sizes = side.arrange(tokens)
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            timed(side)
+            return tokens, sizes
+        except torch.OutOfMemoryError:
+            tokens //= 2
+            if tokens < side.store.lengths.max():
+                raise
+        side.batches = None
+        side.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+
+
+def measure(args, names: list[str]) -> dict:
+    with model_under_test(args) as (directory, model):
+        store = draw_rows(args.rows, model.arch.vocab_size, args.tokens)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        add_adapters(model, SETTINGS)
+        init_adapters(model, seed=0)
+        adapter = {name: p.detach().cpu().clone() for name, p in adapter_parameters(model).items()}
+        sides, results = {}, {}
+        for name in names:
+            others = torch.cuda.memory_allocated() - weights if sides else 0  # what the side before keeps
+            side = sides[name] = SIDES[name](store, model, directory, adapter)
+            tokens, sizes = warm_up(side, args.tokens)
+            results[name] = {
+                "micro_batch_tokens": tokens,
+                "micro_batches": len(sizes),
+                "padding": 1 - len(store.tokens) / sum(sizes),
+                "peak_memory_bytes": peak_memory_bytes(DEVICE) - others,
+                "losses": [side.loss.item()],
+            }
+        steps = {name: [] for name in names}
+        for _ in range(args.steps):
+            for name, side in sides.items():
+                steps[name].append(timed(side))
+                results[name]["losses"].append(side.loss.item())
+        flops = training_flops(model.arch, sum(map(torch.numel, adapter.values())), store.lengths.tolist())
+    for name, result in results.items():
+        seconds = spread([part.total() for part in steps[name]])
+        peak = peak_flops(DEVICE)
+        result |= {
+            "seconds": seconds,
+            "parts_seconds": {part: spread([step[part] for step in steps[name]])["median"] for part in steps[name][0]},
+            "tokens_per_second": len(store.tokens) / seconds["median"],
+            "trained_tokens_per_second": int(store.trained.sum()) / seconds["median"],
+            "mfu": flops / seconds["median"] / peak if peak else None,
+        }
+    sizes = {"documents": len(store), "tokens": len(store.tokens), "trained_tokens": int(store.trained.sum()), "flops": flops}
+    return {"step": sizes, **results}
+
+
+def main() -> None:
+    options = parser("benchmarks.train_step", "One LoRA training step, minorca beside transformers + PEFT.")
+    options.add_argument("--rows", choices=LENGTHS, default="full", help="512 to 1024 tokens each, or short: 16 to 200")
+    options.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps of each side, after one that is not")
+    options.add_argument("--tokens", type=int, default=2048, metavar="N", help="a micro-batch holds at most")
+    options.add_argument("--only", choices=SIDES, help="run one side alone and print its peak memory in bytes")
+    args = options.parse_args()
+    if args.tokens < LENGTHS[args.rows][1]:
+        options.error(f"--tokens is {args.tokens}; rows have up to {LENGTHS[args.rows][1]}")
+    if args.only:
+        args.steps = 1
+        print(measure(args, [args.only])[args.only]["peak_memory_bytes"])
+        return
+    alone = {}
+    if DEVICE.type == "cpu":  # a process's peak is of all it has ever run
+        for name in SIDES:
+            command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--only", name]
+            alone[name] = int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
+    result = measure(args, list(SIDES))
+    for name, peak in alone.items():
+        result[name]["peak_memory_bytes"] = peak
+    settings = {"model": args.shape or args.model.name, "rows": args.rows, "dtype": args.dtype, "tokens": args.tokens}
+    ratio = result["ours"]["tokens_per_second"] / result["theirs"]["tokens_per_second"]
+    report({**settings, "layers": args.layers, **result, "ratio": ratio}, f"train-{args.rows}", args.output)
+    for ours, theirs in zip(*(result[name]["losses"][:2] for name in SIDES)):
+        print(f"loss: ours {ours:.6f}, theirs {theirs:.6f}")
+        if not abs(ours - theirs) <= TOLERANCE[args.dtype] * theirs:
+            sys.exit(f"benchmarks.train_step: error: the losses differ by more than {TOLERANCE[args.dtype]:g} of their size")
+
+
+if __name__ == "__main__":
+    main()
