@@ -122,10 +122,9 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     loss, rate, speed = figure.subplots(1, 3)
-    smooth, smoothed = None, []
+    memory, smoothed = max(0, 1 - 10 / max(1, len(train))), []  # averages over about a tenth of the run
     for line in train:
-        smooth = line["loss"] if smooth is None else 0.9 * smooth + 0.1 * line["loss"]
-        smoothed.append(smooth)
+        smoothed.append(memory * smoothed[-1] + (1 - memory) * line["loss"] if smoothed else line["loss"])
     loss.plot(steps, [line["loss"] for line in train], color="tab:blue", alpha=0.35, label="training")
     loss.plot(steps, smoothed, color="tab:blue", label="training, smoothed")
     if held_out:
