@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -40,7 +41,7 @@ log = logging.getLogger("minorca.train")
 
 
 def main(argv: list[str]) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)  # standard error is for errors and the bar
     logging.getLogger("minorca").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     parser = config_parser("minorca.train", "Fine-tunes a Mistral model with LoRA.")
     train(read_config(*parser.parse_known_args(argv)))

@@ -105,6 +105,7 @@ def workplace(save_mistral, tmp_path):
 
     directory, model = save_mistral(vocab_size=260, sliding_window=24, tie_word_embeddings=True, initializer_range=0.08)
     save_tokenizer(directory)
+    (tmp_path / "empty.yaml").write_text("{}")  # not the quickstart
     draw = random.Random(0)
     with (tmp_path / "rows.jsonl").open("w") as file:
         for n in range(60):
@@ -117,16 +118,14 @@ def workplace(save_mistral, tmp_path):
             "model.path": directory,
             "model.dtype": "float32",
             "data.train": tmp_path / "rows.jsonl",
-            "data.eval": "null",
             "data.seq_len": 128,
             "lora.rank": 4,
             "optim.lr": 0.01,
-            "optim.warmup_steps": 0,
             "train.batch_tokens": 512,
             "train.micro_batch_tokens": 128,
             "train.output": tmp_path / output,
         } | settings
-        return [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+        return ["--config", str(tmp_path / "empty.yaml"), *(t for key, value in settings.items() for t in (f"--{key}", str(value)))]
 
     options.model, options.path = model, tmp_path
     return options

@@ -385,3 +385,20 @@ def test_show_with_bad_numbers(rows, config):
 def test_data_takes_a_command_it_has(argv):
     with pytest.raises(UserError, match="minorca.data takes a command: show"):
         main(argv)
+
+
+# ------------------------------------------------------------------------------------------------------------- hubs
+
+
+@pytest.mark.parametrize("source, file, limit", [("Open-Orca/OpenOrca:1M-GPT4-Augmented.parquet", "1M-GPT4-Augmented.parquet", None), ("a/b", None, 2)])
+def test_a_hub_id_is_read_by_datasets(source, file, limit, monkeypatch):
+    """Its name and file are asked for; a limited read streams instead of downloading; what goes wrong names the source."""
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append((name, options)) or RECORDS)
+    assert [row.messages for row in read_rows(source, limit)] == MESSAGES[:limit]
+    assert asked == [(source.split(":")[0], {"data_files": file, "split": "train", "streaming": limit is not None})]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: 1 / 0)
+    with pytest.raises(UserError, match=f"^{source}: no such file, and as a hub id it cannot be read"):
+        next(read_rows(source))

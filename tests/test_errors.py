@@ -55,9 +55,11 @@ def here(original, tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def leave_the_process_as_it_was():
     """A command is the last thing its process does: here it is not."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite started in the background would ignore it
     yield
-    signal.signal(signal.SIGTERM, before)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -25,7 +25,7 @@ def read_rows(source: str, limit: int | None = None) -> Iterator[Row]:
     Raises:
         UserError: a file that is missing or broken, a missing column, a value that is not text.
     """
-    for where, record in islice(_records(source), limit):
+    for where, record in islice(_records(source, limit), limit):
         if missing := [column for column in OPENORCA_COLUMNS if column not in record]:
             raise UserError(f"{where}: no column {missing[0]}; expected OpenOrca's id, system_prompt, question and response, found {', '.join(map(str, record))}")
         texts = {column: "" if record[column] is None else record[column] for column in OPENORCA_COLUMNS}
@@ -39,7 +39,7 @@ def read_rows(source: str, limit: int | None = None) -> Iterator[Row]:
         yield Row(where, [*system, {"role": "user", "content": texts["question"]}, {"role": "assistant", "content": texts["response"]}])
 
 
-def _records(source: str) -> Iterator[tuple[str, dict]]:
+def _records(source: str, limit: int | None) -> Iterator[tuple[str, dict]]:
     path = Path(source).expanduser()
     if path.is_file():
         readers = {".jsonl": _jsonl, ".json": _jsonl, ".csv": _csv, ".parquet": _parquet}
@@ -48,7 +48,7 @@ def _records(source: str) -> Iterator[tuple[str, dict]]:
         return readers[path.suffix](path)
     if path.exists() or path.suffix in (".jsonl", ".json", ".csv", ".parquet") and ":" not in source or source.startswith((".", "/", "~")):
         raise UserError(f"{source}: no such file; data.train and data.eval take a file or a hub id")
-    return _hub(source)
+    return _hub(source, limit)
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, dict]]:
@@ -105,12 +105,13 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{path}: cannot be read as parquet ({error})") from None
 
 
-def _hub(source: str) -> Iterator[tuple[str, dict]]:
+def _hub(source: str, limit: int | None) -> Iterator[tuple[str, dict]]:
     import datasets
 
     name, _, file = source.partition(":")
     try:
-        rows = datasets.load_dataset(name, data_files=file or None, split="train", streaming=True)
+        # a few rows are streamed; all of them are downloaded once, and kept by `datasets`
+        rows = datasets.load_dataset(name, data_files=file or None, split="train", streaming=limit is not None)
         for number, record in enumerate(rows, 1):
             yield f"{source}, row {number}", record
     except Exception as error:  # whatever the network, the hub or a broken file makes it raise
