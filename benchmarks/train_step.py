@@ -194,10 +194,10 @@ def measure(args, names: list[str]) -> dict:
             for name, side in sides.items():
                 steps[name].append(timed(side))
                 results[name]["losses"].append(side.loss.item())
-        flops = training_flops(model.arch, sum(map(torch.numel, adapter.values())), store.lengths.tolist())
+        flops = training_flops(model.arch, sum(map(torch.numel, adapter.values())), store.lengths.tolist(), int(store.trained.sum()))
     for name, result in results.items():
         seconds = spread([part.total() for part in steps[name]])
-        peak = peak_flops(DEVICE)
+        peak = peak_flops(DEVICE, getattr(torch, args.dtype))
         result |= {
             "seconds": seconds,
             "parts_seconds": {part: spread([step[part] for step in steps[name]])["median"] for part in steps[name][0]},

@@ -131,7 +131,7 @@ def _from_hf(fields: _Fields) -> Architecture:
     if theta is not None:
         values["rope_theta"] = theta
     window = fields.get("sliding_window", int, default=None if "sliding_window" in values else defaults["sliding_window"])
-    if (values.get("layer_types") or ["sliding_attention"])[0] == "full_attention":
+    if kind == "llama" or (values.get("layer_types") or ["sliding_attention"])[0] == "full_attention":
         window = None
 
     heads, hidden = fields.get("num_attention_heads", int), fields.get("hidden_size", int)

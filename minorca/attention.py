@@ -140,7 +140,8 @@ class Documents:
         self.positions = torch.cat([torch.arange(length) for length in self.lengths]).to(device, non_blocking=True)
 
     def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        if q_THD.is_cuda and varlen_attn is not None and q_THD.dtype in (torch.bfloat16, torch.float16):
+        head_dim, half = q_THD.shape[-1], q_THD.dtype in (torch.bfloat16, torch.float16)
+        if q_THD.is_cuda and varlen_attn is not None and half and head_dim % 8 == 0 and head_dim <= 256:  # flash attention's limits
             return self._varlen(q_THD, k_TKD, v_TKD)
         if not q_THD.is_cuda:
             return _HostAttention.apply(q_THD, k_TKD, v_TKD, self.lengths, self.window)

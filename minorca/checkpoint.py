@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minorca.architecture import read_json
 from minorca.config import Config
+from minorca.data.store import TokenStore
 from minorca.errors import UserError
 from minorca.lora import LoRASettings, adapter_parameters, load_adapter, save_adapter
 from minorca.model import Mistral
@@ -61,15 +62,15 @@ def publish(directory: Path, write) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def settings_that_matter(config: Config) -> dict:
-    """The settings under which a run's numbers are what they are: all but where and how often it writes, and on what it runs."""
+def identity(config: Config, store: TokenStore) -> dict:
+    """What a run's numbers follow from: its rows, and all settings but where and how often it writes, and on what it runs."""
     values = {f"{s}.{k}": v for s, keys in dataclasses.asdict(config).items() for k, v in keys.items() if s != "parallel"}
     for key in ("output", "checkpoint_every", "keep", "eval_every", "log_every", "resume"):
         del values[f"train.{key}"]
-    return json.loads(json.dumps(values))
+    return json.loads(json.dumps(values | {"the rows' sha256": store.sha256()}))
 
 
-def save(directory: Path, model: Mistral, optimizer: torch.optim.Optimizer, step: int, config: Config, settings: LoRASettings, world: World) -> None:
+def save(directory: Path, model: Mistral, optimizer: torch.optim.Optimizer, step: int, run: dict, config: Config, settings: LoRASettings, world: World) -> None:
     """Publishes the checkpoint of a finished step under `directory` and removes all but the newest `keep`. Every rank calls it."""
     parameters = adapter_parameters(model)
     adapter = {name: whole(p) for name, p in parameters.items()}
@@ -78,7 +79,7 @@ def save(directory: Path, model: Mistral, optimizer: torch.optim.Optimizer, step
     def write(temporary: Path) -> None:
         save_adapter(temporary, adapter, settings, config.model.path)
         save_file(moments, temporary / "optimizer.safetensors")
-        state = {"step": step, "settings": settings_that_matter(config)}
+        state = {"step": step, "run": run}
         (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
         (temporary / "MANIFEST.json").write_text(json.dumps(files, indent=2) + "\n")
@@ -88,6 +89,12 @@ def save(directory: Path, model: Mistral, optimizer: torch.optim.Optimizer, step
         for old in published(directory)[: -config.train.keep]:
             shutil.rmtree(old)
     torch.distributed.barrier()
+
+
+def sweep(output: Path) -> None:
+    """Removes what a killed run had begun to write."""
+    for leftover in (*output.glob("*.tmp-*"), *output.glob("checkpoints/*.tmp-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def published(directory: Path) -> list[Path]:
@@ -129,16 +136,19 @@ def find(config: Config) -> Path | None:
     return path
 
 
-def read_step(directory: Path, config: Config) -> int:
-    """The step a checkpoint was made after, once its files are verified and its settings are this run's.
+def read_step(directory: Path, now: dict, config: Config) -> int:
+    """The step a checkpoint was made after, once its files are verified and it is of this run (`now`, its identity).
 
     Raises:
-        UserError: a damaged file, or the settings that differ, by name.
+        UserError: a damaged file, the settings that differ by name, or later checkpoints that going on would run into.
     """
     state = verify(directory)
-    now, then = settings_that_matter(config), state["settings"]
+    then = state["run"]
     if differing := [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in sorted(now.keys() | then) if now.get(key) != then.get(key)]:
         raise UserError(f"{directory}: made with other settings: {'; '.join(differing)}; set them back, or choose another train.output")
+    for later in published(Path(config.train.output) / "checkpoints"):
+        if int(STEP.fullmatch(later.name)[1]) > state["step"]:
+            raise UserError(f"{later}: is later than {directory.name}; remove it to go back, or choose another train.output")
     return state["step"]
 
 

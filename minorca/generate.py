@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minorca import cli
-from minorca.chat import render_chat
+from minorca.chat import TEMPLATES, render_chat
 from minorca.errors import UserError
 from minorca.kv_cache import KVCache
 from minorca.loading import fast_dtype, load_model
@@ -106,6 +106,7 @@ def _parser() -> cli.Parser:
     what.add_argument("--prompt", metavar="TEXT", help="one user turn, or the bare text with --raw")
     what.add_argument("--chat", action="store_true", help="a conversation in the terminal; end it with Ctrl-D")
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
+    parser.add_argument("--template", default="auto", choices=TEMPLATES, help="as data.template when the adapter was trained")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X")
@@ -142,9 +143,11 @@ def main(argv: list[str]) -> None:
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
     messages = [{"role": "system", "content": args.system}] if args.system else []
     if args.chat:
-        return _chat(model, tok, messages, options | {"seed": args.seed})
+        return _chat(model, tok, messages, args.template, options | {"seed": args.seed})
 
-    prompt = tok.encode(args.prompt, bos=tok.adds_bos) if args.raw else render_chat(tok, [*messages, {"role": "user", "content": args.prompt}])
+    prompt = tok.encode(args.prompt, bos=tok.adds_bos) if args.raw else render_chat(
+        tok, [*messages, {"role": "user", "content": args.prompt}], template=args.template
+    )
     _check_room(model, prompt, args.max_new_tokens)
     started = time.perf_counter()
     ids, text = stream(model, tok, prompt, (lambda text: None) if args.json else _show, seed=args.seed, **options)
@@ -164,7 +167,7 @@ def _check_room(model: Mistral, prompt: list[int], new: int) -> None:
         raise UserError(f"{len(prompt)} prompt tokens and --max-new-tokens {new} are over the model's {limit} positions; shorten one of them")
 
 
-def _chat(model: Mistral, tok: Tokenizer, messages: list[dict[str, str]], options: dict) -> None:
+def _chat(model: Mistral, tok: Tokenizer, messages: list[dict[str, str]], template: str, options: dict) -> None:
     while True:
         try:
             said = input("> " if sys.stdin.isatty() else "")
@@ -173,7 +176,7 @@ def _chat(model: Mistral, tok: Tokenizer, messages: list[dict[str, str]], option
         if not said.strip():
             continue
         messages.append({"role": "user", "content": said})
-        prompt = render_chat(tok, messages)
+        prompt = render_chat(tok, messages, template=template)
         _check_room(model, prompt, options["max_new_tokens"])
         _, answer = stream(model, tok, prompt, _show, **options)
         print()

@@ -24,6 +24,7 @@ class KVCache:
         self.window = arch.window
         shape = (arch.layers, sequences, self.slots, arch.kv_heads, arch.head_dim)
         self.k_LNSKD, self.v_LNSKD = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.longest = 0
         self.lengths_N = torch.zeros(sequences, dtype=torch.int64, device=device)
 
     def prefill(self, cu_seqlens: Tensor) -> "_Prefill":
@@ -31,6 +32,10 @@ class KVCache:
         return _Prefill(self, cu_seqlens)
 
     def step(self) -> "_Step":
+        """For tokens [N], the next one of each sequence."""
+        self.longest += 1
+        if self.longest > self.slots != self.window:
+            raise ValueError(f"the cache was made for {self.slots} tokens a sequence")
         return _Step(self)
 
 
@@ -40,6 +45,7 @@ class _Prefill(Documents):
     def __init__(self, cache: KVCache, cu_seqlens: Tensor):
         super().__init__(cu_seqlens, int(cu_seqlens[-1]), cache.window, cache.lengths_N.device)
         self.cache = cache
+        cache.longest = self.longest
         cache.lengths_N.copy_(torch.tensor(self.lengths))
 
     def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:

@@ -165,7 +165,7 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
         raise UserError(f"{path}: field peft_type is {config.get('peft_type')!r}; expected LORA")
     if config.get("bias", "none") != "none":
         raise UserError(f"{path}: field bias is {config['bias']!r}; expected none")
-    for field in ("use_dora", "fan_in_fan_out", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform"):
+    for field in ("use_dora", "fan_in_fan_out", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "alora_invocation_tokens"):
         if config.get(field):
             raise UserError(f"{path}: field {field} is {config[field]!r}, which this engine does not compute")
     if config.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal"):  # the others change the base too

@@ -14,27 +14,28 @@ from minorca.parallel import World
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
-def peak_flops(device: torch.device) -> float | None:
-    if device.type != "cuda":
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
     return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
 
 
-def training_flops(arch: Architecture, adapter_parameters: int, lengths: list[int]) -> float:
-    """FLOPs of one forward and backward over documents of these lengths, recomputation not counted.
+def training_flops(arch: Architecture, adapter_parameters: int, lengths: list[int], trained: int) -> float:
+    """FLOPs of one forward and backward over documents of these lengths, `trained` tokens of them in the loss; recomputation
+    not counted.
 
     A token costs 4 FLOPs a frozen matrix parameter (forward, and the gradient of activations) and 6 an adapter parameter;
-    attention 4 D a query head and visible key forward, and 2.5 times that backward. The head counts for every token.
+    attention 4 D a query head and visible key forward, and 2.5 times that backward. The head meets trained tokens alone.
     """
     attended, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
     block = arch.hidden_size * (2 * attended + 2 * kv + 3 * arch.intermediate_size)
-    frozen = arch.layers * block + arch.vocab_size * arch.hidden_size
     pairs = 0
     for n in lengths:
         w = min(n, arch.window or n)
         pairs += w * (w + 1) // 2 + (n - w) * w
-    return (4 * frozen + 6 * adapter_parameters) * sum(lengths) + 3.5 * 4 * attended * arch.layers * pairs
+    tokens = (4 * arch.layers * block + 6 * adapter_parameters) * sum(lengths)
+    return tokens + 4 * arch.vocab_size * arch.hidden_size * trained + 3.5 * 4 * attended * arch.layers * pairs
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -52,7 +53,7 @@ class Record:
         from tqdm import tqdm
 
         self.path, self.log_every = output / "metrics.jsonl", log_every
-        _drop_lines_past(self.path, resumed)
+        _drop_lines_past(self.path, resumed or -1)  # starting over, the evaluation before step 1 too
         self.file = self.path.open("a")
         self.board = SummaryWriter(output / "tensorboard", purge_step=resumed + 1)
         self.bar = tqdm(total=steps, initial=resumed, unit="step", desc="training")
@@ -64,9 +65,8 @@ class Record:
             if value is not None:
                 self.board.add_scalar(name, value, step)
 
-    def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, trained: int, seconds: float, flops: float, world: World) -> None:
+    def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, trained: int, seconds: float, mfu: float | None, world: World) -> None:
         """A step of all ranks together: its loss per trained token, its own tokens, its wall-clock seconds."""
-        peak = peak_flops(world.device)
         values = {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -75,7 +75,7 @@ class Record:
             "trained_tokens": trained,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
-            "mfu": flops / seconds / world.size / peak if peak else None,
+            "mfu": mfu,
             "peak_memory_bytes": peak_memory_bytes(world.device),
         }
         self._write(step, values)

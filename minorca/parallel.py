@@ -5,10 +5,12 @@ an (N, 1) mesh would do the same but copies every frozen weight twice a micro-ba
 `fsdp` shards every block, and the root with embedding, final norm and head, over a named (replicate, shard) mesh.
 """
 
+import contextlib
 import datetime
 import functools
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,14 +37,15 @@ class World:
     device: torch.device
 
     def sum(self, values: list[float]) -> list[float]:
-        """Each value's sum over the ranks, in fp64."""
+        """Each value's sum over the ranks, in fp64. Every rank must call it."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 
 
-def start() -> World:
-    """Joins the process group torchrun describes, or makes one of this process alone: nccl on CUDA, gloo on the CPU."""
+@contextlib.contextmanager
+def joined() -> Iterator[World]:
+    """Within it, this process is in the group torchrun describes, or in one of its own: nccl on CUDA, gloo on the CPU."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -52,13 +55,20 @@ def start() -> World:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+        dist.barrier()  # gloo aborts processes that leave while others still talk
+    finally:
+        dist.destroy_process_group()
 
 
-def stop() -> None:
-    """Leaves the group together: gloo aborts processes that leave while others still talk."""
-    dist.barrier()
-    dist.destroy_process_group()
+def end_process() -> None:
+    """Ends a rank of a finished gloo run without Python's own ending, during which gloo's threads may still let go of tensors
+    and abort the process (seen in about 1 of 9 sharded runs; pytorch#190489)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _memory_per_rank(device: torch.device) -> int:
@@ -73,7 +83,8 @@ def shards(model: nn.Module, config: ParallelConfig, world: World) -> bool:
     if config.shard != "auto":
         return config.shard == "fsdp"
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return config.replicate > 1 or config.cpu_offload or 2 * weights >= _memory_per_rank(world.device)
+    needed = config.replicate > 1 or config.cpu_offload or 2 * weights >= _memory_per_rank(world.device)
+    return world.sum([needed])[0] > 0  # ranks may differ in memory, and must not differ in this
 
 
 def shard(model: Mistral, config: ParallelConfig, world: World) -> None:
@@ -103,7 +114,7 @@ def checkpoint_activations(model: Mistral, kind: str) -> None:
         kept.append(torch.ops.torch_attn._varlen_attn.default)
     options = {"context_fn": functools.partial(create_selective_checkpoint_contexts, kept)} if kind == "selective" else {}
     for block in model.layers:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:

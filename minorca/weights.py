@@ -170,10 +170,9 @@ class WeightFiles:
         handle = self._handles[self.files[name]]
         return tuple(handle[name].shape if isinstance(handle, dict) else handle.get_slice(name).get_shape())
 
-    def is_float(self, name: str) -> tuple[bool, str]:
+    def dtype(self, name: str) -> str:
         handle = self._handles[self.files[name]]
-        dtype = str(handle[name].dtype) if isinstance(handle, dict) else handle.get_slice(name).get_dtype()
-        return dtype in FLOATS, dtype
+        return str(handle[name].dtype) if isinstance(handle, dict) else handle.get_slice(name).get_dtype()
 
     def bytes(self, name: str) -> int:
         """What a tensor takes in memory."""
@@ -207,8 +206,7 @@ def open_weights(directory: Path, arch: Architecture) -> tuple[WeightFiles, dict
     for name, shape in expected.items():
         if files.shape(name) != shape:
             raise UserError(f"{files.files[name]}: {name} has shape {list(files.shape(name))}; the configuration says {list(shape)}")
-        right, dtype = files.is_float(name)
-        if not right:
+        if (dtype := files.dtype(name)) not in FLOATS:
             raise UserError(f"{files.files[name]}: {name} is {dtype}; expected unquantised weights in bf16, fp16 or fp32")
     return files, pieces
 

@@ -203,7 +203,7 @@ def test_long_rows_are_truncated(tok):
     assert max(store.lengths) == 64 < max(whole.lengths)
     prompt = int(whole.row(0)[1].argmax())
     store, counts = rendered(tok, seq_len=prompt, too_long="truncate")
-    assert len(store) == 0 and counts["dropped: no response within seq_len"] == 4
+    assert len(store) == 0 and counts["dropped: nothing to train on"] == 4
     store, counts = rendered(tok, seq_len=prompt + 1, too_long="truncate")
     assert list(store.lengths) == [prompt + 1] * 4 and counts["trained tokens"] == 4
 

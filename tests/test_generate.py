@@ -36,6 +36,18 @@ def test_greedy_equals_the_cacheless_forward(save_mistral):
         ids.append(token)
 
 
+def test_a_cache_without_a_window_does_not_roll(save_mistral):
+    """Past the length it was made for it would overwrite keys that are still seen."""
+    from minorca.kv_cache import KVCache
+
+    arch = load_model(save_mistral(sliding_window=64)[0], torch.float32, "cpu").arch
+    cache = KVCache(arch, 1, 6, torch.float32, torch.device("cpu"))
+    cache.prefill(torch.tensor([0, 5]))
+    cache.step()
+    with pytest.raises(ValueError, match="made for 6 tokens"):
+        cache.step()
+
+
 def test_an_adapter_needs_no_merging(save_mistral, tmp_path):
     directory, base = save_mistral()
     theirs = random_adapter(base, tmp_path / "adapter", ("q", "v", "down"))

@@ -78,7 +78,7 @@ def test_equals_its_definition(case, dtype):
     def run(function, inputs):
         out = function(*inputs)
         weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape).to(out.dtype)
-        gradients = torch.autograd.grad((out * weights).sum() if out.dim() else out, inputs, allow_unused=True)
+        gradients = torch.autograd.grad((out * weights).sum() if out.dim() else out / 257, inputs, allow_unused=True)
         return [out, *(g for g in gradients if g is not None)]
 
     exact = run(definition, [t.detach().double().requires_grad_() for t in inputs])

@@ -78,3 +78,17 @@ def test_cu_seqlens_must_cover_the_tokens(save_mistral):
     for wrong in ([0, 5], [1, 10], [0, 6, 4, 10], [0, 5, 5, 10]):
         with pytest.raises(ValueError, match="cu_seqlens must rise"):
             model(tokens_of(10), torch.tensor(wrong))
+
+
+def test_a_llama_has_no_window(tmp_path):
+    """transformers' Llama ignores the field, so this engine does."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=8
+    )
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    with torch.no_grad():
+        logits, expected = load_model(tmp_path, torch.float32, "cpu")(tokens_of(40)), theirs(tokens_of(40)[None]).logits[0]
+    assert relative_error(logits, expected) <= 1e-5

@@ -1,5 +1,6 @@
 """The loop: against PEFT's numbers, on one and on two ranks, stopped and resumed."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -97,7 +98,6 @@ def test_a_stopped_run_resumes_to_the_same_bits(workplace, tmp_path, monkeypatch
         patch.setattr(train.metrics.Record, "step", stop_in_step_7)
         with pytest.raises(KeyboardInterrupt):
             train.main(workplace("stopped", **settings))
-        torch.distributed.destroy_process_group()
     train.main(workplace("stopped", **settings))
     whole, stopped = lines_of(tmp_path / "whole"), lines_of(tmp_path / "stopped")
     keys = ("step", "eval_loss", *SAME)
@@ -140,6 +140,51 @@ def test_other_settings_do_not_resume(refused):
     assert "holds checkpoints and train.resume is never" in refused(**{"train.resume": "never"})
 
 
+def test_other_rows_do_not_resume(refused, tmp_path):
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(rows[:-1]))
+    assert "the rows' sha256 was" in refused()
+
+
+def test_going_back_needs_the_later_checkpoints_gone(refused, workplace, tmp_path):
+    """Nothing is touched before the refusal."""
+    train.main(workplace("long", **{"train.steps": 4, "train.checkpoint_every": 1}))
+    before = (tmp_path / "long" / "metrics.jsonl").read_text()
+    earlier = tmp_path / "long" / "checkpoints" / "step-00000003"
+    with pytest.raises(UserError, match="step-00000004: is later than step-00000003"):
+        train.main(workplace("long", **{"train.steps": 4, "train.resume": earlier}))
+    assert (tmp_path / "long" / "metrics.jsonl").read_text() == before
+    shutil.rmtree(earlier.with_name("step-00000004"))
+    shutil.rmtree(tmp_path / "long" / "adapter")
+    train.main(workplace("long", **{"train.steps": 4, "train.resume": earlier}))
+    assert [line["loss"] for line in lines_of(tmp_path / "long")] == [json.loads(line)["loss"] for line in before.splitlines()]
+
+
+def test_starting_over_leaves_no_line_of_the_first_start(workplace, tmp_path, monkeypatch):
+    """Stopped before the first checkpoint: the evaluation before step 1 stands once."""
+    settings = {"train.steps": 2, "data.eval": 0.1}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "clip_gradients", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        train.main(workplace(**settings))
+    train.main(workplace(**settings))
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [0, 1, 2, 2]
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(workplace, tmp_path, monkeypatch):
+    """With the step named, and the last checkpoint as it was."""
+    clip, norms = train.clip_gradients, iter([1.0, 1.0, float("nan")])
+    monkeypatch.setattr(train, "clip_gradients", lambda *rest: clip(*rest) * next(norms))
+    with pytest.raises(UserError, match="step 3: the gradient's norm is nan"):
+        train.main(workplace(**{"train.steps": 5, "train.checkpoint_every": 1}))
+    assert [path.name for path in checkpoint.published(tmp_path / "run" / "checkpoints")] == ["step-00000001", "step-00000002"]
+
+
+def test_an_output_that_cannot_be_made_is_named(workplace, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="train.output is .*file/run, but .*file is no directory"):
+        train.main(workplace("file/run"))
+
+
 def test_a_damaged_checkpoint_is_named(refused, tmp_path):
     path = tmp_path / "run" / "checkpoints" / "step-00000002" / "optimizer.safetensors"
     damaged = bytearray(path.read_bytes())
@@ -151,7 +196,8 @@ def test_a_damaged_checkpoint_is_named(refused, tmp_path):
 def step_gradients(workplace, accumulate: bool = False, dropout: float = 0.0, recompute: str = "none"):
     """The loss and adapter gradients of one step of 4 micro-batches, or the same rows as one."""
     config = config_of(workplace(**{"parallel.activation_checkpointing": recompute, "lora.dropout": dropout}))
-    model, _ = train.build(config, train.parallel.World(0, 1, torch.device("cpu")))
+    with train.parallel.joined() as world:
+        model, _ = train.build(config, world)
     for parameter in train.adapter_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
     store, _ = train.read_data(config)
@@ -228,6 +274,19 @@ def test_any_ranks_give_one_ranks_losses(ranks, parallel, workplace, tmp_path):
     train.main(workplace("one", **RANKED))
     torchrun(ranks, workplace("many", **RANKED, **{f"parallel.{key}": value for key, value in parallel.items()}))
     assert_same_run(tmp_path / "one", tmp_path / "many")
+
+
+@pytest.mark.slow
+def test_bf16_weights_with_fp32_adapters_shard(workplace, tmp_path):
+    """What FSDP casts is what one rank casts; sums of bf16 products in another order differ by their rounding."""
+    settings = RANKED | {"model.dtype": "bfloat16", "train.steps": 5}
+    train.main(workplace("one", **settings))
+    torchrun(2, workplace("two", **settings, **{"parallel.shard": "fsdp"}))
+    for a, b in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two")):
+        for key in {"loss", "grad_norm", "eval_loss"} & a.keys():
+            assert b[key] == pytest.approx(a[key], rel=5e-3), (a["step"], key)
+    saved = load_file(tmp_path / "two" / "adapter" / "adapter_model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.float32}
 
 
 @pytest.mark.slow

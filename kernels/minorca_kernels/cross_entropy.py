@@ -46,7 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
         dx, dweight = ctx.saved_tensors
-        dx = None if dx is None else dx * dloss.to(dx.dtype)
+        dx = None if dx is None else (dx * dloss.expand(1)).to(dx.dtype)  # not 0-dim, which would be rounded to dx's dtype first
         dweight = None if dweight is None else (dweight * dloss).to(ctx.weight_dtype)
         return dx, dweight, None
 

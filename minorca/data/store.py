@@ -1,8 +1,10 @@
 """Rows rendered once: ids, the mask of trained tokens, and where each row starts. In memory."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -24,9 +26,16 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+    def sha256(self) -> str:
+        """Of all it holds: what a run that resumes must find again."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.trained, self.offsets):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """A row's ids and mask."""
@@ -81,10 +90,10 @@ def render_rows(rows: Iterable[Row], tok: Tokenizer, data: DataConfig, template:
                 counts["dropped: too long"] += 1
                 continue
             ids, trained = ids[: data.seq_len], trained[: data.seq_len]
-            if not trained.any():
-                counts["dropped: no response within seq_len"] += 1
-                continue
-            counts["truncated"] += 1
+            counts["truncated"] += bool(trained.any())
+        if not trained.any():
+            counts["dropped: nothing to train on"] += 1
+            continue
         counts["kept"] += 1
         counts["tokens"] += len(ids)
         counts["trained tokens"] += int(trained.sum())
