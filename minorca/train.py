@@ -72,6 +72,7 @@ def read_data(config: Config) -> tuple[TokenStore, TokenStore | None]:
     held_out = round(len(store) * data.eval)
     if not 0 < held_out < len(store):
         raise UserError(f"data.eval is {data.eval}: {held_out} of {len(store)} rows would be held out; give a path or another fraction")
+    log.info("%d of these rows are held out, %d are trained on", held_out, len(store) - held_out)
     return store.select(sorted(order[held_out:])), store.select(sorted(order[:held_out]))
 
 

@@ -160,6 +160,17 @@ def test_going_back_needs_the_later_checkpoints_gone(refused, workplace, tmp_pat
     assert [line["loss"] for line in lines_of(tmp_path / "long")] == [json.loads(line)["loss"] for line in before.splitlines()]
 
 
+def test_a_run_starts_from_an_adapter(workplace, tmp_path):
+    """The second run's first evaluation is the first run's last; an adapter of another rank is refused by name."""
+    settings = {"train.steps": 3, "data.eval": 0.1}
+    train.main(workplace("first", **settings))
+    init = {"lora.init": tmp_path / "first" / "adapter"}
+    train.main(workplace("second", **settings, **init))
+    assert lines_of(tmp_path / "second")[0]["eval_loss"] == lines_of(tmp_path / "first")[-1]["eval_loss"]
+    with pytest.raises(UserError, match="lora.rank is 5, and the adapter .* has 4"):
+        train.main(workplace("third", **settings, **init, **{"lora.rank": 5}))
+
+
 def test_starting_over_leaves_no_line_of_the_first_start(workplace, tmp_path, monkeypatch):
     """Stopped before the first checkpoint: the evaluation before step 1 stands once."""
     settings = {"train.steps": 2, "data.eval": 0.1}
