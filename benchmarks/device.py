@@ -1,7 +1,7 @@
 """The machine and its measured limits: python -m benchmarks.device [--output FOLDER]
 
-Copy bandwidth is the bytes that `dst.copy_(src)` reads and writes a second; the matrix rate is what bf16 products of
-normal-random matrices sustain.
+Copy bandwidth is the bytes that `dst.copy_(src)` reads and writes a second; the matrix rate is what products of
+normal-random matrices sustain, in bf16, and on the CPU in fp32 too.
 """
 
 import argparse
@@ -26,10 +26,10 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / spread(seconds)["median"]
 
 
-def matmul_rate() -> dict[str, float]:
-    """FLOP/s of bf16 products of n x n matrices, over at least 10 s on CUDA (its power limit shows by then), 1 s on the CPU."""
+def matmul_rate(dtype: torch.dtype) -> dict[str, float]:
+    """FLOP/s of products of n x n matrices, over at least 10 s on CUDA (its power limit shows by then), 1 s on the CPU."""
     n, at_least = (8192, 10) if CUDA else (1024, 1)
-    a, b = (torch.randn(n, n, device=DEVICE).bfloat16() for _ in range(2))
+    a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
     out, products = a @ b, 0
     start = clock()
     while (seconds := clock() - start) < at_least:
@@ -43,7 +43,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description="The machine and its measured limits.")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write the JSON there too")
     args = parser.parse_args()
-    report({"copy_bytes_per_second": copy_bandwidth(), "matmul_bf16": matmul_rate()}, "device", args.output)
+    limits = {"copy_bytes_per_second": copy_bandwidth(), "matmul_bf16": matmul_rate(torch.bfloat16)}
+    if not CUDA:
+        limits["matmul_fp32"] = matmul_rate(torch.float32)
+    report(limits, "device", args.output)
 
 
 if __name__ == "__main__":

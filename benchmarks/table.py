@@ -19,10 +19,12 @@ def grid(header: list[str], rows: list[list]) -> str:
 
 
 def device(result: dict) -> str:
-    matmul = result["matmul_bf16"]
-    rate = f"{matmul['flops_per_second'] / 1e12:.3g} TFLOP/s, n = {matmul['n']}, over {matmul['seconds']:.0f} s"
     copy = f"{result['copy_bytes_per_second'] / 1e12:.3g} TB/s, read and written"
-    limits = [["copy bandwidth", copy], ["bf16 matrix product", rate]]
+    limits = [["copy bandwidth", copy]]
+    for dtype in ("bf16", "fp32"):
+        if matmul := result.get(f"matmul_{dtype}"):
+            rate = f"{matmul['flops_per_second'] / 1e12:.3g} TFLOP/s, n = {matmul['n']}, over {matmul['seconds']:.0f} s"
+            limits.append([f"{dtype} matrix product", rate])
     return grid(["machine", ""], [[name, value] for name, value in result["machine"].items() if value is not None] + limits)
 
 
