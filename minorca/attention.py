@@ -17,6 +17,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # a build of torch without it
     varlen_attn = None
+# torch 2.11 groups heads without being asked, and has no name for it
+VARLEN_OPTIONS = {"enable_gqa": True} if varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 QUERY_BLOCK = 256  # queries that share a mask where a window is active and no varlen kernel is at hand
 GRADIENT_BLOCK = 64  # queries of one turn of the CPU's backward: their scores stay in its cache
@@ -149,8 +151,7 @@ class Documents:
         return torch.cat([_sdpa(q, k, v, self.window) for q, k, v in documents])
 
     def _varlen(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # its window counts the keys before the query: W keys in all are (W - 1, 0); torch 2.11 has no enable_gqa and needs none
+        # its window counts the keys before the query: W keys in all are (W - 1, 0)
         left = -1 if self.window is None or self.window >= self.longest else self.window - 1
-        gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
         cu = self.cu_seqlens
-        return varlen_attn(q, k, v, cu, cu, self.longest, self.longest, window_size=(left, 0), **gqa)
+        return varlen_attn(q, k, v, cu, cu, self.longest, self.longest, window_size=(left, 0), **VARLEN_OPTIONS)

@@ -152,9 +152,9 @@ def read_step(directory: Path, now: dict, config: Config) -> int:
     return state["step"]
 
 
-def load(directory: Path, step: int, model: Mistral, optimizer: torch.optim.Optimizer, settings: LoRASettings) -> None:
+def load(directory: Path, step: int, model: Mistral, optimizer: torch.optim.Optimizer) -> None:
     """Fills adapters and optimizer, sharded or not, from a checkpoint that `read_step` has verified."""
-    load_adapter(model, directory, settings)
+    load_adapter(model, directory)
     moments = open_safetensors(directory / "optimizer.safetensors")
     for name, parameter in adapter_parameters(model).items():
         optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device)}

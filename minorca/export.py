@@ -16,8 +16,9 @@ from minorca import cli
 from minorca.architecture import Architecture, model_directory, read_architecture
 from minorca.checkpoint import publish
 from minorca.errors import UserError
-from minorca.lora import check_adapter, read_adapter_settings
-from minorca.weights import hf_pieces, open_safetensors, open_weights, read_piece
+from minorca.loading import build_model
+from minorca.lora import adapter_parameters, add_adapters, open_adapter, read_adapter_settings
+from minorca.weights import hf_pieces, open_weights, read_piece
 
 SHARD_BYTES = 5 * 10**9
 COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -63,8 +64,12 @@ def export(model: str | Path, adapter: str | Path | None, output: Path) -> None:
 def merged_tensors(directory: Path, arch: Architecture, adapter: str | Path | None) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
     """Hugging Face's name, bytes, and a function that makes the tensor, for each of a model's tensors."""
     files, pieces = open_weights(directory, arch)
-    settings = read_adapter_settings(adapter) if adapter else None
-    updates = check_adapter(adapter, arch, settings) if adapter else None
+    updates = None
+    if adapter:
+        settings = read_adapter_settings(adapter)
+        model = build_model(arch, torch.float32)
+        add_adapters(model, settings)
+        updates = open_adapter(adapter, adapter_parameters(model))
 
     def merged(name: str, piece) -> Tensor:
         weight = read_piece(files, piece, 0, piece.rows)

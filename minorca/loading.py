@@ -48,5 +48,5 @@ def load_model(
     model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
     load_weights(model, files, pieces)
     if settings:
-        load_adapter(model, adapter, settings)
+        load_adapter(model, adapter)
     return model.eval()

@@ -120,7 +120,8 @@ def init_adapters(model: Mistral, seed: int) -> None:
 def seed_dropout(model: Mistral, *parts: int) -> None:
     """Fixes the next forward's dropout masks as a function of parts (seed, step, micro-batch), layer and projection."""
     for layer, projection in _projections(model):
-        projection.seeds = {target: _seed(*parts, layer, target) for target in projection.rows}
+        if projection.dropout:
+            projection.seeds = {target: _seed(*parts, layer, target) for target in projection.rows}
 
 
 # ----------------------------------------------------------------------------------------------------- PEFT's files
@@ -165,7 +166,16 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
         raise UserError(f"{path}: field peft_type is {config.get('peft_type')!r}; expected LORA")
     if config.get("bias", "none") != "none":
         raise UserError(f"{path}: field bias is {config['bias']!r}; expected none")
-    for field in ("use_dora", "fan_in_fan_out", "lora_bias", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "alora_invocation_tokens"):
+    for field in (
+        "use_dora",
+        "fan_in_fan_out",
+        "lora_bias",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "layers_to_transform",
+        "alora_invocation_tokens",
+    ):
         if config.get(field):
             raise UserError(f"{path}: field {field} is {config[field]!r}, which this engine does not compute")
     if config.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal"):  # the others change the base too
@@ -196,17 +206,14 @@ def _targets_in(directory: Path) -> tuple[str, ...]:
     return tuple(t for t in TARGETS if t in found)
 
 
-def check_adapter(directory: str | Path, arch: Architecture, settings: LoRASettings):
-    """PEFT's tensor file, opened, once it is sure to hold just the tensors that `settings` mean for this network.
+def open_adapter(directory: str | Path, expected: dict[str, nn.Parameter]):
+    """PEFT's tensor file, opened, once it is sure to hold just the tensors of `expected` (`adapter_parameters`).
 
     Raises:
         UserError: a tensor that is missing, surplus or of another shape; names file and key.
     """
     path = _adapter_file(Path(directory))
-    with torch.device("meta"):
-        model = Mistral(arch)
-    add_adapters(model, settings)
-    file, expected = open_safetensors(path), adapter_parameters(model)
+    file = open_safetensors(path)
     keys = set(file.keys())
     for name in sorted(keys ^ set(expected)):
         raise UserError(f"{path}: {'holds' if name in keys else 'lacks'} {name}; was it made for another model?")
@@ -218,9 +225,10 @@ def check_adapter(directory: str | Path, arch: Architecture, settings: LoRASetti
     return file
 
 
-def load_adapter(model: Mistral, directory: str | Path, settings: LoRASettings) -> None:
-    """Fills a model's adapters, which `settings` made, sharded or not, from PEFT's file; errors as `check_adapter`."""
-    file = check_adapter(directory, model.arch, settings)
-    for name, parameter in adapter_parameters(model).items():
+def load_adapter(model: Mistral, directory: str | Path) -> None:
+    """Fills a model's adapters, sharded or not, from PEFT's file; errors as `open_adapter`."""
+    parameters = adapter_parameters(model)
+    file = open_adapter(directory, parameters)
+    for name, parameter in parameters.items():
         rows = file.get_slice(name)
         fill_rows(parameter, lambda start, stop: rows[start:stop])

@@ -92,7 +92,7 @@ def build(config: Config, world: parallel.World) -> tuple[Mistral, LoRASettings]
     init_adapters(model, config.train.seed)
     if lora.init:
         _check_init(config, settings)
-        load_adapter(model, lora.init, settings)
+        load_adapter(model, lora.init)
     return model, settings
 
 
@@ -150,7 +150,8 @@ def train(config: Config) -> None:
     output = Path(config.train.output)
     found = checkpoint.find(config)
     resumed = checkpoint.read_step(found, identity, config) if found else 0
-    steps_an_epoch = len(plan(config, store, epoch=0))
+    planned, this_epoch = 0, plan(config, store, 0)
+    steps_an_epoch = len(this_epoch)
     steps = config.train.steps or config.train.epochs * steps_an_epoch
     if resumed >= steps and (output / "adapter").is_dir():
         log.info("%s: all %d steps are done; nothing to do", output, steps)
@@ -168,7 +169,7 @@ def train(config: Config) -> None:
         adapters = adapter_parameters(model)
         optimizer = adamw(adapters.values(), config.optim)
         if found:
-            checkpoint.load(found, resumed, model, optimizer, settings)
+            checkpoint.load(found, resumed, model, optimizer)
             log.info("resumed from %s", found)
         count = sum(p.numel() for p in adapters.values())
         log.info("%s; %s trainable parameters; %d steps of %d an epoch; %s", model.arch, f"{count:,}", steps, steps_an_epoch, world)
@@ -190,12 +191,11 @@ def train(config: Config) -> None:
         # 4. the loop: one optimizer step a turn
         model.train()
         peak = metrics.peak_flops(world.device, model.embedding.weight.dtype)
-        this_epoch = None
         for step in range(resumed + 1, steps + 1):
             started = time.perf_counter()
             epoch, turn = divmod(step - 1, steps_an_epoch)
-            if this_epoch is None or turn == 0:
-                this_epoch = plan(config, store, epoch)
+            if epoch != planned:
+                planned, this_epoch = epoch, plan(config, store, epoch)
             micro_batches = this_epoch[turn]
             trained = trained_tokens(store, micro_batches)
 
