@@ -3,6 +3,9 @@ PYTHON ?= python3
 # On a machine with a GPU of another CUDA version, name the torch that fits it: make demo TORCH=torch
 TORCH ?= torch==2.13.0
 
+# run a second time with Triton's kernels in place of plain PyTorch
+KERNEL_TESTS = tests/test_kernels.py tests/test_attention.py tests/test_training_by_kernels.py
+
 .PHONY: demo test test-slow
 
 demo: examples/model
@@ -10,6 +13,7 @@ demo: examples/model
 
 test: examples/model
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -m "not slow and not cuda"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(KERNEL_TESTS) -m "not slow and not cuda"
 
 test-slow: examples/model
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -m slow

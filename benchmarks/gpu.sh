@@ -11,6 +11,7 @@ failed=0
 part() { # part NAME SECONDS COMMAND...: its output in FOLDER/NAME.txt, and the last lines of it here
     local name=$1 seconds=$2 start=$SECONDS
     shift 2
+    [ -z "$SMOKE" ] || seconds=600 # the limits below are a GPU's
     timeout -k 5 "$seconds" "$@" >"$folder/$name.txt" 2>&1
     local status=$?
     tail -n 3 "$folder/$name.txt"
@@ -21,15 +22,16 @@ part() { # part NAME SECONDS COMMAND...: its output in FOLDER/NAME.txt, and the 
 if [ -z "$SMOKE" ]; then
     python -c 'import torch; assert torch.cuda.is_available()' || { echo "no CUDA: SMOKE=1 tries the script without"; exit 1; }
     shape="--shape 7b" full="--tokens 8192" short=$full
-    generation="--batch 1,8 --prompt-tokens 512 --new-tokens 64"
+    generation="--batch 1,8 --prompt-tokens 512 --new-tokens 64" kernels="--seconds 105"
 else
     shape="--shape 7b --layers 1" full="--tokens 1024 --steps 1" short="--tokens 256 --steps 1"
-    generation="--batch 1,2 --prompt-tokens 16 --new-tokens 4"
+    generation="--batch 1,2 --prompt-tokens 16 --new-tokens 4" kernels=--smoke
 fi
-part device 45 python -m benchmarks.device --output "$folder"
-part tests 110 python -m pytest -m cuda $(grep -l mark.cuda tests/*.py) -q -rs -p no:cacheprovider
-part train-full 130 python -m benchmarks.train_step $shape $full --rows full --output "$folder"
-part train-short 105 python -m benchmarks.train_step $shape $short --rows short --output "$folder"
-part generation 105 python -m benchmarks.generation $shape $generation --output "$folder"
+part device 35 python -m benchmarks.device --output "$folder"
+part tests 95 python -m pytest -m cuda $(grep -l mark.cuda tests/*.py) -q -rs -p no:cacheprovider
+part kernels 140 python -m benchmarks.kernels $kernels --output "$folder"
+part train-full 105 python -m benchmarks.train_step $shape $full --rows full --output "$folder"
+part train-short 80 python -m benchmarks.train_step $shape $short --rows short --output "$folder"
+part generation 80 python -m benchmarks.generation $shape $generation --output "$folder"
 python -m benchmarks.table "$folder"
 exit $failed

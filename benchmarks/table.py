@@ -1,8 +1,15 @@
-"""The JSON files of one folder as one markdown page: python -m benchmarks.table FOLDER writes FOLDER/table.md."""
+"""The JSON files of one folder as one markdown page: python -m benchmarks.table FOLDER writes FOLDER/table.md.
+
+python -m benchmarks.table --readme writes the README's table of kernels, from the newest GPU in benchmarks/results/.
+"""
 
 import json
+import re
 import sys
 from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LIMITS = {"copy": "copy", "matmul": "matrix product", "base": "product without LoRA"}
 
 
 def spread(values: dict[str, float], scale: float = 1.0) -> str:
@@ -76,6 +83,70 @@ def generating(result: dict) -> str:
     return grid(header, rows)
 
 
+def resources(kernels: list[dict]) -> str:
+    return ", ".join("{name}: {registers} registers, {spills} spills, {shared} bytes, {warps} warps".format(**kernel) for kernel in kernels)
+
+
+def kernels(result: dict) -> str:
+    header = ["kernel", "shape", "provider", "median (p20 to p80), µs", "GB/s", "TFLOP/s", "of copy", "of matrix product", "of datasheet"]
+    header += ["at least", "of limit", "error", "Triton kernels"]
+    rows = []
+    for row in result["rows"]:
+        name = [f"{row['kernel']} {row['direction']}", row["shape"], row["provider"]]
+        if "seconds" not in row:
+            rows.append([*name, row.get("failed") or row["skipped"], *[""] * 9])
+            continue
+        rows.append([
+            *name,
+            "{median:,.1f} ({p20:,.1f} to {p80:,.1f})".format(**{name: 1e6 * value for name, value in row["seconds"].items()}),
+            f"{row['bytes_per_second'] / 1e9:,.0f}",
+            f"{row['flops_per_second'] / 1e12:,.0f}" if row["flops"] else "",
+            *(percent(row[of]) for of in ("of_copy", "of_matmul", "of_datasheet", "target")),
+            f"{percent(row['reached'])} of {LIMITS[row['limit']]}",
+            "" if row.get("error") is None else f"{row['error']:.1e}",
+            resources(row.get("kernels", [])),
+        ])
+    return grid(header, rows)
+
+
+def measured_kernels(results: Path) -> Path | None:
+    """A GPU's kernels.json, from the newest folder by the date in its name."""
+    read = {path: json.loads(path.read_text()) for path in results.glob("*/kernels.json")}
+    found = [path for path, result in read.items() if result["device_type"] == "cuda" and not result["smoke"]]
+    return max(found, key=lambda path: re.findall(r"\d{4}-\d\d-\d\d", path.parent.name), default=None)
+
+
+def readme_kernels(results: Path) -> str:
+    """Every kernel with a target: what it is measured against, how much of that it has to reach, and what it reaches."""
+    from benchmarks.cases import cases
+
+    path = measured_kernels(results)
+    result = json.loads(path.read_text()) if path else {"rows": []}
+    found = {tuple(row[key] for key in ("kernel", "shape", "direction", "provider")): row for row in result["rows"] if "seconds" in row}
+    rows: dict[tuple, list] = {}
+    for case in cases():
+        if case.targets:
+            row = rows.setdefault((case.kernel, case.shape), [case.kernel, case.shape, LIMITS[case.limit], "", "", "", ""])
+            at = 5 if case.direction == "backward" else 3
+            row[at] = f"{100 * case.targets['ours']:.3g}%"
+            if case.direction == "both":
+                row[5] = "in forward"
+            if mine := found.get((case.kernel, case.shape, case.direction, "ours")):
+                row[at + 1] = f"**{percent(mine['reached'])}**, {1e6 * mine['seconds']['median']:,.0f} µs"
+    header = ["kernel", "shape", "limit", "forward: at least", "forward", "backward: at least", "backward"]
+    if path:
+        said = f"Measured on {result['machine']['device']}: `{path.parent.relative_to(results.parent.parent)}`."
+    else:
+        said = "No GPU has been measured yet, so no GPU figure stands here: the measured columns are empty."
+    return f"{grid(header, list(rows.values()))}\n\n{said}"
+
+
+def with_kernels(readme: str, results: Path) -> str:
+    """The README with its table of kernels, between two marks, made anew."""
+    block = f"<!-- kernels -->\n{readme_kernels(results)}\n<!-- /kernels -->"
+    return re.sub(r"<!-- kernels -->.*<!-- /kernels -->", lambda _: block, readme, flags=re.DOTALL)
+
+
 def page(folder: Path) -> str:
     found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     parts = []
@@ -83,6 +154,8 @@ def page(folder: Path) -> str:
         parts += ["## Machine", device(found["device"])]
     if (tests := folder / "tests.txt").exists():
         parts += ["## Tests on the device", tests.read_text().strip().splitlines()[-1].strip("= ")]
+    if "kernels" in found:
+        parts += ["## Kernels", kernels(found["kernels"])]
     if steps := [result for name, result in found.items() if name.startswith("train-")]:
         parts += ["## A LoRA training step, median (least to most)", training(steps)]
     if "generation" in found:
@@ -91,6 +164,10 @@ def page(folder: Path) -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--readme":
+        readme = ROOT / "README.md"
+        readme.write_text(with_kernels(readme.read_text(), ROOT / "benchmarks" / "results"))
+        sys.exit()
     folder = Path(sys.argv[1])
     (folder / "table.md").write_text(page(folder))
     print(page(folder))

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from minorca.architecture import Architecture, model_directory, read_architecture
-from minorca.lora import add_adapters, load_adapter, read_adapter_settings
+from minorca.lora import add_adapters, load_adapter, read_adapter_settings, room_for_adapters
 from minorca.model import Mistral
 from minorca.weights import load_weights, open_weights
 
@@ -46,6 +46,7 @@ def load_model(
     if settings:
         add_adapters(model, settings, dtype)
     model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    room_for_adapters(model)
     load_weights(model, files, pieces)
     if settings:
         load_adapter(model, adapter)

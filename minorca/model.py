@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from minorca_kernels import rms_norm, rope, rope_tables, swiglu
+from minorca_kernels import add_rms_norm, rms_norm, rope, rope_tables, swiglu
 from torch import Tensor, nn
 
 from minorca.architecture import Architecture
@@ -26,6 +26,20 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class AddRMSNorm(RMSNorm):
+    """Adds to the residual stream: returns the sum and its norm."""
+
+    def forward(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, update, self.weight, self.eps)
+
+
+class SwiGLULinear(nn.Linear):
+    """A projection of its input's SwiGLU: gate and up side by side, [T, 2 in] -> [T, out]."""
+
+    def forward(self, gate_up_TI: Tensor) -> Tensor:
+        return super().forward(swiglu(gate_up_TI))
+
+
 class Block(nn.Module):
     """Attention, then SwiGLU, each added to the residual stream. Projections are stored as they are multiplied."""
 
@@ -36,17 +50,15 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(hidden, arch.norm_eps)
         self.qkv = nn.Linear(hidden, attended + 2 * kv, bias=False)
         self.o = nn.Linear(attended, hidden, bias=False)
-        self.mlp_norm = RMSNorm(hidden, arch.norm_eps)
+        self.mlp_norm = AddRMSNorm(hidden, arch.norm_eps)
         self.gate_up = nn.Linear(hidden, 2 * arch.intermediate_size, bias=False)
-        self.down = nn.Linear(arch.intermediate_size, hidden, bias=False)
+        self.down = SwiGLULinear(arch.intermediate_size, hidden, bias=False)
 
     def forward(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, attend) -> Tensor:
-        arch, tokens = self.arch, len(x_TH)
-        qkv_THD = self.qkv(self.attention_norm(x_TH)).view(tokens, -1, arch.head_dim)
-        q_THD, k_TKD, v_TKD = qkv_THD.split((arch.heads, arch.kv_heads, arch.kv_heads), dim=1)
-        q_THD, k_TKD = rope(q_THD, k_TKD, cos_TD, sin_TD)
-        x_TH = x_TH + self.o(attend(self.layer, q_THD, k_TKD, v_TKD).reshape(tokens, -1))
-        return x_TH + self.down(swiglu(self.gate_up(self.mlp_norm(x_TH))))
+        qkv_TN = self.qkv(self.attention_norm(x_TH))
+        q_THD, k_TKD, v_TKD = rope(qkv_TN, cos_TD, sin_TD, self.arch.heads, self.arch.kv_heads)
+        x_TH, normed_TH = self.mlp_norm(x_TH, self.o(attend(self.layer, q_THD, k_TKD, v_TKD).flatten(1)))
+        return x_TH + self.down(self.gate_up(normed_TH))
 
 
 class Mistral(nn.Module):

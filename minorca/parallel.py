@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from minorca.config import ParallelConfig
 from minorca.errors import UserError
@@ -104,15 +104,24 @@ def shard(model: Mistral, config: ParallelConfig, world: World) -> None:
 
 
 def checkpoint_activations(model: Mistral, kind: str) -> None:
-    """`full`: a block keeps its input and computes the rest again in backward; `selective`: it keeps attention's output too."""
+    """`full`: a block keeps its input and computes the rest again in backward. `selective`: it also keeps attention's output and
+    those of the adapted projections that are not much wider than their input; so of the products, gate_up alone is made again."""
     if kind == "none":
         return
-    aten, kept = torch.ops.aten, []
-    for name in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"):
-        kept.append(getattr(aten, f"_scaled_dot_product_{name}").default)
+    aten, ours = torch.ops.aten, torch.ops.minorca
+    attention = {getattr(aten, f"_scaled_dot_product_{name}").default for name in ("flash_attention", "efficient_attention", "cudnn_attention")}
+    attention.add(ours.attention.default)
     if hasattr(torch.ops.torch_attn, "_varlen_attn"):
-        kept.append(torch.ops.torch_attn._varlen_attn.default)
-    options = {"context_fn": functools.partial(create_selective_checkpoint_contexts, kept)} if kind == "selective" else {}
+        attention.add(torch.ops.torch_attn._varlen_attn.default)
+
+    def policy(_, operator, *arguments, **options) -> CheckpointPolicy:
+        keep = operator in attention
+        if operator == ours.lora_linear.default:
+            w = arguments[1]
+            keep = len(w) <= 2 * w.shape[1]
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    options = {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)} if kind == "selective" else {}
     for block in model.layers:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options)
 

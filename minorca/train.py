@@ -30,6 +30,7 @@ from minorca.lora import (
     init_adapters,
     load_adapter,
     read_adapter_settings,
+    room_for_adapters,
     save_adapter,
     seed_dropout,
 )
@@ -88,6 +89,7 @@ def build(config: Config, world: parallel.World) -> tuple[Mistral, LoRASettings]
     if parallel.shards(model, config.parallel, world):
         parallel.shard(model, config.parallel, world)
     model.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
+    room_for_adapters(model)
     load_weights(model, files, pieces)
     init_adapters(model, config.train.seed)
     if lora.init:

@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM
 
 torch.set_num_threads(1)
@@ -32,6 +33,31 @@ def smollm2() -> Path:
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return (torch.linalg.vector_norm(ours.double() - theirs.double()) / torch.linalg.vector_norm(theirs.double())).item()
+
+
+@pytest.fixture
+def poisoned(monkeypatch) -> None:
+    """New memory holds NaN: what a kernel forgets to write shows."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+
+        def allocate(*arguments, original=getattr(owner, name), **options):
+            tensor = original(*arguments, **options)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        monkeypatch.setattr(owner, name, allocate)
+
+
+class Calls(TorchDispatchMode):
+    """Notes the calls of our operators made within it: [(operator, arguments)]."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "minorca":
+            self.made.append((func, args))
+        return func(*args, **(kwargs or {}))
 
 
 def random_mistral(seed: int = 0, **fields) -> MistralForCausalLM:

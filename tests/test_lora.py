@@ -3,9 +3,12 @@
 import pytest
 import torch
 from conftest import random_adapter, relative_error
+from minorca_kernels import rope_tables
+from minorca_kernels.operator import INTERPRETED
 from peft import PeftModel
 
 from minorca import UserError, load_model
+from minorca.attention import Documents
 from minorca.lora import LoRASettings, TARGETS, adapter_parameters, add_adapters, init_adapters, read_adapter_settings, save_adapter
 from minorca.loading import build_model
 from minorca.architecture import read_architecture
@@ -105,3 +108,18 @@ def test_another_models_adapter_is_refused(save_mistral, tmp_path):
         random_adapter(model, tmp_path / name, TARGETS)
         with pytest.raises(UserError, match=message):
             load_model(directory, torch.float32, "cpu", adapter=tmp_path / name)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter cannot be traced")
+def test_a_block_compiles_without_a_break(save_mistral):
+    """With adapters, packed documents and a window: the same values and gradients."""
+    model = load_model(save_mistral(sliding_window=8)[0], torch.float32, "cpu")
+    add_adapters(model, LoRASettings(rank=4, alpha=8))
+    init_adapters(model, seed=0)
+    attend = Documents(torch.tensor([0, 11, 40]), 40, 8, torch.device("cpu"))
+    tables = rope_tables(attend.positions, 16, 1e4)
+    x, block = torch.randn(40, 64, requires_grad=True), model.layers[0]
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    outs = [function(x, *tables, attend) for function in (block, compiled)]
+    gradients = [torch.autograd.grad(out.square().sum(), [x, *block.qkv.a.values()]) for out in outs]
+    assert torch.equal(*outs) and all(map(torch.equal, *gradients))

@@ -9,13 +9,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import lines_of, relative_error
+from conftest import Calls, lines_of, relative_error
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from minorca import UserError, checkpoint, train
+from minorca import UserError, checkpoint, load_model, parallel, train
 from minorca.config import config_parser, read_config
 from minorca.data.packing import make_batch, plan_epoch
+from minorca.lora import LoRASettings, add_adapters, init_adapters
 from minorca.optim import learning_rate
 
 SAME = ("loss", "grad_norm", "lr", "tokens", "trained_tokens")
@@ -237,6 +238,22 @@ def test_activation_checkpointing_changes_no_bit(recompute, dropout, workplace):
     """Dropout masks are a function of their seed, so what is computed again is the same."""
     (loss, plain), (again_loss, again) = (step_gradients(workplace, dropout=dropout, recompute=r) for r in ("none", recompute))
     assert loss == again_loss and all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.parametrize("recompute, again", [("none", 0), ("selective", 1), ("full", 4)])
+def test_what_backward_computes_again(recompute, again, save_mistral):
+    """Of a layer's four projections, and attention."""
+    model = load_model(save_mistral(num_hidden_layers=1)[0], torch.float32, "cpu")
+    add_adapters(model, LoRASettings(rank=4, alpha=8))
+    init_adapters(model, seed=0)
+    parallel.checkpoint_activations(model, recompute)
+    with Calls() as calls:
+        loss = model(torch.arange(40)).square().sum()
+        forward = [operator.name() for operator, _ in calls.made]
+        loss.backward()
+    backward = [operator.name() for operator, _ in calls.made[len(forward) :]]
+    assert forward.count("minorca::lora_linear") == 4 and backward.count("minorca::lora_linear") == again
+    assert forward.count("minorca::attention") == 1 and backward.count("minorca::attention") == (recompute == "full")
 
 
 def torchrun(ranks: int, options: list[str]) -> None:

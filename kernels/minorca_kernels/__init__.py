@@ -1,26 +1,35 @@
 """The operations of a Mistral network, each beside its PyTorch definition. Knows nothing of `minorca`.
 
-Every file holds one operation: a `*_definition`, a few lines of plain PyTorch that autograd differentiates, and the function
-of the same name without the suffix, which computes the same with fewer passes over memory.
+A file holds one: its `*_definition`, a few lines of plain PyTorch that autograd differentiates; its Triton kernels, for CUDA;
+the same in plain PyTorch with fewer passes over memory, for the CPU; and the function of the definition's name without the
+suffix, which runs what suits the device through operators that torch knows (operator.py).
 """
 
+from minorca_kernels.attention import attention, attention_definition
 from minorca_kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_definition
-from minorca_kernels.lora_linear import Adapter, lora_linear, lora_linear_definition
-from minorca_kernels.rms_norm import rms_norm, rms_norm_definition
+from minorca_kernels.lora_linear import WAYS, Adapter, lora_linear, lora_linear_definition, make_room, room_pays
+from minorca_kernels.rms_norm import add_rms_norm, add_rms_norm_definition, rms_norm, rms_norm_definition
 from minorca_kernels.rope import rope, rope_definition, rope_tables
 from minorca_kernels.swiglu import swiglu, swiglu_definition
 
 __all__ = [
     "Adapter",
+    "WAYS",
+    "add_rms_norm",
+    "add_rms_norm_definition",
+    "attention",
+    "attention_definition",
     "linear_cross_entropy",
     "linear_cross_entropy_definition",
     "lora_linear",
     "lora_linear_definition",
+    "make_room",
     "rms_norm",
     "rms_norm_definition",
     "rope",
     "rope_definition",
     "rope_tables",
+    "room_pays",
     "swiglu",
     "swiglu_definition",
 ]

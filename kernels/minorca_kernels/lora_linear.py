@@ -1,13 +1,23 @@
 """A frozen projection and its low-rank adapters as one differentiable operation. Source: Hu et al. 2021 (arXiv:2106.09685).
 
-One projection may be several of the model's stacked by rows (q, k and v), each with an adapter of its own or none.
+One projection may be several of the model's stacked by rows (q, k and v), each with an adapter of its own or none; and it may
+be one of SwiGLU's product, which is then made again in backward instead of being kept.
+
+The update touches the output once. Four ways to do so are here (`WAYS`); `python -m benchmarks.kernels` compares them.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from minorca_kernels.low_rank_gradients import low_rank_gradients
+from minorca_kernels.low_rank_matmul import low_rank_matmul
+from minorca_kernels.operator import operator
+from minorca_kernels.swiglu import swiglu, swiglu_backward, swiglu_definition, swiglu_into
 
 
 class Adapter(NamedTuple):
@@ -29,8 +39,14 @@ def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
     return x * keep / (1 - dropout)
 
 
-def lora_linear_definition(x_TK: Tensor, w_NK: Tensor, adapters: list[Adapter], scale: float, dropout: float = 0.0) -> Tensor:
-    """x [T, K], W [N, K] -> x W^T [T, N], plus scale * drop(x) A^T B^T in each adapter's rows."""
+def lora_linear_definition(
+    x_TK: Tensor, w_NK: Tensor, adapters: list[Adapter], scale: float, dropout: float = 0.0, of_swiglu: bool = False
+) -> Tensor:
+    """x [T, K], W [N, K] -> x W^T [T, N], plus scale * drop(x) A^T B^T in each adapter's rows.
+
+    of_swiglu: x is a buffer [T, 2K] of gate and up, and its SwiGLU takes the place of x.
+    """
+    x_TK = swiglu_definition(x_TK) if of_swiglu else x_TK
     y = F.linear(x_TK, w_NK)
     updates = [
         F.pad(F.linear(F.linear(_dropped(x_TK, dropout, seed), a), b) * scale, (start, w_NK.shape[0] - stop))
@@ -39,41 +55,200 @@ def lora_linear_definition(x_TK: Tensor, w_NK: Tensor, adapters: list[Adapter], 
     return y + sum(updates) if updates else y
 
 
+# ------------------------------------------------------------------------------- ways to add a low-rank product
+# x [T, K], w [N, K], s: [T, R] an adapter, b: [N_i, R] an adapter for rows from starts -> x w^T with scale * s b^T added
+
+
+def _added(x: Tensor, w: Tensor, s: Sequence[Tensor], b: Sequence[Tensor], starts: list[int], scale: float) -> Tensor:
+    """The output is read and written once more an adapter: 13 % of a product 4096 deep on an H100, by its bytes."""
+    y = F.linear(x, w)
+    for start, s_i, b_i in zip(starts, s, b):
+        y[:, start : start + len(b_i)].addmm_(s_i, b_i.t(), alpha=scale)
+    return y
+
+
+def _accumulated(x: Tensor, w: Tensor, s: Sequence[Tensor], b: Sequence[Tensor], starts: list[int], scale: float) -> Tensor:
+    """The update is written first, and the large product adds to it as it writes."""
+    y = x.new_empty(len(x), len(w)) if sum(map(len, b)) == len(w) else x.new_zeros(len(x), len(w))
+    for start, s_i, b_i in zip(starts, s, b):
+        y[:, start : start + len(b_i)].addmm_(s_i, b_i.t(), beta=0, alpha=scale)
+    return y.addmm_(x, w.t())
+
+
+def _augmented(x: Tensor, w: Tensor, s: Sequence[Tensor], b: Sequence[Tensor], starts: list[int], scale: float) -> Tensor:
+    """[x | s] [w | scale b]^T, one product a little deeper, where x and w have room for s and b after each row."""
+    k, depth = w.shape[1], w.shape[1] + sum(s_i.shape[1] for s_i in s)
+    # .data: no element of w itself changes, so what autograd has kept of w stays valid
+    x, w = x.as_strided((len(x), depth), x.stride()), w.data.as_strided((len(w), depth), w.stride())
+    torch.cat(list(s), dim=1, out=x[:, k:])
+    _block_diagonal(b, starts, scale, w[:, k:])
+    return F.linear(x, w)
+
+
+def _fused(x: Tensor, w: Tensor, s: Sequence[Tensor], b: Sequence[Tensor], starts: list[int], scale: float) -> Tensor:
+    """Triton's product, whose last step in depth is the update."""
+    s_TR = torch.cat(list(s), dim=1)
+    return low_rank_matmul(x, w, s_TR, _block_diagonal(b, starts, scale, w.new_empty(len(w), s_TR.shape[1])))
+
+
+def _block_diagonal(b: Sequence[Tensor], starts: list[int], scale: float, out: Tensor) -> Tensor:
+    """Writes every scale * B into its own rows and columns of out [N, R], and zeros elsewhere."""
+    out.zero_()
+    columns = out.split([b_i.shape[1] for b_i in b], dim=1)
+    for start, b_i, column in zip(starts, b, columns):
+        torch.mul(b_i, scale, out=column[start : start + len(b_i)])
+    return out
+
+
+WAYS = {"added": _added, "accumulated": _accumulated, "augmented": _augmented, "fused": _fused}
+FEW = 256  # rows below which launches cost more than traffic: one token a sequence, while generating
+
+
+def room_pays(w_NK: Tensor, of_swiglu: bool) -> bool:
+    """Whether the room is worth it: x has to be copied next to its update, unless SwiGLU is just being written there, and the
+    bytes that this moves must be fewer than an update of the output."""
+    return of_swiglu or len(w_NK) > 2 * w_NK.shape[1]
+
+
+def make_room(w_NK: Tensor, columns: int) -> Tensor:
+    """An empty [N, K] like w with at least so many scratch columns after each row, rows a multiple of 64 elements apart."""
+    (n, k), apart = w_NK.shape, -(w_NK.shape[1] + columns) % 64
+    return w_NK.new_empty(n, k + columns + apart)[:, :k]
+
+
+# -------------------------------------------------------------------------------------------- forward and backward
+
+
+def _inner(x: Tensor, a: list[Tensor], dropout: float, seeds: list[int]) -> Tensor:
+    """drop(x) A^T of every adapter, side by side: [T, R]."""
+    if not dropout:
+        return F.linear(x, torch.cat(a))
+    return torch.cat([F.linear(_dropped(x, dropout, seed), a_i) for a_i, seed in zip(a, seeds)], dim=1)
+
+
+def _forward(
+    x: Tensor,
+    w: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    starts: list[int],
+    scale: float,
+    dropout: float,
+    seeds: list[int],
+    of_swiglu: bool,
+    way: str,
+) -> tuple[Tensor, Tensor]:
+    if way == "augmented" and w.stride(0) < w.shape[1] + sum(map(len, a)):
+        way = "accumulated"  # a copy of W on the way here has lost the room
+    if way == "augmented":
+        inputs, x = x, x.new_empty(len(x), w.stride(0))[:, : w.shape[1]]
+        swiglu_into(inputs, x) if of_swiglu else x.copy_(inputs)
+    elif of_swiglu:
+        x = swiglu(x)
+    s = _inner(x, a, dropout, seeds)
+    return WAYS[way](x, w, s.split([len(a_i) for a_i in a], dim=1), b, starts, scale), s
+
+
+def _backward(
+    gradients: Callable,
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    s: Tensor,
+    starts: list[int],
+    scale: float,
+    dropout: float,
+    seeds: list[int],
+    of_swiglu: bool,
+    way: str,
+    x_gradient: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    ranks = [len(a_i) for a_i in a]
+    of_b = [gradients(dy[:, start : start + len(b_i)], b_i, s_i) for start, b_i, s_i in zip(starts, b, s.split(ranks, dim=1))]
+    ds = torch.cat([(ds_i * scale).to(dy.dtype) for ds_i, _ in of_b], dim=1)
+    db = [(db_i * scale).to(b_i.dtype) for (_, db_i), b_i in zip(of_b, b)]
+
+    dx = x.new_empty(0)
+    if x_gradient and dropout:
+        dx = dy @ w
+        for ds_i, a_i, seed in zip(ds.split(ranks, dim=1), a, seeds):
+            dx += _dropped(ds_i @ a_i, dropout, seed)
+    elif x_gradient:  # the same sum of two products as forward's; a transposed w has no room
+        dx = WAYS["accumulated" if way == "augmented" else way](dy, w.t(), [ds], [torch.cat(a).t()], [0], 1.0)
+    if of_swiglu and x_gradient:
+        dx, x = swiglu_backward(dx, x, True)
+    elif of_swiglu:
+        x = swiglu(x)
+
+    if not dropout:
+        return dx, ds.t() @ x, db
+    da = [ds_i.t() @ _dropped(x, dropout, seed) for ds_i, seed in zip(ds.split(ranks, dim=1), seeds)]
+    return dx, torch.cat(da), db
+
+
+def _gradients_torch(dy: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    return dy @ b, dy.t() @ s
+
+
+_lora_linear = operator(
+    "lora_linear(Tensor x, Tensor w, Tensor[] a, Tensor[] b, int[] starts, float scale, float dropout, int[] seeds, bool of_swiglu, str way)"
+    " -> (Tensor, Tensor)",
+    cuda=_forward,
+    cpu=_forward,
+    fake=lambda x, w, a, *_: (x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], sum(a_i.shape[0] for a_i in a))),
+)
+_lora_linear_backward = operator(
+    "lora_linear_backward(Tensor dy, Tensor x, Tensor w, Tensor[] a, Tensor[] b, Tensor s, int[] starts, float scale, float dropout,"
+    " int[] seeds, bool of_swiglu, str way, bool x_gradient) -> (Tensor, Tensor, Tensor[])",
+    cuda=functools.partial(_backward, low_rank_gradients),
+    cpu=functools.partial(_backward, _gradients_torch),
+    fake=lambda dy, x, w, a, b, s, *rest: (
+        x.new_empty(x.shape if rest[-1] else 0),
+        x.new_empty(s.shape[1], w.shape[1]),
+        [b_i.new_empty(b_i.shape) for b_i in b],
+    ),
+)
+
+
 class _LoRALinear(torch.autograd.Function):
     """Keeps x once for the whole group and its [T, R] products; no gradient of the frozen weight exists."""
 
     @staticmethod
-    def forward(ctx, x, w, scale, dropout, places, *ab):
-        y = F.linear(x, w)
-        a, b = ab[0::2], ab[1::2]
-        inner = [F.linear(_dropped(x, dropout, seed), ai) for (_, _, seed), ai in zip(places, a)]
-        for (start, stop, _), s, bi in zip(places, inner, b):
-            y[:, start:stop].addmm_(s, bi.t(), alpha=scale)
-        ctx.save_for_backward(x, w, *ab, *inner)
-        ctx.scale, ctx.dropout, ctx.places = scale, dropout, places
+    def forward(ctx, x, w, settings, *ab):
+        y, s = _lora_linear(x, w, ab[0::2], ab[1::2], *settings)
+        ctx.save_for_backward(x, w, s, *ab)
+        ctx.settings = settings
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, w, *rest = ctx.saved_tensors
-        n = len(ctx.places)
-        a, b, inner = rest[0 : 2 * n : 2], rest[1 : 2 * n : 2], rest[2 * n :]
-        dx = dy @ w if ctx.needs_input_grad[0] else None
-        grads = []
-        for (start, stop, seed), ai, bi, s in zip(ctx.places, a, b, inner):
-            dy_i = dy[:, start:stop]
-            ds = (dy_i @ bi).mul_(ctx.scale)
-            grads += [ds.t() @ _dropped(x, ctx.dropout, seed), (dy_i.t() @ s).mul_(ctx.scale)]
-            if dx is not None and not ctx.dropout:
-                dx.addmm_(ds, ai)
-            elif dx is not None:
-                dx += _dropped(ds @ ai, ctx.dropout, seed)
-        return dx, None, None, None, None, *grads
+        x, w, s, *ab = ctx.saved_tensors
+        a = ab[0::2]
+        dx, da, db = _lora_linear_backward(dy, x, w, a, ab[1::2], s, *ctx.settings, ctx.needs_input_grad[0])
+        gradients = [g for pair in zip(da.split([len(a_i) for a_i in a]), db) for g in pair]
+        return dx if ctx.needs_input_grad[0] else None, None, None, *gradients
 
 
-def lora_linear(x_TK: Tensor, w_NK: Tensor, adapters: list[Adapter], scale: float, dropout: float = 0.0) -> Tensor:
-    """`lora_linear_definition` for a frozen W; A and B have x's dtype. Dropout 0 costs nothing."""
-    places = [(adapter.start, adapter.stop, adapter.seed) for adapter in adapters]
+def lora_linear(
+    x_TK: Tensor,
+    w_NK: Tensor,
+    adapters: list[Adapter],
+    scale: float,
+    dropout: float = 0.0,
+    of_swiglu: bool = False,
+    way: str | None = None,
+) -> Tensor:
+    """`lora_linear_definition` for a frozen W and one adapter or more; A and B have x's dtype. Dropout 0 costs nothing.
+
+    Args:
+        way: one of `WAYS`; by default what suits the device. "augmented" writes into the room after each row of W
+            (`make_room`), and is for many rows: fewer than FEW go the default way.
+    """
+    if way is None or (way == "augmented" and len(x_TK) < FEW):
+        way = "accumulated" if x_TK.is_cuda else "added"
+    starts, seeds = [adapter.start for adapter in adapters], [adapter.seed for adapter in adapters]
     ab = [t for adapter in adapters for t in (adapter.a_RK, adapter.b_NR)]
-    return _LoRALinear.apply(x_TK, w_NK, scale, dropout, places, *ab)
+    return _LoRALinear.apply(x_TK, w_NK, (starts, scale, dropout, seeds, of_swiglu, way), *ab)

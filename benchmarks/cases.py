@@ -1,0 +1,267 @@
+"""What is measured: each kernel at a network's shapes, with its inputs, its peers, the least work it needs, and its target.
+
+The least bytes are every input read once and every result written once. Attention's FLOPs are those of the visible pairs
+alone: 4 D a query head and pair forward and 2.5 times that backward, as FlashAttention-2 counts (arXiv:2307.08691).
+"""
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import attention
+
+import minorca_kernels as ours
+
+BYTES = 2  # an element, of bf16
+EPS = 1e-5
+SCALE = 2.0  # alpha / rank
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+
+MISTRAL_7B = Shape(4096, 14336, 32, 8, 128, 32768)
+NEMO = Shape(5120, 14336, 32, 8, 128, 131072)
+SMOLLM2 = Shape(576, 1536, 9, 3, 64, 49152)
+TINY = Shape(64, 96, 4, 2, 16, 128)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. What `inputs` marks as requiring a gradient is differentiated, the rest is frozen.
+
+    direction: forward; backward, of outputs made beforehand; or both, where forward makes the gradient.
+    providers: contenders by name, functions of the inputs: "ours", "plain" (the definition), and peers.
+    limit: what `targets` (by provider, of the limit, 1 is all of it) are fractions of: "copy" (bytes a second of a copy), "matmul"
+    (FLOP/s of a matrix product), or "base" (the provider of that name, a projection without its adapters).
+    """
+
+    kernel: str
+    direction: str
+    shape: str
+    inputs: Callable[[torch.device, torch.dtype], tuple]
+    providers: dict[str, Callable]
+    limit: str
+    targets: dict[str, float]
+    bytes: int
+    flops: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.direction}, {self.shape}"
+
+
+def _liger(name: str) -> Callable:
+    """A function of Liger-Kernel, imported when it is called: it need not be installed."""
+
+    def call(*arguments, **options):
+        from liger_kernel.transformers import functional
+
+        return getattr(functional, name)(*arguments, **options)
+
+    return call
+
+
+def _gradient(tensor: Tensor) -> Tensor:
+    return tensor.requires_grad_()
+
+
+def norms(shape: Shape, tokens: int) -> Iterator[Case]:
+    stream, name = BYTES * tokens * shape.hidden, f"{tokens} x {shape.hidden}"
+
+    def inputs(count: int) -> Callable:
+        def make(device, dtype):
+            rows = [_gradient(torch.randn(tokens, shape.hidden, device=device, dtype=dtype)) for _ in range(count)]
+            return *rows, 1 + 0.1 * torch.randn(shape.hidden, device=device, dtype=dtype), EPS
+
+        return make
+
+    alone = {
+        "ours": ours.rms_norm,
+        "plain": ours.rms_norm_definition,
+        "torch": lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps),
+        "liger": lambda x, weight, eps: _liger("liger_rms_norm")(x, weight, eps, in_place=False),
+    }
+    added = {"ours": ours.add_rms_norm, "plain": ours.add_rms_norm_definition}
+    sums = 4 * tokens  # one fp32 number a row, kept for backward
+    yield Case("RMSNorm", "forward", name, inputs(1), alone, "copy", {"ours": 0.92}, 2 * stream + sums)
+    yield Case("add + RMSNorm", "forward", name, inputs(2), added, "copy", {"ours": 0.94}, 4 * stream + sums)
+    yield Case("RMSNorm", "backward", name, inputs(1), alone, "copy", {"ours": 0.90}, 3 * stream + sums)
+    yield Case("add + RMSNorm", "backward", name, inputs(2), added, "copy", {"ours": 0.90}, 4 * stream + sums)
+
+
+def ropes(shape: Shape, tokens: int) -> Iterator[Case]:
+    heads, kv_heads, size = shape.heads, shape.kv_heads, shape.head_dim
+
+    def inputs(device, dtype):
+        qkv = torch.randn(tokens, (heads + 2 * kv_heads) * size, device=device, dtype=dtype)
+        return _gradient(qkv), *ours.rope_tables(torch.arange(tokens, device=device), size, 1e6), heads, kv_heads
+
+    def liger(qkv, cos, sin, heads, kv_heads):
+        q, k, v = qkv.unflatten(1, (-1, size)).split([heads, kv_heads, kv_heads], 1)
+        q, k = _liger("liger_rope")(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[None], sin[None])[:2]
+        return q[0].transpose(0, 1), k[0].transpose(0, 1), v
+
+    providers = {"ours": ours.rope, "plain": ours.rope_definition, "liger": liger}
+    name, tables = f"{tokens} x ({heads} + {kv_heads}) x {size}", 2 * 4 * tokens * size // 2
+    forward = 2 * BYTES * tokens * (heads + kv_heads) * size + tables  # the values stay where they are
+    backward = 2 * BYTES * tokens * (heads + 2 * kv_heads) * size + tables  # three gradients into one buffer
+    yield Case("RoPE", "forward", name, inputs, providers, "copy", {"ours": 0.90}, forward)
+    yield Case("RoPE", "backward", name, inputs, providers, "copy", {"ours": 0.90}, backward)
+
+
+def swiglus(shape: Shape, tokens: int) -> Iterator[Case]:
+    providers = {
+        "ours": ours.swiglu,
+        "plain": ours.swiglu_definition,
+        "liger": lambda gate_up: _liger("liger_swiglu")(*gate_up.chunk(2, -1)),
+    }
+
+    def inputs(device, dtype):
+        return (_gradient(torch.randn(tokens, 2 * shape.inner, device=device, dtype=dtype)),)
+
+    part, name = BYTES * tokens * shape.inner, f"{tokens} x {shape.inner}"
+    yield Case("SwiGLU", "forward", name, inputs, providers, "copy", {"ours": 0.97}, 3 * part)
+    yield Case("SwiGLU", "backward", name, inputs, providers, "copy", {"ours": 0.92}, 5 * part)
+
+
+def projections(shape: Shape, tokens: int, rank: int) -> Iterator[Case]:
+    """The frozen products with LoRA on each; `down` also of SwiGLU's argument, which is then computed on the way."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    for name, columns, rows, of_swiglu in (
+        ("qkv", shape.hidden, [queries, keys, keys], False),
+        ("o", queries, [shape.hidden], False),
+        ("gate_up", shape.hidden, [shape.inner, shape.inner], False),
+        ("down", shape.inner, [shape.hidden], False),
+        ("down of SwiGLU", shape.inner, [shape.hidden], True),
+    ):
+        yield from _projection(name, tokens, columns, rows, rank, of_swiglu)
+
+
+def _projection(name: str, tokens: int, columns: int, rows: list[int], rank: int, of_swiglu: bool) -> Iterator[Case]:
+    def inputs(device, dtype):
+        def normal(*size, scale=0.02):
+            return torch.randn(*size, device=device, dtype=dtype) * scale
+
+        adapters, start = [], 0
+        for count in rows:
+            a, b = _gradient(normal(rank, columns)), _gradient(normal(count, rank))
+            adapters.append(ours.Adapter(start, start + count, a, b))
+            start += count
+        w = normal(start, columns)
+        with_room = ours.make_room(w, rank * len(rows)).copy_(w)
+        return _gradient(normal(tokens, columns * (1 + of_swiglu), scale=1)), w, adapters, SCALE, with_room
+
+    def by(way: str | None) -> Callable:
+        def call(x, w, adapters, scale, with_room):
+            chosen = way or ("augmented" if ours.room_pays(w, of_swiglu) else None)  # as in minorca/lora.py
+            return ours.lora_linear(x, with_room if chosen == "augmented" else w, adapters, scale, of_swiglu=of_swiglu, way=chosen)
+
+        return call
+
+    providers = {
+        "ours": by(None),
+        "plain": lambda x, w, adapters, scale, _: ours.lora_linear_definition(x, w, adapters, scale, of_swiglu=of_swiglu),
+        "base": lambda x, w, adapters, scale, _: F.linear(ours.swiglu(x) if of_swiglu else x, w),
+        **{way: by(way) for way in ours.WAYS},
+    }
+    shape, total = f"{tokens} x {columns} -> {sum(rows)}, rank {rank}", sum(rows)
+    forward_bytes = BYTES * (tokens * columns * (1 + of_swiglu) + total * columns + tokens * total)
+    backward_bytes = forward_bytes + BYTES * tokens * columns * (1 + of_swiglu)
+    base, low = 2 * tokens * columns * total, 2 * tokens * rank * (len(rows) * columns + total)
+    kernel = f"LoRA {name}"
+    yield Case(kernel, "forward", shape, inputs, providers, "base", {"ours": 1 / 1.04}, forward_bytes, base + low)
+    if rank == 16:
+        yield Case(kernel, "backward", shape, inputs, providers, "base", {"ours": 1 / 1.06}, backward_bytes, base + 2 * low)
+
+
+def losses(shape: Shape, tokens: int) -> Iterator[Case]:
+    def inputs(device, dtype):
+        x = torch.randn(tokens, shape.hidden, device=device, dtype=dtype)
+        weight = torch.randn(shape.vocabulary, shape.hidden, device=device, dtype=dtype) * shape.hidden**-0.5
+        return _gradient(x), weight, torch.randint(shape.vocabulary, (tokens,), device=device)
+
+    providers = {
+        "ours": ours.linear_cross_entropy,
+        "plain": ours.linear_cross_entropy_definition,
+        "liger": lambda x, weight, targets: _liger("liger_fused_linear_cross_entropy")(x, weight, targets, reduction="sum"),
+    }
+    name = f"{tokens} x {shape.hidden} -> {shape.vocabulary}"
+    size = BYTES * (2 * tokens * shape.hidden + shape.vocabulary * shape.hidden)
+    flops = 4 * tokens * shape.hidden * shape.vocabulary  # logits, and the hidden rows' gradient: the head is frozen
+    yield Case("cross-entropy", "both", name, inputs, providers, "matmul", {"ours": 0.90}, size, flops)
+
+
+def _varlen(longest: int, window: int | None, implementation: str | None) -> Callable:
+    """torch's varlen attention: FlashAttention-2, or what can be activated in its place."""
+
+    def call(q, k, v, first, last, ends):
+        from torch.nn.attention.varlen import varlen_attn  # not every build of torch has it
+
+        if implementation != attention.current_flash_attention_impl():  # it stays: backward needs it too
+            attention.activate_flash_attention_impl(implementation) if implementation else attention.restore_flash_attention_impl()
+        left = -1 if window is None else window - 1
+        # torch 2.11 groups heads without being asked, and has no name for it
+        options = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(left, 0), **options)
+
+    return call
+
+
+def _cudnn(q, k, v, first, last, ends):
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    with attention.sdpa_kernel(attention.SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+
+def attentions(shape: Shape, lengths: list[int], window: int | None) -> Iterator[Case]:
+    """Causal attention within documents of these lengths, a query seeing `window` keys."""
+    tokens, reach = sum(lengths), window or max(lengths)
+    ends = torch.tensor([0, *itertools.accumulate(lengths)])
+    start, stop = (edges.repeat_interleave(torch.tensor(lengths)) for edges in (ends[:-1], ends[1:]))
+    place = torch.arange(tokens)
+    first, last = torch.maximum(start, place - reach + 1), torch.minimum(stop, place + reach) - 1
+    pairs = (place - first + 1).sum().item()
+
+    def inputs(device, dtype):
+        counts = shape.heads, shape.kv_heads, shape.kv_heads
+        qkv = [_gradient(torch.randn(tokens, count, shape.head_dim, device=device, dtype=dtype)) for count in counts]
+        return *qkv, *(t.int().to(device) for t in (first, last, ends))
+
+    providers = {
+        "ours": lambda q, k, v, first, last, ends: ours.attention(q, k, v, first, last),
+        "plain": lambda q, k, v, first, last, ends: ours.attention_definition(q, k, v, first),
+        **({"cudnn": _cudnn} if len(lengths) == 1 and not window else {}),
+        "varlen": _varlen(max(lengths), window, None),
+        "fa3": _varlen(max(lengths), window, "FA3"),
+    }
+    name = f"{len(lengths)} x {lengths[0]}{f', window {window}' if window else ''}"
+    size = BYTES * tokens * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)  # queries, keys, values and results
+    flops = 4 * shape.head_dim * shape.heads * pairs
+    forward, backward = {"ours": 0.55, "fa3": 0.80}, {"ours": 0.42, "fa3": 0.68}
+    yield Case("attention", "forward", name, inputs, providers, "matmul", forward, size, flops)
+    yield Case("attention", "backward", name, inputs, providers, "matmul", backward, 2 * size, 5 * flops // 2)
+
+
+def cases(shape: Shape = MISTRAL_7B, tokens: int = 8192, window: int = 4096, small: tuple[int, ...] = (512, 8)) -> Iterator[Case]:
+    """The cases with targets, of `tokens` tokens; then, without, a higher rank's and those of few tokens, which are all launching."""
+    yield from norms(shape, tokens)
+    yield from ropes(shape, tokens)
+    yield from swiglus(shape, tokens)
+    yield from projections(shape, tokens, 16)
+    yield from losses(shape, tokens)
+    for lengths, reach in (([tokens], None), ([2 * tokens], window), ([tokens // 16] * 16, None)):
+        yield from attentions(shape, lengths, reach)
+    others = itertools.chain(projections(shape, tokens, 64), *(norms(shape, count) for count in small))
+    yield from (replace(case, targets={}) for case in others)
