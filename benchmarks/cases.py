@@ -4,6 +4,7 @@ The least bytes are every input read once and every result written once. Attenti
 alone: 4 D a query head and pair forward and 2.5 times that backward, as FlashAttention-2 counts (arXiv:2307.08691).
 """
 
+import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
@@ -62,13 +63,11 @@ class Case:
         return f"{self.kernel} {self.direction}, {self.shape}"
 
 
-def _liger(name: str) -> Callable:
-    """A function of Liger-Kernel, imported when it is called: it need not be installed."""
+def _liger(module: str, name: str) -> Callable:
+    """An operation of Liger-Kernel, imported when it is called: it need not be installed."""
 
-    def call(*arguments, **options):
-        from liger_kernel.transformers import functional
-
-        return getattr(functional, name)(*arguments, **options)
+    def call(*arguments):
+        return getattr(importlib.import_module(f"liger_kernel.ops.{module}"), name).apply(*arguments)
 
     return call
 
@@ -91,9 +90,15 @@ def norms(shape: Shape, tokens: int) -> Iterator[Case]:
         "ours": ours.rms_norm,
         "plain": ours.rms_norm_definition,
         "torch": lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps),
-        "liger": lambda x, weight, eps: _liger("liger_rms_norm")(x, weight, eps, in_place=False),
+        "liger": lambda x, weight, eps: _liger("rms_norm", "LigerRMSNormFunction")(x, weight, eps, 0.0, "llama", False),
     }
-    added = {"ours": ours.add_rms_norm, "plain": ours.add_rms_norm_definition}
+    added = {
+        "ours": ours.add_rms_norm,
+        "plain": ours.add_rms_norm_definition,
+        "liger": lambda x, update, weight, eps: _liger("fused_add_rms_norm", "LigerFusedAddRMSNormFunction")(
+            x, update, weight, eps, 0.0, "llama", False
+        )[::-1],
+    }
     sums = 4 * tokens  # one fp32 number a row, kept for backward
     yield Case("RMSNorm", "forward", name, inputs(1), alone, "copy", {"ours": 0.92}, 2 * stream + sums)
     yield Case("add + RMSNorm", "forward", name, inputs(2), added, "copy", {"ours": 0.94}, 4 * stream + sums)
@@ -110,7 +115,8 @@ def ropes(shape: Shape, tokens: int) -> Iterator[Case]:
 
     def liger(qkv, cos, sin, heads, kv_heads):
         q, k, v = qkv.unflatten(1, (-1, size)).split([heads, kv_heads, kv_heads], 1)
-        q, k = _liger("liger_rope")(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[None], sin[None])[:2]
+        heads_first = (t.transpose(0, 1)[None] for t in (q, k))
+        q, k = _liger("rope", "LigerRopeFunction")(*heads_first, cos[None], sin[None], None, 1, size)
         return q[0].transpose(0, 1), k[0].transpose(0, 1), v
 
     providers = {"ours": ours.rope, "plain": ours.rope_definition, "liger": liger}
@@ -125,7 +131,7 @@ def swiglus(shape: Shape, tokens: int) -> Iterator[Case]:
     providers = {
         "ours": ours.swiglu,
         "plain": ours.swiglu_definition,
-        "liger": lambda gate_up: _liger("liger_swiglu")(*gate_up.chunk(2, -1)),
+        "liger": _liger("swiglu", "LigerFusedGateUpSiLUMulFunction"),
     }
 
     def inputs(device, dtype):
@@ -195,7 +201,10 @@ def losses(shape: Shape, tokens: int) -> Iterator[Case]:
     providers = {
         "ours": ours.linear_cross_entropy,
         "plain": ours.linear_cross_entropy_definition,
-        "liger": lambda x, weight, targets: _liger("liger_fused_linear_cross_entropy")(x, weight, targets, reduction="sum"),
+        # the middle ones are its defaults: no bias, no class weights, and so on
+        "liger": lambda x, weight, targets: _liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")(
+            x, weight, targets, None, None, -100, 0.0, 0.0, "sum"
+        )[0],
     }
     name = f"{tokens} x {shape.hidden} -> {shape.vocabulary}"
     size = BYTES * (2 * tokens * shape.hidden + shape.vocabulary * shape.hidden)

@@ -1,8 +1,8 @@
-"""Every Triton kernel at every shape, compiled for GPUs that are not here: python -m benchmarks.compiled [--arch 80 90]
+"""Every Triton kernel at every shape, compiled for GPUs that are not here: python -m benchmarks.compiled [--arch 80 90 100]
 
 The operators' own launchers run on tensors without storage, so each kernel is specialised as on a GPU, and is compiled but not
-launched. Refused are kernels that spill, need more shared memory than a block has, read less than 128 bits at a time, or on
-Hopper multiply without wgmma. Registers and stack are what cuobjdump says of the machine code.
+launched. Refused are kernels that spill, need more shared memory than a block has, have no load of 128 bits, or on Hopper multiply
+without wgmma. Registers and stack are what cuobjdump says of the machine code.
 """
 
 import os
@@ -17,13 +17,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -92,6 +93,22 @@ def selection() -> Iterator[tuple[str, Case, Callable, torch.dtype]]:
         for case in cases(shape, small=(8,)):
             for dtype in (torch.bfloat16, torch.float16, torch.float32)[: 3 if shape is SMOLLM2 else 1]:
                 yield f"{case.name}, {name}", case, case.providers["ours"], dtype
+    # what the cases leave out: a number of tokens that nothing divides, weights that are trained, and a loss without gradients
+    for case in cases(MISTRAL_7B, 8191, small=()):
+        yield f"{case.name}, Mistral 7B", case, case.providers["ours"], torch.bfloat16
+        if "Norm backward" in case.name or case.kernel == "cross-entropy":
+            yield f"{case.name}, trained, Mistral 7B", replace(case, inputs=_trained(case)), case.providers["ours"], torch.bfloat16
+        if case.kernel == "cross-entropy":
+            forward = replace(case, direction="forward")
+            yield f"{forward.name}, Mistral 7B", forward, torch.no_grad()(case.providers["ours"]), torch.bfloat16
+
+
+def _trained(case: Case) -> Callable:
+    def inputs(device, dtype):
+        tensors = case.inputs(device, dtype)
+        return tree_map(lambda leaf: leaf.requires_grad_() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf, tensors)
+
+    return inputs
 
 
 def examine(kernel, arch: int) -> dict:
@@ -134,7 +151,7 @@ def compiled(arch: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description="Every Triton kernel, compiled without a GPU.")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=SHARED, help="default: 80 90")
+    parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED), choices=SHARED, help="default: all")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("an interpreted kernel is not compiled: unset TRITON_INTERPRET")

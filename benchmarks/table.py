@@ -125,17 +125,19 @@ def readme_kernels(results: Path) -> str:
     found = {tuple(row[key] for key in ("kernel", "shape", "direction", "provider")): row for row in result["rows"] if "seconds" in row}
     rows: dict[tuple, list] = {}
     for case in cases():
-        if case.targets:
-            row = rows.setdefault((case.kernel, case.shape), [case.kernel, case.shape, LIMITS[case.limit], "", "", "", ""])
+        for provider, target in case.targets.items():
+            kernel = case.kernel if provider == "ours" else f"{case.kernel}, {provider.upper()}"
+            row = rows.setdefault((kernel, case.shape), [kernel, case.shape, LIMITS[case.limit], "", "", "", ""])
             at = 5 if case.direction == "backward" else 3
-            row[at] = f"{100 * case.targets['ours']:.3g}%"
+            row[at] = f"{100 * target:.3g}%"
             if case.direction == "both":
                 row[5] = "in forward"
-            if mine := found.get((case.kernel, case.shape, case.direction, "ours")):
+            if mine := found.get((case.kernel, case.shape, case.direction, provider)):
                 row[at + 1] = f"**{percent(mine['reached'])}**, {1e6 * mine['seconds']['median']:,.0f} µs"
     header = ["kernel", "shape", "limit", "forward: at least", "forward", "backward: at least", "backward"]
     if path:
-        said = f"Measured on {result['machine']['device']}: `{path.parent.relative_to(results.parent.parent)}`."
+        folder = path.parent.relative_to(results.parent.parent)
+        said = f"Measured on {result['machine']['device']}, in `{folder}`:\n\n![each kernel against its limit]({folder}/kernels.png)"
     else:
         said = "No GPU has been measured yet, so no GPU figure stands here: the measured columns are empty."
     return f"{grid(header, list(rows.values()))}\n\n{said}"
@@ -153,7 +155,8 @@ def page(folder: Path) -> str:
     if "device" in found:
         parts += ["## Machine", device(found["device"])]
     if (tests := folder / "tests.txt").exists():
-        parts += ["## Tests on the device", tests.read_text().strip().splitlines()[-1].strip("= ")]
+        ends = re.findall(r"^=*\s*(\d+ (?:passed|failed|skipped).* in .*?)\s*=*$", tests.read_text(), flags=re.MULTILINE)
+        parts += ["## Tests on the device, file by file", "\n".join(f"- {end}" for end in ends)]
     if "kernels" in found:
         parts += ["## Kernels", kernels(found["kernels"])]
     if steps := [result for name, result in found.items() if name.startswith("train-")]:

@@ -27,7 +27,7 @@ from benchmarks.common import DEVICE, clock, model_under_test, parser, peer, rep
 from minorca.config import OptimConfig
 from minorca.data.packing import make_batch, plan_epoch
 from minorca.data.store import TokenStore
-from minorca.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters
+from minorca.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters, room_for_adapters
 from minorca.metrics import peak_flops, peak_memory_bytes, training_flops
 from minorca.model import Mistral
 from minorca.objectives import next_token_loss
@@ -175,6 +175,7 @@ def measure(args, names: list[str]) -> dict:
         store = draw_rows(args.rows, model.arch.vocab_size, args.tokens)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         add_adapters(model, SETTINGS)
+        room_for_adapters(model)
         init_adapters(model, seed=0)
         adapter = {name: p.detach().cpu().clone() for name, p in adapter_parameters(model).items()}
         sides, results = {}, {}

@@ -46,8 +46,8 @@ def load_model(
     if settings:
         add_adapters(model, settings, dtype)
     model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    room_for_adapters(model)
     load_weights(model, files, pieces)
     if settings:
+        room_for_adapters(model)
         load_adapter(model, adapter)
     return model.eval()

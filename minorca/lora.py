@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from minorca_kernels import Adapter, lora_linear, make_room, room_pays
+from minorca_kernels.operator import by_triton
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -93,12 +94,12 @@ def _projections(model: Mistral):
 
 
 def room_for_adapters(model: Mistral) -> None:
-    """Gives CUDA weights, still empty and whole on this rank, room for their adapters after each row where that is faster."""
+    """Gives weights that are whole on this rank, on CUDA, room for their adapters after each row, where that is faster."""
     for _, projection in _projections(model):
         weight = projection.weight
-        if weight.is_cuda and not isinstance(weight, DTensor) and room_pays(weight, projection.of_swiglu):
-            projection.weight = nn.Parameter(make_room(weight, sum(map(len, projection.a.values()))), requires_grad=False)
-            projection.way = "augmented"
+        if not isinstance(weight, DTensor) and by_triton(weight) and room_pays(weight, projection.of_swiglu):
+            roomy = make_room(weight.detach(), sum(map(len, projection.a.values()))).copy_(weight.detach())
+            projection.weight, projection.way = nn.Parameter(roomy, requires_grad=False), "augmented"
 
 
 def adapter_parameters(model: Mistral) -> dict[str, nn.Parameter]:

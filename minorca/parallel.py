@@ -105,7 +105,8 @@ def shard(model: Mistral, config: ParallelConfig, world: World) -> None:
 
 def checkpoint_activations(model: Mistral, kind: str) -> None:
     """`full`: a block keeps its input and computes the rest again in backward. `selective`: it also keeps attention's output and
-    those of the adapted projections that are not much wider than their input; so of the products, gate_up alone is made again."""
+    those of the adapted projections that are not much wider than their input; of products with adapters, gate_up alone is made
+    again."""
     if kind == "none":
         return
     aten, ours = torch.ops.aten, torch.ops.minorca

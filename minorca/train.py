@@ -89,8 +89,8 @@ def build(config: Config, world: parallel.World) -> tuple[Mistral, LoRASettings]
     if parallel.shards(model, config.parallel, world):
         parallel.shard(model, config.parallel, world)
     model.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
-    room_for_adapters(model)
     load_weights(model, files, pieces)
+    room_for_adapters(model)
     init_adapters(model, config.train.seed)
     if lora.init:
         _check_init(config, settings)

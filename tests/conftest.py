@@ -15,6 +15,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # for benchmarks, which are not installed
 
 
 def pytest_configure(config):

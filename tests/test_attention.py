@@ -241,6 +241,7 @@ def test_the_choice_of_a_flash_implementation(version, capability, expected, mon
     """By GPU and torch, and only where it can be activated."""
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     monkeypatch.setattr(minorca.attention, "activate_flash_attention_impl", lambda name: None)
+    monkeypatch.setattr(minorca.attention, "_varlen_error", lambda device: 0.0)
     assert flash_implementation.__wrapped__(capability) == expected
 
     def missing(name):
@@ -248,6 +249,24 @@ def test_the_choice_of_a_flash_implementation(version, capability, expected, mon
 
     monkeypatch.setattr(minorca.attention, "activate_flash_attention_impl", missing)
     assert flash_implementation.__wrapped__(capability) is None
+
+
+@pytest.mark.skipif(INTERPRETED, reason="bf16 is wrong in the interpreter")
+@pytest.mark.parametrize("off, expected", [(0, "FA3"), (1, None)])
+def test_a_flash_implementation_that_is_wrong_is_not_used(off, expected, monkeypatch):
+    """One whose window is a key too wide is found out."""
+    restored = []
+
+    def varlen(q, k, v, cu_q, cu_k, longest_q, longest_k, window_size, **_):
+        attend = Documents(cu_q, len(q), window_size[0] + 1 + off, q.device)
+        return attention(q, k, v, attend.first, attend.last)
+
+    error = minorca.attention._varlen_error
+    monkeypatch.setattr(minorca.attention, "_varlen_error", lambda device: error("cpu"))
+    monkeypatch.setattr(minorca.attention, "varlen_attn", varlen)
+    monkeypatch.setattr(minorca.attention, "activate_flash_attention_impl", lambda name: None)
+    monkeypatch.setattr(minorca.attention, "restore_flash_attention_impl", lambda: restored.append(True))
+    assert flash_implementation.__wrapped__(HOPPER) == expected and bool(restored) == (expected is None)
 
 
 def test_a_choice_is_reported_once(caplog):

@@ -8,6 +8,8 @@ import itertools
 
 import pytest
 import torch
+from benchmarks.cases import cases
+from benchmarks.kernels import drawn, error, exact, prepared
 from conftest import relative_error
 from minorca_kernels import attention_definition
 from test_attention import plain_attention
@@ -90,6 +92,22 @@ def test_our_attention_repeats_to_the_bit(dtype, window):
     expected = run()
     for _ in range(4):
         assert all(map(torch.equal, run(), expected))
+
+
+CASES = list(cases(tokens=2048, window=1024, small=()))
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_a_7b_models_shapes(case):
+    """Each kernel in bf16 as benchmarks.kernels runs it: the same bits twice, and at most twice as far from fp32 as the definition."""
+    reference = exact(case)
+
+    def results(provider):
+        return prepared(case, case.providers[provider], drawn(case))()
+
+    ours = results("ours")
+    assert all(map(torch.equal, ours, results("ours")))
+    assert error(ours, reference) <= 2 * error(results("plain"), reference) + torch.finfo(torch.bfloat16).eps / 8
 
 
 @pytest.mark.parametrize("window", [None, 16])

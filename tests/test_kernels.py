@@ -40,14 +40,14 @@ cross_entropy_module, lora_linear_module = (sys.modules[f"minorca_kernels.{name}
 
 
 class Case(NamedTuple):
-    """An operation and its definition on tensors of shapes that a size gives: 0 for gradcheck, 1 odd, 2 larger, 3 real."""
+    """An operation and its definition on tensors of shapes that a size gives: 0 for gradcheck, 1 odd, 2 larger."""
 
     operation: Callable
     definition: Callable
     shapes: Callable[[int], list[tuple[int, ...]]]
 
 
-TOKENS, HIDDEN = (3, 33, 70, 2048), (9, 123, 320, 4096)  # one row block or several; the last for a GPU
+TOKENS, HIDDEN = (3, 33, 70), (9, 123, 320)  # one row block or several
 
 
 def both(function: Callable, definition: Callable, arguments: Callable, shapes: Callable) -> Case:
@@ -75,7 +75,7 @@ def lora_case(way: str, dropout: float, of_swiglu: bool) -> Case:
         return make_room(w, 8).copy_(w) if way == "augmented" else w
 
     def shapes(size: int) -> list[tuple[int, ...]]:
-        k, first, second = HIDDEN[size], (2, 3, 3, 16)[size], (1, 5, 16, 16)[size]
+        k, first, second = HIDDEN[size], (2, 3, 3)[size], (1, 5, 16)[size]
         return [(TOKENS[size], 2 * k if of_swiglu else k), (first, k), (3, first), (second, k), (k - 7, second)]
 
     def operation(x: Tensor, *ab: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ CASES = {
     "add_rms_norm": both(
         add_rms_norm, add_rms_norm_definition, lambda x, u, w: (x, u, w, 1e-5), lambda n: 2 * [(TOKENS[n], HIDDEN[n])] + [(HIDDEN[n],)]
     ),
-    "swiglu": both(swiglu, swiglu_definition, lambda x: (x,), lambda n: [(TOKENS[n], 2 * (8, 616, 1601, 14336)[n])]),
-    "rope": both(rope, rope_definition, qkv_arguments, lambda n: [(TOKENS[n], 7 * (4, 24, 64, 128)[n])]),
+    "swiglu": both(swiglu, swiglu_definition, lambda x: (x,), lambda n: [(TOKENS[n], 2 * (8, 616, 1601)[n])]),
+    "rope": both(rope, rope_definition, qkv_arguments, lambda n: [(TOKENS[n], 7 * (4, 24, 64)[n])]),
     "linear_cross_entropy": both(
         linear_cross_entropy,
         linear_cross_entropy_definition,
@@ -161,21 +161,9 @@ def test_equals_its_definition(case, dtype, device, size):
     assert_as_close(run(case.operation, leaves), run(case.definition, leaves), exact)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_real_shapes(case, monkeypatch):
-    """A layer of a 7B model in bf16: right, and the same bits when repeated."""
-    monkeypatch.setattr(cross_entropy_module, "CHUNK", {"cuda": 1024})
-    leaves = inputs(case, 3, torch.bfloat16, "cuda")
-    first, again = (run(case.operation, leaves) for _ in range(2))
-    assert all(map(torch.equal, first, again))
-    exact = run(case.definition, [t.detach().double().requires_grad_() for t in leaves])
-    assert_as_close(first, run(case.definition, leaves), exact)
-
-
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_strides_change_nothing(case, device):
-    """Rows far apart, columns apart, and a transposed matrix give the bits of a compact one; so do strided gradients."""
+    """Rows far apart, columns apart, and a transposed matrix give what a compact one does; so do strided gradients."""
     leaves = inputs(case, 1, torch.float32, device)
     compact = run(case.operation, leaves)
 
@@ -199,7 +187,9 @@ def test_strides_change_nothing(case, device):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="plain PyTorch's offsets are not ours")
-@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "swiglu", "rope", "lora_linear, accumulated, dropout 0.0"])
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "add_rms_norm", "swiglu", "rope", "lora_linear, accumulated, dropout 0.0", "lora_linear, fused, dropout 0.0"]
+)
 def test_offsets_past_two_to_the_31(name):
     """Row 2 of every activation, and of every gradient, lies 2^31 elements behind row 0. Only the pages touched exist."""
 
@@ -232,6 +222,8 @@ def test_operators_are_what_they_declare(case, layout):
         run(case.operation, inputs(case, 1, torch.float32))
 
     def laid_out(t: Tensor) -> Tensor:
+        if layout == "compact" and t.dim() == 2 and t.stride(0) > t.shape[1] and t.stride(1) == 1:  # W with its room
+            return make_room(t, t.stride(0) - t.shape[1]).copy_(t.detach()).requires_grad_()
         t = t.detach().clone(memory_format=torch.preserve_format)
         t = t.mT.contiguous().mT if layout == "transposed" and t.dim() > 1 and t.is_contiguous() else t
         return t.requires_grad_(t.is_floating_point())

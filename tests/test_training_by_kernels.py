@@ -1,5 +1,5 @@
-"""Twenty LoRA steps through the kernels give the losses of twenty through their definitions: on the CPU, also where Triton is
-interpreted (`TRITON_INTERPRET=1`), and on a GPU."""
+"""Twenty LoRA steps through the kernels give the losses of twenty through their definitions: on the CPU, on a GPU, and where
+Triton is interpreted (`TRITON_INTERPRET=1`), which takes long, two steps."""
 
 import itertools
 import sys
@@ -39,8 +39,8 @@ def train(directory, dtype: torch.dtype, device: str, steps: int) -> tuple[list[
     model = build_model(arch, dtype)
     add_adapters(model, LoRASettings(rank=4, alpha=8))
     model.to_empty(device=device)
-    room_for_adapters(model)
     load_weights(model, *open_weights(directory, arch))
+    room_for_adapters(model)
     init_adapters(model, seed=0)
     adapters = adapter_parameters(model.train())
     optimizer, losses = adamw(adapters.values(), OptimConfig(lr=1e-3)), []
@@ -91,4 +91,4 @@ def test_twenty_steps(dtype, device, save_mistral, monkeypatch):
     else:
         exact = np.array(train(directory, torch.float32, device, steps)[0])
         error, allowed = (np.abs(np.array(losses) - exact).mean() for losses in (ours, plain))
-        assert error <= 2 * allowed + exact.mean() * torch.finfo(dtype).eps
+        assert error <= 2 * allowed + exact.mean() * torch.finfo(dtype).eps / 8

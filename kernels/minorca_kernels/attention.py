@@ -204,8 +204,9 @@ def _key_gradient_queries(
 ):  # fmt: skip
     # one loop over the group's heads and their queries, so that loads are ahead across heads too;
     # keys by queries, so that the products that sum over queries find their left side in registers
+    per_head = tl.maximum(tiles, 1)  # a prefetch may divide by it though there is no turn
     for turn in range(0, tiles * GROUP):
-        head, tile = (turn // tiles).to(tl.int64), turn % tiles
+        head, tile = (turn // per_head).to(tl.int64), turn % per_head
         m = begin + tile * BM
         if MASKED:
             m += tl.where(tile < near, 0, gap)
@@ -274,7 +275,9 @@ _TILES = {  # queries, keys, warps and stages; none spills a register on the GPU
 
 def _tiles(kernel: str, dtype: torch.dtype, block: int) -> dict[str, int]:
     """For heads padded to `block`."""
-    if dtype in (torch.bfloat16, torch.float16):
+    if architecture() < 80:  # 64 KiB a block, which only the smallest tiles fit
+        kind = "single, wide heads"
+    elif dtype in (torch.bfloat16, torch.float16):
         kind = "half, wide heads" if block > 128 else "half, Hopper" if 90 <= architecture() < 110 else "half"
     else:
         kind = "single" if block * dtype.itemsize <= 512 else "single, wide heads"

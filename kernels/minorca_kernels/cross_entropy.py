@@ -18,7 +18,10 @@ LONGEST = 8192  # logits a pass holds in registers, 16 a thread: three programs 
 
 
 def linear_cross_entropy_definition(x_MH: Tensor, weight_VH: Tensor, targets_M: Tensor) -> Tensor:
-    """x [M, H], weight [V, H], targets [M] int64 -> the sum over rows of -log softmax(x W^T)[target], fp32 (fp64 for fp64)."""
+    """x [M, H], weight [V, H], targets [M] int64 -> the sum over rows of -log softmax(x W^T)[target], fp32 (fp64 for fp64).
+
+    Every target is an id: rows without one are left out by the caller.
+    """
     logits = F.linear(x_MH, weight_VH)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets_M, reduction="sum")
 
@@ -34,7 +37,8 @@ def _softmax(logits, targets, losses, V: tl.constexpr, GRADIENT: tl.constexpr, B
     target = tl.load(targets + row)
     dtype = logits.dtype.element_ty
     wide = tl.float64 if dtype == tl.float64 else tl.float32
-    aim = tl.load(logits + target).to(wide)  # all threads have it before the first maximum, and so before one overwrites it
+    # all threads have it before the first maximum, and so before one overwrites it; a target that is none makes the loss NaN
+    aim = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(wide)
     top = tl.full([], -float("inf"), wide)
     total = tl.zeros([], wide)
     for start in range(0, V, BLOCK):
@@ -117,11 +121,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
         dx, dweight = ctx.saved_tensors
-        # as a vector: a tensor of no axes would be rounded to dx's dtype first
-        dx = (dx * dloss.expand(1)).to(dx.dtype) if ctx.needs_input_grad[0] else None
+        # dloss as a vector: a tensor of no axes would be rounded to dx's dtype first
+        dx = torch.mul(dx, dloss.expand(1), out=torch.empty_like(dx)) if ctx.needs_input_grad[0] else None
         return dx, (dweight * dloss).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None, None
 
 
 def linear_cross_entropy(x_MH: Tensor, weight_VH: Tensor, targets_M: Tensor) -> Tensor:
-    """`linear_cross_entropy_definition`; peak memory is one chunk of logits, whatever M is."""
+    """`linear_cross_entropy_definition`; beside the gradient of x, memory is one chunk of logits, whatever M is."""
     return _LinearCrossEntropy.apply(x_MH, weight_VH, targets_M)

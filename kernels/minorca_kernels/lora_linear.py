@@ -3,7 +3,7 @@
 One projection may be several of the model's stacked by rows (q, k and v), each with an adapter of its own or none; and it may
 be one of SwiGLU's product, which is then made again in backward instead of being kept.
 
-The update touches the output once. Four ways to do so are here (`WAYS`); `python -m benchmarks.kernels` compares them.
+Four ways to add the update are here (`WAYS`), two of which touch the output once; `python -m benchmarks.kernels` compares them.
 """
 
 import functools
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minorca_kernels.low_rank_gradients import low_rank_gradients
 from minorca_kernels.low_rank_matmul import low_rank_matmul
-from minorca_kernels.operator import operator
+from minorca_kernels.operator import by_triton, operator
 from minorca_kernels.swiglu import swiglu, swiglu_backward, swiglu_definition, swiglu_into
 
 
@@ -60,7 +60,7 @@ def lora_linear_definition(
 
 
 def _added(x: Tensor, w: Tensor, s: Sequence[Tensor], b: Sequence[Tensor], starts: list[int], scale: float) -> Tensor:
-    """The output is read and written once more an adapter: 13 % of a product 4096 deep on an H100, by its bytes."""
+    """The output is read and written once more: 13 % of the time of a product 4096 deep on an H100, by its bytes."""
     y = F.linear(x, w)
     for start, s_i, b_i in zip(starts, s, b):
         y[:, start : start + len(b_i)].addmm_(s_i, b_i.t(), alpha=scale)
@@ -68,7 +68,7 @@ def _added(x: Tensor, w: Tensor, s: Sequence[Tensor], b: Sequence[Tensor], start
 
 
 def _accumulated(x: Tensor, w: Tensor, s: Sequence[Tensor], b: Sequence[Tensor], starts: list[int], scale: float) -> Tensor:
-    """The update is written first, and the large product adds to it as it writes."""
+    """The update is written first, and the large product reads it where it is about to write: while others still multiply."""
     y = x.new_empty(len(x), len(w)) if sum(map(len, b)) == len(w) else x.new_zeros(len(x), len(w))
     for start, s_i, b_i in zip(starts, s, b):
         y[:, start : start + len(b_i)].addmm_(s_i, b_i.t(), beta=0, alpha=scale)
@@ -105,15 +105,22 @@ FEW = 256  # rows below which launches cost more than traffic: one token a seque
 
 
 def room_pays(w_NK: Tensor, of_swiglu: bool) -> bool:
-    """Whether the room is worth it: x has to be copied next to its update, unless SwiGLU is just being written there, and the
-    bytes that this moves must be fewer than an update of the output."""
-    return of_swiglu or len(w_NK) > 2 * w_NK.shape[1]
+    """Whether room is worth having: x must be copied next to its products, unless it is a SwiGLU, written there in the first
+    place; and that must move fewer bytes than writing and reading an update of the output's size."""
+    return of_swiglu or len(w_NK) > w_NK.shape[1]
 
 
 def make_room(w_NK: Tensor, columns: int) -> Tensor:
     """An empty [N, K] like w with at least so many scratch columns after each row, rows a multiple of 64 elements apart."""
     (n, k), apart = w_NK.shape, -(w_NK.shape[1] + columns) % 64
     return w_NK.new_empty(n, k + columns + apart)[:, :k]
+
+
+def _has_room(w: Tensor, columns: int) -> bool:
+    """A copy made on the way here, by a compiler or a check, may have lost it."""
+    (n, k), apart = w.shape, w.stride(0)
+    end = w.storage_offset() + (n - 1) * apart + k + columns
+    return w.stride(1) == 1 and apart >= k + columns and end * w.element_size() <= w.untyped_storage().nbytes()
 
 
 # -------------------------------------------------------------------------------------------- forward and backward
@@ -138,8 +145,8 @@ def _forward(
     of_swiglu: bool,
     way: str,
 ) -> tuple[Tensor, Tensor]:
-    if way == "augmented" and w.stride(0) < w.shape[1] + sum(map(len, a)):
-        way = "accumulated"  # a copy of W on the way here has lost the room
+    if way == "augmented" and not _has_room(w, sum(map(len, a))):
+        way = "accumulated"
     if way == "augmented":
         inputs, x = x, x.new_empty(len(x), w.stride(0))[:, : w.shape[1]]
         swiglu_into(inputs, x) if of_swiglu else x.copy_(inputs)
@@ -244,11 +251,11 @@ def lora_linear(
     """`lora_linear_definition` for a frozen W and one adapter or more; A and B have x's dtype. Dropout 0 costs nothing.
 
     Args:
-        way: one of `WAYS`; by default what suits the device. "augmented" writes into the room after each row of W
-            (`make_room`), and is for many rows: fewer than FEW go the default way.
+        way: one of `WAYS`; by default what suits the device. "augmented" takes what lies after each row of W for its own: W must
+            be made by `make_room`. It is for many rows: fewer than FEW go the default way.
     """
     if way is None or (way == "augmented" and len(x_TK) < FEW):
-        way = "accumulated" if x_TK.is_cuda else "added"
+        way = "accumulated" if by_triton(x_TK) else "added"
     starts, seeds = [adapter.start for adapter in adapters], [adapter.seed for adapter in adapters]
     ab = [t for adapter in adapters for t in (adapter.a_RK, adapter.b_NR)]
     return _LoRALinear.apply(x_TK, w_NK, (starts, scale, dropout, seeds, of_swiglu, way), *ab)

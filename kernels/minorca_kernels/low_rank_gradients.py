@@ -56,7 +56,7 @@ def low_rank_gradients(dy_TN: Tensor, b_NR: Tensor, inner_TR: Tensor) -> tuple[T
     """dy [T, N], B [N, R], S = drop(x) A^T [T, R] -> dy B [T, R] and dy^T S [N, R], both fp32 (fp64 for fp64), unscaled."""
     (tokens, columns), rank = dy_TN.shape, b_NR.shape[1]
     padded = max(triton.next_power_of_2(rank), 16)
-    # a tile of 64 KiB: the shares written are then 1/256 + 1/N_a_program of R x 4 bytes for every 2 bytes read
+    # a tile of 32 KiB; for every number read, R / BM + R / columns_a_program more are written, and read again
     bm, bn = max(1024 * 16 // dy_TN.element_size() // max(padded, 32), 16), 64
     blocks = triton.cdiv(tokens, bm)
     parts = min(triton.cdiv(columns, bn), triton.cdiv(2 * processors(dy_TN.device), blocks))

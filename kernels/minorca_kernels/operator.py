@@ -1,7 +1,7 @@
 """How an operation becomes an operator of torch: one schema, an implementation a device, and the shapes of what it returns.
 
 Registered, an operation is opaque to `torch.compile`, can be named by selective activation checkpointing, and is checked by
-`torch.library.opcheck`. All are functional: no operator writes into its arguments. An `autograd.Function` calls them.
+`torch.library.opcheck`. All are functional: no operator changes an element of its arguments. An `autograd.Function` calls them.
 """
 
 from collections.abc import Callable
@@ -37,6 +37,11 @@ def operator(schema: str, cuda: Callable, cpu: Callable, fake: Callable) -> Call
     torch.library.impl(f"minorca::{name}", "CPU")(on_cpu)
     torch.library.register_fake(f"minorca::{name}")(fake)
     return getattr(torch.ops.minorca, name).default
+
+
+def by_triton(x: torch.Tensor) -> bool:
+    """Whether operators on x launch the Triton kernels."""
+    return x.is_cuda or INTERPRETED
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
