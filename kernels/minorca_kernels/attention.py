@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minorca_kernels.operator import INTERPRETED, architecture, operator, wide
+from minorca_kernels.dot import add_dot, dot
+from minorca_kernels.operator import architecture, operator, wide
 
 QUERY_BLOCK = 256  # queries that share a mask on the CPU, where a window is active
 GRADIENT_BLOCK = 64  # queries of one turn of the CPU's backward: their scores stay in its cache
@@ -37,24 +38,9 @@ def attention_definition(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, first_T: T
 # jumps over the middle; then the middle, without a mask. So does a block of keys. Past the last token indices are clamped:
 # what is read there is finite, masked where it would be summed, and never stored.
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 _LOWEST = tl.constexpr(-3.4e38)  # of no score yet; finite, so that subtracting it from a masked score is no NaN
-
-
-@triton.jit
-def _dot(a, b, wide: tl.constexpr):
-    if _INTERPRETED:  # whose bf16 product is wrong
-        a, b = a.to(wide), b.to(wide)
-    return tl.dot(a, b, input_precision="ieee", out_dtype=wide)
-
-
-@triton.jit
-def _add_dot(total, a, b):
-    if _INTERPRETED:
-        a, b = a.to(total.dtype), b.to(total.dtype)
-    return tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
 
 
 @triton.jit
@@ -96,7 +82,7 @@ def _forward_keys(
             n += tl.where(tile < near, 0, gap)
         key = n + tl.arange(0, BN)
         at = tl.minimum(key, T - 1) if MASKED else key
-        scores = _dot(q, tl.trans(_load(k, at, k_token, D, BD)), total.dtype)
+        scores = dot(q, tl.trans(_load(k, at, k_token, D, BD)), total.dtype)
         if MASKED:
             seen = (first_row[:, None] <= key[None, :]) & (key[None, :] <= row[:, None])
             scores = tl.where(seen, scores, float("-inf"))
@@ -106,7 +92,7 @@ def _forward_keys(
         shrink = tl.exp2(peak - new_peak)
         mass = mass * shrink + tl.sum(p, 1)
         peak = new_peak
-        total = _add_dot(total * shrink[:, None], p.to(v.dtype.element_ty), _load(v, at, v_token, D, BD))
+        total = add_dot(total * shrink[:, None], p.to(v.dtype.element_ty), _load(v, at, v_token, D, BD))
     return total, peak, mass
 
 
@@ -153,13 +139,13 @@ def _query_gradient_keys(
         key = n + tl.arange(0, BN)
         at = tl.minimum(key, T - 1) if MASKED else key
         k_tile = _load(k, at, k_token, D, BD)
-        scores = _dot(q, tl.trans(k_tile), dq.dtype)
-        dp = _dot(dout, tl.trans(_load(v, at, v_token, D, BD)), dq.dtype)
+        scores = dot(q, tl.trans(k_tile), dq.dtype)
+        dp = dot(dout, tl.trans(_load(v, at, v_token, D, BD)), dq.dtype)
         p = tl.exp2(scores * (SCALE * _LOG2E) - lse2[:, None])
         if MASKED:
             seen = (first_row[:, None] <= key[None, :]) & (key[None, :] <= row[:, None])
             p = tl.where(seen, p, 0.0)
-        dq = _add_dot(dq, (p * (dp - delta[:, None])).to(k.dtype.element_ty), k_tile)
+        dq = add_dot(dq, (p * (dp - delta[:, None])).to(k.dtype.element_ty), k_tile)
     return dq
 
 
@@ -213,16 +199,16 @@ def _key_gradient_queries(
         row = tl.multiple_of(m, BM) + tl.arange(0, BM)
         at = tl.minimum(row, T - 1) if MASKED else row
         q_tile = _load(q + head * q_head, at, q_token, D, BD)
-        scores = _dot(k, tl.trans(q_tile), dk.dtype)
+        scores = dot(k, tl.trans(q_tile), dk.dtype)
         p = tl.exp2(scores * (SCALE * _LOG2E) - tl.load(lse2 + head * T + at)[None, :])
         if MASKED:
             seen = (key[:, None] <= row[None, :]) & (row[None, :] <= last_key[:, None])
             p = tl.where(seen, p, 0.0)
         dout_tile = _load(dout + head * dout_head, at, dout_token, D, BD)
-        dv = _add_dot(dv, p.to(dout.dtype.element_ty), dout_tile)
-        dp = _dot(v, tl.trans(dout_tile), dk.dtype)
+        dv = add_dot(dv, p.to(dout.dtype.element_ty), dout_tile)
+        dp = dot(v, tl.trans(dout_tile), dk.dtype)
         ds = p * (dp - tl.load(delta + head * T + at)[None, :])
-        dk = _add_dot(dk, ds.to(q.dtype.element_ty), q_tile)
+        dk = add_dot(dk, ds.to(q.dtype.element_ty), q_tile)
     return dk, dv
 
 

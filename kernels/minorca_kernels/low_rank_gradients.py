@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minorca_kernels.operator import INTERPRETED, processors, rows, wide
+from minorca_kernels.dot import add_dot, dot
+from minorca_kernels.operator import processors, rows, wide
 
 
 @triton.jit
@@ -29,25 +30,20 @@ def _pass(
     PADDED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     block, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     token = block * BM + tl.arange(0, BM)
     rank = tl.arange(0, PADDED)
-    wide = tl.float64 if dy.dtype.element_ty == tl.float64 else tl.float32
+    wide: tl.constexpr = tl.float64 if dy.dtype.element_ty == tl.float64 else tl.float32
     here = (token < tokens)[:, None] & (rank < R)
     s = tl.load(inner + token[:, None] * inner_row + rank, mask=here, other=0.0)
-    if UPCAST:
-        s = s.to(wide)
     ds = tl.zeros([BM, PADDED], wide)
     for start in range(part * columns_a_program, tl.minimum((part + 1) * columns_a_program, columns), BN):
         column = start + tl.arange(0, BN)
         d = tl.load(dy + token[:, None] * dy_row + column, mask=(token < tokens)[:, None] & (column < columns), other=0.0)
         b_tile = tl.load(b + column[:, None] * R + rank, mask=(column < columns)[:, None] & (rank < R), other=0.0)
-        if UPCAST:
-            d, b_tile = d.to(wide), b_tile.to(wide)
-        ds = tl.dot(d, b_tile, ds, input_precision="ieee", out_dtype=wide)
-        db = tl.dot(tl.trans(d), s, input_precision="ieee", out_dtype=wide)
+        ds = add_dot(ds, d, b_tile)
+        db = dot(tl.trans(d), s, wide)
         tl.store(db_shares + (block * columns + column[:, None]) * R + rank, db, mask=(column < columns)[:, None] & (rank < R))
     tl.store(ds_shares + (part * tokens + token[:, None]) * R + rank, ds, mask=here)
 
@@ -66,6 +62,6 @@ def low_rank_gradients(dy_TN: Tensor, b_NR: Tensor, inner_TR: Tensor) -> tuple[T
     db_shares = ds_shares.new_empty(blocks, columns, rank)
     dy_TN, inner_TR = rows(dy_TN), rows(inner_TR)
     steps = dy_TN.stride(0), inner_TR.stride(0)
-    sizes = {"R": rank, "PADDED": padded, "BM": bm, "BN": bn, "UPCAST": INTERPRETED, "num_warps": 8, "num_stages": 2}
+    sizes = {"R": rank, "PADDED": padded, "BM": bm, "BN": bn, "num_warps": 8, "num_stages": 2}
     _pass[(blocks, parts)](dy_TN, b_NR.contiguous(), inner_TR, ds_shares, db_shares, tokens, columns, columns_a_program, *steps, **sizes)
     return ds_shares.sum(0), db_shares.sum(0)

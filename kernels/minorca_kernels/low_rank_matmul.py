@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minorca_kernels.operator import INTERPRETED, rows
+from minorca_kernels.dot import add_dot
+from minorca_kernels.operator import rows
 
 
 @triton.jit
@@ -32,7 +33,6 @@ def _product(
     BR: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     # programs in groups of GROUP row blocks, which share their columns of w while those are in cache
     program, row_blocks, column_blocks = tl.program_id(0), tl.cdiv(m, BM), tl.cdiv(n, BN)
@@ -49,16 +49,12 @@ def _product(
         inside_k = tl.full([BK], 1, tl.int1) if EVEN else at < depth
         x_tile = tl.load(x + row[:, None] * x_row + at, mask=inside_m & inside_k, other=0.0)
         w_tile = tl.load(w + column[None] * w_row + at[:, None].to(tl.int64) * w_column, mask=inside_n & inside_k[:, None], other=0.0)
-        if UPCAST:
-            x_tile, w_tile = x_tile.to(wide), w_tile.to(wide)
-        sums = tl.dot(x_tile, w_tile, sums, input_precision="ieee", out_dtype=wide)
+        sums = add_dot(sums, x_tile, w_tile)
     for start in range(0, R, BR):
         rank = start + tl.arange(0, BR)
         s_tile = tl.load(s + row[:, None] * R + rank, mask=inside_m & (rank < R), other=0.0)
         b_tile = tl.load(b + column[None] * b_row + rank[:, None] * b_column, mask=inside_n & (rank < R)[:, None], other=0.0)
-        if UPCAST:
-            s_tile, b_tile = s_tile.to(wide), b_tile.to(wide)
-        sums = tl.dot(s_tile, b_tile, sums, input_precision="ieee", out_dtype=wide)
+        sums = add_dot(sums, s_tile, b_tile)
     tl.store(y + row[:, None] * n + column, sums, mask=inside_m & inside_n)
 
 
@@ -71,5 +67,5 @@ def low_rank_matmul(x_MK: Tensor, w_NK: Tensor, s_MR: Tensor, b_NR: Tensor) -> T
     br = min(max(triton.next_power_of_2(rank), 16), bk)
     sizes = {"R": rank, "BM": bm, "BN": bn, "BK": bk, "BR": br, "GROUP": 8, "EVEN": depth % bk == 0}
     arguments = x_MK, w_NK, s_MR.contiguous(), b_NR, y, m, n, depth, *steps
-    _product[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](*arguments, UPCAST=INTERPRETED, **sizes, num_warps=8, num_stages=3)
+    _product[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](*arguments, **sizes, num_warps=8, num_stages=3)
     return y
