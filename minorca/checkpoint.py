@@ -6,16 +6,12 @@ SHA-256. It is written under another name and renamed; a published one is never 
 """
 
 import dataclasses
-import hashlib
 import json
-import os
 import re
 import shutil
-import uuid
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +19,7 @@ from minorca.architecture import read_json
 from minorca.config import Config
 from minorca.data.store import TokenStore
 from minorca.errors import UserError
+from minorca.files import publish, sha256, write_manifest
 from minorca.lora import LoRASettings, adapter_parameters, load_adapter, save_adapter
 from minorca.model import Mistral
 from minorca.parallel import World, whole
@@ -30,36 +27,6 @@ from minorca.weights import fill_rows, open_safetensors
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = re.compile(r"step-(\d{8})")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def publish(directory: Path, write) -> None:
-    """Makes a directory appear complete or not at all: `write(temporary)`, synchronise to disk, rename."""
-    temporary = directory.with_name(f"{directory.name}.tmp-{uuid.uuid4().hex}")
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        for path in temporary.iterdir():
-            _sync(path)
-        _sync(temporary)
-        temporary.rename(directory)
-        _sync(directory.parent)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{directory}: cannot be written ({error}); nothing half-written was left") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def identity(config: Config, store: TokenStore) -> dict:
@@ -81,8 +48,7 @@ def save(directory: Path, model: Mistral, optimizer: torch.optim.Optimizer, step
         save_file(moments, temporary / "optimizer.safetensors")
         state = {"step": step, "run": run}
         (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
-        (temporary / "MANIFEST.json").write_text(json.dumps(files, indent=2) + "\n")
+        write_manifest(temporary)
 
     if world.rank == 0:
         publish(directory / f"step-{step:08d}", write)
@@ -115,7 +81,7 @@ def verify(directory: Path) -> dict:
         path = directory / name
         if name != path.name or not path.is_file():
             raise UserError(f"{path}: named by the checkpoint's manifest, and not there; remove {directory} to fall back to an older one")
-        found = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        found = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         if found != expected:
             raise UserError(f"{path}: is not what was saved (expected {expected}, found {found}); remove {directory} to fall back to an older one")
     return read_json(directory / "state.json")

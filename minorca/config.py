@@ -46,19 +46,38 @@ class LoRAConfig:
     init: Annotated[str | None, "a PEFT adapter to start from"] = None
 
 
+Format = Literal["openorca", "sharegpt", "messages", "alpaca", "prompt_completion", "text"]
+
+
+@dataclass
+class Source:
+    """One file of several in data.train or data.eval."""
+
+    __pydantic_config__ = _STRICT
+    path: str
+    format: Format | None = None  # None: data.format
+    weight: float = 1.0  # how often an epoch has each row; 0.5: half the rows, the other half in the next
+
+
 @dataclass
 class DataConfig:
     __pydantic_config__ = _STRICT
-    train: Annotated[str, "a parquet, JSONL or CSV file, a hub id, or hub-id:FILE"]
-    eval: Annotated[str | float | None, "the same, or a fraction of the rows held out by seed"] = None
-    limit: Annotated[int | None, "rows to read at most"] = None
-    format: Annotated[Literal["openorca"], "the columns of a row"] = "openorca"
+    train: Annotated[str | list[Source], "a parquet, JSONL or CSV file, a hub id, hub-id:FILE, or a list of {path, format, weight}"]
+    eval: Annotated[str | float | list[Source] | None, "the same, or a fraction of the rows held out by seed"] = None
+    limit: Annotated[int | None, "rows to read at most, of each source"] = None
+    format: Annotated[Format, "the columns of a row"] = "openorca"
+    store: Annotated[str | None, "where rendered rows are kept; minorca/rows in the user's cache directory by default"] = None
     template: Annotated[Literal["auto", "chatml", "mistral-v1", "mistral-v2", "mistral-v3", "jinja"], "how a row is written"] = "auto"
     seq_len: Annotated[int, "the longest row, in tokens"] = 4096
     packing: Annotated[bool, "fill micro-batches with several rows; false: one row each"] = True
     train_on: Annotated[Literal["response", "all"], "the tokens that count in the loss"] = "response"
     too_long: Annotated[Literal["drop", "truncate", "error"], "what to do with rows over seq_len"] = "drop"
     empty_response: Annotated[Literal["drop", "error"], "what to do with rows without an answer"] = "drop"
+
+    def sources(self, what: str | float | list[Source] | None) -> list[Source]:
+        """The files that `train` or `eval` names, each with its format; none where it is a fraction or null."""
+        named = [Source(what)] if isinstance(what, str) else what if isinstance(what, list) else []
+        return [dataclasses.replace(source, format=source.format or self.format) for source in named]
 
 
 @dataclass
@@ -87,7 +106,10 @@ class TrainConfig:
     keep: Annotated[int, "checkpoints"] = 2
     eval_every: Annotated[int, "steps; 0: only at the end"] = 0
     log_every: Annotated[int, "steps between lines on the console; metrics.jsonl has every step"] = 1
-    resume: Annotated[str, "auto (the newest checkpoint of the output), never, or a checkpoint's path"] = "auto"
+    resume: Annotated[str, "auto (the output's newest checkpoint), last-good (its newest that is undamaged), never, or a path"] = "auto"
+    nonfinite: Annotated[Literal["stop", "skip"], "what to do with a step whose loss or gradient is NaN or infinite"] = "stop"
+    deterministic: Annotated[bool, "the same bits in every run on the same CUDA devices, slower; the CPU's always are"] = False
+    wandb: Annotated[str | None, "a Weights & Biases project to log to as well; needs pip install wandb"] = None
 
 
 @dataclass
@@ -97,6 +119,7 @@ class ParallelConfig:
     replicate: Annotated[int, "copies of the sharded model; divides the ranks"] = 1
     activation_checkpointing: Annotated[Literal["none", "selective", "full"], "what backward computes again"] = "none"
     cpu_offload: Annotated[bool, "keep shards in host memory"] = False
+    timeout: Annotated[int, "seconds; a rank silent for longer, or a wait among ranks that takes longer, ends the run"] = 300
 
 
 @dataclass
@@ -113,7 +136,8 @@ class Config:
 def _problems(c: Config) -> Iterator[str]:
     """Values out of range, and keys that contradict each other."""
     positive = ["lora.rank", "lora.alpha", "data.limit", "data.seq_len", "optim.lr", "optim.eps", "optim.max_grad_norm", "train.steps"]
-    positive += ["train.epochs", "train.batch_tokens", "train.micro_batch_tokens", "train.keep", "train.log_every", "parallel.replicate"]
+    positive += ["train.epochs", "train.batch_tokens", "train.micro_batch_tokens", "train.keep", "train.log_every"]
+    positive += ["parallel.replicate", "parallel.timeout"]
     for key in positive:
         section, name = key.split(".")
         value = getattr(getattr(c, section), name)
@@ -131,6 +155,15 @@ def _problems(c: Config) -> Iterator[str]:
         yield f"lora.targets is {c.lora.targets}; expected at least one target, each once"
     if isinstance(c.data.eval, float) and not 0 < c.data.eval < 1:
         yield f"data.eval is {c.data.eval}; expected a path, or a fraction between 0 and 1"
+    for key in ("train", "eval"):
+        sources = c.data.sources(getattr(c.data, key))
+        if isinstance(getattr(c.data, key), list) and not sources:
+            yield f"data.{key} is an empty list; expected at least one file"
+        for source in sources:
+            if source.weight <= 0:
+                yield f"data.{key} gives {source.path} the weight {source.weight}; expected a positive number"
+            if source.format == "text" and c.data.train_on == "response":
+                yield f"data.{key} reads {source.path} as plain text, which has no responses; set data.train_on to all"
     if c.train.eval_every and c.data.eval is None:
         yield "train.eval_every is set but data.eval is not; give held-out rows or a fraction"
     if c.train.micro_batch_tokens < c.data.seq_len:
@@ -185,7 +218,11 @@ def _option_reader(kind) -> Callable[[str], object]:
         except yaml.YAMLError:
             return text  # a path that starts with [ or @; where no text is wanted, the check of types says so
 
-    return {str: str, str | None: lambda text: None if text == "null" else text}.get(kind, read)
+    def read_sources(text: str):
+        value = read(text)
+        return value if isinstance(value, list) else text
+
+    return {str: str, str | None: lambda text: None if text == "null" else text, str | list[Source]: read_sources}.get(kind, read)
 
 
 def config_parser(prog: str, description: str) -> Parser:
@@ -239,10 +276,16 @@ def read_config(args: argparse.Namespace, surplus: list[str]) -> Config:
         for problem in error.errors():
             name, message = ".".join(str(part) for part in problem["loc"][:2]), problem["msg"]
             wrong.append(name)
+            if name in ("data.train", "data.eval") and problem["loc"][2:]:  # of several kinds: speak of the one that was meant
+                kind, *place = problem["loc"][2:]
+                if str(kind).startswith("list") != isinstance(values["data"][name[5:]], list):
+                    continue
+                name += "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
             if problem["type"] in ("missing", "unexpected_keyword_argument"):
                 problems.append(f"{name} is {'missing' if problem['type'] == 'missing' else 'no setting'}")
             else:
                 problems.append(f"{name} is {problem['input']!r}; {message[0].lower()}{message[1:]}")
+        for problem in error.errors():
             section, *key = problem["loc"]
             (values.get(section, {}) if key else values).pop(key[0] if key else section, None)
         # the rest, with defaults in place of what was wrong, so that its problems are reported too, but not the defaults'

@@ -22,6 +22,7 @@ from minorca.data.packing import Batch, Plan, make_batch, plan_epoch, trained_to
 from minorca.data.sources import read_rows
 from minorca.data.store import TokenStore, render_rows
 from minorca.errors import UserError
+from minorca.files import publish
 from minorca.loading import build_model
 from minorca.lora import (
     LoRASettings,
@@ -234,7 +235,7 @@ def train(config: Config) -> None:
         tensors = {name: parallel.whole(p) for name, p in adapters.items()}
         if record:
             shutil.rmtree(output / "adapter", ignore_errors=True)  # of an earlier end of this run
-            checkpoint.publish(output / "adapter", lambda path: save_adapter(path, tensors, settings, config.model.path))
+            publish(output / "adapter", lambda path: save_adapter(path, tensors, settings, config.model.path))
             record.close()
             log.info("done: %s", output / "adapter")
 

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+CACHE = tempfile.TemporaryDirectory()  # rendered rows of this run of the tests, and nobody else's
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 import pytest
 import torch

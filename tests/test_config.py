@@ -15,11 +15,11 @@ SETTINGS = """
 model:    {path: DIR, dtype: bfloat16, quantize: none}
 lora:     {rank: 16, alpha: 32, dropout: 0.0, targets: [q, k, v, o, gate, up, down], rslora: false, init: null}
 data:     {train: PATH, eval: null, limit: null, format: openorca, template: auto, seq_len: 4096, packing: true,
-           train_on: response, too_long: drop, empty_response: drop}
+           store: null, train_on: response, too_long: drop, empty_response: drop}
 optim:    {lr: 2.0e-4, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.0, warmup_steps: 0, schedule: cosine, max_grad_norm: 1.0}
 train:    {objective: sft, steps: null, epochs: 1, batch_tokens: 32768, micro_batch_tokens: 4096, seed: 0, output: runs/run,
-           checkpoint_every: 100, keep: 2, eval_every: 0, log_every: 1, resume: auto}
-parallel: {shard: auto, replicate: 1, activation_checkpointing: none, cpu_offload: false}
+           checkpoint_every: 100, keep: 2, eval_every: 0, log_every: 1, resume: auto, nonfinite: stop, deterministic: false, wandb: null}
+parallel: {shard: auto, replicate: 1, activation_checkpointing: none, cpu_offload: false, timeout: 300}
 """
 MINIMAL = "model: {path: DIR}\ndata: {train: PATH}\n"
 LEAVES = [(section, key, value) for section, keys in yaml.safe_load(SETTINGS).items() for key, value in keys.items()]
@@ -116,8 +116,11 @@ extra: {key: 1}
     [
         ("", ["model is missing", "data is missing"]),
         ("model: {}\ndata: {}", ["model.path is missing", "data.train is missing"]),
-        ("model: {path: null}\ndata: {train: [1]}", ["model.path is None", "data.train is [1]"]),
+        ("model: {path: null}\ndata: {train: [1]}", ["model.path is None", "data.train[0] is 1"]),
         ("model: {path: 7}\ndata: {train: PATH}", ["model.path is 7"]),
+        ("model: {path: DIR}\ndata: {train: [{path: a, weight: x, colour: 1}, {}]}", ["data.train[0].weight is 'x'", "data.train[0].colour is no", "data.train[1].path is missing"]),
+        ("model: {path: DIR}\ndata: {train: [{path: a, weight: 0}]}", ["data.train gives a the weight 0.0"]),
+        ("model: {path: DIR}\ndata: {train: PATH, format: text}", ["data.train reads PATH as plain text"]),
         (MINIMAL + "1: {a: b}", ["1 is no setting"]),
         (MINIMAL + "lora: {2024-01-01: 1}", ["lora.2024-01-01 is no setting"]),
         (MINIMAL + "lora: {rank: '16'}", ["lora.rank is '16'"]),
@@ -145,7 +148,6 @@ def test_what_was_complained_of_is_no_part_of_a_contradiction(read):
     "addition, key",
     [
         ("model: {path: DIR, quantize: nf4}\ndata: {train: PATH}", "model.quantize is 'nf4'"),
-        ("model: {path: DIR}\ndata: {train: PATH, format: sharegpt}", "data.format is 'sharegpt'"),
         ("model: {path: DIR}\ndata: {train: PATH, format: preference}", "data.format is 'preference'"),
         (MINIMAL + "train: {objective: dpo}", "train.objective is 'dpo'"),
         (MINIMAL + "dpo: {beta: 0.1}", "dpo is no setting"),
