@@ -2,7 +2,15 @@
 
 from minorca.chat import render_chat
 from minorca.errors import UserError
-from minorca.loading import load_model
 from minorca.tokenizer import load_tokenizer
 
 __all__ = ["UserError", "load_model", "load_tokenizer", "render_chat"]
+
+
+def __getattr__(name: str):
+    """`load_model` when it is asked for: torch takes seconds to import, and the processes that render rows need none."""
+    if name == "load_model":
+        from minorca.loading import load_model
+
+        return load_model
+    raise AttributeError(f"module minorca has no attribute {name}")

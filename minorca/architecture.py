@@ -6,13 +6,18 @@ written for, and each default taken is logged.
 
 import json
 import logging
+import math
+import reprlib
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from minorca.errors import UserError
+from minorca.files import inside
 
 log = logging.getLogger(__name__)
 
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # the projections of a layer, which adapters may have
 # transformers' MistralConfig and LlamaConfig, whose saved files may leave out what equals these
 HF_DEFAULTS = {
     "mistral": {"rms_norm_eps": 1e-6, "sliding_window": 4096, "num_key_value_heads": 8, "rope_theta": 10000.0},
@@ -20,6 +25,12 @@ HF_DEFAULTS = {
 }
 # fields that change the network, with the only values under which it is the one in model.py
 HF_REQUIRED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
+# What a stranger's file may ask for, tens of times what any model does: sizes whose products fit 64 bits, and tables in memory.
+LARGEST = {int: 2**20, float: 1e30}
+LAYERS, POSITIONS = 2**12, 2**31
+JSON_BYTES = 20 * 10**6  # an index of 91,000 tensors has 9 million; as Python objects a file may take 60 times as much
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = 200
 
 
 @dataclass(frozen=True)
@@ -40,13 +51,76 @@ class Architecture:
     max_positions: int | None = None  # what the model was made for; None: its file does not say
 
 
+def shown(value) -> str:
+    """A value of a stranger's file in a message: `repr`, cut where it is long or deep."""
+    return _shown.repr(value)
+
+
+def find(directory: Path, name: str) -> Path | None:
+    """A file in a directory that anybody may have made (see `files.inside`), or None where there is none.
+
+    Raises:
+        UserError: a name or a link that leads elsewhere, or something that is no file: reading a pipe would wait for ever.
+    """
+    if not (isinstance(name, str) and name.isprintable() and len(name) < 256):
+        raise UserError(f"{directory}: {shown(name)} is no name of a file in it")
+    try:
+        path = inside(directory, name)
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise UserError(f"{directory / name}: cannot be read ({error})") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: expected a file, found a directory, pipe or device")
+    return path
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """All of a file that `find` finds and that has at most `most` bytes.
+
+    Raises:
+        UserError: one that is elsewhere, no file, larger, or not to be read.
+    """
+    try:
+        found = find(path.parent, path.name)
+        if found is None:
+            raise UserError(f"{path}: no such file")
+        if (size := found.stat().st_size) > most:
+            raise UserError(f"{path}: has {size} bytes; expected at most {most}")
+        return found.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def parse_json(text: str | bytes):
+    """JSON as its standard has it: ValueError also for a key that is there twice (Python takes the last, others the first),
+    and for NaN and infinities."""
+
+    def unique(pairs: list[tuple]) -> dict:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            seen = set()
+            repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise ValueError(f"the key {shown(repeated)} is there twice")
+        return values
+
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"{number[:40]} is no number of JSON")
+        return value
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a file, or a `UserError` naming file and line."""
+    data = read_small(path, JSON_BYTES)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(data.decode())
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    except (OSError, ValueError, RecursionError) as error:  # also bytes that are no text, numbers without end, and brackets
+    except (ValueError, RecursionError) as error:  # also bytes that are no text, numbers without end, and brackets
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -75,12 +149,13 @@ def read_architecture(path: str | Path) -> Architecture:
     """
     directory = model_directory(path)
     for name, parse in (("config.json", _from_hf), ("params.json", _from_mistral)):
-        if (directory / name).exists():
+        if find(directory, name):
             fields = _Fields(directory / name)
             arch = parse(fields)
-            if arch.heads % arch.kv_heads or arch.head_dim % 2:
+            if arch.heads % arch.kv_heads or arch.head_dim % 2 or not 0 < arch.heads * arch.head_dim <= LARGEST[int]:
                 heads = f"{arch.heads} query heads over {arch.kv_heads} key heads of size {arch.head_dim}"
-                raise UserError(f"{fields.path}: {heads}; expected a multiple of the key heads, and an even size")
+                whole = f"together at most {LARGEST[int]}"
+                raise UserError(f"{fields.path}: {heads}; expected a multiple of the key heads, and an even size, {whole}")
             return arch
     raise UserError(f"{directory}: holds neither config.json nor params.json; is it a model's directory?")
 
@@ -91,7 +166,7 @@ class _Fields:
     def __init__(self, path: Path):
         self.path, self.values = path, read_json(path)
 
-    def get(self, name: str, kind: type, **default):
+    def get(self, name: str, kind: type, most: float | None = None, **default):
         value = self.values.get(name, default.get("default"))
         if value is None:
             if "default" not in default:
@@ -100,27 +175,31 @@ class _Fields:
         if name not in self.values:
             log.info("%s: no %s; using the default of the format, %s", self.path, name, value)
         right = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-        if not right or (kind in (int, float) and not 0 < value < float("inf")):
-            raise UserError(f"{self.path}: field {name} is {value!r}; expected {'a positive ' * (kind is not bool)}{kind.__name__}")
+        if kind is not bool and right:
+            right = 0 < value <= (most or LARGEST[kind])
+        if not right:
+            expected = "bool" if kind is bool else f"a positive {kind.__name__} of at most {most or LARGEST[kind]}"
+            raise UserError(f"{self.path}: field {name} is {shown(value)}; expected {expected}")
         return kind(value)
 
     def refuse(self, name: str, why: str):
-        raise UserError(f"{self.path}: field {name} is {self.values[name]!r}; {why}")
+        raise UserError(f"{self.path}: field {name} is {shown(self.values[name])}; {why}")
 
 
 def _from_hf(fields: _Fields) -> Architecture:
     values = fields.values
     kind = values.get("model_type")
-    if kind not in HF_DEFAULTS:
-        raise UserError(f"{fields.path}: field model_type is {kind!r}; this engine runs mistral, and llama where it is the same network")
+    if not isinstance(kind, str) or kind not in HF_DEFAULTS:
+        raise UserError(f"{fields.path}: field model_type is {shown(kind)}; this engine runs mistral, and llama where it is the same network")
     defaults = HF_DEFAULTS[kind]
     for name, right in HF_REQUIRED.items():
         if values.get(name) is not None and values[name] != right:
             fields.refuse(name, f"a Mistral network has {right!r}")
     if values.get("quantization_config") is not None:
         fields.refuse("quantization_config", "expected unquantised weights")
-    if len(set(values.get("layer_types") or ())) > 1:
-        fields.refuse("layer_types", "a Mistral network has the same attention in every layer")
+    types = values.get("layer_types") or ["sliding_attention"]
+    if not isinstance(types, list) or any(one != types[0] for one in types) or types[0] not in ("sliding_attention", "full_attention"):
+        fields.refuse("layer_types", "a Mistral network has the same attention in every layer, sliding_attention or full_attention")
 
     # transformers 4 writes rope_theta and rope_scaling, transformers 5 one rope_parameters object
     for name in ("rope_scaling", "rope_parameters"):
@@ -130,8 +209,8 @@ def _from_hf(fields: _Fields) -> Architecture:
     theta = (values.get("rope_parameters") or {}).get("rope_theta")
     if theta is not None:
         values["rope_theta"] = theta
-    window = fields.get("sliding_window", int, default=None if "sliding_window" in values else defaults["sliding_window"])
-    if kind == "llama" or (values.get("layer_types") or ["sliding_attention"])[0] == "full_attention":
+    window = fields.get("sliding_window", int, POSITIONS, default=None if "sliding_window" in values else defaults["sliding_window"])
+    if kind == "llama" or types[0] == "full_attention":
         window = None
 
     heads, hidden = fields.get("num_attention_heads", int), fields.get("hidden_size", int)
@@ -139,7 +218,7 @@ def _from_hf(fields: _Fields) -> Architecture:
         vocab_size=fields.get("vocab_size", int),
         hidden_size=hidden,
         intermediate_size=fields.get("intermediate_size", int),
-        layers=fields.get("num_hidden_layers", int),
+        layers=fields.get("num_hidden_layers", int, LAYERS),
         heads=heads,
         kv_heads=fields.get("num_key_value_heads", int, default=defaults["num_key_value_heads"]) or heads,
         head_dim=fields.get("head_dim", int, default=None) or hidden // heads,
@@ -147,7 +226,7 @@ def _from_hf(fields: _Fields) -> Architecture:
         rope_theta=fields.get("rope_theta", float, default=defaults["rope_theta"]),
         window=window,
         tied=bool(fields.get("tie_word_embeddings", bool, default=False)),
-        max_positions=fields.get("max_position_embeddings", int, default=None),
+        max_positions=fields.get("max_position_embeddings", int, POSITIONS, default=None),
     )
 
 
@@ -159,17 +238,17 @@ def _from_mistral(fields: _Fields) -> Architecture:
     for key in ("sliding_window", "_sliding_window"):  # an int, a string of one, or a list of equal ones (mistral-inference)
         window = values.get(key)
         if window is not None:
-            same = {str(w) for w in (window if isinstance(window, list) else [window])}
-            if len(same) != 1 or not next(iter(same)).isdecimal():
+            same = {str(w) if isinstance(w, int | str) else "" for w in (window if isinstance(window, list) else [window])}
+            if len(same) != 1 or not next(iter(same)).isdecimal() or len(next(iter(same))) > 20:
                 fields.refuse(key, "expected one whole number, the same in every layer")
             values["sliding_window"] = int(same.pop())
             break
-    window = fields.get("sliding_window", int, default=None)
+    window = fields.get("sliding_window", int, POSITIONS, default=None)
     return Architecture(
         vocab_size=fields.get("vocab_size", int),
         hidden_size=fields.get("dim", int),
         intermediate_size=fields.get("hidden_dim", int),
-        layers=fields.get("n_layers", int),
+        layers=fields.get("n_layers", int, LAYERS),
         heads=fields.get("n_heads", int),
         kv_heads=fields.get("n_kv_heads", int, default=None) or fields.get("n_heads", int),
         head_dim=fields.get("head_dim", int, default=None) or fields.get("dim", int) // fields.get("n_heads", int),
@@ -178,5 +257,5 @@ def _from_mistral(fields: _Fields) -> Architecture:
         rope_theta=fields.get("rope_theta", float, default=1e6 if window is None else 1e4),
         window=window,
         tied=bool(fields.get("tied_embeddings", bool, default=False)),
-        max_positions=fields.get("max_position_embeddings", int, default=None),
+        max_positions=fields.get("max_position_embeddings", int, POSITIONS, default=None),
     )

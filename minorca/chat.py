@@ -2,27 +2,22 @@
 
 A message is {"role": "system" | "user" | "assistant", "content": text}. Training and generation call the same renderer,
 and an answer's ids start where its generation prompt's ids end, so the model is asked exactly what it was taught.
+An answer may have "weight": 0; then the mask leaves it out, and its ids are the same.
 
 chatml      `<|im_start|>role\\ncontent<|im_end|>\\n`; the answer encoded on its own, as Mistral-7B-OpenOrca was trained
             (axolotl, prompt_strategies/alpaca_w_system.py)
 mistral-v1  `[INST] content [/INST]answer</s>` in text, the system prompt before the first user message
 mistral-v2  [INST] and [/INST] are control tokens, the system prompt before the last user message
 mistral-v3  the same but for tools, which we do not write; all three as in mistral-common, tokens/tokenizers/instruct.py
-jinja       the template that the model ships, in Jinja's sandbox
+jinja       the template that the model ships, in a sandbox (sandbox.py)
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
-from functools import lru_cache
 from itertools import count
 
-import jinja2
-import jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from minorca import sandbox
 from minorca.errors import UserError
 from minorca.tokenizer import Tokenizer
 
@@ -154,6 +149,10 @@ def _check(messages: list[dict], template: str) -> None:
                                 f"in turn, user first: join messages or drop one")
 
 
+def _in_loss(message: dict) -> bool:
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
 def _chatml(tok: Tokenizer, messages: list[dict], add_generation_prompt: bool) -> list[tuple[list[int], bool]]:
     start, end = tok.control_ids["<|im_start|>"], tok.control_ids["<|im_end|>"]
     prompt, newline = [start, *tok.encode("assistant\n")], tok.encode("\n")
@@ -161,7 +160,7 @@ def _chatml(tok: Tokenizer, messages: list[dict], add_generation_prompt: bool) -
     for message in messages:
         role, content = message["role"], message["content"]
         if role == "assistant":
-            pieces += [(prompt, False), ([*tok.encode(content), end], True), (newline, False)]
+            pieces += [(prompt, False), ([*tok.encode(content), end], _in_loss(message)), (newline, False)]
         elif role == "user" or content:  # an empty system prompt is no system turn
             pieces += [([start, *tok.encode(f"{role}\n{content}"), end, *newline], False)]
     return pieces + [(prompt, False)] * add_generation_prompt
@@ -173,9 +172,10 @@ def _mistral(tok: Tokenizer, messages: list[dict], template: str) -> list[tuple[
     system, turns = ("", messages) if messages[0]["role"] == "user" else (messages[0]["content"], messages[1:])
     carrier = 0 if v1 else (len(turns) - 1) // 2 * 2  # the first or the last user message
     pieces = [([tok.bos_id], False)]
-    for i, content in enumerate(turn["content"] for turn in turns):
+    for i, turn in enumerate(turns):
+        content = turn["content"]
         if i % 2:
-            pieces.append(([*tok.encode(content if v1 else content.rstrip(" ")), tok.eos_id], True))
+            pieces.append(([*tok.encode(content if v1 else content.rstrip(" ")), tok.eos_id], _in_loss(turn)))
             continue
         if system and i == carrier:
             content = f"{system}\n\n{content}"
@@ -207,6 +207,7 @@ def _spans(tok: Tokenizer, messages: list[dict], add_generation_prompt: bool,
 
     An answer is trained from the end of its generation prompt to the first token that stops a generation.
     """
+    in_loss = [_in_loss(message) for message in messages]
     messages, encode = _hide_control(tok, messages)
     stops = [re.escape(token) for token, i in tok.control_ids.items() if i in tok.stop_ids]
     stop = re.compile("|".join(stops) or "(?!)")
@@ -218,9 +219,12 @@ def _spans(tok: Tokenizer, messages: list[dict], add_generation_prompt: bool,
             ending = stop.search(through, len(before))
             end = ending.end() if ending else len(through)
             if not (through.startswith(before) and full.startswith(through[:end]) and done <= len(before)):
+                if not in_loss[i]:
+                    continue
                 raise UserError(f"{tok.path}: the chat template writes messages[{i}] differently when more follows, "
-                                f"so its trained tokens cannot be told; choose another template or train_on: all")
-            spans += [(full[done:len(before)], False), (full[len(before):end], True)]
+                                f"so its trained tokens cannot be told; choose another template or train_on: all, or "
+                                f"give that message the weight 0")
+            spans += [(full[done:len(before)], False), (full[len(before):end], in_loss[i])]
             done = end
     except UserError:
         if masked:
@@ -257,41 +261,8 @@ def _render_text(tok: Tokenizer, messages: list[dict], add_generation_prompt: bo
     special = {"bos_token": names.get(tok.bos_id), "eos_token": names.get(tok.eos_id)}
     special = {name: token for name, token in special.items() if token is not None}  # else undefined
     limit = 2**20 + 16 * sum(len(message["content"]) for message in messages)  # a template may loop for long
-    text = ""
+    variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
     try:
-        for chunk in _compile(tok.chat_template).generate(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **special):
-            text += chunk
-            if len(text) > limit:
-                raise ValueError(f"it wrote more than {limit} characters")
-    except Exception as error:  # the template is somebody's program: whatever it raises, it is not our fault
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{tok.path}: the chat template failed: {reason}; mend the messages, or choose another "
-                        f"template") from error
-    return text
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} marks an answer for transformers' own masks; here its body is all that counts."""
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@lru_cache(maxsize=8)
-def _compile(source: str) -> jinja2.Template:
-    """A template in the environment that its kind is written for (transformers' utils/chat_template_utils.py)."""
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # Jinja's own escapes HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=[_Generation, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return environment.from_string(source)
+        return sandbox.render(tok.chat_template, variables | special, limit)
+    except sandbox.TemplateFailed as failed:
+        raise UserError(f"{tok.path}: the chat template failed: {failed}; mend the messages, or choose another template") from None

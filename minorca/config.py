@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from minorca.architecture import TARGETS
 from minorca.cli import Parser
 from minorca.errors import UserError
-from minorca.lora import TARGETS
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +131,12 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def nested(self) -> dict[str, dict]:
+        """As plain values, in the form that YAML has."""
+        values = dataclasses.asdict(self)
+        values["optim"]["betas"] = list(values["optim"]["betas"])
+        return values
 
 
 def _problems(c: Config) -> Iterator[str]:
@@ -302,8 +308,6 @@ def write_config(config: Config, path: Path) -> None:
     """The whole resolved configuration, as a file that `--config` reads."""
     import yaml
 
-    values = dataclasses.asdict(config)
-    values["optim"]["betas"] = list(values["optim"]["betas"])
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(values, sort_keys=False))
+    temporary.write_text(yaml.safe_dump(config.nested(), sort_keys=False))
     temporary.replace(path)

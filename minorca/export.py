@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minorca import cli
-from minorca.architecture import Architecture, model_directory, read_architecture
+from minorca.architecture import Architecture, find, model_directory, read_architecture
 from minorca.errors import UserError
 from minorca.files import publish
 from minorca.loading import build_model
@@ -21,7 +21,8 @@ from minorca.lora import adapter_parameters, add_adapters, open_adapter, read_ad
 from minorca.weights import hf_pieces, open_weights, read_piece
 
 SHARD_BYTES = 5 * 10**9
-COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model*",
+          "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 def main(argv: list[str]) -> None:
@@ -45,16 +46,16 @@ def export(model: str | Path, adapter: str | Path | None, output: Path) -> None:
         raise UserError(f"{output}: exists already; give --output a new name")
     arch = read_architecture(directory)
     tensors = list(merged_tensors(directory, arch, adapter))
+    copied = [find(directory, file.name) for file in directory.iterdir() if any(map(file.match, COPIED))]
 
     def write(temporary: Path) -> None:
-        if (directory / "config.json").exists():
-            shutil.copy(directory / "config.json", temporary)
+        if config := find(directory, "config.json"):
+            shutil.copy(config, temporary)
         else:
             embedding = tensors[0][2]()
             (temporary / "config.json").write_text(json.dumps(hf_config(arch, embedding.dtype), indent=2) + "\n")
-        for pattern in COPIED:
-            for file in directory.glob(pattern):
-                shutil.copy(file, temporary)
+        for file in filter(None, copied):
+            shutil.copy(file, temporary)
         _write_shards(temporary, tensors)
 
     publish(output, write)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from minorca.architecture import Architecture, model_directory, read_architecture
-from minorca.lora import add_adapters, load_adapter, read_adapter_settings, room_for_adapters
+from minorca.lora import adapter_parameters, add_adapters, load_adapter, open_adapter, read_adapter_settings, room_for_adapters
 from minorca.model import Mistral
 from minorca.weights import load_weights, open_weights
 
@@ -45,6 +45,7 @@ def load_model(
     settings = None if adapter is None else read_adapter_settings(adapter)
     if settings:
         add_adapters(model, settings, dtype)
+        open_adapter(adapter, adapter_parameters(model))  # checked likewise
     model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
     load_weights(model, files, pieces)
     if settings:

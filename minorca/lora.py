@@ -16,12 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from minorca.architecture import Architecture, read_json
+from minorca.architecture import LARGEST, TARGETS, Architecture, find, read_json, shown
 from minorca.errors import UserError
 from minorca.model import Mistral, SwiGLULinear
 from minorca.weights import FLOATS, fill_rows, open_safetensors
 
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 PEFT_NAMES = {t: f"self_attn.{t}_proj" if t in "qkvo" else f"mlp.{t}_proj" for t in TARGETS}
 PEFT_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.lora_([AB])\.weight")
@@ -171,14 +170,14 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
         UserError: naming the file and field.
     """
     directory = Path(directory)
-    path = directory / "adapter_config.json"
-    if not path.is_file():
+    path = find(directory, "adapter_config.json")
+    if path is None:
         raise UserError(f"{directory}: no adapter_config.json; expected an adapter's directory in PEFT's format")
     config = read_json(path)
     if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: field peft_type is {config.get('peft_type')!r}; expected LORA")
+        raise UserError(f"{path}: field peft_type is {shown(config.get('peft_type'))}; expected LORA")
     if config.get("bias", "none") != "none":
-        raise UserError(f"{path}: field bias is {config['bias']!r}; expected none")
+        raise UserError(f"{path}: field bias is {shown(config['bias'])}; expected none")
     for field in (
         "use_dora",
         "fan_in_fan_out",
@@ -190,20 +189,20 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
         "alora_invocation_tokens",
     ):
         if config.get(field):
-            raise UserError(f"{path}: field {field} is {config[field]!r}, which this engine does not compute")
+            raise UserError(f"{path}: field {field} is {shown(config[field])}, which this engine does not compute")
     if config.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal"):  # the others change the base too
-        raise UserError(f"{path}: field init_lora_weights is {config['init_lora_weights']!r}; convert it to a plain adapter with PEFT first")
+        raise UserError(f"{path}: field init_lora_weights is {shown(config['init_lora_weights'])}; convert it to a plain adapter with PEFT first")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
-        raise UserError(f"{path}: field r is {rank!r}; expected a positive whole number")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise UserError(f"{path}: field lora_alpha is {alpha!r}; expected a number")
+    if type(rank) is not int or not 0 < rank <= LARGEST[int]:
+        raise UserError(f"{path}: field r is {shown(rank)}; expected a positive whole number of at most {LARGEST[int]}")
+    if type(alpha) not in (int, float) or not abs(alpha) <= LARGEST[float]:
+        raise UserError(f"{path}: field lora_alpha is {shown(alpha)}; expected a number of at most {LARGEST[float]}")
     return LoRASettings(rank, alpha, _targets_in(directory), rslora=bool(config.get("use_rslora")))
 
 
 def _adapter_file(directory: Path) -> Path:
-    path = directory / "adapter_model.safetensors"
-    if not path.is_file():
+    path = find(directory, "adapter_model.safetensors")
+    if path is None:
         raise UserError(f"{directory}: no adapter_model.safetensors")
     return path
 

@@ -5,15 +5,26 @@ Text that people wrote is never read as control tokens: "<|im_end|>" typed by a 
 Only text that a chat template wrote goes through `encode_template`, where control strings become their ids.
 """
 
+import json
+import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 import tokenizers
 
-from minorca.architecture import model_directory, read_json
+from minorca.architecture import find, model_directory, read_json, read_small, shown
 from minorca.errors import UserError
+
+# What is read of a stranger's files, each several times the largest in use: Gemma's tokenizer.json has 33 million bytes and
+# its tokenizer.model 4; a chat template 20 thousand; control strings, that all go into one regular expression, 100 thousand.
+TOKENIZER_BYTES, TEMPLATE_LENGTH, CONTROL_LENGTH = 100 * 10**6, 10**6, 10**6
+GROWTH = 1000  # of a text in tokenizer.json's normalizer or decoder; Llama's and Mistral's come to 4
+
+HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 
 
 class Tokenizer:
@@ -27,7 +38,7 @@ class Tokenizer:
 
     def __init__(self, file: Path, settings: dict, control_ids: dict[str, int], vocab_size: int,
                  bos_id: int | None = None, eos_id: int | None = None):
-        self.path, self.control_ids, self.vocab_size = file.parent, control_ids, vocab_size
+        self.path, self.file, self.control_ids, self.vocab_size = file.parent, file, control_ids, vocab_size
         configs = [_read_json(self.path / name) for name in ("generation_config.json", "config.json")]
         config_bos, config_eos = ([i for config in configs for i in _ids(config.get(key))]
                                   for key in ("bos_token_id", "eos_token_id"))
@@ -39,13 +50,18 @@ class Tokenizer:
         self.stop_ids = {self.eos_id, *config_eos, control_ids.get("<|im_end|>")} - {None}
         self.chat_template = _chat_template(self.path, settings)
         self.auto_template: str | None = None
+        if sum(map(len, control_ids)) > CONTROL_LENGTH:
+            raise UserError(f"{file}: more than {CONTROL_LENGTH} characters in control tokens' names")
+        for name, i in (("bos", self.bos_id), ("eos", self.eos_id)):
+            if i is not None and not 0 <= i < vocab_size:
+                raise UserError(f"{self.path}: {name}_token_id is {shown(i)}; expected an id of the tokenizer, below {vocab_size}")
         longest_first = sorted(control_ids, key=len, reverse=True)
         self._control = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
     def _named(self, settings: dict, key: str, default: int | None) -> int | None:
         token = _content(settings.get(key))
         if token is not None and token not in self.control_ids:
-            raise UserError(f"{self.path}: {key} is {token!r} in tokenizer_config.json or special_tokens_map.json, but "
+            raise UserError(f"{self.path}: {key} is {shown(token)} in tokenizer_config.json or special_tokens_map.json, but "
                             f"the vocabulary has no such token; mend the name, or add the token to added_tokens.json")
         return default if token is None else self.control_ids[token]
 
@@ -54,7 +70,7 @@ class Tokenizer:
 
         Raises UserError: half of a surrogate pair in `text`, which JSON can spell and no tokenizer can read.
         """
-        if half := re.search("[\ud800-\udfff]", text):
+        if half := HALF.search(text):
             raise UserError(f"text: character {half.start()} is half of a surrogate pair, no character; mend the text")
         front = [self.bos_id] if bos and self.bos_id is not None else []
         return front + self._plain(text) + ([self.eos_id] if eos and self.eos_id is not None else [])
@@ -88,20 +104,20 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, file: Path, settings: dict):
         # Two copies: whether control strings are parsed is a switch on the object, and threads share it.
-        self._parsing, self._blind = self._read(file, settings), self._read(file, settings)
-        self._blind.encode_special_tokens = True
-        added = self._parsing.get_added_tokens_decoder()
-        control_ids = {token.content: i for i, token in added.items() if token.special}
-        super().__init__(file, settings, control_ids, max(self._parsing.get_vocab().values(), default=-1) + 1)
+        with _refused(file):
+            self._parsing, self._blind = self._read(file, settings), self._read(file, settings)
+            self._blind.encode_special_tokens = True
+            added = self._parsing.get_added_tokens_decoder()
+            control_ids = {token.content: i for i, token in added.items() if token.special}
+            highest = max(self._parsing.get_vocab().values(), default=-1)
+        super().__init__(file, settings, control_ids, highest + 1)
 
     @staticmethod
     def _read(file: Path, settings: dict) -> tokenizers.Tokenizer:
-        try:
-            tokenizer = tokenizers.Tokenizer.from_str(_read_text(file))
-        except UserError:
-            raise
-        except Exception as error:  # the library raises nothing more precise
-            raise _corrupt(file, error) from error
+        tokenizer = tokenizers.Tokenizer.from_str(_read_text(file, TOKENIZER_BYTES))
+        for part in filter(None, (tokenizer.normalizer, tokenizer.decoder)):
+            if _growth(json.loads(part.__getstate__())) > GROWTH:
+                raise UserError(f"{file}: its replacements, one after another, could make a text more than {GROWTH} times as long")
         tokenizer.no_truncation()  # both are saved in the file by whoever used it last
         tokenizer.no_padding()
         # transformers saves what it took from added_tokens.json as not special, <|im_start|> among it, and text could
@@ -114,45 +130,47 @@ class JsonTokenizer(Tokenizer):
         return tokenizer
 
     def _plain(self, text: str) -> list[int]:
-        return self._blind.encode(text, add_special_tokens=False).ids
+        with _refused(self.file):
+            return self._blind.encode(text, add_special_tokens=False).ids
 
     def encode_template(self, text: str) -> list[int]:
-        return self._parsing.encode(text, add_special_tokens=False).ids
+        with _refused(self.file):
+            return self._parsing.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self._parsing.decode(ids, skip_special_tokens=True)
+        with _refused(self.file):
+            return self._parsing.decode(ids, skip_special_tokens=True)
 
     def _adds_bos(self) -> bool:
-        return self._parsing.encode("").ids[:1] == [self.bos_id]  # its post-processor's doing
+        with _refused(self.file):
+            return self._parsing.encode("").ids[:1] == [self.bos_id]  # its post-processor's doing
 
 
 class SentencePieceTokenizer(Tokenizer):
     """SentencePiece's `tokenizer.model`, with `added_tokens.json` beside it (Mistral-7B-OpenOrca's ChatML tokens)."""
 
     def __init__(self, file: Path, settings: dict):
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
-            if self._model.vocab_size() == 0:  # what the library makes of an empty file
+        with _refused(file):
+            self._model = model = sentencepiece.SentencePieceProcessor(model_proto=read_small(file, TOKENIZER_BYTES))
+            if (size := model.vocab_size()) == 0:  # what the library makes of an empty file
                 raise RuntimeError("no pieces")
-        except (RuntimeError, OSError) as error:
-            raise _corrupt(file, error) from error
-        model, size = self._model, self._model.vocab_size()
-        control_ids = {model.id_to_piece(i): i for i in range(size) if model.is_control(i) or model.is_unknown(i)}
-        for name in filter(None, (_content(settings.get("bos_token")), _content(settings.get("eos_token")))):
-            if (i := model.piece_to_id(name)) != model.unk_id():  # a user-defined piece may serve as one
-                control_ids[name] = i
-        for source, token, i in _added_tokens(file.parent, settings):
-            # A control piece may be renamed (v2 and v3 keep hundreds in reserve); an ordinary one is a word of its own.
-            if i < size and model.id_to_piece(i) != token and not model.is_control(i):
-                raise UserError(f"{source}: {token!r} has id {i}, which is {model.id_to_piece(i)!r} in {file.name}; "
-                                f"give added tokens ids from {size} on")
-            control_ids[token] = i
+            control_ids = {model.id_to_piece(i): i for i in range(size) if model.is_control(i) or model.is_unknown(i)}
+            for name in filter(None, (_content(settings.get("bos_token")), _content(settings.get("eos_token")))):
+                if (i := model.piece_to_id(name)) != model.unk_id():  # a user-defined piece may serve as one
+                    control_ids[name] = i
+            for source, token, i in _added_tokens(file.parent, settings):
+                # A control piece may be renamed (v2 and v3 keep hundreds in reserve); an ordinary one is a word of its own.
+                if i < size and model.id_to_piece(i) != token and not model.is_control(i):
+                    raise UserError(f"{source}: {shown(token)} has id {i}, which is {model.id_to_piece(i)!r} in {file.name}; "
+                                    f"give added tokens ids from {size} on")
+                control_ids[token] = i
         self._silent = set(control_ids.values())
         bos_id, eos_id = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
         super().__init__(file, settings, control_ids, max([size - 1, *self._silent]) + 1, bos_id, eos_id)
 
     def _plain(self, text: str) -> list[int]:
-        return self._model.encode(text)
+        with _refused(self.file):
+            return self._model.encode(text)
 
     def encode_template(self, text: str) -> list[int]:
         pieces = enumerate(self.split_control(text))
@@ -160,7 +178,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         # Ids past the model are rows that pad the embedding: an untrained model may well choose one.
-        return self._model.decode([i for i in ids if i not in self._silent and i < self._model.vocab_size()])
+        with _refused(self.file):
+            return self._model.decode([i for i in ids if i not in self._silent and i < self._model.vocab_size()])
 
     def _adds_bos(self) -> bool:
         return True  # as every Llama and Mistral model was trained
@@ -175,13 +194,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises UserError: no tokenizer file, one that cannot be read, or settings beside it that contradict it.
     """
     directory = model_directory(path)
-    versions = sorted(directory.glob("tokenizer.model.v*"), reverse=True)
-    files = [directory / "tokenizer.json", directory / "tokenizer.model", *versions]
-    file = next(filter(Path.is_file, files), None)
+    versions = sorted((file.name for file in directory.glob("tokenizer.model.v*")), reverse=True)
+    file = next(filter(None, (find(directory, name) for name in ("tokenizer.json", "tokenizer.model", *versions))), None)
     if file is None:
         raise UserError(f"{directory}: no tokenizer here; expected tokenizer.json, tokenizer.model or "
                         f"tokenizer.model.v*: copy it from where the weights came from")
     settings = {**_read_json(directory / "special_tokens_map.json"), **_read_json(directory / "tokenizer_config.json")}
+    for key in ("bos_token", "eos_token"):
+        token = _content(settings.get(key))
+        if not isinstance(token, str | None) or HALF.search(token or ""):
+            raise UserError(f"{directory}: {key} is {shown(settings[key])} in tokenizer_config.json or special_tokens_map.json; "
+                            f"expected text, or an object with content")
     return (JsonTokenizer if file.suffix == ".json" else SentencePieceTokenizer)(file, settings)
 
 
@@ -196,27 +219,41 @@ def _added_tokens(directory: Path, settings: dict) -> list[tuple[Path, str, int]
     """(file, token, id) of added_tokens.json and of its successor, `added_tokens_decoder` in tokenizer_config.json."""
     old, new = directory / "added_tokens.json", directory / "tokenizer_config.json"
     decoder = settings.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise UserError(f"{new}: added_tokens_decoder is {shown(decoder)}; expected an object from ids to tokens")
     entries = [(old, token, i) for token, i in _read_json(old).items()]
-    entries += [(new, _content(token), int(i) if i.isdecimal() else i) for i, token in decoder.items()]
+    entries += [(new, _content(token), int(i) if i.isdecimal() and len(i) < 10 else i) for i, token in decoder.items()]
     for source, token, i in entries:
-        if not (isinstance(token, str) and token and type(i) is int and i >= 0):
-            raise UserError(f"{source}: expected tokens and their ids (whole numbers from 0), found {token!r} and "
-                            f"{i!r}; mend the entry")
+        if not (isinstance(token, str) and token and not HALF.search(token) and type(i) is int and 0 <= i < 10**9):
+            raise UserError(f"{source}: expected tokens and their ids (whole numbers from 0), found {shown(token)} and "
+                            f"{shown(i)}; mend the entry")
     return entries
 
 
 def _chat_template(directory: Path, settings: dict) -> str | None:
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return _read_text(file)
+    if file := find(directory, "chat_template.jinja"):
+        return _read_text(file, TEMPLATE_LENGTH)
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        templates = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = templates.get("default")
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[-1].get("template") if named else None
     if not isinstance(template, str | None):
         raise UserError(f"{directory / 'tokenizer_config.json'}: chat_template: expected text or a list of "
                         f'{{"name", "template"}}, found {type(template).__name__}; mend it')
+    if template is not None and len(template) > TEMPLATE_LENGTH:
+        raise UserError(f"{directory / 'tokenizer_config.json'}: chat_template has {len(template)} characters; expected at most "
+                        f"{TEMPLATE_LENGTH}")
     return template
+
+
+def _growth(part: Any) -> int:
+    """At most how many times longer a normalizer or decoder makes a text; forty that write two characters for one make 10^12."""
+    if isinstance(part, list):
+        return math.prod(map(_growth, part))
+    if not isinstance(part, dict):
+        return 1
+    written = sum(len(part[key]) for key in ("content", "prepend") if isinstance(part.get(key), str))
+    return (1 + written) * math.prod(map(_growth, part.values()))
 
 
 def _content(token: Any) -> str | None:
@@ -229,19 +266,33 @@ def _ids(value: Any) -> list[int]:
     return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
 
 
-def _read_text(file: Path) -> str:
+def _read_text(file: Path, most: int) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_small(file, most).decode()
+    except UnicodeDecodeError as error:
         raise _corrupt(file, error) from error
 
 
 def _read_json(file: Path) -> dict:
     """The object in a JSON file; an empty one where there is no file, for every settings file is optional."""
-    return read_json(file) if file.is_file() else {}
+    return read_json(file) if find(file.parent, file.name) else {}
 
 
-def _corrupt(file: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
+@contextmanager
+def _refused(file: Path) -> Iterator[None]:
+    """Whatever a library raises in it is the file's fault. Some faults show only once text is encoded, some as a panic of Rust,
+    which is no Exception."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise _corrupt(file, error) from None
+        raise
+
+
+def _corrupt(file: Path, error: BaseException) -> UserError:
+    reason = " ".join(str(error).split())[:500]
     return UserError(f"{file}: cannot be read as a tokenizer's file ({reason}); fetch it again (a few hundred bytes "
                      f"are a Git LFS pointer, not the file)")

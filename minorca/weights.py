@@ -5,8 +5,9 @@ reads only the rows it keeps. The network stores its projections stacked (q, k a
 parameter is made of `Piece`s, one a tensor in the files.
 """
 
-import os
 import pickle
+import pickletools
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from minorca.architecture import Architecture, read_json
+from minorca.architecture import Architecture, find, parse_json, read_json, shown
 from minorca.errors import UserError
 
 FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
+# The header of a file with 1,200 tensors has 150 thousand bytes, the pickle of one 250 thousand. Parsed they take up to 60 times as much.
+HEADER_BYTES = 10 * 10**6
+# all that a state dict of plain tensors needs, as `torch.save` writes it
+PICKLED = {"collections OrderedDict", *(f"torch._utils _rebuild_{kind}" for kind in ("tensor_v2", "tensor_v3", "parameter"))}
+PICKLED |= {f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")}
+PICKLED |= {"torch.storage UntypedStorage", "torch float8_e4m3fn", "torch float8_e5m2"}  # to be refused by name
 
 
 @dataclass(frozen=True)
@@ -84,30 +91,43 @@ def mistral_pieces(arch: Architecture) -> dict[str, list[Piece]]:
 # ---------------------------------------------------------------------------------------------------------- files
 
 
-def _inside(directory: Path, name: str, index: Path) -> Path:
-    """A shard's path, which must be a plain name in the index's own directory."""
-    if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
-        raise UserError(f"{index}: names the file {name!r}; expected a name inside {directory}, without directories")
-    if not (directory / name).is_file():
+def _check_names(path: Path, names) -> None:
+    """UserError for a tensor's name that cannot be shown: messages hold names, and terminals obey control characters."""
+    for name in names:
+        if not isinstance(name, str) or len(name) > 500 or not name.isprintable():
+            raise UserError(f"{path}: names a tensor {shown(name)}; expected at most 500 printable characters")
+
+
+def _shard(directory: Path, name: str, index: Path, suffix: str) -> Path:
+    """The path of a shard that an index names: a file in the index's own directory, of the kind that the index is for."""
+    try:
+        path = find(directory, name)
+    except UserError as error:
+        raise UserError(f"{index}: names the file {shown(name)}; {error}") from None
+    if path is None:
         raise UserError(f"{index}: names the file {name}, which is not in {directory}; is the download complete?")
-    return directory / name
+    if path.suffix != suffix:
+        raise UserError(f"{index}: names the file {name}; expected one that ends in {suffix}")
+    return path
 
 
 def _weight_files(directory: Path) -> tuple[list[Path], dict[str, Path] | None]:
     """The files that hold a model's weights and, where there is an index, which file each tensor is in."""
-    for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        single = directory / index_name.removesuffix(".index.json")
-        if single.is_file():
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if single := find(directory, name):
             return [single], None
-        index = directory / index_name
-        if index.is_file():
+        if index := find(directory, f"{name}.index.json"):
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise UserError(f"{index}: expected an object weight_map from tensor to file")
-            files = {key: _inside(directory, name, index) for key, name in weight_map.items()}
-            return sorted(set(files.values())), files
-    if (directory / "consolidated.safetensors").is_file():
-        return [directory / "consolidated.safetensors"], None
+            _check_names(index, weight_map)
+            for shard in weight_map.values():
+                if not isinstance(shard, str):
+                    raise UserError(f"{index}: names the file {shown(shard)}; expected text")
+            shards = {shard: _shard(directory, shard, index, Path(name).suffix) for shard in dict.fromkeys(weight_map.values())}
+            return sorted(shards.values()), {key: shards[shard] for key, shard in weight_map.items()}
+    if single := find(directory, "consolidated.safetensors"):
+        return [single], None
     raise UserError(
         f"{directory}: no weights; expected model.safetensors, model.safetensors.index.json with its shards, "
         "consolidated.safetensors, or pytorch_model*.bin"
@@ -115,12 +135,21 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, Path] | None]:
 
 
 def open_safetensors(path: Path):
-    """`safe_open`, with complaints that name the file and say what it is instead."""
+    """`safe_open`, with complaints that name the file and say what it is instead, and of a name that is there twice."""
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        if find(path.parent, path.name) is None:
+            raise FileNotFoundError("no such file")
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > HEADER_BYTES:
+                raise ValueError(f"a header of {size} bytes; expected at most {HEADER_BYTES}")
+            handle = safe_open(path, framework="pt")
+            parse_json(file.read(size))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         _refuse_what_is_no_weights(path)
-        raise UserError(f"{path}: not a whole safetensors file ({error}); download it again") from None
+        raise UserError(f"{path}: not a whole safetensors file ({str(error)[:300]}); download it again") from None
+    _check_names(path, handle.keys())
+    return handle
 
 
 def _refuse_what_is_no_weights(path: Path) -> None:
@@ -132,18 +161,38 @@ def _refuse_what_is_no_weights(path: Path) -> None:
         raise UserError(f"{path}: is a web page, not weights; the download went wrong")
 
 
+def _refuse_surprises(path: Path) -> None:
+    """UnpicklingError where a .bin asks for more than a dictionary of plain tensors. PyTorch runs no code either, but takes
+    what memory the pickle asks for (bytearray(10**12), or a record that unpacks to a thousand times its size)."""
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            is_pickle = record.filename.endswith("data.pkl")
+            if record.compress_type != zipfile.ZIP_STORED or (is_pickle and record.file_size > HEADER_BYTES):
+                raise pickle.UnpicklingError
+            for opcode, argument, _ in pickletools.genops(archive.read(record)) if is_pickle else ():
+                if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX") or opcode.name.startswith("EXT"):
+                    raise pickle.UnpicklingError
+                if opcode.name == "GLOBAL" and argument not in PICKLED:
+                    raise pickle.UnpicklingError
+
+
 def _open_bin(path: Path) -> dict[str, Tensor]:
     """A pickled state dict, read without running code and without reading the data yet (memory-mapped)."""
     try:
+        _refuse_surprises(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:  # torch's own message tells how to run the code
         raise UserError(f"{path}: cannot be read without running code that it holds; use the model's safetensors files") from None
     except Exception as error:  # torch has no common error for files that are cut or of another kind
         _refuse_what_is_no_weights(path)
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0][:300]
         raise UserError(f"{path}: cannot be read as PyTorch weights ({reason}); download it again") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{path}: expected a dictionary of tensors")
+    _check_names(path, tensors)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if size > 2 * path.stat().st_size:  # views show one number as many; twice, for a head may share its storage with the embedding
+        raise UserError(f"{path}: its tensors take {size} bytes, far more than it has; use the model's safetensors files")
     return tensors
 
 
@@ -192,6 +241,8 @@ def open_weights(directory: Path, arch: Architecture) -> tuple[WeightFiles, dict
         UserError: a tensor that is missing, surplus, of another shape, or not floating point; names file and key.
     """
     files = WeightFiles(directory)
+    if arch.layers > len(files.files):  # before a table of all their tensors
+        raise UserError(f"{directory}: holds {len(files.files)} tensors; the configuration says {arch.layers} layers of nine each")
     native = "tok_embeddings.weight" in files.files
     pieces = mistral_pieces(arch) if native else hf_pieces(arch)
     expected = {

@@ -1,7 +1,10 @@
-"""Rows from files, what becomes of them, and batches: every row once, none too long, nothing trained across documents."""
+"""Rows from files of every format, what becomes of them, and batches: every row as often as promised, none too long, nothing
+trained across documents. Rows that are kept on disk: test_store.py."""
 
+import bisect
 import json
 import random
+from collections import Counter
 
 import numpy as np
 import pandas
@@ -9,13 +12,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from test_chat import FORGETFUL
 from test_tokenizer import orca
 
 from minorca import UserError, load_tokenizer
-from minorca.config import DataConfig
+from minorca.chat import render
+from minorca.config import DataConfig, Source
 from minorca.data.__main__ import main
-from minorca.data.packing import Batch, make_batch, plan_epoch, trained_tokens
-from minorca.data.sources import Row, read_rows
+from minorca.data.packing import Batch, Order, make_batch, plan_epoch, trained_tokens
+from minorca.data.sources import Row, open_source, read_rows
 from minorca.data.store import TokenStore, render_rows
 
 COLUMNS = ["id", "system_prompt", "question", "response"]
@@ -49,6 +54,14 @@ def write(path, records):
     return str(path)
 
 
+def rows_in(path, format: str = "openorca", limit: int | None = None, counts: Counter | None = None) -> list[Row]:
+    return list(read_rows(open_source(Source(str(path), format), limit), format, limit, Counter() if counts is None else counts))
+
+
+def messages_in(path, format: str = "openorca", limit: int | None = None, counts: Counter | None = None) -> list:
+    return [row.content for row in rows_in(path, format, limit, counts)]
+
+
 # -------------------------------------------------------------------------------------------------------------- sources
 
 
@@ -56,14 +69,14 @@ def write(path, records):
 def test_every_format_gives_the_same_rows(name, tmp_path):
     """A missing or empty system prompt is no system message; a column too many is nothing to complain of."""
     source = write(tmp_path / name, [record | {"more": 1.5} for record in RECORDS])
-    assert [row.messages for row in read_rows(source)] == MESSAGES
-    assert [row.messages for row in read_rows(source, 2)] == MESSAGES[:2]
+    assert messages_in(source) == MESSAGES
+    assert messages_in(source, limit=2) == MESSAGES[:2]
 
 
 def test_parquet_in_several_row_groups(tmp_path):
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path, row_group_size=2)
-    assert [row.where for row in read_rows(str(path))] == [f"{path}, row {number}" for number in range(1, 6)]
+    assert [row.where for row in rows_in(path)] == [f"{path}, row {number}" for number in range(1, 6)]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
@@ -71,7 +84,7 @@ def test_a_byte_order_mark_is_no_text(name, tmp_path):
     path = tmp_path / name
     write(path, RECORDS)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert [row.messages for row in read_rows(str(path))] == MESSAGES
+    assert messages_in(path) == MESSAGES
 
 
 def test_places_in_jsonl(tmp_path):
@@ -79,16 +92,131 @@ def test_places_in_jsonl(tmp_path):
     path = tmp_path / "rows.jsonl"
     lines = ["", json.dumps(RECORDS[0]), "   ", *(json.dumps(record, ensure_ascii=False) for record in (RECORDS[1], RECORDS[3]))]
     path.write_bytes("\r\n".join(lines).encode())
-    assert [row.where for row in read_rows(str(path))] == [f"{path}, line {number}" for number in (2, 4, 5)]
+    assert [row.where for row in rows_in(path)] == [f"{path}, line {number}" for number in (2, 4, 5)]
 
 
 def test_places_in_csv_are_where_rows_start(tmp_path):
     """A cell may hold lines, and a file blank ones."""
     path = tmp_path / "rows.csv"
     path.write_bytes(b'id,system_prompt,question,response\n1,,"a\nb\r\nc",d\n2,,e,f\n\n3,,"g\n",h\n4,,i,j\n')
-    rows = list(read_rows(str(path)))
+    rows = rows_in(path)
     assert [row.where for row in rows] == [f"{path}, line {number}" for number in (2, 5, 7, 9)]
-    assert rows[0].messages[0]["content"] == "a\nb\r\nc"
+    assert rows[0].content[0]["content"] == "a\nb\r\nc"
+
+
+def message(role: str, content: str, **more) -> dict:
+    return {"role": role, "content": content} | more
+
+
+def conversation(system: str, *turns: str) -> list[dict]:
+    messages = [message(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)]
+    return [message("system", system), *messages] if system else messages
+
+
+SHAREGPT = [
+    [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4", "weight": 1.0}],
+    [{"from": "user", "value": "Hi", "weight": 0}, {"from": "chatgpt", "value": "Hello", "weight": 0}]
+    + [{"from": "human", "value": "Bye", "weight": 1}, {"from": "assistant", "value": "See you"}],
+]
+TURNS = [conversation("Be brief.", "2 + 2?", "4"), conversation("", "Hi", "Hello", "Bye", "See you")]
+TURNS[1][1]["weight"] = 0
+FORMATS = {  # records, and the messages of each
+    "sharegpt": ([{"conversations": turns} for turns in SHAREGPT], TURNS),
+    "messages": ([{"messages": turns} for turns in TURNS], TURNS),
+    "alpaca": (
+        [
+            {"instruction": "Add.", "input": "2 and 2", "output": "4", "system": "Be brief."},
+            {"instruction": "Add 2 and 2.", "input": "", "output": "4", "system": None},
+        ],
+        [conversation("Be brief.", "Add.\n\n2 and 2", "4"), conversation("", "Add 2 and 2.", "4")],
+    ),
+    "prompt_completion": ([{"prompt": "2 + 2?", "completion": "4"}], [conversation("", "2 + 2?", "4")]),
+    "prompt_completion, in messages": (
+        [{"prompt": conversation("Be brief.", "Hi", "Hello", "2 + 2?"), "completion": [message("assistant", "4")]}],
+        [[*conversation("Be brief.", "Hi"), message("assistant", "Hello", weight=0), *conversation("", "2 + 2?", "4")]],
+    ),
+    "text": ([{"text": "Once upon a time"}, {"text": "  there was\na mouse "}], ["Once upon a time", "  there was\na mouse "]),
+}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(name, suffix, tmp_path):
+    """To the same messages from every kind of file that can hold them."""
+    records, expected = FORMATS[name]
+    if suffix != "csv" or not any(isinstance(value, list) for value in records[0].values()):
+        assert messages_in(write(tmp_path / f"rows.{suffix}", records), name.split(",")[0]) == expected
+
+
+@pytest.mark.parametrize("format", ["sharegpt", "messages"])
+def test_a_csv_cell_holds_no_list(format, tmp_path):
+    path = write(tmp_path / "rows.csv", FORMATS[format][0])
+    with pytest.raises(UserError, match=f"^{path}, line 2: .* is text; expected a list of .*; a CSV cell holds no list"):
+        rows_in(path, format)
+
+
+def test_alpaca_without_its_optional_columns(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"instruction": "Add 2 and 2.", "output": "4"}])
+    assert messages_in(path, "alpaca") == [conversation("", "Add 2 and 2.", "4")]
+
+
+def test_apostrophes_of_system_prompts(tmp_path):
+    """They come in two spellings; nothing else is touched, and it is counted."""
+    curly = {"system_prompt": "users don’t", "question": "don’t?", "response": "don’t"}
+    counts = Counter()
+    rows = messages_in(write(tmp_path / "rows.jsonl", [curly, RECORDS[0]]), counts=counts)
+    assert rows == [conversation("users don't", "don’t?", "don’t"), MESSAGES[0]]
+    assert counts["read"] == 2 and counts["system prompts with ’ read as '"] == 1
+    turns = [{"from": "system", "value": "don’t"}, {"from": "human", "value": "don’t"}]
+    assert messages_in(write(tmp_path / "turns.jsonl", [{"conversations": turns}]), "sharegpt") == [conversation("don't", "don’t")]
+
+
+def test_what_is_passed_over_is_counted(tmp_path):
+    """Columns and keys that say nothing to a format, and rows of OpenOrca that come twice."""
+    first, second = dict(zip(COLUMNS, ("1", "s", "q", "r"))), dict(zip(COLUMNS, ("1", "s", "q", "another")))
+    records = [first, second, first, second, first | {"id": "2"}, first | {"id": None}, first | {"id": None}]
+    counts = Counter()
+    rows = rows_in(write(tmp_path / "rows.jsonl", [record | {"target": 0} for record in records]), counts=counts)
+    assert [row.number for row in rows] == [1, 2, 5, 6, 7]
+    told = {"read": 7, "with the unused column target": 7, "dropped: repeated": 2, "with the id of another row": 1}
+    assert +counts == told
+    turns = [message("user", "q", name="Ada"), message("assistant", "a", tool_calls=None)]
+    counts = Counter()
+    rows_in(write(tmp_path / "turns.jsonl", [{"messages": turns, "source": "x"}]), "messages", counts=counts)
+    assert counts == {"read": 1, "with the unused column source": 1, "messages with the unused key name": 1}
+
+
+CHAT = [message("user", "q"), message("assistant", "a")]
+HOSTILE = {  # format, record, complaint
+    "no list": ("messages", {"messages": {"role": "user"}}, "messages is dict; expected a list"),
+    "null": ("messages", {"messages": None}, "messages is null; expected a list"),
+    "null inside": ("messages", {"messages": [None]}, r"messages\[0\] is null; expected"),
+    "lists in lists": ("sharegpt", {"conversations": [[1]]}, r"conversations\[0\] is list; expected"),
+    "text inside": ("sharegpt", {"conversations": ["hi"]}, r"conversations\[0\] is text; expected"),
+    "another format": ("messages", {"messages": SHAREGPT[0]}, r"messages\[0\] has from, value; expected {role, content}"),
+    "another format's column": ("messages", {"conversations": CHAT}, "no column messages; format messages needs messages, found conversations"),
+    "another role": ("messages", {"messages": [*CHAT, message("tool", "x")]}, r"messages\[2\].role is 'tool'; expected one of system, user"),
+    "a role of ShareGPT": ("messages", {"messages": [message("human", "x")]}, r"messages\[0\].role is 'human'"),
+    "a role that is a list": ("sharegpt", {"conversations": [{"from": ["human"], "value": ""}]}, r"conversations\[0\].from is \['human'\]"),
+    "parts": ("messages", {"messages": [message("user", [{"type": "text"}])]}, r"messages\[0\].content is list; expected text"),
+    "no content": ("messages", {"messages": [message("user", None)]}, r"messages\[0\].content is null; expected text"),
+    "half a character": ("sharegpt", {"conversations": [{"from": "human", "value": "\ud83e"}]}, r"conversations\[0\].value holds bytes"),
+    "weight": ("messages", {"messages": [CHAT[0], CHAT[1] | {"weight": 0.5}]}, r"messages\[1\].weight is 0.5; expected 0 or 1"),
+    "weight of truth": ("messages", {"messages": [CHAT[0], CHAT[1] | {"weight": True}]}, r"messages\[1\].weight is True"),
+    "weight of text": ("sharegpt", {"conversations": [{"from": "gpt", "value": "", "weight": "1"}]}, r"conversations\[0\].weight is '1'"),
+    "number": ("alpaca", {"instruction": 1, "output": "x"}, "instruction is int; expected text"),
+    "no output": ("alpaca", {"instruction": "x"}, "no column output"),
+    "half in messages": ("prompt_completion", {"prompt": CHAT, "completion": "x"}, "prompt and completion are list and text; expected both"),
+    "text's": ("text", {"text": ["x"]}, "text is list; expected text"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_values_are_named_with_the_row(name, tmp_path):
+    format, record, complaint = HOSTILE[name]
+    (path := tmp_path / "rows.jsonl").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=f"^{path}, line 1: {complaint}"):
+        rows_in(path, format)
 
 
 GOOD = json.dumps(RECORDS[0])
@@ -106,6 +234,9 @@ BAD_FILES = {
     "other encoding": ("jsonl", GOOD.encode("utf-16"), "line 1: "),
     "deep": ("jsonl", f'{GOOD}\n{"[" * 100_000}', "line 2: "),
     "long number": ("jsonl", f'{GOOD}\n{{"question": {"9" * 5000}}}', "line 2: "),
+    "key twice": ("jsonl", f'{GOOD}\n{{"question": "a", "x": {{"b": 1, "b": 2}}}}', "line 2: cannot be read .*'b' is given twice"),
+    "not a number": ("jsonl", '{"question": NaN}', "line 1: cannot be read .NaN is no JSON"),
+    "csv: column twice": ("csv", "id,question,question\n1,a,b\n", "line 1: names the column question twice"),
     "csv: cell too many": ("csv", HEADER + '1,,"a\nb",c\n2,,d,e,f\n', "line 4: found 5 cells; the header has 4"),
     "csv: cell too few": ("csv", HEADER + "1,,a,b\n2,,c\n", "line 3: found 3 cells; the header has 4"),
     "csv: missing column": ("csv", "id,question,response\n1,a,b\n", "line 2: no column system_prompt"),
@@ -124,7 +255,7 @@ def test_a_bad_file_is_named_with_the_line(name, tmp_path):
     path = tmp_path / f"rows.{suffix}"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=f"^{path}(, |: ){complaint}"):
-        list(read_rows(str(path)))
+        rows_in(path)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +276,14 @@ def test_bad_parquet_columns(column, values, complaint, tmp_path):
     table = pyarrow.table(columns)
     pyarrow.parquet.write_table(table, path)
     with pytest.raises(UserError, match=f"^{path}(, |: ){complaint}"):
-        list(read_rows(str(path)))
+        rows_in(path)
+
+
+def test_a_parquet_file_with_a_column_twice(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"]), path)
+    with pytest.raises(UserError, match=f"^{path}: names the column text twice"):
+        rows_in(path, "text")
 
 
 def test_a_truncated_parquet_file(tmp_path):
@@ -153,13 +291,13 @@ def test_a_truncated_parquet_file(tmp_path):
     write(path, RECORDS)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=f"^{path}: cannot be read as parquet"):
-        list(read_rows(str(path)))
+        rows_in(path)
 
 
 @pytest.mark.parametrize("source", ["nowhere.jsonl", "./nowhere", "/nowhere/rows", "~/nowhere.csv", "/"])
 def test_a_file_that_is_not_there(source):
     with pytest.raises(UserError, match=f"^{source}: no such file"):
-        list(read_rows(source))
+        rows_in(source)
 
 
 # ------------------------------------------------------------------------------------------------------------ rendering
@@ -172,7 +310,7 @@ def tok(tmp_path_factory):
 
 def rows_of(*responses: str) -> list[Row]:
     texts = [[{"role": "user", "content": "Say it"}, {"role": "assistant", "content": text}] for text in responses]
-    return [Row(f"rows.jsonl, line {number}", messages) for number, messages in enumerate(texts, 1)]
+    return [Row("rows.jsonl", "line", number, messages) for number, messages in enumerate(texts, 1)]
 
 
 RESPONSES = ["four", "", "  \n", "word " * 30, "word " * 300, "six"]
@@ -184,7 +322,7 @@ def rendered(tok, **settings):
 
 def test_empty_and_long_rows_are_dropped_and_counted(tok):
     whole, everything = rendered(tok)
-    assert (everything["read"], everything["kept"], everything["dropped: empty response"]) == (6, 4, 2)
+    assert (everything["kept"], everything["dropped: empty response"]) == (4, 2)
     assert (everything["tokens"], everything["trained tokens"]) == (len(whole.tokens), whole.trained.sum())
     store, counts = rendered(tok, seq_len=64)
     assert (counts["kept"], counts["dropped: too long"], counts["dropped: empty response"], counts["truncated"]) == (3, 1, 2, 0)
@@ -231,6 +369,55 @@ def test_what_is_trained(tok):
     assert all_of_it.trained.tolist() == [False] + [True] * (len(ids) - 1)
 
 
+def test_plain_text(tok):
+    """No template: a bos if the tokenizer adds one, the text, the end."""
+    rows = [Row("rows.jsonl", "line", number, text) for number, text in enumerate(["four", " \n"], 1)]
+    store, counts = render_rows(rows, tok, DataConfig("x", train_on="all"), "chatml")
+    ids, trained = store.row(0)
+    assert ids.tolist() == tok.encode("four", bos=True, eos=True) and trained.tolist() == [False] + [True] * (len(ids) - 1)
+    assert len(store) == 1 and counts["dropped: empty response"] == 1
+
+
+def spans(mask: list[bool]) -> list[tuple[int, int]]:
+    """Where runs of True start and end."""
+    edges = np.flatnonzero(np.diff([0, *mask, 0])).tolist()
+    return list(zip(edges[::2], edges[1::2]))
+
+
+WEIGHTED = [*conversation("Be brief.", "One"), message("assistant", "1", weight=0), *conversation("", "Two", "2"), message("user", "Three")]
+
+
+@pytest.mark.parametrize("template", ["chatml", "mistral-v1", "mistral-v3", "jinja"])
+def test_answers_of_weight_0_are_not_trained(template, tmp_path):
+    """Whatever the template: the same ids, without that answer's in the mask."""
+    chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    chatml += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokens = {"</s>": 2, "<s>": 1, "<unk>": 0, "<|im_end|>": 32000, "<|im_start|>": 32001, "[INST]": 32002, "[/INST]": 32003}
+    orca(tmp_path / "model", added_tokens=tokens)
+    (tmp_path / "model" / "chat_template.jinja").write_text(chatml)
+    tok = load_tokenizer(tmp_path / "model")
+    bare = [{key: m[key] for key in ("role", "content")} for m in WEIGHTED]
+    weighted, every = render(tok, WEIGHTED, template), render(tok, bare, template)
+    assert weighted.ids == every.ids
+    one, two = spans(every.trained)
+    assert spans(weighted.trained) == [two] and tok.decode(every.ids[slice(*one)]).strip() == "1"
+    assert tok.decode(weighted.ids[slice(*two)]).strip() == "2" and weighted.ids[two[1] - 1] == tok.eos_id
+
+
+def test_an_answer_that_is_not_trained_may_change_with_what_follows(tmp_path):
+    """A template that cuts the thoughts from earlier answers has no mask for them, and needs none where their weight is 0."""
+    orca(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(FORGETFUL)
+    tok = load_tokenizer(tmp_path / "model")
+    messages = conversation("", "One", "<think>a</think>1", "Two", "<think>b</think>2")
+    with pytest.raises(UserError, match=r"writes messages\[1\] differently .* or give that message the weight 0"):
+        render(tok, messages, "jinja")
+    messages[1]["weight"] = 0
+    rendered = render(tok, messages, "jinja")
+    ((start, end),) = spans(rendered.trained)
+    assert tok.decode(rendered.ids[start:end]).strip() == "<think>b</think>2" and "a</think>" not in tok.decode(rendered.ids)
+
+
 # -------------------------------------------------------------------------------------------------------------- packing
 
 
@@ -269,17 +456,21 @@ def orca_lengths(count: int = 20_000) -> np.ndarray:
     return np.clip(np.random.default_rng(0).lognormal(5.6, 0.9, count), 8, 4096).astype(np.int64)
 
 
+def listed(plan) -> list[list[int]]:
+    """The micro-batches of steps, one after the other."""
+    return [rows.tolist() for step in plan for rows in step]
+
+
 def test_the_plan_is_a_function_of_lengths_seed_and_epoch():
     """No other state of the process changes it; another seed or epoch does, and how steps are cut does not."""
     lengths = orca_lengths(2000)
     plan = plan_epoch(lengths, 4096, 4, True, seed=5, epoch=1)
     random.seed(1)
     np.random.seed(1)
-    assert plan_epoch(lengths.copy(), 4096, 4, True, seed=5, epoch=1) == plan
-    assert plan_epoch(lengths, 4096, 4, True, seed=5, epoch=2) != plan
-    assert plan_epoch(lengths, 4096, 4, True, seed=6, epoch=1) != plan
-    flat = [rows for step in plan for rows in step]
-    assert [rows for step in plan_epoch(lengths, 4096, 7, True, seed=5, epoch=1) for rows in step] == flat
+    assert listed(plan_epoch(lengths.copy(), 4096, 4, True, seed=5, epoch=1)) == listed(plan)
+    assert listed(plan_epoch(lengths, 4096, 4, True, seed=5, epoch=2)) != listed(plan)
+    assert listed(plan_epoch(lengths, 4096, 4, True, seed=6, epoch=1)) != listed(plan)
+    assert listed(plan_epoch(lengths, 4096, 7, True, seed=5, epoch=1)) == listed(plan)
 
 
 def test_packing_fills_micro_batches():
@@ -297,6 +488,76 @@ def test_long_rows_come_at_any_time():
     lengths = orca_lengths()
     longest = [lengths[rows].max() for step in plan_epoch(lengths, 4096, 8, True, seed=0, epoch=0) for rows in step]
     assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.1
+
+
+def greedy(lengths: list[int], capacity: int) -> list[tuple[int, ...]]:
+    """The rule of packing in its plainest form: the lengths in each bin."""
+    left, bins = sorted(lengths), []
+    while left:
+        room, taken = capacity, []
+        while place := bisect.bisect_right(left, room):
+            taken.append(left.pop(place - 1))
+            room -= taken[-1]
+        bins.append(tuple(taken))
+    return bins
+
+
+@pytest.mark.parametrize("lengths", [orca_lengths(200_000), *(drawn_lengths(seed)[0] for seed in range(8))], ids=len)
+def test_bins_are_those_of_the_plain_rule(lengths):
+    """At any size; every row once."""
+    bins = listed(plan_epoch(lengths, 4096, 8, True, seed=1, epoch=0))
+    assert sorted(row for rows in bins for row in rows) == list(range(len(lengths)))
+    assert Counter(tuple(lengths[rows].tolist()) for rows in bins) == Counter(greedy(lengths.tolist(), 4096))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("weights", [(1, 1), (2, 0.5), (0.3, 3), (1.7, 0.01), (1e-3, 1)])
+def test_sources_come_as_often_as_they_weigh(weights, packing):
+    """Epoch e has the places from e*w*n to (e+1)*w*n of an endless repetition of shuffles: every row of a source is drawn k
+    times before any is drawn k + 1 times, over any number of epochs."""
+    lengths, sizes = orca_lengths(370), (250, 120)
+    parts = [(0, 250, weights[0]), (250, 370, weights[1])]
+    order = Order(lengths, 4096, 4, packing, seed=3, parts=parts)
+    seen, done = Counter(), 0
+    for epoch in range(1, 7):
+        steps = [order.step(n) for n in range(done + 1, order.steps(epoch) + 1)]
+        assert all(len(step) == 4 for step in steps[:-1]) and all(0 < lengths[rows].sum() <= 4096 for step in steps for rows in step)
+        if weights == (1, 1):
+            assert sorted(row for rows in listed(steps) for row in rows) == list(range(370))
+        seen.update(row for rows in listed(steps) for row in rows)
+        done = order.steps(epoch)
+        for (first, last, weight), n in zip(parts, sizes):
+            drawn = [seen[row] for row in range(first, last)]
+            assert sum(drawn) == round(epoch * weight * n) and max(drawn) - min(drawn) <= 1
+    again = Order(lengths, 4096, 4, packing, seed=3, parts=parts)  # one that starts in the middle
+    assert listed([again.step(done)]) == listed([order.step(done)])
+
+
+def test_epochs_differ_and_sources_mix():
+    """A row has other company in each epoch, and micro-batches hold rows of several sources."""
+    order = Order(orca_lengths(), 4096, 4, True, seed=0, parts=[(0, 10_000, 1), (10_000, 20_000, 1.0)])
+    steps = order.steps(1)
+    assert order.steps(5) == 5 * steps
+    first, second = (listed(order.step(epoch * steps + n) for n in range(1, steps + 1)) for epoch in (0, 1))
+    assert len(set(map(frozenset, first)) & set(map(frozenset, second))) < 0.2 * len(first)  # the longest lengths come once
+    assert sum(len({row < 10_000 for row in rows}) == 2 for rows in first) > 0.9 * len(first)
+
+
+def test_a_source_that_is_all_held_out_and_weights_that_leave_nothing():
+    order = Order(np.full(4, 10), 20, 1, True, seed=0, parts=[(0, 0, 1), (0, 4, 1)])
+    assert order.steps(1) == 2
+    with pytest.raises(UserError, match="data.train: its weights leave no row in 2 epochs"):
+        Order(np.full(4, 10), 20, 1, True, seed=0, parts=[(0, 4, 0.01)]).steps(2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_every_row_once_on_any_number_of_ranks(ranks):
+    """Ranks take a step's micro-batches in turn, from an order made by each for itself."""
+    lengths, seen = orca_lengths(500), Counter()
+    for rank in range(ranks):
+        order = Order(lengths, 4096, 6, True, seed=0)
+        seen.update(row for n in range(1, order.steps(1) + 1) for rows in order.step(n)[rank::ranks] for row in rows.tolist())
+    assert seen == Counter(range(500))
 
 
 def test_without_packing_a_micro_batch_is_a_row():
@@ -345,6 +606,10 @@ def test_rows_picked_from_a_store():
     for ours, theirs in ((0, 5), (1, 2)):
         assert all(np.array_equal(a, b) for a, b in zip(part.row(ours), store.row(theirs)))
     assert len(store.select([])) == 0
+    counts = [int(store.row(i)[1].sum()) for i in range(20)]
+    assert store.trained_counts.tolist() == counts and part.trained_counts.tolist() == [counts[5], counts[2]]
+    assert part.lengths.tolist() == store.lengths[[5, 2]].tolist() and np.shares_memory(part.tokens, store.tokens)
+    assert len({store.sha256(), part.sha256(), store.select([2, 5]).sha256()}) == 3 and part.sha256() == store.select([5, 2]).sha256()
 
 
 # ----------------------------------------------------------------------------------------------------------------- show
@@ -375,15 +640,33 @@ def test_show_takes_the_settings_of_training(config, capsys):
     assert text == "<s>«[INST] You are brief.\n\nWhat is 2 + 2? [/INST] 4<|im_end|>»\n"
 
 
+@pytest.mark.parametrize("format", ["sharegpt", "messages", "alpaca", "prompt_completion"])
+def test_show_knows_every_format(format, config, capsys, tmp_path):
+    records, _ = FORMATS[format]
+    main(["show", "--config", config, "--data.train", write(tmp_path / "others.jsonl", records), "--data.format", format])
+    shown = capsys.readouterr().out
+    assert shown.count("--- ") == len(records) and "assistant\n«4<|im_end|>»" in shown
+
+
+def test_show_takes_lists_of_sources(config, capsys, tmp_path):
+    """A row of each; plain text is shown too."""
+    others = write(tmp_path / "others.jsonl", FORMATS["text"][0])
+    sources = f"[{{path: {others}, format: text}}, {{path: {tmp_path}/rows.jsonl}}]"
+    main(["show", "--config", config, "--rows", "1", "--data.train_on", "all", "--data.train", sources])
+    first, second = capsys.readouterr().out.split("--- ")[1:]
+    assert first == f"{others}, line 1: plain text, 6 tokens, 5 trained\n<s>«Once upon a time<|im_end|>»\n"
+    assert second.startswith(f"{tmp_path}/rows.jsonl, line 1: template chatml")
+
+
 @pytest.mark.parametrize("rows", ["-1", "0", "x"])
 def test_show_with_bad_numbers(rows, config):
     with pytest.raises(UserError, match="--rows"):
         main(["show", "--config", config, "--rows", rows])
 
 
-@pytest.mark.parametrize("argv", [[], ["shw"], ["prepare"]])
+@pytest.mark.parametrize("argv", [[], ["shw"]])
 def test_data_takes_a_command_it_has(argv):
-    with pytest.raises(UserError, match="minorca.data takes a command: show"):
+    with pytest.raises(UserError, match="minorca.data takes a command: show, prepare"):
         main(argv)
 
 
@@ -397,8 +680,8 @@ def test_a_hub_id_is_read_by_datasets(source, file, limit, monkeypatch):
 
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append((name, options)) or RECORDS)
-    assert [row.messages for row in read_rows(source, limit)] == MESSAGES[:limit]
+    assert messages_in(source, limit=limit) == MESSAGES[:limit]
     assert asked == [(source.split(":")[0], {"data_files": file, "split": "train", "streaming": limit is not None})]
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: 1 / 0)
     with pytest.raises(UserError, match=f"^{source}: no such file, and as a hub id it cannot be read"):
-        next(read_rows(source))
+        rows_in(source)

@@ -107,8 +107,8 @@ def as_consolidated(directory: Path, dtype: torch.dtype = torch.float32, **param
 
 def as_hub_cache(directory: Path) -> None:
     """The directory of links into ../../blobs that Hugging Face's cache keeps for each revision."""
-    blobs = directory.parent / "cache" / "blobs"
-    snapshot = directory.parent / "cache" / "snapshots" / "0123abcd"
+    blobs = directory.parent / "models--cache" / "blobs"
+    snapshot = directory.parent / "models--cache" / "snapshots" / "0123abcd"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for number, file in enumerate(sorted(directory.iterdir())):
@@ -309,7 +309,7 @@ def test_a_llama_of_the_same_shape_is_the_same_network(tmp_path):
         ({"hidden_size": "4096"}, "hidden_size"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
         ({"vocab_size": True}, "vocab_size"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "NaN"),
         ({"sliding_window": -1}, "sliding_window"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"num_key_value_heads": 5}, "32 query heads over 5 key heads"),

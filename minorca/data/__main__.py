@@ -1,35 +1,57 @@
-"""`python -m minorca.data show`: rows as they are trained on, the trained tokens marked."""
+"""`python -m minorca.data`: `show` prints rows as they are trained on; `prepare` renders all of them into the token store."""
 
+import logging
 import sys
+from collections import Counter
 from itertools import groupby
 
 from minorca import cli
 from minorca.chat import resolve_template
-from minorca.config import config_parser, read_config
-from minorca.data.sources import read_rows
-from minorca.data.store import render_row
+from minorca.config import Config, config_parser, read_config
+from minorca.data.sources import open_source, read_rows
+from minorca.data.store import prepared, render_row
 from minorca.errors import UserError
 from minorca.tokenizer import Tokenizer, load_tokenizer
 
 
+def _tokenizer(config: Config) -> tuple[Tokenizer, str]:
+    """The model's tokenizer, and the name of the template that writes its rows."""
+    tok = load_tokenizer(config.model.path)
+    return tok, resolve_template(tok, config.data.template)
+
+
 def show(argv: list[str]) -> None:
     parser = config_parser("minorca.data show", "Prints rendered rows; «trained» tokens are marked (on a terminal, in green).")
-    parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to print (default: 3)")
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to print, of each source (default: 3)")
     args, surplus = parser.parse_known_args(argv)
     if args.rows < 1:
         raise UserError(f"--rows is {args.rows}; expected at least 1")
     config = read_config(args, surplus)
-    tok = load_tokenizer(config.model.path)
-    template = resolve_template(tok, config.data.template)
+    tok, template = _tokenizer(config)
     start, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("«", "»")
-    for row in read_rows(config.data.train, args.rows):
-        ids, trained = render_row(row, tok, template, config.data.train_on)
-        print(f"--- {row.where}: template {template}, {len(ids)} tokens, {trained.sum()} trained")
-        edges = [0, *(i for i in range(1, len(ids)) if trained[i] != trained[i - 1]), len(ids)]
-        for first, last in zip(edges, edges[1:]):
-            text = visible_text(tok, ids[first:last].tolist())
-            print(f"{start}{text}{end}" if trained[first] else text, end="")
-        print()
+    for source in config.data.sources(config.data.train):
+        for row in read_rows(open_source(source, args.rows), source.format, args.rows, Counter()):
+            ids, trained = render_row(row, tok, template, config.data.train_on)
+            how = "plain text" if isinstance(row.content, str) else f"template {template}"
+            print(f"--- {row.where}: {how}, {len(ids)} tokens, {trained.sum()} trained")
+            edges = [0, *(i for i in range(1, len(ids)) if trained[i] != trained[i - 1]), len(ids)]
+            for first, last in zip(edges, edges[1:]):
+                text = visible_text(tok, ids[first:last].tolist())
+                print(f"{start}{text}{end}" if trained[first] else text, end="")
+            print()
+
+
+def prepare(argv: list[str]) -> None:
+    parser = config_parser("minorca.data prepare", "Renders data.train and data.eval into the token store, where training finds them.")
+    config = read_config(*parser.parse_known_args(argv))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("minorca").setLevel(logging.INFO)
+    tok, template = _tokenizer(config)
+    for what in (config.data.train, config.data.eval):
+        if sources := config.data.sources(what):
+            store = prepared(sources, tok, template, config.data)
+            store.report()
+            print(f"{len(store)} rows in {store.path}")
 
 
 def visible_text(tok: Tokenizer, ids: list[int]) -> str:
@@ -40,9 +62,9 @@ def visible_text(tok: Tokenizer, ids: list[int]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    commands = {"show": show}
+    commands = {"show": show, "prepare": prepare}
     if argv[:1] in (["-h"], ["--help"]):
-        print("usage: minorca.data show [--config FILE] [--section.key VALUE ...] [--rows N]")
+        print(f"usage: minorca.data {{{','.join(commands)}}} [--config FILE] [--section.key VALUE ...]   (--help on each)")
     elif not argv or argv[0] not in commands:
         raise UserError(f"minorca.data takes a command: {', '.join(commands)}")
     else:
