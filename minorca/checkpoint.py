@@ -1,129 +1,205 @@
-"""Checkpoints: complete or absent, verified before they are read, no code in them.
+"""Checkpoints: complete or absent, verified before they are read and before an older one goes, no code in them.
 
 OUTPUT/checkpoints/step-00000100/ holds the adapter in PEFT's format, optimizer.safetensors (AdamW's moments under the same
-names), state.json (step, and the settings that define the run) and, written last, MANIFEST.json with every file's size and
-SHA-256. It is written under another name and renamed; a published one is never written into again.
+names), state.json (step, updates, what wrote it, and what defines the run) and, written last, MANIFEST.json with every file's
+size and SHA-256. It is written under another name and renamed; a published one is never written into again. There is no random
+state to keep: the order of the data and dropout are functions of the seed and the step.
 """
 
 import dataclasses
 import json
+import logging
 import re
 import shutil
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minorca.architecture import read_json
+from minorca.architecture import Architecture, read_json
 from minorca.config import Config
 from minorca.data.store import TokenStore
 from minorca.errors import UserError
-from minorca.files import publish, sha256, write_manifest
+from minorca.files import MANIFEST, publish, sha256, verify_manifest, write_manifest
 from minorca.lora import LoRASettings, adapter_parameters, load_adapter, save_adapter
 from minorca.model import Mistral
 from minorca.parallel import World, whole
 from minorca.weights import fill_rows, open_safetensors
 
+log = logging.getLogger(__name__)
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = re.compile(r"step-(\d{8})")
+# settings that no number of a run follows from: where and how often it writes, on what it runs, and what stands below by content
+FREE = {"model.path", "data.train", "data.eval", "data.store"}
+FREE |= {f"train.{key}" for key in ("output", "checkpoint_every", "keep", "eval_every", "log_every", "resume", "nonfinite", "deterministic", "wandb")}
 
 
-def identity(config: Config, store: TokenStore) -> dict:
-    """What a run's numbers follow from: its rows, and all settings but where and how often it writes, and on what it runs."""
+def identity(config: Config, arch: Architecture, weights: list[Path], store: TokenStore, held_out: TokenStore | None) -> dict:
+    """What a run's numbers follow from: its settings, its rows and its base model, files by their SHA-256 wherever they lie."""
     values = {f"{s}.{k}": v for s, keys in dataclasses.asdict(config).items() for k, v in keys.items() if s != "parallel"}
-    for key in ("output", "checkpoint_every", "keep", "eval_every", "log_every", "resume"):
-        del values[f"train.{key}"]
-    return json.loads(json.dumps(values | {"the rows' sha256": store.sha256()}))
+    values = {key: value for key, value in values.items() if key not in FREE}
+    values["data.train's weights"] = [source.weight for source in config.data.sources(config.data.train)]
+    values["data.eval's fraction"] = config.data.eval if isinstance(config.data.eval, float) else None
+    values["the rows' sha256"] = store.sha256()
+    values["the held-out rows' sha256"] = held_out.sha256() if held_out else None
+    values |= {f"the base's {key}": value for key, value in dataclasses.asdict(arch).items()}
+    with ThreadPoolExecutor() as pool:
+        values |= {f"the base's {path.name}'s sha256": digest for path, digest in zip(weights, pool.map(sha256, weights))}
+    return json.loads(json.dumps(values))
 
 
-def save(directory: Path, model: Mistral, optimizer: torch.optim.Optimizer, step: int, run: dict, config: Config, settings: LoRASettings, world: World) -> None:
-    """Publishes the checkpoint of a finished step under `directory` and removes all but the newest `keep`. Every rank calls it."""
+@dataclasses.dataclass
+class State:
+    """What a checkpoint holds beside tensors. `updates` counts the optimizer's: a skipped step makes none."""
+
+    step: int
+    updates: int
+    ranks: int
+    torch: str
+    run: dict
+
+
+def save(directory: Path, model: Mistral, optimizer: torch.optim.Optimizer, state: State, config: Config, settings: LoRASettings, world: World) -> None:
+    """Publishes the checkpoint of a finished step under `directory`, and then removes what is older than the newest
+    `train.keep` that verify. Every rank calls it."""
     parameters = adapter_parameters(model)
-    adapter = {name: whole(p) for name, p in parameters.items()}
-    moments = {f"{m}.{name}": whole(optimizer.state[p][m]) for m in MOMENTS for name, p in parameters.items()}
+    adapter = {name: whole(p, world) for name, p in parameters.items()}
+    moments = {f"{m}.{name}": whole(_moment(optimizer, p, m), world) for m in MOMENTS for name, p in parameters.items()}
 
     def write(temporary: Path) -> None:
         save_adapter(temporary, adapter, settings, config.model.path)
         save_file(moments, temporary / "optimizer.safetensors")
-        state = {"step": step, "run": run}
-        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
         write_manifest(temporary)
 
     if world.rank == 0:
-        publish(directory / f"step-{step:08d}", write)
-        for old in published(directory)[: -config.train.keep]:
-            shutil.rmtree(old)
+        publish(directory / f"step-{state.step:08d}", write)
+        prune(directory, config.train.keep)
     torch.distributed.barrier()
 
 
+def _moment(optimizer: torch.optim.Optimizer, parameter: Tensor, moment: str) -> Tensor:
+    """Before the first update the optimizer has none."""
+    return optimizer.state[parameter].get(moment, torch.zeros_like(parameter))
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Removes the checkpoints older than the newest `keep` whose files verify; a damaged one counts for none, and is reported."""
+    verified = 0
+    for path in reversed(published(directory)):
+        if verified == keep:
+            shutil.rmtree(path.rename(_aside(path)))  # never half of one under its own name
+            continue
+        try:
+            verify(path)
+            verified += 1
+        except UserError as error:
+            log.warning("%s", error)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+
+
 def sweep(output: Path) -> None:
-    """Removes what a killed run had begun to write."""
+    """Removes what a killed run had begun to write or to remove."""
     for leftover in (*output.glob("*.tmp-*"), *output.glob("checkpoints/*.tmp-*")):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def published(directory: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    names = directory.iterdir() if directory.is_dir() else []
-    return sorted(path for path in names if STEP.fullmatch(path.name) and (path / "MANIFEST.json").is_file())
+    """A run's checkpoints, oldest first."""
+    return sorted(path for path in directory.glob("step-*") if STEP.fullmatch(path.name))
 
 
-def verify(directory: Path) -> dict:
-    """A checkpoint's state.json, after every file has the size and SHA-256 its manifest says.
+def verify(directory: Path) -> State:
+    """What a checkpoint says of itself, after every file has the size and SHA-256 its manifest says.
 
     Raises:
         UserError: naming the file, what was expected and what was found.
     """
-    if not (directory / "MANIFEST.json").is_file():
-        raise UserError(f"{directory}: no MANIFEST.json; expected a complete checkpoint")
-    for name, expected in read_json(directory / "MANIFEST.json").items():
-        path = directory / name
-        if name != path.name or not path.is_file():
-            raise UserError(f"{path}: named by the checkpoint's manifest, and not there; remove {directory} to fall back to an older one")
-        found = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        if found != expected:
-            raise UserError(f"{path}: is not what was saved (expected {expected}, found {found}); remove {directory} to fall back to an older one")
-    return read_json(directory / "state.json")
+    try:
+        if not (directory / MANIFEST).is_file():
+            raise UserError(f"{directory}: no {MANIFEST}; expected a complete checkpoint")
+        verify_manifest(directory)
+        values = read_json(directory / "state.json")
+        kinds = {field.name: field.type for field in dataclasses.fields(State)}
+        if {name: type(value) for name, value in values.items()} != kinds:
+            expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+            raise UserError(f"{directory / 'state.json'}: expected {expected}; found {', '.join(values)}; was it written by another version?")
+        return State(**values)
+    except UserError as error:
+        raise UserError(f"{error}; to go on from the newest checkpoint that is undamaged, set train.resume to last-good") from None
 
 
 def find(config: Config) -> Path | None:
-    """The checkpoint `train.resume` asks for, or None to start afresh."""
-    directory = Path(config.train.output) / "checkpoints"
-    if config.train.resume == "never":
-        if published(directory):
+    """The checkpoint `train.resume` asks for, or None to start afresh.
+
+    Raises:
+        UserError: there are some and none is to be used, or none can be; nothing is fallen back to unasked.
+    """
+    directory, wanted = Path(config.train.output) / "checkpoints", config.train.resume
+    there = published(directory)
+    if wanted == "never":
+        if there:
             raise UserError(f"{directory}: holds checkpoints and train.resume is never; remove them, or choose another train.output")
         return None
-    if config.train.resume == "auto":
-        return (published(directory) or [None])[-1]
-    path = Path(config.train.resume)
+    if wanted == "auto":
+        return (there or [None])[-1]
+    if wanted == "last-good":
+        for path in reversed(there):
+            try:
+                verify(path)
+                return path
+            except UserError as error:
+                log.warning("passed over: %s", error)
+        if there:
+            raise UserError(f"{directory}: none of its {len(there)} checkpoints is undamaged; remove them to start over, or choose another train.output")
+        return None
+    path = Path(wanted)
     if not path.is_dir():
-        raise UserError(f"train.resume is {config.train.resume}; expected auto, never, or a checkpoint's directory")
+        raise UserError(f"train.resume is {wanted}; expected auto, last-good, never, or a checkpoint's directory")
     return path
 
 
-def read_step(directory: Path, now: dict, config: Config) -> int:
-    """The step a checkpoint was made after, once its files are verified and it is of this run (`now`, its identity).
+def read_state(directory: Path, now: dict, config: Config) -> State:
+    """What a checkpoint says, once its files are verified and it is of this run (`now`, its identity).
 
     Raises:
-        UserError: a damaged file, the settings that differ by name, or later checkpoints that going on would run into.
+        UserError: a damaged file, what differs by name, or later checkpoints that going on would run into.
     """
     state = verify(directory)
-    then = state["run"]
+    then = state.run
     if differing := [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in sorted(now.keys() | then) if now.get(key) != then.get(key)]:
         raise UserError(f"{directory}: made with other settings: {'; '.join(differing)}; set them back, or choose another train.output")
-    for later in published(Path(config.train.output) / "checkpoints"):
-        if int(STEP.fullmatch(later.name)[1]) > state["step"]:
-            raise UserError(f"{later}: is later than {directory.name}; remove it to go back, or choose another train.output")
-    return state["step"]
+    if later := _later(state, config):
+        if config.train.resume != "last-good":
+            raise UserError(f"{later[0]}: is later than {directory.name}; remove it to go back, or choose another train.output")
+    return state
 
 
-def load(directory: Path, step: int, model: Mistral, optimizer: torch.optim.Optimizer) -> None:
-    """Fills adapters and optimizer, sharded or not, from a checkpoint that `read_step` has verified."""
+def _later(state: State, config: Config) -> list[Path]:
+    return [path for path in published(Path(config.train.output) / "checkpoints") if int(STEP.fullmatch(path.name)[1]) > state.step]
+
+
+def set_damaged_aside(state: State, config: Config) -> None:
+    """Renames what `last-good` passed over, out of the way of what is to come; a person may want to look at it."""
+    for path in _later(state, config):
+        aside = path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:8]}")
+        path.rename(aside)
+        log.warning("%s: now %s", path, aside.name)
+
+
+def load(directory: Path, state: State, model: Mistral, optimizer: torch.optim.Optimizer) -> None:
+    """Fills adapters and optimizer, sharded or not, from a checkpoint that `read_state` has verified."""
     load_adapter(model, directory)
     moments = open_safetensors(directory / "optimizer.safetensors")
     for name, parameter in adapter_parameters(model).items():
-        optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device)}
+        optimizer.state[parameter] = {"step": torch.tensor(float(state.updates), device=parameter.device)}
         for moment in MOMENTS:
             values, rows = torch.zeros_like(parameter), moments.get_slice(f"{moment}.{name}")
             fill_rows(values, lambda start, stop: rows[start:stop])

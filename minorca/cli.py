@@ -1,15 +1,17 @@
-"""How every command parses its arguments, and how it ends.
+"""How every command parses its arguments, how it takes signals, and how it ends.
 
 Exit status: 0 done; 2 for what the user can mend, with one line on standard error; 130 and 143 after SIGINT and SIGTERM.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
-from minorca.errors import UserError
+from minorca.errors import Ended, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,19 +33,55 @@ def _terminate(signum, frame):
     raise Terminated
 
 
+@contextlib.contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """Within it SIGINT and SIGTERM only add themselves to a list, so that what is under way can be finished. Repeated ones too:
+    at Ctrl-C a process of torchrun gets SIGINT from the terminal and again from torchrun."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # which alone is told of signals
+        yield noted
+        return
+    before = {s: signal.signal(s, lambda signum, frame: noted.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _exit(status: int) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo's threads may abort a process that ends as Python does (pytorch#190489)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
+
+
+def one_line(text: str) -> str:
+    """Text for a terminal: whatever is no printable character, in a file's name or a tensor's, is spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+
+
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Runs a command's `main` and turns the ways it can end into exit statuses."""
     signal.signal(signal.SIGTERM, _terminate)
+    status = 0
     try:
         main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except UserError as error:
-        print(f"minorca: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        print(f"minorca: error: {one_line(str(error))}", file=sys.stderr)
+        status = 2
+    except Ended as ended:
+        if str(ended):
+            print(f"minorca: {one_line(str(ended))}", file=sys.stderr)
+        status = ended.status
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
     except Terminated:
-        sys.exit(143)
+        status = 143
     except BrokenPipeError:  # the reader of our output has gone (`| head`): nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more on its way out, and complains
         sys.exit(0)
+    _exit(status)

@@ -1,4 +1,4 @@
-"""The one exception that belongs to the user's world."""
+"""The exceptions that end a command without a traceback."""
 
 
 class UserError(Exception):
@@ -6,3 +6,11 @@ class UserError(Exception):
 
     Commands print it as one line and exit with status 2 (`cli.run`); it never carries a traceback.
     """
+
+
+class Ended(Exception):
+    """This rank ends, with this exit status, because another one did; the message is empty where that one has said why."""
+
+    def __init__(self, status: int, message: str = ""):
+        super().__init__(message)
+        self.status = status

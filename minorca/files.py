@@ -57,6 +57,29 @@ def write_manifest(directory: Path) -> None:
     (directory / MANIFEST).write_text(json.dumps(files, indent=2) + "\n")
 
 
+def verify_manifest(directory: Path) -> None:
+    """Checks a directory's files against its manifest.
+
+    Raises:
+        UserError: naming the file that is missing, surplus, or not what was written, with what was expected and found.
+    """
+    manifest = directory / MANIFEST
+    try:
+        expected = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{manifest}: cannot be read ({error})") from None
+    names = {path.name for path in directory.iterdir()} - {MANIFEST}
+    if not isinstance(expected, dict) or names != expected.keys():
+        listed = set(expected) if isinstance(expected, dict) else set()
+        wrong = f"names {sorted(listed - names)}, which are not there, and lacks {sorted(names - listed)}, which are"
+        raise UserError(f"{manifest}: {wrong}")
+    for name in sorted(names):
+        path = inside(directory, name)
+        found = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        if found != expected[name]:
+            raise UserError(f"{path}: is not what was saved (expected {expected[name]}, found {found})")
+
+
 def inside(directory: Path, name: str) -> Path:
     """The path of a file in a directory that anybody may have made: a plain name, and no link that leads out of there, but into
     the blobs of the Hugging Face cache it belongs to (models--X/snapshots/REVISION/FILE -> models--X/blobs/HASH). It may not exist.
@@ -77,12 +100,14 @@ def inside(directory: Path, name: str) -> Path:
 def lock(path: Path):
     """An open file that holds a lock until it is closed or the process ends, however it ends; None where another process holds it.
     The file names the holder."""
-    file = path.open("a+")
     try:
+        file = path.open("a+")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be locked ({error})") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

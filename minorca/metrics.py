@@ -1,14 +1,21 @@
-"""What a run tells: metrics.jsonl, TensorBoard, curves.png, and the FLOPs behind its MFU."""
+"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, curves.png, where its time goes, and the FLOPs behind its MFU."""
 
 import json
+import logging
 import os
 import resource
+import time
 from pathlib import Path
 
 import torch
 
 from minorca.architecture import Architecture
-from minorca.parallel import World
+from minorca.config import Config
+from minorca.errors import UserError
+
+log = logging.getLogger(__name__)
+
+PHASES = ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "other")
 
 # dense bf16 matrix FLOP/s, from NVIDIA's data sheets; a device not here has no MFU rather than a guessed one
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
@@ -23,7 +30,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def training_flops(arch: Architecture, adapter_parameters: int, lengths: list[int], trained: int) -> float:
     """FLOPs of one forward and backward over documents of these lengths, `trained` tokens of them in the loss; recomputation
-    not counted.
+    not counted. MFU is this by a step's seconds, its ranks and the device's dense bf16 peak.
 
     A token costs 4 FLOPs a frozen matrix parameter (forward, and the gradient of activations) and 6 an adapter parameter;
     attention 4 D a query head and visible key forward, and 2.5 times that backward. The head meets trained tokens alone.
@@ -45,70 +52,117 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class Record:
-    """A run's record, kept by rank 0: metrics.jsonl (a line a step, flushed at once), TensorBoard, a progress bar."""
+class Clock:
+    """Seconds by phase. Calling it with a phase's name ends the phase before; on CUDA the marks are events in the stream, so that
+    work counts where it is computed and `data` is the time the GPU waits for a batch."""
 
-    def __init__(self, output: Path, resumed: int, steps: int, log_every: int):
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[str, float | torch.cuda.Event]] = []
+
+    def __call__(self, phase: str) -> None:
+        mark = time.perf_counter()
+        if self.cuda:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        self.marks.append((phase, mark))
+
+    def read(self) -> dict[str, float]:
+        """The seconds of every phase since the last reading; the phase under way goes on."""
+        self(self.marks[-1][0])
+        if self.cuda:
+            self.marks[-1][1].synchronize()
+        seconds = dict.fromkeys(PHASES, 0.0)
+        for (phase, start), (_, end) in zip(self.marks, self.marks[1:]):
+            seconds[phase] += start.elapsed_time(end) / 1000 if self.cuda else end - start
+        del self.marks[:-1]
+        return seconds
+
+
+class Record:
+    """A run's record, kept by rank 0: metrics.jsonl (a line a step, flushed at once), TensorBoard, a progress bar, and Weights &
+    Biases where `train.wandb` names a project."""
+
+    def __init__(self, config: Config, resumed: int, steps: int):
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
-        self.path, self.log_every = output / "metrics.jsonl", log_every
-        _drop_lines_past(self.path, resumed or -1)  # starting over, the evaluation before step 1 too
+        output = Path(config.train.output)
+        self.path, self.log_every = output / "metrics.jsonl", config.train.log_every
+        self.evaluated = _drop_lines_past(self.path, resumed or -1)  # starting over, the evaluation before step 1 goes too
         self.file = self.path.open("a")
         self.board = SummaryWriter(output / "tensorboard", purge_step=resumed + 1)
+        self.wandb = _wandb_run(config, output)
         self.bar = tqdm(total=steps, initial=resumed, unit="step", desc="training")
+        self.seconds, self.tokens, self.phases = 0.0, 0, dict.fromkeys(PHASES, 0.0)
 
     def _write(self, step: int, values: dict) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        for name, value in values.items():
-            if value is not None:
-                self.board.add_scalar(name, value, step)
+        known = {name: value for name, value in values.items() if value is not None}
+        for name, value in known.items():
+            self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(known, step=step)
 
-    def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, trained: int, seconds: float, mfu: float | None, world: World) -> None:
-        """A step of all ranks together: its loss per trained token, its own tokens, its wall-clock seconds."""
-        values = {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "tokens": tokens,
-            "trained_tokens": trained,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "mfu": mfu,
-            "peak_memory_bytes": peak_memory_bytes(world.device),
-        }
-        self._write(step, values)
+    def step(self, step: int, values: dict, phases: dict[str, float]) -> None:
+        """A step of all ranks together: its loss per trained token, its own tokens, its wall-clock seconds; and of those on rank 0
+        the seconds of each phase, of all but the first four those since the step before."""
+        self._write(step, values | {f"{phase}_seconds": seconds for phase, seconds in phases.items()})
+        self.seconds, self.tokens = self.seconds + values["seconds"], self.tokens + values["tokens"]
+        self.phases = {phase: self.phases[phase] + seconds for phase, seconds in phases.items()}
         self.bar.update()
         if step % self.log_every == 0 or step == self.bar.total:
-            self.bar.set_postfix(loss=f"{loss:.4f}", tokens_per_second=f"{tokens / seconds:,.0f}")
+            loss = "skipped" if values["loss"] is None else f"{values['loss']:.4f}"
+            self.bar.set_postfix(loss=loss, tokens_per_second=f"{values['tokens_per_second']:,.0f}")
 
     def evaluation(self, step: int, eval_loss: float) -> None:
         self._write(step, {"eval_loss": eval_loss})
         self.bar.write(f"step {step}: held-out loss {eval_loss:.4f}")
 
-    def close(self) -> None:
-        """Ends the record with curves.png, drawn from the whole of metrics.jsonl."""
+    def close(self, phases: dict[str, float], finished: bool) -> None:
+        """Ends the record with a summary, `phases` those after the last step, and, of a finished run, with curves.png, drawn from
+        the whole of metrics.jsonl."""
         self.bar.close()
         self.file.close()
         self.board.close()
-        draw_curves(self.path, self.path.with_name("curves.png"))
+        if self.wandb:
+            self.wandb.finish()
+        if self.seconds:
+            spent = {phase: seconds + phases[phase] for phase, seconds in self.phases.items()}
+            whole = sum(spent.values())
+            shares = ", ".join(f"{phase} {seconds / whole:.1%}" for phase, seconds in spent.items())
+            log.info("%.0f seconds, %.0f tokens/s; %s", whole, self.tokens / self.seconds, shares)
+        if finished:
+            draw_curves(self.path, self.path.with_name("curves.png"))
 
 
-def _drop_lines_past(path: Path, step: int) -> None:
-    """Removes what an interrupted run wrote after its last checkpoint, a torn last line included."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
+def _wandb_run(config: Config, output: Path):
+    if not config.train.wandb:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f"train.wandb is {config.train.wandb}, and the package is not installed; pip install wandb, or leave the key out") from None
+    return wandb.init(project=config.train.wandb, name=output.name, dir=output, id=output.name, resume="allow", config=config.nested())
+
+
+def _drop_lines_past(path: Path, step: int) -> bool:
+    """Removes what an interrupted run wrote after its last checkpoint, a torn last line included. Whether the evaluation after
+    `step`, if one is due then, is there."""
+    kept, evaluated = [], False
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            values = json.loads(line)
+            if line.endswith("\n") and values["step"] <= step:
                 kept.append(line)
+                evaluated |= values["step"] == step and "eval_loss" in values
         except (json.JSONDecodeError, KeyError):
             continue
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
+    return evaluated
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
@@ -117,7 +171,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    train, held_out = ([line for line in lines if key in line] for key in ("loss", "eval_loss"))
+    train, held_out = ([line for line in lines if line.get(key) is not None] for key in ("loss", "eval_loss"))
     steps = [line["step"] for line in train]
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     FigureCanvasAgg(figure)

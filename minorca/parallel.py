@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import functools
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -21,11 +20,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from minorca.cli import Terminated, signals_noted
 from minorca.config import ParallelConfig
-from minorca.errors import UserError
+from minorca.errors import Ended, UserError
 from minorca.model import Mistral
-
-TIMEOUT = datetime.timedelta(minutes=10)
+from minorca.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    watch: Watch | None = None  # None: there are no others
 
     def sum(self, values: list[float]) -> list[float]:
         """Each value's sum over the ranks, in fp64. Every rank must call it."""
@@ -42,33 +42,64 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def meet(self, where: str) -> None:
+        """Waits for all ranks without a time limit: what they do before may take one much longer than another."""
+        if self.watch:
+            self.watch.meet(where)
+
+    def doing(self, what: str) -> None:
+        """Tells the other ranks what this one is at, for the message if it is the last they hear of it."""
+        if self.watch:
+            self.watch.doing = what
+
 
 @contextlib.contextmanager
-def joined() -> Iterator[World]:
-    """Within it, this process is in the group torchrun describes, or in one of its own: nccl on CUDA, gloo on the CPU."""
+def joined(timeout: int) -> Iterator[World]:
+    """Within it, this process is in the group torchrun describes, or in one of its own: nccl on CUDA, gloo on the CPU.
+
+    A collective that takes longer than `timeout` seconds fails. When a rank leaves, by whatever error or signal, all others
+    leave too.
+
+    Raises:
+        Ended: another rank left; or said the very words before that this one would end with.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
+    group = {"backend": "cuda:nccl,cpu:gloo" if cuda else "gloo", "timeout": datetime.timedelta(seconds=timeout)}
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(**group)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        dist.init_process_group(**group, store=dist.HashStore(), rank=0, world_size=1)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    watch = Watch(rank, size, timeout, device) if size > 1 else None
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
+        yield World(rank, size, device, watch)
         dist.barrier()  # gloo aborts processes that leave while others still talk
+    except BaseException as error:
+        with signals_noted():  # when a rank dies, torchrun tells the others to end: not before they have said whom they miss
+            raise _leaving(error, watch) if watch else error
     finally:
         dist.destroy_process_group()
+        if watch:
+            watch.close()
 
 
-def end_process() -> None:
-    """Ends a rank of a finished gloo run without Python's own ending, during which gloo's threads may still let go of tensors
-    and abort the process (seen in about 1 of 9 sharded runs; pytorch#190489)."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+def _leaving(error: BaseException, watch: Watch) -> BaseException:
+    """Tells the other ranks of an error that ends this one; gives what to end with: the error, or why it is another's."""
+    with contextlib.suppress(dist.DistError):  # the store may be what is lost
+        if isinstance(error, UserError):
+            watch.leave(2, "")
+            return error if watch.first_to_say(str(error)) else Ended(2)
+        if isinstance(error, KeyboardInterrupt | Terminated):
+            watch.leave(130 if isinstance(error, KeyboardInterrupt) else 143, "")
+            return error
+        if isinstance(error, RuntimeError) and (why := watch.who_left()):
+            return why
+        watch.leave(1, f"{type(error).__name__}: {error}".partition("\n")[0])
+        error.add_note(f"The other ranks: {watch.whereabouts()}")
+    return error
 
 
 def _memory_per_rank(device: torch.device) -> int:
@@ -101,6 +132,16 @@ def shard(model: Mistral, config: ParallelConfig, world: World) -> None:
         # the loss is already divided by the step's global token count; gloo has no pre-multiplied sum
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
+
+
+def describe(model: Mistral, world: World) -> str:
+    """What a run holds, in words: parameters, trained ones, and the weights' bytes on this rank beside its memory."""
+    parameters = list(model.parameters())
+    whole, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    here = sum(p.numel() * p.element_size() for p in (p.to_local() if isinstance(p, DTensor) else p for p in parameters))
+    how = "sharded" if isinstance(parameters[0], DTensor) else "whole"
+    ranks = f"{world.size} rank{'s' * (world.size > 1)} on {world.device.type}"
+    return f"{whole:,} parameters, {trained:,} trained; {ranks}, each with {here / 1e9:.2f} GB of weights ({how}) in {_memory_per_rank(world.device) / 1e9:.0f} GB"
 
 
 def checkpoint_activations(model: Mistral, kind: str) -> None:
@@ -138,6 +179,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
         gradient.copy_(summed.view_as(gradient))
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor, sharded or not, whole and on the host. Every rank must call it."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+def whole(tensor: Tensor, world: World) -> Tensor | None:
+    """A tensor, sharded or not, whole on the host of rank 0; None on the others. Every rank must call it."""
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().cpu() if world.rank == 0 else None

@@ -1,11 +1,15 @@
 """Fine-tuning, top to bottom: `torchrun -m minorca.train --config FILE`, or `python -m minorca.train` as one process."""
 
+import contextlib
 import logging
 import math
 import os
 import shutil
+import signal
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +18,14 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from minorca import checkpoint, cli, metrics, parallel
-from minorca.architecture import model_directory, read_architecture
+from minorca.architecture import Architecture, model_directory, read_architecture
 from minorca.attention import Documents
 from minorca.chat import resolve_template
 from minorca.config import Config, config_parser, read_config, write_config
-from minorca.data.packing import Batch, Plan, make_batch, plan_epoch, trained_tokens
-from minorca.data.sources import read_rows
-from minorca.data.store import TokenStore, render_rows
-from minorca.errors import UserError
-from minorca.files import publish
+from minorca.data.packing import Batch, Order, make_batch, plan_epoch, trained_tokens
+from minorca.data.store import TokenStore, prepared
+from minorca.errors import Ended, UserError
+from minorca.files import lock, publish
 from minorca.loading import build_model
 from minorca.lora import (
     LoRASettings,
@@ -38,8 +41,9 @@ from minorca.lora import (
 from minorca.model import Mistral
 from minorca.objectives import next_token_loss
 from minorca.optim import adamw, clip_gradients, learning_rate
+from minorca.profiling import profiled
 from minorca.tokenizer import check_vocabulary, load_tokenizer
-from minorca.weights import load_weights, open_weights
+from minorca.weights import Piece, WeightFiles, load_weights, open_weights
 
 log = logging.getLogger("minorca.train")
 
@@ -48,8 +52,13 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)  # standard error is for errors and the bar
     logging.getLogger("minorca").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     parser = config_parser("minorca.train", "Fine-tunes a Mistral model with LoRA.")
-    train(read_config(*parser.parse_known_args(argv)))
-    parallel.end_process()
+    parser.add_argument("--profile", action="store_true", help="write a trace of three steps, and what memory was taken by, to OUTPUT/profile")
+    try:
+        args, surplus = parser.parse_known_args(argv)
+        config = read_config(args, surplus)
+    except UserError as error:
+        raise Ended(2) if int(os.environ.get("LOCAL_RANK", 0)) else error  # all ranks of a machine were told the same
+    train(config, args.profile)
 
 
 def read_data(config: Config) -> tuple[TokenStore, TokenStore | None]:
@@ -59,38 +68,47 @@ def read_data(config: Config) -> tuple[TokenStore, TokenStore | None]:
     check_vocabulary(tok, read_architecture(directory).vocab_size, directory)
     template = resolve_template(tok, data.template)
     log.info("template: %s", template)
-
-    def rendered(source: str) -> TokenStore:
-        store, counts = render_rows(read_rows(source, data.limit), tok, data, template)
-        log.info("%s: %s", source, ", ".join(f"{count} {what}" for what, count in counts.items()))
-        if not len(store):
-            raise UserError(f"{source}: no row is left to use ({dict(counts)})")
-        return store
-
-    store = rendered(data.train)
+    store = prepared(data.sources(data.train), tok, template, data)
+    store.report()
     if not isinstance(data.eval, float):
-        return store, rendered(data.eval) if data.eval else None
+        held_out = prepared(data.sources(data.eval), tok, template, data) if data.eval else None
+        if held_out:
+            held_out.report()
+        return store, held_out
     order = np.random.default_rng(config.train.seed).permutation(len(store))
     held_out = round(len(store) * data.eval)
     if not 0 < held_out < len(store):
         raise UserError(f"data.eval is {data.eval}: {held_out} of {len(store)} rows would be held out; give a path or another fraction")
     log.info("%d of these rows are held out, %d are trained on", held_out, len(store) - held_out)
-    return store.select(sorted(order[held_out:])), store.select(sorted(order[:held_out]))
+    return store.select(np.sort(order[held_out:])), store.select(np.sort(order[:held_out]))
 
 
-def build(config: Config, world: parallel.World) -> tuple[Mistral, LoRASettings]:
-    """The model ready to train: meta device, adapters, checkpointing, sharding, then weights into what each rank keeps."""
-    directory, lora = model_directory(config.model.path), config.lora
-    settings = LoRASettings(lora.rank, lora.alpha, tuple(lora.targets), lora.dropout, lora.rslora)
+@dataclass
+class Base:
+    """The frozen model's files, opened and checked against each other."""
+
+    arch: Architecture
+    files: WeightFiles
+    pieces: dict[str, list[Piece]]
+
+
+def open_base(config: Config) -> Base:
+    directory = model_directory(config.model.path)
     arch = read_architecture(directory)
-    files, pieces = open_weights(directory, arch)
-    model = build_model(arch, getattr(torch, config.model.dtype))
+    return Base(arch, *open_weights(directory, arch))
+
+
+def build(config: Config, base: Base, world: parallel.World) -> tuple[Mistral, LoRASettings]:
+    """The model ready to train: meta device, adapters, checkpointing, sharding, then weights into what each rank keeps."""
+    lora = config.lora
+    settings = LoRASettings(lora.rank, lora.alpha, tuple(lora.targets), lora.dropout, lora.rslora)
+    model = build_model(base.arch, getattr(torch, config.model.dtype))
     add_adapters(model, settings)
     parallel.checkpoint_activations(model, config.parallel.activation_checkpointing)
     if parallel.shards(model, config.parallel, world):
         parallel.shard(model, config.parallel, world)
     model.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
-    load_weights(model, files, pieces)
+    load_weights(model, base.files, base.pieces)
     room_for_adapters(model)
     init_adapters(model, config.train.seed)
     if lora.init:
@@ -114,136 +132,242 @@ def batch_loss(model: Mistral, batch: Batch) -> Tensor:
     return model(batch.tokens, attend=attend, head=next_token_loss(batch))
 
 
-def local_batch(store: TokenStore, micro_batches: list[list[int]], index: int, device: torch.device) -> Batch:
+def local_batch(store: TokenStore, micro_batches: list[np.ndarray], index: int, device: torch.device) -> Batch:
     """A rank's micro-batch; past the last one, one without targets: what all ranks do together needs every rank."""
     batch = make_batch(store, micro_batches[min(index, len(micro_batches) - 1)])
     return (batch if index < len(micro_batches) else batch.without_targets()).to(device)
 
 
-def forward_backward(model: Mistral, batch: Batch, trained: int, last: bool) -> Tensor:
+def forward_backward(model: Mistral, batch: Batch, trained: int, last: bool, clock: Callable[[str], None] = lambda phase: None) -> Tensor:
     """Adds a micro-batch's gradients; returns its share of the step's loss (its sum over the step's trained tokens)."""
+    clock("forward")
     if isinstance(model, FSDPModule):  # one reduction a step
         model.set_requires_gradient_sync(last)
     loss = batch_loss(model, batch) / trained
+    clock("backward")
     loss.backward()
     return loss.detach()
 
 
 @torch.no_grad()
-def evaluate(model: Mistral, store: TokenStore, config: Config, world: parallel.World) -> float:
-    """The mean loss of held-out rows, per trained token. Every rank calls it."""
+def evaluate(model: Mistral, store: TokenStore, config: Config, world: parallel.World, noted: Sequence[int] = ()) -> float | None:
+    """The mean loss of held-out rows, per trained token; None once a rank has noted a signal. Every rank calls it."""
     model.eval()
-    steps = plan_epoch(store.lengths, config.train.micro_batch_tokens, world.size, config.data.packing, seed=0, epoch=0)
-    losses = [batch_loss(model, local_batch(store, micro_batches, world.rank, world.device)) for micro_batches in steps]
+    plan = plan_epoch(store.lengths, config.train.micro_batch_tokens, world.size, config.data.packing, seed=0, epoch=0)
+    losses = []
+    for micro_batches in plan:
+        losses.append(batch_loss(model, local_batch(store, micro_batches, world.rank, world.device)))
+        if world.sum([len(noted)])[0]:
+            break
     model.train()
-    return world.sum([torch.stack(losses).sum().item()])[0] / int(store.trained.sum())
+    whole, finished = world.sum([torch.stack(losses).sum().item(), len(losses) == len(plan)])
+    return whole / int(store.trained_counts.sum()) if finished == world.size else None
 
 
-def train(config: Config) -> None:
+def blame(model: Mistral, optimizer: torch.optim.Optimizer, store: TokenStore, micro_batches: list[np.ndarray], step: int, config: Config, world: parallel.World) -> str:
+    """Where a loss or gradient that is no finite number came from: the step's micro-batches again, each alone. Every rank calls it."""
+    adapters, found = adapter_parameters(model).values(), []
+    for index, rows in enumerate(micro_batches):
+        optimizer.zero_grad()
+        seed_dropout(model, config.train.seed, step, index)
+        rank = index % world.size
+        batch = make_batch(store, rows)
+        batch = (batch if world.rank == rank else batch.without_targets()).to(world.device)
+        (loss,) = world.sum([forward_backward(model, batch, trained_tokens(store, micro_batches), last=True).item()])
+        parallel.sum_gradients(adapters, world)
+        norm = clip_gradients(adapters, config.optim.max_grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            found.append(f"rank {rank}, loss {loss}, gradient norm {norm}, rows {', '.join(map(store.where, rows))}")
+    return "; ".join(found) or "no micro-batch gives it again, alone: a fault of the hardware, or of their sum"
+
+
+def train(config: Config, profile: bool = False) -> None:
     """A whole run, from data to the saved adapter. Every rank calls it.
 
     Raises:
         UserError: whatever the user can mend, before a model is built where it can be known by then.
+        KeyboardInterrupt, Terminated: after SIGINT and SIGTERM, the step under way finished and saved.
     """
-    # 1. the data, before a process waits for another or a model is touched
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    with parallel.joined(config.parallel.timeout) as world, contextlib.ExitStack() as stack:
+        signum = _train(config, profile, world, stack)
+    if signum:
+        raise KeyboardInterrupt if signum == signal.SIGINT else cli.Terminated
+
+
+def _train(config: Config, profile: bool, world: parallel.World, stack: contextlib.ExitStack) -> int | None:
+    """Returns the signal that ended the run early, the same on every rank; `stack` undoes what the run sets up."""
+    # 1. the base model's files and the data, before memory is taken
+    world.doing("reading the base model's files and the data")
+    base = open_base(config)
     store, held_out = read_data(config)
-    identity = checkpoint.identity(config, store)
 
     # 2. where an earlier run stopped
     output = Path(config.train.output)
-    found = checkpoint.find(config)
-    resumed = checkpoint.read_step(found, identity, config) if found else 0
-    planned, this_epoch = 0, plan(config, store, 0)
-    steps_an_epoch = len(this_epoch)
-    steps = config.train.steps or config.train.epochs * steps_an_epoch
-    if resumed >= steps and (output / "adapter").is_dir():
-        log.info("%s: all %d steps are done; nothing to do", output, steps)
-        return
     parent = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"train.output is {output}, but {parent} is no directory that can be written; choose another")
+    new = not output.is_dir()  # then it is made when all that can be refused was not
+    if world.rank == 0 and not new:
+        stack.enter_context(held(output))
+    identity = checkpoint.identity(config, base.arch, sorted(set(base.files.files.values())), store, held_out)
+    found = checkpoint.find(config)
+    state = checkpoint.read_state(found, identity, config) if found else None
+    resumed, updates = (state.step, state.updates) if state else (0, 0)
+    world.meet("with the data read")
+    if world.sum([resumed])[0] != resumed * world.size:
+        raise UserError(f"{output}: the ranks found different checkpoints there; it must be a directory they share")
+    c = config.train
+    parts = [(*section, source.weight) for section, source in zip(store.sections, config.data.sources(config.data.train))]
+    order = Order(store.lengths, c.micro_batch_tokens, c.batch_tokens // c.micro_batch_tokens, config.data.packing, c.seed, parts)
+    steps = c.steps or order.steps(c.epochs)
+    if resumed >= steps and (output / "adapter").is_dir():
+        log.info("%s: all %d steps are done; nothing to do", output, steps)
+        return None
 
-    with parallel.joined() as world:
-        if world.sum([resumed])[0] != resumed * world.size:
-            raise UserError(f"{output}: the ranks found different checkpoints there; it must be a directory they share")
-
-        # 3. the model and its optimizer
-        model, settings = build(config, world)
-        adapters = adapter_parameters(model)
-        optimizer = adamw(adapters.values(), config.optim)
-        if found:
-            checkpoint.load(found, resumed, model, optimizer)
-            log.info("resumed from %s", found)
-        count = sum(p.numel() for p in adapters.values())
-        log.info("%s; %s trainable parameters; %d steps of %d an epoch; %s", model.arch, f"{count:,}", steps, steps_an_epoch, world)
-        record = None
-        if world.rank == 0:
+    # 3. the model and its optimizer
+    world.doing("loading the model")
+    model, settings = build(config, base, world)
+    world.meet("with the model loaded")
+    adapters = adapter_parameters(model)
+    optimizer = adamw(adapters.values(), config.optim)
+    log.info("%s", model.arch)
+    log.info("%s; %s", parallel.describe(model, world), f"{steps} steps, {order.steps(1)} an epoch")
+    if state:
+        checkpoint.load(found, state, model, optimizer)
+        log.info("resumed from %s, written by torch %s on %d ranks", found, state.torch, state.ranks)
+    else:
+        log.info("%s: no checkpoint; starting at step 1", output)
+    record = None
+    if world.rank == 0:
+        if new:
             output.mkdir(parents=True, exist_ok=True)
-            checkpoint.sweep(output)
-            write_config(config, output / "config.yaml")
-            record = metrics.Record(output, resumed, steps, config.train.log_every)
+            stack.enter_context(held(output))
+            if checkpoint.published(output / "checkpoints"):
+                raise UserError(f"{output}: another run has come and gone there since this one began; start this one again")
+        checkpoint.sweep(output)
+        if state:
+            checkpoint.set_damaged_aside(state, config)
+        write_config(config, output / "config.yaml")
+        record = metrics.Record(config, resumed, steps)
 
-        def held_out_loss(step: int) -> None:
-            loss = evaluate(model, held_out, config, world)
-            if record:
-                record.evaluation(step, loss)
+    # 4. the loop: one optimizer step a turn
+    count = sum(p.numel() for p in adapters.values())
+    peak = metrics.peak_flops(world.device, model.embedding.weight.dtype)
+    clock, stopped_by, step = metrics.Clock(world.device), None, resumed
 
-        if held_out and resumed == 0:
-            held_out_loss(0)
+    def held_out_loss() -> int | None:
+        clock("evaluation")
+        world.doing(f"evaluating after step {step}")
+        loss = evaluate(model, held_out, config, world, noted)
+        if loss is None:
+            return agreed(world.sum(counts(noted)))
+        if record:
+            record.evaluation(step, loss)
 
-        # 4. the loop: one optimizer step a turn
-        model.train()
-        peak = metrics.peak_flops(world.device, model.embedding.weight.dtype)
-        for step in range(resumed + 1, steps + 1):
-            started = time.perf_counter()
-            epoch, turn = divmod(step - 1, steps_an_epoch)
-            if epoch != planned:
-                planned, this_epoch = epoch, plan(config, store, epoch)
-            micro_batches = this_epoch[turn]
-            trained = trained_tokens(store, micro_batches)
+    noted = stack.enter_context(cli.signals_noted())
+    after_step = stack.enter_context(profiled(output / "profile", world)) if profile else lambda: None
+    # stopped in an evaluation, the checkpoint is there and its line is not
+    if held_out and (step == 0 or due(step, c.eval_every, steps)) and world.sum([bool(record and record.evaluated)])[0] == 0:
+        stopped_by = held_out_loss()
+    model.train()
+    clock("data")
+    while step < steps and not stopped_by:
+        step, started = step + 1, time.perf_counter()
+        world.doing(f"step {step}")
+        micro_batches = order.step(step)
+        trained = trained_tokens(store, micro_batches)
+        loss = torch.zeros((), device=world.device)
+        for first in range(0, len(micro_batches), world.size):
+            mine, last = first + world.rank, first + world.size >= len(micro_batches)
+            clock("data")
+            batch = local_batch(store, micro_batches, mine, world.device)
+            seed_dropout(model, c.seed, step, mine)
+            loss += forward_backward(model, batch, trained, last, clock)
 
-            loss = torch.zeros((), device=world.device)
-            for first in range(0, len(micro_batches), world.size):
-                mine, last = first + world.rank, first + world.size >= len(micro_batches)
-                seed_dropout(model, config.train.seed, step, mine)
-                loss += forward_backward(model, local_batch(store, micro_batches, mine, world.device), trained, last)
-
-            parallel.sum_gradients(adapters.values(), world)
-            grad_norm = clip_gradients(adapters.values(), config.optim.max_grad_norm)
-            if not math.isfinite(grad_norm):  # the same on every rank
-                raise UserError(f"step {step}: the gradient's norm is {grad_norm}; the adapter is as after step {step - 1}; lower optim.lr")
-            lr = learning_rate(step, steps, config.optim)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        clock("optimizer")
+        parallel.sum_gradients(adapters.values(), world)
+        grad_norm = clip_gradients(adapters.values(), config.optim.max_grad_norm)
+        whole_loss, *signals = world.sum([loss.item(), *counts(noted)])
+        stopped_by = agreed(signals)
+        lr = learning_rate(step, steps, config.optim)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        values = {"loss": whole_loss, "grad_norm": grad_norm, "lr": lr}
+        if math.isfinite(grad_norm) and math.isfinite(whole_loss):  # the same on every rank
             optimizer.step()
-            optimizer.zero_grad()
-            (whole_loss,) = world.sum([loss.item()])
-            seconds = time.perf_counter() - started
+            updates += 1
+        else:
+            fault = f"step {step}: the loss is {whole_loss} and the gradient's norm {grad_norm}"
+            fault = f"{fault}; from {blame(model, optimizer, store, micro_batches, step, config, world)}"
+            if c.nonfinite == "stop":
+                raise UserError(f"{fault}. The last checkpoint stands; mend the rows, lower optim.lr, or set train.nonfinite to skip")
+            log.warning("%s; skipped", fault)
+            values = {name: value if math.isfinite(value) else None for name, value in values.items()} | {"skipped": True}
+        optimizer.zero_grad()
+        phases, seconds = clock.read(), time.perf_counter() - started
+        clock("other")
 
-            # 5. what the step was, and what is due after it
-            if record:
-                lengths = [int(store.lengths[row]) for rows in micro_batches for row in rows]
-                flops = metrics.training_flops(model.arch, count, lengths, trained)
-                mfu = flops / seconds / world.size / peak if peak else None
-                record.step(step, whole_loss, grad_norm, lr, sum(lengths), trained, seconds, mfu, world)
-            if held_out and due(step, config.train.eval_every, steps):
-                held_out_loss(step)
-            if due(step, config.train.checkpoint_every, steps):
-                checkpoint.save(output / "checkpoints", model, optimizer, step, identity, config, settings, world)
+        # 5. what the step was, and what is due after it
+        if record:
+            lengths = store.lengths[np.concatenate(micro_batches)].tolist()
+            flops = metrics.training_flops(model.arch, count, lengths, trained)
+            values |= {
+                "tokens": sum(lengths),
+                "trained_tokens": trained,
+                "seconds": seconds,
+                "tokens_per_second": sum(lengths) / seconds,
+                "mfu": flops / seconds / world.size / peak if peak else None,
+                "peak_memory_bytes": metrics.peak_memory_bytes(world.device),
+            }
+            record.step(step, values, phases)
+        after_step()
+        if held_out and due(step, c.eval_every, steps) and not stopped_by:
+            stopped_by = held_out_loss()
+        if due(step, c.checkpoint_every, steps) or stopped_by:
+            clock("checkpoint")
+            world.doing(f"saving after step {step}")
+            now = checkpoint.State(step, updates, world.size, torch.__version__, identity)
+            checkpoint.save(output / "checkpoints", model, optimizer, now, config, settings, world)
+        clock("data")
 
-        # 6. the adapter, where others look for it
-        tensors = {name: parallel.whole(p) for name, p in adapters.items()}
+    # 6. the adapter, where others look for it
+    if not stopped_by:
+        tensors = {name: parallel.whole(p, world) for name, p in adapters.items()}
         if record:
             shutil.rmtree(output / "adapter", ignore_errors=True)  # of an earlier end of this run
             publish(output / "adapter", lambda path: save_adapter(path, tensors, settings, config.model.path))
-            record.close()
+    if record:
+        record.close(clock.read(), finished=not stopped_by)
+        if stopped_by:
+            log.info("%s: stopped after step %d; the same command goes on from there", signal.Signals(stopped_by).name, step)
+        else:
             log.info("done: %s", output / "adapter")
+    return stopped_by
 
 
-def plan(config: Config, store: TokenStore, epoch: int) -> Plan:
-    """The steps of an epoch."""
-    c = config.train
-    return plan_epoch(store.lengths, c.micro_batch_tokens, c.batch_tokens // c.micro_batch_tokens, config.data.packing, c.seed, epoch)
+@contextlib.contextmanager
+def held(output: Path) -> Iterator[None]:
+    """Within it no other run can write to the output directory."""
+    path = output / ".lock"
+    file = lock(path)
+    if file is None:
+        raise UserError(f"train.output is {output}, where another run writes ({path.read_text().strip()}); wait for it, or choose another train.output")
+    with file:
+        yield
+
+
+def counts(noted: list[int]) -> list[int]:
+    """How often this rank was told to stop, by SIGTERM and by SIGINT."""
+    return [noted.count(signal.SIGTERM), noted.count(signal.SIGINT)]
+
+
+def agreed(counts_of_all: list[float]) -> int | None:
+    """The signal that any rank has noted: the same on all."""
+    return next((s for s, count in zip((signal.SIGTERM, signal.SIGINT), counts_of_all) if count), None)
 
 
 def due(step: int, every: int, steps: int) -> bool:

@@ -166,3 +166,46 @@ def lines_of(output) -> list[dict]:
     import json
 
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+SAME = ("loss", "grad_norm", "lr", "tokens", "trained_tokens")  # of a step's line: what no machine's speed changes
+
+
+def training(options, ranks: int = 0, faulty: tuple = (), restarts: int = 0, **popen) -> subprocess.Popen:
+    """A run in processes of its own: `ranks` of torchrun, or one without it; `faulty` names the fault that tests/faulty.py makes."""
+    program = [str(ROOT / "tests" / "faulty.py"), *map(str, faulty)] if faulty else ["-m", "minorca.train"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment} | popen
+    return subprocess.Popen([sys.executable, *(launcher if ranks else []), *program, *options], **pipes)
+
+
+def torchrun(ranks: int, options: list[str]) -> None:
+    process = training(options, ranks)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err[-3000:]
+
+
+def assert_same_bits(one, two) -> None:
+    """Every line of both runs once, in order, with the same floats; the same adapters."""
+    from safetensors.torch import load_file
+
+    keys = ("step", "eval_loss", *SAME)
+    first, second = ([[line.get(key) for key in keys] for line in lines_of(run)] for run in (one, two))
+    assert first == second
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def assert_same_run(one, two, losses: float = 1e-5) -> None:
+    """Losses, norms and counts of every line within 1e-5 relative (of the first ten steps' losses: as given), and adapters that
+    tell the same."""
+    from safetensors.torch import load_file
+
+    assert [line["step"] for line in lines_of(one)] == [line["step"] for line in lines_of(two)]
+    for a, b in zip(lines_of(one), lines_of(two)):
+        for key in {"eval_loss", *SAME} & a.keys():
+            rel = losses if key == "loss" and a["step"] <= 10 else 1e-5
+            assert b[key] == pytest.approx(a[key], rel=rel), (a["step"], key)
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two))
+    assert max(relative_error(second[name], first[name]) for name in first) < 1e-3

@@ -1,0 +1,95 @@
+"""What a checkpoint costs: python -m benchmarks.checkpoint [--model DIR | --shape 7b] [--saves N] [--output FOLDER]
+
+Saves as minorca.train does, with `keep: 2`: gather, write, synchronise to disk, hash, rename, verify the new one and the one before,
+remove the oldest. The stall is all of it, for the loop waits; the limit beside it is the time to write and synchronise as many bytes,
+in the same run. Weights other than the adapters' stay on the meta device: none of theirs are saved.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.common import SHAPES, parser, report, spread
+from minorca import checkpoint, parallel
+from minorca.architecture import Architecture, read_architecture
+from minorca.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from minorca.loading import build_model
+from minorca.lora import LoRASettings, adapter_parameters, add_adapters
+from minorca.optim import adamw
+
+
+def adapted(arch: Architecture, settings: LoRASettings) -> nn.Module:
+    """A model whose adapters alone take memory."""
+    model = build_model(arch, torch.bfloat16)
+    add_adapters(model, settings)
+    for module in model.modules():
+        for name, values in getattr(module, "named_parameters", dict)(recurse=False):
+            if values.requires_grad:
+                module.register_parameter(name, nn.Parameter(torch.randn(values.shape)))
+    return model
+
+
+def written(directory: Path, size: int) -> float:
+    """Seconds to write so many bytes and have them on the disk."""
+    chunk, path, started = os.urandom(2**24), directory / "bytes", time.perf_counter()
+    with path.open("wb") as file:
+        for start in range(0, size, len(chunk)):
+            file.write(chunk[: size - start])
+        file.flush()
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - started
+    path.unlink()
+    return seconds
+
+
+def main() -> None:
+    options: argparse.ArgumentParser = parser("benchmarks.checkpoint", __doc__.partition("\n")[0])
+    options.add_argument("--rank", type=int, default=16, metavar="N", help="of the adapters, on all projections")
+    options.add_argument("--saves", type=int, default=7, metavar="N")
+    args = options.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.output) as folder, parallel.joined(300) as world:
+        output = Path(folder)
+        config = Config(ModelConfig(str(args.model)), DataConfig(""), train=TrainConfig(output=folder))
+        if args.shape:
+            (output / "config.json").write_text(json.dumps(SHAPES[args.shape]))
+        arch, settings = read_architecture(output if args.shape else args.model), LoRASettings(args.rank, 2.0 * args.rank)
+        model = adapted(arch, settings)
+        parameters = adapter_parameters(model)
+        optimizer = adamw(parameters.values(), OptimConfig())
+        for parameter in parameters.values():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        stalls, limits, directory = [], [], output / "checkpoints"
+        for step in range(1, args.saves + 3):  # the first two remove none
+            started = time.perf_counter()
+            state = checkpoint.State(step, step, world.size, torch.__version__, {})
+            checkpoint.save(directory, model, optimizer, state, config, settings, world)
+            stalls.append(time.perf_counter() - started)
+            size = sum(path.stat().st_size for path in checkpoint.published(directory)[-1].iterdir())
+            limits.append(written(output, size))
+    stall, every = spread(stalls[2:]), config.train.checkpoint_every
+    report(
+        {
+            "model": args.shape or args.model.name,
+            "rank": args.rank,
+            "adapter_parameters": sum(p.numel() for p in parameters.values()),
+            "bytes": size,
+            "stall_seconds": stall,
+            "write_and_sync_seconds": spread(limits[2:]),
+            "checkpoint_every": every,
+            # a step that takes longer than this spends less than a hundredth of the time on checkpoints
+            "step_seconds_for_one_percent": stall["median"] / every * 99,
+        },
+        f"checkpoint-{args.shape or args.model.name}",
+        args.output,
+    )
+
+
+if __name__ == "__main__":
+    main()

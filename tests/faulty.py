@@ -1,0 +1,104 @@
+"""`python faulty.py POINT COUNT OPTIONS...`: minorca.train with a fault put in at a place that no outside hand could hit.
+
+The process kills itself (SIGKILL) at the COUNTth passing of POINT; a POINT that starts with `nan` instead makes the loss of the row
+COUNT (or only its gradient) a NaN, on every passing.
+"""
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from minorca import checkpoint, cli, files, train
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def half_written(tensors, path, *rest):
+    """What a kill within a write leaves: the file's first half."""
+    save_file(tensors, path, *rest)
+    os.truncate(path, Path(path).stat().st_size // 2)
+    die()
+
+
+def half_removed(path):
+    """What a kill within a removal leaves."""
+    next(Path(path).iterdir()).unlink()
+    die()
+
+
+def after(function):
+    def called(*arguments, **options):
+        function(*arguments, **options)
+        die()
+
+    return called
+
+
+def always(*_, **__):
+    return True
+
+
+def of_a_new_checkpoint(path, *_):
+    return "step-" in path.name and ".tmp-" in path.name
+
+
+def of_what_is_there(path, *_, **__):
+    return Path(path).is_dir()
+
+
+save_file = checkpoint.save_file
+POINTS = {  # name -> (owner, attribute, what is called in its place, which calls count)
+    "before forward": (train, "batch_loss", die, always),
+    "after backward": (train, "clip_gradients", die, always),
+    "in a write": (checkpoint, "save_file", half_written, always),
+    "before the manifest": (checkpoint, "write_manifest", die, always),
+    "after the manifest": (checkpoint, "write_manifest", after(files.write_manifest), always),
+    "before the rename": (Path, "rename", die, of_a_new_checkpoint),
+    "after the rename": (Path, "rename", after(Path.rename), of_a_new_checkpoint),
+    "before the removal": (checkpoint, "prune", die, always),
+    "in the removal": (shutil, "rmtree", half_removed, of_what_is_there),
+}
+
+
+def inject(point: str, count: int) -> None:
+    if point.startswith("nan"):
+        return spoil(point, count)
+    owner, name, fault, counts = POINTS[point]
+    original, passed = getattr(owner, name), 0
+
+    def counted(*arguments, **options):
+        nonlocal passed
+        passed += counts(*arguments, **options)
+        return (fault if passed == count else original)(*arguments, **options)
+
+    setattr(owner, name, counted)
+
+
+def spoil(point: str, row: int) -> None:
+    make_batch, batch_loss, spoilt = train.make_batch, train.batch_loss, set()
+
+    def noting(store, rows):
+        batch = make_batch(store, rows)
+        if row in rows:
+            spoilt.add(batch.tokens.numpy().tobytes())
+        return batch
+
+    def loss_of(model, batch):
+        loss = batch_loss(model, batch)
+        if batch.tokens.cpu().numpy().tobytes() not in spoilt or not len(batch.targets):
+            return loss
+        # the square root of 0 has a value and no finite slope
+        return loss * torch.nan if point == "nan loss" else loss + (loss - loss.detach()).sqrt()
+
+    train.make_batch, train.batch_loss = noting, loss_of
+
+
+if __name__ == "__main__":
+    inject(sys.argv[1], int(sys.argv[2]))
+    cli.run(train.main, sys.argv[3:])
