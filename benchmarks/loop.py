@@ -1,8 +1,8 @@
 """Where a run's time goes: python -m benchmarks.loop [--steps N] [--output FOLDER] [--section.key VALUE ...]
 
 A run of minorca.train on the quickstart's model and rows, with `--profile`; the shares are the medians over its steps, read from its
-metrics.jsonl, of the time each phase took. The first two steps are left out (memory is still being taken), and those the profiler
-watches. FOLDER also gets the trace, for chrome://tracing or Perfetto.
+metrics.jsonl, of the time each phase took. The first three steps are left out: the third is the one the profiler watches. FOLDER also
+gets what it wrote; the trace opens in chrome://tracing or Perfetto.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from minorca.metrics import PHASES
 
 def main() -> None:
     options = argparse.ArgumentParser(prog="python -m benchmarks.loop", description=__doc__.partition("\n")[0])
-    options.add_argument("--steps", type=int, default=20, metavar="N", help="at least 8 (default: 20)")
+    options.add_argument("--steps", type=int, default=20, metavar="N", help="at least 4 (default: 20)")
     options.add_argument("--output", type=Path, metavar="FOLDER", help="write the JSON and the trace there too")
     args, settings = options.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
         train.main([f"--train.steps={args.steps}", "--data.eval=null", "--train.eval_every=0", "--train.checkpoint_every=100", f"--train.output={run}", "--profile", *settings])
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][6:]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][3:]
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
             for path in (run / "profile").iterdir():

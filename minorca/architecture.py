@@ -4,16 +4,12 @@ No table of models: every constant comes from the file. What a file leaves out t
 written for, and each default taken is logged.
 """
 
-import json
 import logging
-import math
-import reprlib
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from minorca.errors import UserError
-from minorca.files import inside
+from minorca.untrusted import find, read_json, shown
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +24,6 @@ HF_REQUIRED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
 # What a stranger's file may ask for, tens of times what any model does: sizes whose products fit 64 bits, and tables in memory.
 LARGEST = {int: 2**20, float: 1e30}
 LAYERS, POSITIONS = 2**12, 2**31
-JSON_BYTES = 20 * 10**6  # an index of 91,000 tensors has 9 million; as Python objects a file may take 60 times as much
-_shown = reprlib.Repr()
-_shown.maxstring = _shown.maxother = 200
 
 
 @dataclass(frozen=True)
@@ -49,82 +42,6 @@ class Architecture:
     window: int | None  # keys a query sees, itself included; None: all
     tied: bool  # the head is the embedding
     max_positions: int | None = None  # what the model was made for; None: its file does not say
-
-
-def shown(value) -> str:
-    """A value of a stranger's file in a message: `repr`, cut where it is long or deep."""
-    return _shown.repr(value)
-
-
-def find(directory: Path, name: str) -> Path | None:
-    """A file in a directory that anybody may have made (see `files.inside`), or None where there is none.
-
-    Raises:
-        UserError: a name or a link that leads elsewhere, or something that is no file: reading a pipe would wait for ever.
-    """
-    if not (isinstance(name, str) and name.isprintable() and len(name) < 256):
-        raise UserError(f"{directory}: {shown(name)} is no name of a file in it")
-    try:
-        path = inside(directory, name)
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        return None
-    except (OSError, RuntimeError) as error:  # a loop of links
-        raise UserError(f"{directory / name}: cannot be read ({error})") from None
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{path}: expected a file, found a directory, pipe or device")
-    return path
-
-
-def read_small(path: Path, most: int) -> bytes:
-    """All of a file that `find` finds and that has at most `most` bytes.
-
-    Raises:
-        UserError: one that is elsewhere, no file, larger, or not to be read.
-    """
-    try:
-        found = find(path.parent, path.name)
-        if found is None:
-            raise UserError(f"{path}: no such file")
-        if (size := found.stat().st_size) > most:
-            raise UserError(f"{path}: has {size} bytes; expected at most {most}")
-        return found.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-
-
-def parse_json(text: str | bytes):
-    """JSON as its standard has it: ValueError also for a key that is there twice (Python takes the last, others the first),
-    and for NaN and infinities."""
-
-    def unique(pairs: list[tuple]) -> dict:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            seen = set()
-            repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise ValueError(f"the key {shown(repeated)} is there twice")
-        return values
-
-    def finite(number: str) -> float:
-        if not math.isfinite(value := float(number)):
-            raise ValueError(f"{number[:40]} is no number of JSON")
-        return value
-
-    return json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file, or a `UserError` naming file and line."""
-    data = read_small(path, JSON_BYTES)
-    try:
-        value = parse_json(data.decode())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:  # also bytes that are no text, numbers without end, and brackets
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def model_directory(path: str | Path) -> Path:

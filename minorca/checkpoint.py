@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minorca.architecture import Architecture, read_json
+from minorca.architecture import Architecture
 from minorca.config import Config
 from minorca.data.store import TokenStore
 from minorca.errors import UserError
@@ -27,7 +27,8 @@ from minorca.files import MANIFEST, publish, sha256, verify_manifest, write_mani
 from minorca.lora import LoRASettings, adapter_parameters, load_adapter, save_adapter
 from minorca.model import Mistral
 from minorca.parallel import World, whole
-from minorca.weights import fill_rows, open_safetensors
+from minorca.untrusted import read_json
+from minorca.weights import fill_rows, open_exactly
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,10 @@ def verify(directory: Path) -> State:
         if {name: type(value) for name, value in values.items()} != kinds:
             expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
             raise UserError(f"{directory / 'state.json'}: expected {expected}; found {', '.join(values)}; was it written by another version?")
-        return State(**values)
+        state, named = State(**values), STEP.fullmatch(directory.name)
+        if not 0 <= state.updates <= state.step or (named and int(named[1]) != state.step):
+            raise UserError(f"{directory / 'state.json'}: says step {state.step} with {state.updates} updates, in {directory.name}; was it renamed?")
+        return state
     except UserError as error:
         raise UserError(f"{error}; to go on from the newest checkpoint that is undamaged, set train.resume to last-good") from None
 
@@ -197,8 +201,9 @@ def set_damaged_aside(state: State, config: Config) -> None:
 def load(directory: Path, state: State, model: Mistral, optimizer: torch.optim.Optimizer) -> None:
     """Fills adapters and optimizer, sharded or not, from a checkpoint that `read_state` has verified."""
     load_adapter(model, directory)
-    moments = open_safetensors(directory / "optimizer.safetensors")
-    for name, parameter in adapter_parameters(model).items():
+    parameters = adapter_parameters(model)
+    moments = open_exactly(directory / "optimizer.safetensors", {f"{m}.{name}": tuple(p.shape) for m in MOMENTS for name, p in parameters.items()})
+    for name, parameter in parameters.items():
         optimizer.state[parameter] = {"step": torch.tensor(float(state.updates), device=parameter.device)}
         for moment in MOMENTS:
             values, rows = torch.zeros_like(parameter), moments.get_slice(f"{moment}.{name}")

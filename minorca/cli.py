@@ -59,8 +59,10 @@ def _exit(status: int) -> None:
 
 
 def one_line(text: str) -> str:
-    """Text for a terminal: whatever is no printable character, in a file's name or a tensor's, is spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    """Text for a terminal: whatever is no printable character, in a file's name or a tensor's, is spelled out; of very long text
+    (settings that differ in everything) the beginning."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return text if len(text) <= 4000 else f"{text[:4000]} [...]"
 
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:

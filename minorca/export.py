@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minorca import cli
-from minorca.architecture import Architecture, find, model_directory, read_architecture
+from minorca.architecture import Architecture, model_directory, read_architecture
 from minorca.errors import UserError
 from minorca.files import publish
 from minorca.loading import build_model
 from minorca.lora import adapter_parameters, add_adapters, open_adapter, read_adapter_settings
+from minorca.untrusted import find
 from minorca.weights import hf_pieces, open_weights, read_piece
 
 SHARD_BYTES = 5 * 10**9

@@ -1,4 +1,4 @@
-"""Files that are complete or absent and are known by their hash, and files of a directory that anybody may have made."""
+"""Files that are complete or absent, are known by their hash, and have one writer."""
 
 import fcntl
 import hashlib
@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from minorca.errors import UserError
+from minorca.untrusted import find, read_json, shown
 
 MANIFEST = "MANIFEST.json"
 
@@ -64,37 +65,16 @@ def verify_manifest(directory: Path) -> None:
         UserError: naming the file that is missing, surplus, or not what was written, with what was expected and found.
     """
     manifest = directory / MANIFEST
-    try:
-        expected = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{manifest}: cannot be read ({error})") from None
+    expected = read_json(manifest)
     names = {path.name for path in directory.iterdir()} - {MANIFEST}
-    if not isinstance(expected, dict) or names != expected.keys():
-        listed = set(expected) if isinstance(expected, dict) else set()
-        wrong = f"names {sorted(listed - names)}, which are not there, and lacks {sorted(names - listed)}, which are"
-        raise UserError(f"{manifest}: {wrong}")
+    if names != expected.keys():
+        missing, surplus = sorted(expected.keys() - names), sorted(names - expected.keys())
+        raise UserError(f"{manifest}: names {shown(missing)}, which are not there, and lacks {shown(surplus)}, which are")
     for name in sorted(names):
-        path = inside(directory, name)
+        path = find(directory, name)
         found = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         if found != expected[name]:
-            raise UserError(f"{path}: is not what was saved (expected {expected[name]}, found {found})")
-
-
-def inside(directory: Path, name: str) -> Path:
-    """The path of a file in a directory that anybody may have made: a plain name, and no link that leads out of there, but into
-    the blobs of the Hugging Face cache it belongs to (models--X/snapshots/REVISION/FILE -> models--X/blobs/HASH). It may not exist.
-
-    Raises:
-        UserError: naming the file and where it leads.
-    """
-    if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
-        raise UserError(f"{directory}: {name!r} is no name of a file in it; expected one without directories")
-    home, real = directory.resolve(), (directory / name).resolve()
-    cache = home.parent.parent
-    homes = [home, cache / "blobs"] if home.parent.name == "snapshots" and cache.name.startswith("models--") else [home]
-    if not any(real.is_relative_to(one) for one in homes):
-        raise UserError(f"{directory / name}: is a link to {real}, outside its directory, which is not followed; copy the file there")
-    return directory / name
+            raise UserError(f"{path}: is not what was saved (expected {shown(expected[name])}, found {found})")
 
 
 def lock(path: Path):

@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from minorca.architecture import LARGEST, TARGETS, Architecture, find, read_json, shown
+from minorca.architecture import LARGEST, TARGETS, Architecture
 from minorca.errors import UserError
 from minorca.model import Mistral, SwiGLULinear
-from minorca.weights import FLOATS, fill_rows, open_safetensors
+from minorca.untrusted import find, read_json, shown
+from minorca.weights import fill_rows, open_exactly, open_safetensors
 
 GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
 PEFT_NAMES = {t: f"self_attn.{t}_proj" if t in "qkvo" else f"mlp.{t}_proj" for t in TARGETS}
@@ -219,22 +220,9 @@ def _targets_in(directory: Path) -> tuple[str, ...]:
 
 
 def open_adapter(directory: str | Path, expected: dict[str, nn.Parameter]):
-    """PEFT's tensor file, opened, once it is sure to hold just the tensors of `expected` (`adapter_parameters`).
-
-    Raises:
-        UserError: a tensor that is missing, surplus or of another shape; names file and key.
-    """
-    path = _adapter_file(Path(directory))
-    file = open_safetensors(path)
-    keys = set(file.keys())
-    for name in sorted(keys ^ set(expected)):
-        raise UserError(f"{path}: {'holds' if name in keys else 'lacks'} {name}; was it made for another model?")
-    for name, parameter in expected.items():
-        if (dtype := file.get_slice(name).get_dtype()) not in FLOATS:
-            raise UserError(f"{path}: {name} is {dtype}; expected a floating-point type")
-        if (shape := file.get_slice(name).get_shape()) != list(parameter.shape):
-            raise UserError(f"{path}: {name} has shape {shape}; this model's has {list(parameter.shape)}; was it made for another one?")
-    return file
+    """PEFT's tensor file, opened, once it is sure to hold just the tensors of `expected` (`adapter_parameters`); errors as
+    `open_exactly`."""
+    return open_exactly(_adapter_file(Path(directory)), {name: tuple(parameter.shape) for name, parameter in expected.items()})
 
 
 def load_adapter(model: Mistral, directory: str | Path) -> None:

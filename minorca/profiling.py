@@ -1,13 +1,16 @@
-"""`--profile`: a trace of a few steps, for chrome://tracing or Perfetto, and what memory was taken by."""
+"""`--profile`: a trace of a step, for chrome://tracing or Perfetto, and what holds memory."""
 
 import contextlib
+import gc
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch.profiler import profile, schedule
 
+from minorca.metrics import peak_memory_bytes
 from minorca.parallel import World
 
 log = logging.getLogger(__name__)
@@ -15,9 +18,9 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def profiled(directory: Path, world: World) -> Iterator[Callable[[], None]]:
-    """Yields what to call after every step. After the fifth, or at the end of a shorter run, each rank writes steps 3 to 5 to
-    trace-rankN.json.gz, and its memory: on CUDA every allocation, with its stack, to memory-rankN.pickle (for
-    pytorch.org/memory_viz), on the CPU what each operator allocated to memory-rankN.txt."""
+    """Yields what to call after every step. After the third, each rank has written that step to trace-rankN.json.gz, and its memory:
+    on CUDA all that was allocated since the start, with stacks, to memory-rankN.pickle (for pytorch.org/memory_viz); on the CPU the
+    tensors that are there, by shape, to memory-rankN.txt."""
     directory.mkdir(parents=True, exist_ok=True)
     cuda = world.device.type == "cuda"
     if cuda:
@@ -29,10 +32,18 @@ def profiled(directory: Path, world: World) -> Iterator[Callable[[], None]]:
             torch.cuda.memory._dump_snapshot(str(directory / f"memory-rank{world.rank}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
         else:
-            table = profiler.key_averages().table(sort_by="self_cpu_memory_usage", row_limit=-1)
-            (directory / f"memory-rank{world.rank}.txt").write_text(table)
+            (directory / f"memory-rank{world.rank}.txt").write_text(_tensors_there(peak_memory_bytes(world.device)))
         log.info("profile: %s", directory)
 
-    steps = schedule(wait=1, warmup=1, active=3, repeat=1)
+    steps = schedule(wait=1, warmup=1, active=1, repeat=1)
     with profile(schedule=steps, on_trace_ready=write, profile_memory=True, record_shapes=True) as profiler:
         yield profiler.step
+
+
+def _tensors_there(peak: int) -> str:
+    tensors = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and not o.is_meta)  # type(): not every object answers isinstance
+    storages = {t.untyped_storage().data_ptr(): t for t in tensors}  # of views the last
+    kinds = Counter((str(t.dtype), tuple(t.shape), t.untyped_storage().nbytes()) for t in storages.values())
+    rows = sorted(((size * count, count, dtype, shape) for (dtype, shape, size), count in kinds.items()), reverse=True)
+    lines = [f"{total:>14,} bytes: {count} x {dtype} {list(shape)}" for total, count, dtype, shape in rows]
+    return "\n".join([f"{peak:>14,} bytes: the most this process has held", *lines]) + "\n"

@@ -16,8 +16,9 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from minorca.architecture import find, model_directory, read_json, read_small, shown
+from minorca.architecture import model_directory
 from minorca.errors import UserError
+from minorca.untrusted import find, read_json, read_small, shown
 
 # What is read of a stranger's files, each several times the largest in use: Gemma's tokenizer.json has 33 million bytes and
 # its tokenizer.model 4; a chat template 20 thousand; control strings, that all go into one regular expression, 100 thousand.

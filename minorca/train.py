@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)  # standard error is for errors and the bar
     logging.getLogger("minorca").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     parser = config_parser("minorca.train", "Fine-tunes a Mistral model with LoRA.")
-    parser.add_argument("--profile", action="store_true", help="write a trace of three steps, and what memory was taken by, to OUTPUT/profile")
+    parser.add_argument("--profile", action="store_true", help="write a trace of the third step, and what holds memory, to OUTPUT/profile")
     try:
         args, surplus = parser.parse_known_args(argv)
         config = read_config(args, surplus)

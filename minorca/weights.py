@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from minorca.architecture import Architecture, find, parse_json, read_json, shown
+from minorca.architecture import Architecture
 from minorca.errors import UserError
+from minorca.untrusted import find, parse_json, read_json, shown
 
 FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
 # The header of a file with 1,200 tensors has 150 thousand bytes, the pickle of one 250 thousand. Parsed they take up to 60 times as much.
@@ -150,6 +151,25 @@ def open_safetensors(path: Path):
         raise UserError(f"{path}: not a whole safetensors file ({str(error)[:300]}); download it again") from None
     _check_names(path, handle.keys())
     return handle
+
+
+def open_exactly(path: Path, shapes: dict[str, tuple[int, ...]]):
+    """A safetensors file, opened, once it is sure to hold just these tensors, of floating point.
+
+    Raises:
+        UserError: a tensor that is missing, surplus or of another shape or kind; names file and key.
+    """
+    file = open_safetensors(path)
+    keys = set(file.keys())
+    for name in sorted(keys ^ set(shapes)):
+        raise UserError(f"{path}: {'holds' if name in keys else 'lacks'} {name}; was it made for another model?")
+    for name, shape in shapes.items():
+        held = file.get_slice(name)
+        if held.get_dtype() not in FLOATS:
+            raise UserError(f"{path}: {name} is {held.get_dtype()}; expected a floating-point type")
+        if tuple(held.get_shape()) != shape:
+            raise UserError(f"{path}: {name} has shape {held.get_shape()}; this model's has {list(shape)}; was it made for another one?")
+    return file
 
 
 def _refuse_what_is_no_weights(path: Path) -> None:

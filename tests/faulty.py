@@ -1,13 +1,14 @@
 """`python faulty.py POINT COUNT OPTIONS...`: minorca.train with a fault put in at a place that no outside hand could hit.
 
-The process kills itself (SIGKILL) at the COUNTth passing of POINT; a POINT that starts with `nan` instead makes the loss of the row
-COUNT (or only its gradient) a NaN, on every passing.
+The process kills itself (SIGKILL) at the COUNTth passing of POINT. `nan loss` and `nan gradient` instead make the loss of the row
+COUNT (or only its gradient) a NaN, on every passing; at `slow reading` rank 1 sleeps COUNT seconds.
 """
 
 import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -69,6 +70,8 @@ POINTS = {  # name -> (owner, attribute, what is called in its place, which call
 def inject(point: str, count: int) -> None:
     if point.startswith("nan"):
         return spoil(point, count)
+    if point == "slow reading":
+        return delay(count)
     owner, name, fault, counts = POINTS[point]
     original, passed = getattr(owner, name), 0
 
@@ -78,6 +81,16 @@ def inject(point: str, count: int) -> None:
         return (fault if passed == count else original)(*arguments, **options)
 
     setattr(owner, name, counted)
+
+
+def delay(seconds: int) -> None:
+    read_data = train.read_data
+
+    def slow(config):
+        time.sleep(seconds if os.environ["RANK"] == "1" else 0)
+        return read_data(config)
+
+    train.read_data = slow
 
 
 def spoil(point: str, row: int) -> None:

@@ -159,12 +159,10 @@ MOMENTS = {  # when the signal comes -> (owner, name, which call), the step that
 }
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_heard_at_any_moment(moment, signum, workplace, tmp_path, monkeypatch):
     """The step under way is finished and saved, the process leaves, and the same command goes on to the same bits."""
-    if moment == "in a save" and signum == signal.SIGINT:
-        pytest.skip("one of the two will do")
     train.main(workplace("whole", **SIGNALLED))
     place, step = MOMENTS[moment]
     with monkeypatch.context() as patch:
@@ -232,6 +230,15 @@ def test_a_rank_that_hangs_is_named_by_the_others(workplace, tmp_path):
     _, err = process.communicate(timeout=90)  # torchrun gives the stopped one 30 seconds to end
     assert time.monotonic() - started < 60 and process.returncode == 1
     assert re.search(rf"minorca: rank 0 ends because rank 1 \(process {victim} on ", err), err
+
+
+@pytest.mark.slow
+def test_a_rank_that_reads_for_long_is_waited_for(workplace, tmp_path):
+    """The time limit is for what ranks do together; how long one of them reads and loads has none."""
+    process = training(workplace(**{"train.steps": 2, "parallel.timeout": 4}), ranks=2, faulty=("slow reading", 12))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [1, 2]
 
 
 @pytest.mark.slow

@@ -56,13 +56,14 @@ def test_weights_and_biases_must_be_installed(workplace, monkeypatch):
         train.main(workplace(**SHORT, **{"train.wandb": "orca"}))
 
 
-def test_a_profile_is_a_trace_and_what_memory_was_taken_by(workplace, tmp_path):
+def test_a_profile_is_a_trace_and_what_holds_memory(workplace, tmp_path):
     train.main([*workplace(**SHORT), "--profile"])
     with gzip.open(tmp_path / "run" / "profile" / "trace-rank0.json.gz") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
-    assert [name for name in sorted(set(names), key=str) if str(name).startswith("ProfilerStep#")] == ["ProfilerStep#2", "ProfilerStep#3", "ProfilerStep#4"]
-    assert "minorca::attention" in names
-    assert "minorca::lora_linear" in (tmp_path / "run" / "profile" / "memory-rank0.txt").read_text()
+    assert [name for name in names if str(name).startswith("ProfilerStep#")] == ["ProfilerStep#2"]
+    assert {"minorca::attention", "[memory]"} <= set(names)
+    memory = (tmp_path / "run" / "profile" / "memory-rank0.txt").read_text()
+    assert "the most this process has held" in memory and "x torch.float32 [260, 64]" in memory  # the embedding
 
 
 def test_what_a_start_prints(workplace, tmp_path, caplog):

@@ -194,7 +194,7 @@ def lose_the_manifest(newest: Path, older: Path) -> str:
 
 def empty_the_manifest(newest: Path, older: Path) -> str:
     (newest / "MANIFEST.json").write_text("")
-    return "MANIFEST.json: cannot be read"
+    return "MANIFEST.json, line 1: not valid JSON"
 
 
 @pytest.fixture

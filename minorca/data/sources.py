@@ -24,6 +24,7 @@ from typing import NamedTuple
 from minorca.config import Source
 from minorca.errors import UserError
 from minorca.files import sha256
+from minorca.untrusted import parse_json
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -225,20 +226,6 @@ def _content(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-def _object(pairs: list[tuple]) -> dict:
-    record = dict(pairs)
-    if len(record) < len(pairs):  # the standard library keeps the last of two, silently
-        raise ValueError(f"the key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} is given twice in one object")
-    return record
-
-
-def _constant(name: str):
-    raise ValueError(f"{name} is no JSON")
-
-
-JSON = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
-
-
 def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     try:
         # bytes that are no UTF-8 come through, for `read_rows` to say in which line they are
@@ -247,10 +234,10 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
                 if not line.strip():
                     continue
                 try:
-                    record = JSON.decode(line)
+                    record = parse_json(line)
                 except json.JSONDecodeError as error:
                     raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno})") from None
-                except (ValueError, RecursionError) as error:  # ours above; numbers and brackets without end
+                except (ValueError, RecursionError) as error:  # a key given twice; numbers and brackets without end
                     raise UserError(f"{path}, line {number}: cannot be read ({error})") from None
                 if not isinstance(record, dict):
                     raise UserError(f"{path}, line {number}: expected an object with columns, found {_kind(record)}")

@@ -1,0 +1,381 @@
+"""`python fuzzing.py DIRECTORY FIRST COUNT [READER...]`: readers against files that somebody broke, COUNT cases from seed FIRST on.
+
+Each case is a copy of a reader's valid files with one of them changed. The reader must succeed or raise UserError, soon, in little
+memory, and without a look outside the directory; whatever else it does is printed and makes exit status 1. test_hostile.py
+runs this in processes of its own, so that a native crash is seen: the last line is the case at work.
+"""
+
+import csv
+import faulthandler
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import struct
+import sys
+import time
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+from minorca.files import write_manifest
+
+ROOT = Path(__file__).parent.parent
+SECONDS, MEMORY = 20, 2 * 2**30  # of one case; what it may take over what the libraries have
+TEXT = "Hello <s>[INST] the quick brown fox\n日本語 🦜 <|im_end|> \x00"
+MESSAGES = [{"role": "user", "content": "the quick"}, {"role": "assistant", "content": "brown fox"}, {"role": "user", "content": TEXT}]
+TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + eos_token }}{% endfor %}{{ bos_token }}"
+
+# ---------------------------------------------------------------------------------------------------- valid files
+
+
+def make(directory: Path) -> None:
+    """One directory of valid files for each of READERS."""
+    from conftest import random_adapter, random_mistral
+    from test_weights import as_bin, as_bin_shards, as_consolidated
+
+    base = random_mistral(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1)
+    for name, convert in {"hf": None, "shards": None, "bin": as_bin, "bin_shards": as_bin_shards, "consolidated": as_consolidated}.items():
+        base.save_pretrained(directory / name, max_shard_size="3KB" if name == "shards" else "5GB")
+        if convert:
+            convert(directory / name)
+    for name, save in {"tokenizer": _json_tokenizer, "sentencepiece": _sentencepiece}.items():
+        (directory / name).mkdir()
+        save(directory / name, {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE})
+        (directory / name / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": [2]}')
+        (directory / name / "special_tokens_map.json").write_text('{"bos_token": "<s>", "unk_token": "<unk>"}')
+        (directory / name / "chat_template.jinja").write_text(TEMPLATE)
+    random_adapter(base, directory / "adapter", ("q", "v", "down"))
+    (directory / "adapter" / "README.md").unlink(missing_ok=True)
+    _checkpoint(directory / "checkpoint", directory / "adapter")
+    _rows(directory)
+
+
+def _json_tokenizer(home: Path, config: dict) -> None:
+    from test_tokenizer import byte_level
+
+    byte_level(home, tokenizer_config=config)
+
+
+def _sentencepiece(home: Path, config: dict) -> None:
+    import sentencepiece
+
+    model, sentences = io.BytesIO(), ["the quick brown fox", "jumps over the lazy dog", "naïve 日本語"]
+    options = {"vocab_size": 320, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sentences), model_writer=model, **options)
+    (home / "tokenizer.model").write_bytes(model.getvalue())
+    (home / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": {"321": {"content": "<|im_start|>"}}}))
+    (home / "added_tokens.json").write_text('{"<|im_end|>": 320}')
+
+
+def _checkpoint(home: Path, adapter: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(adapter, home)
+    tensors = load_file(home / "adapter_model.safetensors")
+    moments = {f"{moment}.{name}": t.clone() for moment in ("exp_avg", "exp_avg_sq") for name, t in tensors.items()}
+    save_file(moments, home / "optimizer.safetensors")
+    (home / "state.json").write_text('{"step": 5, "updates": 5, "ranks": 1, "torch": "2.13", "run": {"lora.rank": 4}}')
+    write_manifest(home)
+
+
+def _rows(directory: Path) -> None:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    texts = {"id": "t0", "system_prompt": "Be brief.", "question": "the quick, brown", "response": "fox\njumps"}
+    texts |= {"instruction": "Go", "input": "", "output": "Gone", "prompt": "Say", "completion": "Said", "text": "A text."}
+    lists = {"messages": MESSAGES[:2], "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho", "weight": 0}]}
+    for suffix in ("jsonl", "csv", "parquet"):
+        (directory / suffix).mkdir()
+    (directory / "jsonl" / "rows.jsonl").write_text("".join(json.dumps(texts | lists | {"id": str(n)}) + "\n" for n in range(5)))
+    with (directory / "csv" / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([texts.keys(), *([texts.values()] * 4)])
+    write_table(pyarrow.Table.from_pylist([texts | lists] * 5), directory / "parquet" / "rows.parquet")
+
+
+def _load(directory: Path) -> None:
+    import torch
+
+    from minorca import load_model
+
+    load_model(directory, torch.float32, "cpu")
+
+
+def _load_adapter(directory: Path) -> None:
+    import torch
+
+    from minorca import load_model
+
+    load_model(directory.parent / "base", torch.float32, "cpu", adapter=directory)
+
+
+def _tokenize(directory: Path) -> None:
+    from minorca import load_tokenizer, render_chat
+
+    tok = load_tokenizer(directory)
+    ids = tok.encode(TEXT, bos=True, eos=True)
+    tok.decode([*ids, *range(min(tok.vocab_size, 2000))])
+    tok.encode_template(TEXT)
+    render_chat(tok, MESSAGES)
+
+
+def _resume(directory: Path) -> None:
+    from minorca import checkpoint
+    from minorca.lora import read_adapter_settings
+    from minorca.weights import open_safetensors
+
+    checkpoint.verify(directory)
+    read_adapter_settings(directory)
+    open_safetensors(directory / "optimizer.safetensors")
+
+
+def _read_rows(directory: Path) -> None:
+    """In every format; the first complaint is the case's."""
+    from minorca import UserError
+    from minorca.config import Source
+    from minorca.data.sources import FORMATS, open_source, read_rows
+
+    complaints = []
+    for format in FORMATS.keys() - ({"sharegpt", "messages"} if directory.name == "csv" else set()):
+        try:
+            records = open_source(Source(str(directory / f"rows.{directory.name}"), format), None)
+            records.sha256()
+            for _ in read_rows(records, format, 1000, Counter()):
+                pass
+        except UserError as error:
+            complaints.append(error)
+    if complaints:
+        raise complaints[0]
+
+
+READERS = {
+    "hf": _load,
+    "shards": _load,
+    "bin": _load,
+    "bin_shards": _load,
+    "consolidated": _load,
+    "tokenizer": _tokenize,
+    "sentencepiece": _tokenize,
+    "adapter": _load_adapter,
+    "checkpoint": _resume,
+    "jsonl": _read_rows,
+    "csv": _read_rows,
+    "parquet": _read_rows,
+}
+
+# whose files are not exchanged for links and pipes: the user names a data file, and may name what he likes
+UNREPLACED = ("jsonl", "csv", "parquet")
+
+# -------------------------------------------------------------------------------------------------------- changes
+
+NUMBERS = [0, 1, 7, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
+WORDS = [b"null", b"true", b"1e999", b"-1", b"NaN", b"Infinity", b"9" * 30, b"9" * 5000, b'"', b"\\ud800", b"../../etc/passwd", b"\n",
+         b"/etc/passwd", b"\x00", b"\x1b[31m", b"{}", b"[]", b"[" * 3000, b"{% for i in range(99999) %}", b"{{ ''.__class__ }}",
+         b"{{ 'a' * 9999999999 }}"]
+PICKLES = [b"cos\nsystem\n(X\x0c\x00\x00\x00touch canarytR.", b"\x80\x02c__builtin__\nbytearray\n\x8a\x08" + b"\xff" * 7 + b"\x7f\x85R."]
+VALUES = [None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**30, -(10**30), 1.5, 1e308, -1e308, "", "a", "\ud800", "\x00",
+          "\x1b[31m", "a" * 100000, "../../etc/passwd", "/etc/passwd", "model.safetensors", [], {}, [[]], [None], [{}], {"a": {}}, [1, 2], {"content": 3}, {"content": []}]
+
+
+def flip(data: bytearray, draw: random.Random) -> None:
+    for _ in range(draw.choice((1, 1, 2, 8))):
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+
+
+def cut(data: bytearray, draw: random.Random) -> None:
+    del data[draw.randrange(len(data)) :]
+
+
+def remove(data: bytearray, draw: random.Random) -> None:
+    start = draw.randrange(len(data))
+    del data[start : start + draw.choice((1, 2, 8, 100))]
+
+
+def repeat(data: bytearray, draw: random.Random) -> None:
+    start = draw.randrange(len(data))
+    data[start:start] = data[start : start + draw.choice((1, 8, 60, 1000))] * draw.choice((1, 2, 50))
+
+
+def splice(data: bytearray, draw: random.Random) -> None:
+    start, number = draw.choice((0, 8, draw.randrange(len(data)))), draw.choice(NUMBERS)
+    what = draw.choice([draw.choice(WORDS), str(number).encode(), struct.pack("<Q", number), draw.randbytes(8)])
+    data[start : start + draw.choice((0, 0, len(what)))] = what
+
+
+def _nodes(value, found: list) -> list:
+    """Every (container, key) within a JSON value."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        found.append((value, key))
+        _nodes(value[key], found)
+    return found
+
+
+def change_json(data: bytes, draw: random.Random) -> bytes:
+    """Valid JSON with other values, without some, or with a key twice."""
+    root = json.loads(data)
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        if not (nodes := _nodes(root, [])):
+            break
+        container, key = draw.choice(nodes)
+        if draw.random() < 0.2:
+            del container[key]
+        else:
+            values = [other.get(at) for other, at in nodes if isinstance(other, dict)] if draw.random() < 0.2 else []
+            value = draw.choice(values or [draw.choice(VALUES), draw.choice(VALUES), draw.choice(NUMBERS)])
+            container[key] = json.loads(json.dumps(value))  # a copy: it may hold the container
+    text = json.dumps(root)
+    if draw.random() < 0.1 and text.startswith('{"'):
+        text = '{"' + text.split('"')[1] + '": 1, ' + text[1:]
+    return text.encode(errors="surrogatepass")
+
+
+def change_header(data: bytes, draw: random.Random) -> bytes:
+    """A safetensors file whose header is JSON, and lies."""
+    size = int.from_bytes(data[:8], "little")
+    header = change_json(data[8 : 8 + size], draw)
+    return struct.pack("<Q", len(header)) + header + data[8 + size :]
+
+
+def change_pickle(data: bytes, draw: random.Random) -> bytes:
+    """A .bin whose pickle is changed within a whole archive, or is a program."""
+    out = io.BytesIO()
+    kind = zipfile.ZIP_DEFLATED if draw.random() < 0.1 else zipfile.ZIP_STORED
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(out, "w", kind) as copy:
+        for record in archive.infolist():
+            content = archive.read(record)
+            if record.filename.endswith("data.pkl"):
+                content = draw.choice(PICKLES) if draw.random() < 0.1 else change_bytes(content, draw)
+            copy.writestr(record.filename, content)
+    return out.getvalue()
+
+
+def change_bytes(data: bytes, draw: random.Random) -> bytes:
+    changed = bytearray(data)
+    for _ in range(draw.choice((1, 1, 1, 2, 4))):
+        if changed:
+            draw.choice((flip, flip, cut, remove, repeat, splice, splice))(changed, draw)
+    return bytes(changed)
+
+
+def replace(file: Path, draw: random.Random) -> None:
+    """Something else under the name: a link out, a loop, a pipe, a directory, nothing, or another of the files."""
+    others = [other for other in sorted(file.parent.iterdir()) if other != file]
+    what = draw.choice(("out", "loop", "pipe", "directory", "gone", "empty", "other", "other"))
+    file.unlink()
+    if what == "out":
+        file.symlink_to("/etc/passwd" if draw.random() < 0.5 else "../../outside")
+    elif what == "loop":
+        file.symlink_to(file.name)
+    elif what == "pipe":
+        os.mkfifo(file)
+    elif what == "directory":
+        file.mkdir()
+    elif what == "empty":
+        file.touch()
+    elif what == "other" and others:
+        shutil.copy(draw.choice(others), file)
+
+
+def change(directory: Path, draw: random.Random) -> str:
+    """Changes one file of a directory, and says which."""
+    file = draw.choice(sorted(directory.iterdir()))
+    if draw.random() < 0.1 and directory.name not in UNREPLACED:
+        replace(file, draw)
+        return file.name
+    data = file.read_bytes()
+    by_kind = {".json": change_json, ".safetensors": change_header, ".bin": change_pickle}.get(file.suffix, change_bytes)
+    file.write_bytes(draw.choice((change_bytes, by_kind, by_kind))(data, draw))
+    has_manifest = (directory / "MANIFEST.json").exists() and file.name != "MANIFEST.json"
+    if has_manifest and draw.random() < 0.7:  # who makes a file makes its hash
+        (directory / "MANIFEST.json").unlink()
+        write_manifest(directory)
+    return file.name
+
+
+# ---------------------------------------------------------------------------------------------------------- watch
+
+inside: str | None = None  # the case's directory, while its reader runs
+seen: list[str] = []
+LIBRARIES = tuple(os.path.realpath(one) for one in (sys.prefix, sys.base_prefix, ROOT / "minorca", ROOT / "kernels"))
+FORBIDDEN = ("os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.fork", "os.mkdir", "os.remove", "os.rename", "os.symlink",
+             "os.link", "socket.", "shutil.", "ctypes.dlopen")
+
+
+def watch(event: str, arguments: tuple) -> None:
+    if inside is None:
+        return
+    if event == "open" and isinstance(arguments[0], str | bytes):
+        path, mode, flags = os.path.realpath(os.fsdecode(arguments[0])), arguments[1], arguments[2]
+        writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        allowed = (inside,) if writes else (inside, *LIBRARIES, "/dev/null", "/proc/")
+        if not (path + "/").startswith(tuple(allowed)) and path not in allowed:
+            seen.append(f"opened {path}")
+    elif event == "subprocess.Popen":
+        if not str(arguments[1][-1]).endswith("minorca/sandbox.py"):
+            seen.append(f"started {arguments[1]}")
+    elif event.startswith(FORBIDDEN) and not seen:
+        seen.append(f"{event} {arguments}"[:300])
+
+
+def run(directory: Path, first: int, count: int, names: list[str]) -> int:
+    global inside
+    from minorca import UserError
+
+    cases, failures, outcomes = directory / "cases", 0, Counter()
+    shutil.rmtree(cases, ignore_errors=True)
+    cases.mkdir()
+    for name in names:  # what is imported and read once, before anything is watched or limited
+        READERS[name](_case(directory, cases / "warm", name))
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
+    sys.addaudithook(watch)
+    for seed in range(first, first + count):
+        draw = random.Random(seed)
+        name = names[seed % len(names)]
+        case = _case(directory, cases / str(seed), name)
+        file = change(case, draw)
+        print(f"seed {seed}: {name}, {file}", flush=True)
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
+        inside, began, wrong = str(cases), time.monotonic(), None
+        try:
+            READERS[name](case)
+            outcomes[f"{name}: read"] += 1
+        except UserError as error:
+            outcomes[f"{name}: refused"] += 1
+            if len(str(error)) > 5000 and name not in UNREPLACED:
+                wrong = f"a message of {len(str(error))} characters"
+        except BaseException as error:
+            origin = error.__traceback__
+            while origin.tb_next:
+                origin = origin.tb_next
+            wrong = f"{type(error).__name__}: {str(error)[:200]!r} at {origin.tb_frame.f_code.co_filename}:{origin.tb_lineno}"
+        inside = None
+        faulthandler.cancel_dump_traceback_later()
+        if seen:
+            wrong = "; ".join(seen)
+            seen.clear()
+        if (took := time.monotonic() - began) > SECONDS / 2:
+            wrong = f"{took:.0f} seconds"
+        if wrong:
+            failures += 1
+            print(f"FAILED seed {seed}: {name}, {file}: {wrong}", flush=True)
+        shutil.rmtree(cases / str(seed))
+    print(f"{count} cases, {failures} failed: {dict(sorted(outcomes.items()))}", flush=True)
+    return int(failures > 0)
+
+
+def _case(directory: Path, case: Path, name: str) -> Path:
+    """A copy of a reader's files to change, and of the model beside which an adapter is read."""
+    if name == "adapter":
+        shutil.copytree(directory / "hf", case / "base")
+    return shutil.copytree(directory / name, case / name)
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1]).resolve()
+    if not root.exists():
+        make(root)
+    sys.exit(run(root, int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:] or list(READERS)))
