@@ -68,7 +68,7 @@ def main() -> None:
         stalls, limits, directory = [], [], output / "checkpoints"
         for step in range(1, args.saves + 3):  # the first two remove none
             started = time.perf_counter()
-            state = checkpoint.State(step, step, world.size, torch.__version__, {})
+            state = checkpoint.State(step, step, world.size, torch.get_num_threads(), torch.__version__, {})
             checkpoint.save(directory, model, optimizer, state, config, settings, world)
             stalls.append(time.perf_counter() - started)
             size = sum(path.stat().st_size for path in checkpoint.published(directory)[-1].iterdir())

@@ -24,7 +24,7 @@ from minorca.config import Config
 from minorca.data.store import TokenStore
 from minorca.errors import UserError
 from minorca.files import MANIFEST, publish, sha256, verify_manifest, write_manifest
-from minorca.lora import LoRASettings, adapter_parameters, load_adapter, save_adapter
+from minorca.lora import LoRASettings, adapter_file, adapter_parameters, load_adapter, save_adapter
 from minorca.model import Mistral
 from minorca.parallel import World, whole
 from minorca.untrusted import read_json
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STEP = re.compile(r"step-(\d{8})")
 # settings that no number of a run follows from: where and how often it writes, on what it runs, and what stands below by content
-FREE = {"model.path", "data.train", "data.eval", "data.store"}
+FREE = {"model.path", "data.train", "data.eval", "data.store", "lora.init"}
 FREE |= {f"train.{key}" for key in ("output", "checkpoint_every", "keep", "eval_every", "log_every", "resume", "nonfinite", "deterministic", "wandb")}
 
 
@@ -47,6 +47,7 @@ def identity(config: Config, arch: Architecture, weights: list[Path], store: Tok
     values["data.eval's fraction"] = config.data.eval if isinstance(config.data.eval, float) else None
     values["the rows' sha256"] = store.sha256()
     values["the held-out rows' sha256"] = held_out.sha256() if held_out else None
+    values["the initial adapter's sha256"] = sha256(adapter_file(Path(config.lora.init))) if config.lora.init else None
     values |= {f"the base's {key}": value for key, value in dataclasses.asdict(arch).items()}
     with ThreadPoolExecutor() as pool:
         values |= {f"the base's {path.name}'s sha256": digest for path, digest in zip(weights, pool.map(sha256, weights))}
@@ -60,6 +61,7 @@ class State:
     step: int
     updates: int
     ranks: int
+    threads: int  # of each rank: on the CPU, sums follow from how they are split
     torch: str
     run: dict
 
@@ -164,7 +166,10 @@ def find(config: Config) -> Path | None:
         if there:
             raise UserError(f"{directory}: none of its {len(there)} checkpoints is undamaged; remove them to start over, or choose another train.output")
         return None
-    path = Path(wanted)
+    path = Path(wanted).expanduser()
+    if there and path.resolve().parent != directory.resolve():  # it started this run, which has gone on since
+        log.info("%s: has checkpoints of its own; %s was their start", directory, path)
+        return there[-1]
     if not path.is_dir():
         raise UserError(f"train.resume is {wanted}; expected auto, last-good, never, or a checkpoint's directory")
     return path

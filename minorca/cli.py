@@ -86,4 +86,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
     except BrokenPipeError:  # the reader of our output has gone (`| head`): nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more on its way out, and complains
         sys.exit(0)
+    if status in (130, 143):
+        for signum in (signal.SIGINT, signal.SIGTERM):  # another one must not end the process in another way than it ends already
+            signal.signal(signum, signal.SIG_IGN)
     _exit(status)

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import re
 import typing
 from collections.abc import Callable, Iterator
@@ -143,7 +144,7 @@ def _problems(c: Config) -> Iterator[str]:
     """Values out of range, and keys that contradict each other."""
     positive = ["lora.rank", "lora.alpha", "data.limit", "data.seq_len", "optim.lr", "optim.eps", "optim.max_grad_norm", "train.steps"]
     positive += ["train.epochs", "train.batch_tokens", "train.micro_batch_tokens", "train.keep", "train.log_every"]
-    positive += ["parallel.replicate", "parallel.timeout"]
+    positive += ["parallel.replicate"]
     for key in positive:
         section, name = key.split(".")
         value = getattr(getattr(c, section), name)
@@ -166,8 +167,10 @@ def _problems(c: Config) -> Iterator[str]:
         if isinstance(getattr(c.data, key), list) and not sources:
             yield f"data.{key} is an empty list; expected at least one file"
         for source in sources:
-            if source.weight <= 0:
-                yield f"data.{key} gives {source.path} the weight {source.weight}; expected a positive number"
+            if not 0 < source.weight <= 1000:
+                yield f"data.{key} gives {source.path} the weight {source.weight}; expected a number over 0 and at most 1000"
+            elif key == "eval" and source.weight != 1:
+                yield f"data.eval gives {source.path} the weight {source.weight}; rows held out are all evaluated once, so leave it out"
             if source.format == "text" and c.data.train_on == "response":
                 yield f"data.{key} reads {source.path} as plain text, which has no responses; set data.train_on to all"
     if c.train.eval_every and c.data.eval is None:
@@ -176,10 +179,17 @@ def _problems(c: Config) -> Iterator[str]:
         yield f"train.micro_batch_tokens is {c.train.micro_batch_tokens} and data.seq_len {c.data.seq_len}; a micro-batch must hold the longest row"
     if c.train.batch_tokens % c.train.micro_batch_tokens:
         yield f"train.batch_tokens is {c.train.batch_tokens}; expected a multiple of train.micro_batch_tokens, {c.train.micro_batch_tokens}"
+    if not 10 <= c.parallel.timeout <= 10**6:
+        yield f"parallel.timeout is {c.parallel.timeout}; expected 10 to 1000000 seconds"
+    if not c.train.output.strip():
+        yield "train.output is empty; expected a directory's name"
     if c.parallel.shard == "none" and c.parallel.replicate > 1:
         yield "parallel.replicate is over 1, which needs parallel.shard fsdp, not none"
     if c.parallel.shard == "none" and c.parallel.cpu_offload:
         yield "parallel.cpu_offload needs parallel.shard fsdp, not none"
+
+
+_NUMBER = "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 
 
 def _load_yaml(text: str):
@@ -194,8 +204,7 @@ def _load_yaml(text: str):
                     raise yaml.constructor.ConstructorError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
             return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
-    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    Loader.add_implicit_resolver(*_NUMBER)
     return yaml.load(text, Loader)
 
 
@@ -226,6 +235,8 @@ def _option_reader(kind) -> Callable[[str], object]:
 
     def read_sources(text: str):
         value = read(text)
+        if not isinstance(value, list) and text.lstrip().startswith(("[", "{")) and not Path(text).exists():
+            raise argparse.ArgumentTypeError(f"{text}: expected a path, a hub id or a list [{{path: FILE, format: NAME, weight: NUMBER}}, ...]")
         return value if isinstance(value, list) else text
 
     return {str: str, str | None: lambda text: None if text == "null" else text, str | list[Source]: read_sources}.get(kind, read)
@@ -268,8 +279,11 @@ def read_config(args: argparse.Namespace, surplus: list[str]) -> Config:
     for option, value in options.items():
         section, key = option.split(".")
         values.setdefault(section, {})[key] = value
-    if values.setdefault("train", {}).get("output") is None:
-        values["train"]["output"] = f"runs/{path.stem}"
+        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+            raise UserError(f"--{option}: {value!r} holds bytes that are no UTF-8; give it another name")
+    output = values.setdefault("train", {}).setdefault("output", f"runs/{path.stem}")
+    if output is None or isinstance(output, str):
+        values["train"]["output"] = os.path.expanduser(output if output is not None else f"runs/{path.stem}")
 
     problems, wrong = [f"{word} is no option of this command" for word in surplus], []
 
@@ -308,6 +322,10 @@ def write_config(config: Config, path: Path) -> None:
     """The whole resolved configuration, as a file that `--config` reads."""
     import yaml
 
+    class Dumper(yaml.SafeDumper):
+        """Quotes text that `_load_yaml` would take for a number."""
+
+    Dumper.add_implicit_resolver(*_NUMBER)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(config.nested(), sort_keys=False))
+    temporary.write_text(yaml.dump(config.nested(), Dumper=Dumper, sort_keys=False))
     temporary.replace(path)

@@ -201,7 +201,8 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
     return LoRASettings(rank, alpha, _targets_in(directory), rslora=bool(config.get("use_rslora")))
 
 
-def _adapter_file(directory: Path) -> Path:
+def adapter_file(directory: Path) -> Path:
+    """PEFT's tensor file in an adapter's directory."""
     path = find(directory, "adapter_model.safetensors")
     if path is None:
         raise UserError(f"{directory}: no adapter_model.safetensors")
@@ -210,7 +211,7 @@ def _adapter_file(directory: Path) -> Path:
 
 def _targets_in(directory: Path) -> tuple[str, ...]:
     """The targets an adapter's tensors name: what was trained, however target_modules spells it (list or pattern)."""
-    path, found = _adapter_file(directory), set()
+    path, found = adapter_file(directory), set()
     for key in open_safetensors(path).keys():
         match = PEFT_KEY.fullmatch(key)
         if not match or match[2] not in TARGETS:
@@ -222,7 +223,7 @@ def _targets_in(directory: Path) -> tuple[str, ...]:
 def open_adapter(directory: str | Path, expected: dict[str, nn.Parameter]):
     """PEFT's tensor file, opened, once it is sure to hold just the tensors of `expected` (`adapter_parameters`); errors as
     `open_exactly`."""
-    return open_exactly(_adapter_file(Path(directory)), {name: tuple(parameter.shape) for name, parameter in expected.items()})
+    return open_exactly(adapter_file(Path(directory)), {name: tuple(parameter.shape) for name, parameter in expected.items()})
 
 
 def load_adapter(model: Mistral, directory: str | Path) -> None:

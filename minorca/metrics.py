@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import resource
 import time
@@ -92,11 +93,13 @@ class Record:
         self.evaluated = _drop_lines_past(self.path, resumed or -1)  # starting over, the evaluation before step 1 goes too
         self.file = self.path.open("a")
         self.board = SummaryWriter(output / "tensorboard", purge_step=resumed + 1)
-        self.wandb = _wandb_run(config, output)
+        wandb = import_wandb(config)
+        self.wandb = wandb and wandb.init(project=config.train.wandb, name=output.name, dir=output, id=output.name, resume="allow", config=config.nested())
         self.bar = tqdm(total=steps, initial=resumed, unit="step", desc="training")
         self.seconds, self.tokens, self.phases = 0.0, 0, dict.fromkeys(PHASES, 0.0)
 
     def _write(self, step: int, values: dict) -> None:
+        values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         known = {name: value for name, value in values.items() if value is not None}
@@ -137,27 +140,28 @@ class Record:
             draw_curves(self.path, self.path.with_name("curves.png"))
 
 
-def _wandb_run(config: Config, output: Path):
+def import_wandb(config: Config):
+    """The package of Weights & Biases, or None where it is not asked for."""
     if not config.train.wandb:
         return None
     try:
         import wandb
     except ImportError:
         raise UserError(f"train.wandb is {config.train.wandb}, and the package is not installed; pip install wandb, or leave the key out") from None
-    return wandb.init(project=config.train.wandb, name=output.name, dir=output, id=output.name, resume="allow", config=config.nested())
+    return wandb
 
 
 def _drop_lines_past(path: Path, step: int) -> bool:
     """Removes what an interrupted run wrote after its last checkpoint, a torn last line included. Whether the evaluation after
     `step`, if one is due then, is there."""
     kept, evaluated = [], False
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
         try:
             values = json.loads(line)
             if line.endswith("\n") and values["step"] <= step:
                 kept.append(line)
                 evaluated |= values["step"] == step and "eval_loss" in values
-        except (json.JSONDecodeError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))

@@ -8,6 +8,8 @@ an (N, 1) mesh would do the same but copies every frozen weight twice a micro-ba
 import contextlib
 import datetime
 import functools
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -41,6 +43,11 @@ class World:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+    def differing(self, values: dict[str, object]) -> list[str]:
+        """The keys whose values are not the same on all ranks. Every rank must call it, with the same keys."""
+        digests = [int(hashlib.sha256(json.dumps(item).encode()).hexdigest()[:10], 16) for item in values.items()]  # 40 bits sum exactly
+        return [key for key, digest, total in zip(values, digests, self.sum(digests)) if total != digest * self.size]
 
     def meet(self, where: str) -> None:
         """Waits for all ranks without a time limit: what they do before may take one much longer than another."""
@@ -92,11 +99,13 @@ def _leaving(error: BaseException, watch: Watch) -> BaseException:
         if isinstance(error, UserError):
             watch.leave(2, "")
             return error if watch.first_to_say(str(error)) else Ended(2)
-        if isinstance(error, KeyboardInterrupt | Terminated):
+        if isinstance(error, KeyboardInterrupt | Terminated):  # from the user; or from torchrun, because another rank died
+            why = watch.who_left(signalled=True)
             watch.leave(130 if isinstance(error, KeyboardInterrupt) else 143, "")
-            return error
-        if isinstance(error, RuntimeError) and (why := watch.who_left()):
-            return why
+            return why or error
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and (why := watch.who_left()):
+            words = f"{why} (its own error: {error})".partition("\n")[0] if str(why) else ""
+            return Ended(why.status, words)
         watch.leave(1, f"{type(error).__name__}: {error}".partition("\n")[0])
         error.add_note(f"The other ranks: {watch.whereabouts()}")
     return error

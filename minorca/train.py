@@ -56,8 +56,11 @@ def main(argv: list[str]) -> None:
     try:
         args, surplus = parser.parse_known_args(argv)
         config = read_config(args, surplus)
-    except UserError as error:
-        raise Ended(2) if int(os.environ.get("LOCAL_RANK", 0)) else error  # all ranks of a machine were told the same
+    except UserError:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            raise
+        time.sleep(60)  # all ranks of a machine were told the same, one says it, and then torchrun ends the others
+        raise Ended(2) from None
     train(config, args.profile)
 
 
@@ -98,7 +101,7 @@ def open_base(config: Config) -> Base:
     return Base(arch, *open_weights(directory, arch))
 
 
-def build(config: Config, base: Base, world: parallel.World) -> tuple[Mistral, LoRASettings]:
+def build(config: Config, base: Base, world: parallel.World, resumed: bool = False) -> tuple[Mistral, LoRASettings]:
     """The model ready to train: meta device, adapters, checkpointing, sharding, then weights into what each rank keeps."""
     lora = config.lora
     settings = LoRASettings(lora.rank, lora.alpha, tuple(lora.targets), lora.dropout, lora.rslora)
@@ -111,7 +114,7 @@ def build(config: Config, base: Base, world: parallel.World) -> tuple[Mistral, L
     load_weights(model, base.files, base.pieces)
     room_for_adapters(model)
     init_adapters(model, config.train.seed)
-    if lora.init:
+    if lora.init and not resumed:
         _check_init(config, settings)
         load_adapter(model, lora.init)
     return model, settings
@@ -193,7 +196,12 @@ def train(config: Config, profile: bool = False) -> None:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     with parallel.joined(config.parallel.timeout) as world, contextlib.ExitStack() as stack:
-        signum = _train(config, profile, world, stack)
+        try:
+            signum = _train(config, profile, world, stack)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a full disk or a lost one, under any of the files that a step writes
+            raise UserError(f"{config.train.output}: {error}; the last checkpoint stands, and the same command goes on from there") from error
     if signum:
         raise KeyboardInterrupt if signum == signal.SIGINT else cli.Terminated
 
@@ -202,6 +210,7 @@ def _train(config: Config, profile: bool, world: parallel.World, stack: contextl
     """Returns the signal that ended the run early, the same on every rank; `stack` undoes what the run sets up."""
     # 1. the base model's files and the data, before memory is taken
     world.doing("reading the base model's files and the data")
+    metrics.import_wandb(config)
     base = open_base(config)
     store, held_out = read_data(config)
 
@@ -218,8 +227,9 @@ def _train(config: Config, profile: bool, world: parallel.World, stack: contextl
     state = checkpoint.read_state(found, identity, config) if found else None
     resumed, updates = (state.step, state.updates) if state else (0, 0)
     world.meet("with the data read")
-    if world.sum([resumed])[0] != resumed * world.size:
-        raise UserError(f"{output}: the ranks found different checkpoints there; it must be a directory they share")
+    _check_same(config, identity, resumed, world)
+    if not found and (output / "adapter").exists():
+        raise UserError(f"{output}: holds a finished run's adapter and no checkpoint; move it away, or choose another train.output")
     c = config.train
     parts = [(*section, source.weight) for section, source in zip(store.sections, config.data.sources(config.data.train))]
     order = Order(store.lengths, c.micro_batch_tokens, c.batch_tokens // c.micro_batch_tokens, config.data.packing, c.seed, parts)
@@ -230,15 +240,17 @@ def _train(config: Config, profile: bool, world: parallel.World, stack: contextl
 
     # 3. the model and its optimizer
     world.doing("loading the model")
-    model, settings = build(config, base, world)
+    model, settings = build(config, base, world, resumed=state is not None)
     world.meet("with the model loaded")
     adapters = adapter_parameters(model)
     optimizer = adamw(adapters.values(), config.optim)
     log.info("%s", model.arch)
-    log.info("%s; %s", parallel.describe(model, world), f"{steps} steps, {order.steps(1)} an epoch")
+    log.info("%s; %s", parallel.describe(model, world), f"{steps} steps, {len(store)} rows")
     if state:
         checkpoint.load(found, state, model, optimizer)
         log.info("resumed from %s, written by torch %s on %d ranks", found, state.torch, state.ranks)
+        if world.device.type == "cpu" and state.threads != torch.get_num_threads():
+            log.warning("it was written with %d threads, and here are %d: sums round differently, losses agree to about 1e-6", state.threads, torch.get_num_threads())
     else:
         log.info("%s: no checkpoint; starting at step 1", output)
     record = None
@@ -304,7 +316,8 @@ def _train(config: Config, profile: bool, world: parallel.World, stack: contextl
             fault = f"step {step}: the loss is {whole_loss} and the gradient's norm {grad_norm}"
             fault = f"{fault}; from {blame(model, optimizer, store, micro_batches, step, config, world)}"
             if c.nonfinite == "stop":
-                raise UserError(f"{fault}. The last checkpoint stands; mend the rows, lower optim.lr, or set train.nonfinite to skip")
+                mend = "set train.nonfinite to skip to go on from it, or mend the rows or lower optim.lr in a run with another train.output"
+                raise UserError(f"{fault}. The last checkpoint stands; {mend}")
             log.warning("%s; skipped", fault)
             values = {name: value if math.isfinite(value) else None for name, value in values.items()} | {"skipped": True}
         optimizer.zero_grad()
@@ -330,23 +343,34 @@ def _train(config: Config, profile: bool, world: parallel.World, stack: contextl
         if due(step, c.checkpoint_every, steps) or stopped_by:
             clock("checkpoint")
             world.doing(f"saving after step {step}")
-            now = checkpoint.State(step, updates, world.size, torch.__version__, identity)
+            now = checkpoint.State(step, updates, world.size, torch.get_num_threads(), torch.__version__, identity)
             checkpoint.save(output / "checkpoints", model, optimizer, now, config, settings, world)
         clock("data")
 
     # 6. the adapter, where others look for it
     if not stopped_by:
         tensors = {name: parallel.whole(p, world) for name, p in adapters.items()}
-        if record:
-            shutil.rmtree(output / "adapter", ignore_errors=True)  # of an earlier end of this run
-            publish(output / "adapter", lambda path: save_adapter(path, tensors, settings, config.model.path))
     if record:
         record.close(clock.read(), finished=not stopped_by)
         if stopped_by:
             log.info("%s: stopped after step %d; the same command goes on from there", signal.Signals(stopped_by).name, step)
-        else:
+        else:  # last of all: it is what says that a run is finished
+            shutil.rmtree(output / "adapter", ignore_errors=True)
+            publish(output / "adapter", lambda path: save_adapter(path, tensors, settings, config.model.path))
             log.info("done: %s", output / "adapter")
     return stopped_by
+
+
+def _check_same(config: Config, identity: dict, resumed: int, world: parallel.World) -> None:
+    """UserError where the ranks were started with different settings, or read other files: what each computes must fit the others'."""
+    places = ("model.path", "data.train", "data.eval", "data.store", "lora.init", "train.output")  # may differ where the content does not
+    values = {f"{section}.{key}": value for section, keys in config.nested().items() for key, value in keys.items()}
+    values = {key: value for key, value in values.items() if key not in places}
+    for name, beginning in (("the base model", "the base's"), ("the initial adapter", "the initial"), ("the held-out rows", "the held-out"), ("the rows", ("the rows'", "data.train's"))):
+        values[name] = [item for item in identity.items() if item[0].startswith(beginning)]
+    values["the step of the newest checkpoint"] = resumed
+    if differing := world.differing(values):
+        raise UserError(f"the ranks differ in {', '.join(differing)}; start all with the same settings on the same files, and one output that they share")
 
 
 @contextlib.contextmanager
@@ -355,7 +379,7 @@ def held(output: Path) -> Iterator[None]:
     path = output / ".lock"
     file = lock(path)
     if file is None:
-        raise UserError(f"train.output is {output}, where another run writes ({path.read_text().strip()}); wait for it, or choose another train.output")
+        raise UserError(f"train.output is {output}, where another run writes ({path.read_text().strip() or 'which just began'}); wait for it, or choose another train.output")
     with file:
         yield
 

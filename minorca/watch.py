@@ -37,6 +37,7 @@ class Watch:
         self._lock, self._over = threading.Lock(), threading.Event()  # a store's connection serves one question at a time
         self._live()
         dist.barrier()
+        self._listen()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -57,8 +58,8 @@ class Watch:
         return [other for other, (_, heard) in self._heard.items() if time.monotonic() - heard > seconds]
 
     def _name(self, other: int) -> str:
-        life = json.loads(self._heard[other][0] or "{}")
-        return f"rank {other} ({life.get('who', 'never heard of')}; last at {life.get('doing', 'nothing')})"
+        life = json.loads(self._heard[other][0])
+        return f"rank {other} ({life['who']}; last heard at: {life['doing']})"
 
     def _left(self) -> dict | None:
         """What the first rank to leave said."""
@@ -95,20 +96,30 @@ class Watch:
     def _because_of(self, left: dict) -> Ended:
         return Ended(left["status"], f"rank {self.rank} ends because rank {left['rank']} did: {left['why']}" if left["why"] else "")
 
-    def who_left(self) -> Ended | None:
-        """Why a collective of this rank broke: another's own words, or its silence. None where all others are well."""
+    def who_left(self, signalled: bool = False) -> Ended | None:
+        """Why a collective of this rank broke, or why it got a signal: another's own words, or its silence. None where all others are
+        well, or got a signal too."""
+        if signalled:
+            with self._lock:
+                self.store.add("signalled", 1)
         deadline = time.monotonic() + 5 * PERIOD
         while time.monotonic() < deadline:
             try:
                 if (left := self._left()) and left["rank"] != self.rank:
                     return self._because_of(left)
+                if signalled and self._all_signalled():
+                    return None
                 self._listen()
             except RuntimeError as error:  # dist.DistError among them
                 return self._unreachable(error)
             if silent := self._silent(3.5 * PERIOD):
-                return Ended(1, f"rank {self.rank} ends because {self._name(silent[0])} is gone without a word; was it killed, or out of memory?")
+                return Ended(1, f"rank {self.rank} ends because {self._name(silent[0])} is not heard of any more; was it killed, or out of memory?")
             time.sleep(PERIOD / 4)
         return None
+
+    def _all_signalled(self) -> bool:
+        with self._lock:
+            return self.store.add("signalled", 0) > len(self.others)
 
     def whereabouts(self) -> str:
         """What every other rank last said it is at."""

@@ -1,7 +1,7 @@
 """`python faulty.py POINT COUNT OPTIONS...`: minorca.train with a fault put in at a place that no outside hand could hit.
 
 The process kills itself (SIGKILL) at the COUNTth passing of POINT. `nan loss` and `nan gradient` instead make the loss of the row
-COUNT (or only its gradient) a NaN, on every passing; at `slow reading` rank 1 sleeps COUNT seconds.
+COUNT (or only its gradient) a NaN, on every passing; the others are of rank COUNT, or of COUNT seconds in which rank 1 sleeps.
 """
 
 import os
@@ -70,8 +70,8 @@ POINTS = {  # name -> (owner, attribute, what is called in its place, which call
 def inject(point: str, count: int) -> None:
     if point.startswith("nan"):
         return spoil(point, count)
-    if point == "slow reading":
-        return delay(count)
+    if point in ODD:
+        return ODD[point](count)
     owner, name, fault, counts = POINTS[point]
     original, passed = getattr(owner, name), 0
 
@@ -83,7 +83,7 @@ def inject(point: str, count: int) -> None:
     setattr(owner, name, counted)
 
 
-def delay(seconds: int) -> None:
+def slow_reading(seconds: int) -> None:
     read_data = train.read_data
 
     def slow(config):
@@ -91,6 +91,35 @@ def delay(seconds: int) -> None:
         return read_data(config)
 
     train.read_data = slow
+
+
+def killed_while_loading(rank: int) -> None:
+    load_weights = train.load_weights
+    train.load_weights = die if os.environ["RANK"] == str(rank) else load_weights
+
+
+def other_settings(rank: int) -> None:
+    read_config = train.read_config
+
+    def another(*arguments):
+        config = read_config(*arguments)
+        config.optim.lr *= 1 + (os.environ["RANK"] == str(rank))
+        return config
+
+    train.read_config = another
+
+
+def other_rows(rank: int) -> None:
+    read_data = train.read_data
+
+    def fewer(config):
+        store, held_out = read_data(config)
+        return (store.select(range(len(store) - 1)) if os.environ["RANK"] == str(rank) else store), held_out
+
+    train.read_data = fewer
+
+
+ODD = {"slow reading": slow_reading, "while loading": killed_while_loading, "other lr": other_settings, "other rows": other_rows}
 
 
 def spoil(point: str, row: int) -> None:

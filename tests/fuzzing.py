@@ -77,7 +77,7 @@ def _checkpoint(home: Path, adapter: Path) -> None:
     tensors = load_file(home / "adapter_model.safetensors")
     moments = {f"{moment}.{name}": t.clone() for moment in ("exp_avg", "exp_avg_sq") for name, t in tensors.items()}
     save_file(moments, home / "optimizer.safetensors")
-    (home / "state.json").write_text('{"step": 5, "updates": 5, "ranks": 1, "torch": "2.13", "run": {"lora.rank": 4}}')
+    (home / "state.json").write_text('{"step": 5, "updates": 5, "ranks": 1, "threads": 1, "torch": "2.13", "run": {"lora.rank": 4}}')
     write_manifest(home)
 
 

@@ -120,6 +120,10 @@ extra: {key: 1}
         ("model: {path: 7}\ndata: {train: PATH}", ["model.path is 7"]),
         ("model: {path: DIR}\ndata: {train: [{path: a, weight: x, colour: 1}, {}]}", ["data.train[0].weight is 'x'", "data.train[0].colour is no", "data.train[1].path is missing"]),
         ("model: {path: DIR}\ndata: {train: [{path: a, weight: 0}]}", ["data.train gives a the weight 0.0"]),
+        ("model: {path: DIR}\ndata: {train: [{path: a, weight: 1.0e+9}]}", ["data.train gives a the weight 1000000000.0"]),
+        ("model: {path: DIR}\ndata: {train: PATH, eval: [{path: a, weight: 0.5}]}", ["data.eval gives a the weight 0.5; rows held out"]),
+        (MINIMAL + "parallel: {timeout: 1}", ["parallel.timeout is 1; expected 10"]),
+        (MINIMAL + "train: {output: ' '}", ["train.output is empty"]),
         ("model: {path: DIR}\ndata: {train: PATH, format: text}", ["data.train reads PATH as plain text"]),
         (MINIMAL + "1: {a: b}", ["1 is no setting"]),
         (MINIMAL + "lora: {2024-01-01: 1}", ["lora.2024-01-01 is no setting"]),
@@ -246,3 +250,26 @@ def test_what_is_written_reads_back_equal(text, read, tmp_path):
 def test_the_quickstart_is_a_right_configuration():
     config = read_config(*config_parser("minorca.train", "").parse_known_args([]))
     assert (Path(__file__).parent.parent / config.data.train).is_file()
+
+
+@pytest.mark.parametrize("name", ["1e5", "a: b", "[x]", "null", "ünïcode", "two words", "007"])
+def test_a_run_of_any_name_can_be_read_back(name, read, tmp_path):
+    config = read(MINIMAL, "--train.output", name) if name != "null" else read(MINIMAL)
+    write_config(config, tmp_path / "config.yaml")
+    assert read((tmp_path / "config.yaml").read_text()) == config
+
+
+@pytest.mark.parametrize("text", ["[{path: a}", "{path: a}", "[{path: a, weight: 2]"])
+def test_a_list_that_is_none_is_no_hub_id(text, read):
+    with pytest.raises(UserError, match="expected a path, a hub id or a list"):
+        read(MINIMAL, "--data.train", text)
+
+
+def test_options_that_are_no_text(read):
+    with pytest.raises(UserError, match="--train.output: .* holds bytes that are no UTF-8"):
+        read(MINIMAL, "--train.output", "a\udcffb")
+
+
+def test_sources_are_also_an_option(read):
+    config = read(MINIMAL, "--data.train", "[{path: a, weight: 2}, {path: b, format: alpaca}]")
+    assert [(source.path, source.format, source.weight) for source in config.data.sources(config.data.train)] == [("a", "openorca", 2), ("b", "alpaca", 1)]

@@ -217,12 +217,12 @@ def test_a_rank_that_dies_is_named_by_the_others(workplace, tmp_path):
     os.kill(victim, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert time.monotonic() - started < 30 and process.returncode == 1
-    assert re.search(rf"minorca: rank 0 ends because rank 1 \(process {victim} on .*; last at .*\) is gone without a word", err), err
+    assert re.search(rf"minorca: rank 0 ends because rank 1 \(process {victim} on .*; last heard at: .*\) is not heard of any more", err), err
 
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named_by_the_others(workplace, tmp_path):
-    process = training(workplace(**KILLED | {"train.steps": 5000, "parallel.timeout": 6}), ranks=2)
+    process = training(workplace(**KILLED | {"train.steps": 5000, "parallel.timeout": 10}), ranks=2)
     wait_until(lambda: lines(tmp_path / "run") > 3)
     victim = ranks_of(process)[1]
     os.kill(victim, signal.SIGSTOP)
@@ -235,16 +235,35 @@ def test_a_rank_that_hangs_is_named_by_the_others(workplace, tmp_path):
 @pytest.mark.slow
 def test_a_rank_that_reads_for_long_is_waited_for(workplace, tmp_path):
     """The time limit is for what ranks do together; how long one of them reads and loads has none."""
-    process = training(workplace(**{"train.steps": 2, "parallel.timeout": 4}), ranks=2, faulty=("slow reading", 12))
+    process = training(workplace(**{"train.steps": 2, "parallel.timeout": 10}), ranks=2, faulty=("slow reading", 15))
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert [line["step"] for line in lines_of(tmp_path / "run")] == [1, 2]
 
 
 @pytest.mark.slow
+def test_a_rank_that_dies_while_loading_is_named_by_the_others(workplace, tmp_path):
+    process = training(workplace(), ranks=2, faulty=("while loading", 1))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(r"minorca: rank 0 ends because rank 1 \(process \d+ on .*; last heard at: .*\) is not heard of any more", err), err
+
+
+@pytest.mark.slow
+def test_ranks_must_be_given_the_same(workplace, tmp_path):
+    """Settings and files: a rank that trains on other rows would spoil all, without a word."""
+    for point, key in (("other lr", "optim.lr"), ("other rows", "the rows")):
+        process = training(workplace(), ranks=2, faulty=(point, 1))
+        _, err = process.communicate(timeout=60)
+        assert err.count("minorca: error: ") == 1 and f"minorca: error: the ranks differ in {key}; start all" in err, err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_what_one_rank_cannot_do_is_said_once(workplace, tmp_path):
     """Whether one rank fails or all of them do: one line, no traceback."""
-    for options in (workplace(**{"model.path": tmp_path / "nowhere"}), workplace(**{"train.nonfinite": "never"}), workplace(**{"data.train": "nowhere.jsonl"})):
+    wrong = ({"model.path": tmp_path / "nowhere"}, {"data.train": "nowhere.jsonl"}, *[{"train.nonfinite": "never"}] * 4)
+    for options in (workplace(**settings) for settings in wrong):
         process = training(options, ranks=2)
         _, err = process.communicate(timeout=60)
         assert err.count("minorca: ") == 1 and err.count("minorca: error: ") == 1, err
@@ -280,6 +299,27 @@ def test_a_full_disk_costs_no_checkpoint(share, workplace, tmp_path, monkeypatch
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    train.main(workplace(**settings))
+    assert_same_bits(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_disk_that_is_full_between_saves(workplace, tmp_path):
+    """Whichever file a step writes to first: one line, and the same command goes on."""
+    settings = {"train.steps": 6, "train.checkpoint_every": 2}
+    train.main(workplace("whole", **settings))
+    limits, step = resource.getrlimit(resource.RLIMIT_FSIZE), train.metrics.Record.step
+
+    def starved(record, number, *rest):
+        if number == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        step(record, number, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="run: .*the last checkpoint stands"):
+        patch.setattr(train.metrics.Record, "step", starved)
+        try:
+            train.main(workplace(**settings))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     train.main(workplace(**settings))
     assert_same_bits(tmp_path / "whole", tmp_path / "run")
 

@@ -36,6 +36,13 @@ def test_tensorboard_has_the_lines(workplace, tmp_path):
         assert [(event.step, event.value) for event in events.Scalars(key)] == told
 
 
+def test_an_evaluation_that_is_no_number_is_null(workplace, tmp_path, monkeypatch):
+    """JSON has no NaN."""
+    monkeypatch.setattr(train, "evaluate", lambda *_: float("nan"))
+    train.main(workplace(**SHORT))
+    assert [line["eval_loss"] for line in lines_of(tmp_path / "run") if "eval_loss" in line] == [None] * 3
+
+
 def test_weights_and_biases_has_the_lines(workplace, tmp_path, monkeypatch):
     """By the names of its package; the package itself talks to a service."""
     told, started = [], {}

@@ -134,6 +134,55 @@ def test_a_run_resumes_wherever_its_files_have_moved(workplace, tmp_path):
     assert (tmp_path / "run" / "adapter").is_dir()
 
 
+def test_the_adapter_a_run_began_with_is_known_by_its_content(workplace, tmp_path, monkeypatch):
+    """It may move; once there is a checkpoint it is not read into the model again; another one is refused."""
+    train.main(workplace("first", **{"train.steps": 1}))
+    train.main(workplace("other", **{"train.steps": 2}))
+    settings = {"train.steps": 6, "train.checkpoint_every": 2}
+    train.main(workplace("whole", **settings, **{"lora.init": tmp_path / "first" / "adapter"}))
+    stop_in(4, workplace("stopped", **settings, **{"lora.init": tmp_path / "first" / "adapter"}), monkeypatch)
+    (tmp_path / "first" / "adapter").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="the initial adapter's sha256 was"):
+        train.main(workplace("stopped", **settings, **{"lora.init": tmp_path / "other" / "adapter"}))
+    train.main(workplace("stopped", **settings, **{"lora.init": tmp_path / "moved"}))
+    assert_same_bits(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_run_that_began_from_a_path_goes_on_from_its_own(workplace, tmp_path, monkeypatch):
+    """The same command again, as torchrun's restarts give it."""
+    settings = {"train.steps": 8, "train.checkpoint_every": 2, "train.keep": 9}
+    train.main(workplace("whole", **settings))
+    settings["train.resume"] = tmp_path / "whole" / "checkpoints" / "step-00000002"
+    stop_in(7, workplace("branch", **settings), monkeypatch)
+    train.main(workplace("branch", **settings))
+    assert [line["loss"] for line in lines_of(tmp_path / "branch")] == [line["loss"] for line in lines_of(tmp_path / "whole")[2:]]
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_written_over(workplace, tmp_path):
+    train.main(workplace(**{"train.steps": 2}))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match="holds a finished run's adapter and no checkpoint"):
+        train.main(workplace(**{"train.steps": 2, "optim.lr": 0.5}))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_other_threads_are_told(workplace, tmp_path, monkeypatch, caplog):
+    """They split sums differently."""
+    stop_in(3, workplace(**{"train.steps": 4, "train.checkpoint_every": 1}), monkeypatch)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    train.main(workplace(**{"train.steps": 4, "train.checkpoint_every": 1}))
+    assert "it was written with 1 threads, and here are 7" in caplog.text
+
+
+def test_lines_that_no_run_wrote_are_dropped(workplace, tmp_path, monkeypatch):
+    stop_in(3, workplace(**{"train.steps": 4, "train.checkpoint_every": 1}), monkeypatch)
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(b'5\n[1]\n{"step": "x"}\n\xff\n{"step": 9, "lo')
+    train.main(workplace(**{"train.steps": 4, "train.checkpoint_every": 1}))
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [1, 2, 3, 4]
+
+
 def test_going_back_needs_the_later_checkpoints_gone(refused, workplace, tmp_path):
     """Nothing is touched before the refusal."""
     train.main(workplace("long", **{"train.steps": 4, "train.checkpoint_every": 1}))
