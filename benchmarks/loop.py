@@ -12,7 +12,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import ROOT, report, spread
+from benchmarks.common import report, spread
 from minorca import train
 from minorca.metrics import PHASES
 

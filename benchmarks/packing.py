@@ -4,7 +4,7 @@ Planning: OpenOrca has 4,233,923 rows, of which no token statistics are publishe
 461 tokens a row and 8,212 in the longest. The rows here are as long as draws from a log-normal of median 270 and sigma 0.9, cut to 8
 to 4,096 tokens: a mean of 403, one row in a hundred over 2,200. An epoch's plan is made from nothing, counting of steps included.
 
-Rendering: `prepared` on examples/data, repeated with other questions to be enough, in this process and in one for every core.
+Rendering: `minorca.data prepare` on examples/data, repeated with other questions to be enough, on one core and on all.
 Memory is the process's largest resident set, Python and torch included.
 """
 
@@ -13,6 +13,8 @@ import itertools
 import json
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,10 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import ROOT, report, spread
-from minorca.config import DataConfig
-from minorca.data import store
 from minorca.data.packing import Order
-from minorca.tokenizer import load_tokenizer
 
 CAPACITY, MICRO_BATCHES = 4096, 48  # Mistral-7B-OpenOrca's steps had 48 times 4,096 tokens
 
@@ -59,30 +58,31 @@ def planning(rows: int, epochs: int = 3) -> dict:
 
 
 def rendering(rows: int, template: str) -> dict:
-    """Rows a second, in this process and in parallel: starting the processes and verifying what was written count too."""
-    tok, found = load_tokenizer(ROOT / "examples" / "model"), {}
-    records = [json.loads(line) for line in (ROOT / "examples" / "data" / "train.jsonl").open()]
+    """Rows a second of `minorca.data prepare` on one core and on all; starting, verifying and hashing what was written count too."""
+    records, found = [json.loads(line) for line in (ROOT / "examples" / "data" / "train.jsonl").open()], {}
+    cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "rows.jsonl"
         with file.open("w") as out:
             for n, record in zip(range(rows), itertools.cycle(records)):
-                out.write(json.dumps(record | {"question": f"{n}: {record['question']}"}) + "\n")
-        for name, serial in (("serial", rows + 1), ("parallel", 0)):
-            store.SERIAL = serial
-            data = DataConfig(str(file), store=f"{directory}/{name}")
+                out.write(json.dumps(record | {"id": f"t0.{n}", "question": f"{n}: {record['question']}"}) + "\n")
+        options = ["--model.path", ROOT / "examples" / "model", "--data.template", template, "--data.train", file, "--data.eval", "null", "--train.eval_every", "0"]
+        for name, used in (("one core", cores[:1]), ("all cores", cores)):
+            command = [sys.executable, "-m", "minorca.data", "prepare", *options, "--data.store", f"{directory}/{name}"]
             start = time.perf_counter()
-            made = store.prepared(data.sources(data.train), tok, template, data)
-            found[name] = {"seconds": time.perf_counter() - start, "sha256": made.sha256()}
-            found[name]["rows_per_second"] = rows / found[name]["seconds"]
-    if found["serial"]["sha256"] != found["parallel"]["sha256"]:
+            subprocess.run(command, preexec_fn=lambda used=used: os.sched_setaffinity(0, used), cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+            seconds = time.perf_counter() - start
+            (meta,) = Path(directory, name).glob("*/meta.json")
+            found[name] = {"cores": len(used), "seconds": seconds, "rows_per_second": rows / seconds, "sha256": json.loads(meta.read_text())["sha256"]}
+    if len({one["sha256"] for one in found.values()}) > 1:
         raise SystemExit("rows rendered in parallel are not those rendered in turn")
-    return {"template": template, "rows": rows, "tokens": len(made.tokens), "processes": len(os.sched_getaffinity(0)), **found}
+    return {"template": template, "rows": rows, **found}
 
 
 def main() -> None:
     options = argparse.ArgumentParser(prog="python -m benchmarks.packing", description="Rows planned and rendered a second.")
     options.add_argument("--rows", type=int, default=4_200_000, metavar="N", help="to plan; default 4,200,000")
-    options.add_argument("--rendered", type=int, default=40_000, metavar="N", help="rows to render; default 40,000")
+    options.add_argument("--rendered", type=int, default=60_000, metavar="N", help="rows to render; default 60,000")
     options.add_argument("--template", choices=("chatml", "jinja"), default="chatml", help="to render with; default chatml")
     options.add_argument("--output", type=Path, metavar="FOLDER", help="write the JSON there too")
     args = options.parse_args()
