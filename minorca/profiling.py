@@ -41,8 +41,11 @@ def profiled(directory: Path, world: World) -> Iterator[Callable[[], None]]:
 
 
 def _tensors_there(peak: int) -> str:
-    tensors = (o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and not o.is_meta)  # type(): not every object answers isinstance
-    storages = {t.untyped_storage().data_ptr(): t for t in tensors}  # of views the last
+    storages = {}
+    for tensor in gc.get_objects():
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta:
+            with contextlib.suppress(RuntimeError):  # one that torch.compile made up holds no memory
+                storages[tensor.untyped_storage().data_ptr()] = tensor  # of views the last
     kinds = Counter((str(t.dtype), tuple(t.shape), t.untyped_storage().nbytes()) for t in storages.values())
     rows = sorted(((size * count, count, dtype, shape) for (dtype, shape, size), count in kinds.items()), reverse=True)
     lines = [f"{total:>14,} bytes: {count} x {dtype} {list(shape)}" for total, count, dtype, shape in rows]

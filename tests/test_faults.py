@@ -6,6 +6,7 @@ import re
 import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -386,7 +387,7 @@ def test_of_two_ranks_the_one_with_the_nan_is_named(workplace, tmp_path):
 def test_two_runs_cannot_write_one_output(workplace, tmp_path):
     """And a lock outlives nobody: a run that was killed holds none."""
     train.main(workplace(**{"train.steps": 1}))
-    holder = subprocess.Popen(["python3", "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); "
+    holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); "
                                "print('held', flush=True); time.sleep(60)", tmp_path / "run" / ".lock"], stdout=subprocess.PIPE)
     holder.stdout.readline()
     before = sorted(path.name for path in (tmp_path / "run").rglob("*"))

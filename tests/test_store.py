@@ -335,7 +335,7 @@ def session(leader: int) -> list[int]:
 
 def test_killed_while_rendering(model, tmp_path):
     """By SIGKILL, alone, or by Ctrl-C, together with those that render for it: none of them survives, nothing is published."""
-    path = write(tmp_path / "rows.jsonl", records(40_000))
+    path = write(tmp_path / "rows.jsonl", records(150_000))
     command = [sys.executable, "-m", "minorca.data", "prepare", f"--model.path={model}", f"--data.train={path}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     stores = {how: tmp_path / how.name for how in (signal.SIGKILL, signal.SIGINT)}
