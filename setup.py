@@ -16,7 +16,7 @@ setup(
         "sentencepiece",
         "tokenizers",
         "jinja2",
-        "datasets",
+        "datasets>=4",  # older ones run scripts of a hub's repository
         "numpy<2.4",  # triton 3.6's interpreter fails with 2.4
         "pydantic>=2",
         "pyyaml",

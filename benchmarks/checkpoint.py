@@ -29,7 +29,7 @@ def adapted(arch: Architecture, settings: LoRASettings) -> nn.Module:
     model = build_model(arch, torch.bfloat16)
     add_adapters(model, settings)
     for module in model.modules():
-        for name, values in getattr(module, "named_parameters", dict)(recurse=False):
+        for name, values in list(module.named_parameters(recurse=False)):
             if values.requires_grad:
                 module.register_parameter(name, nn.Parameter(torch.randn(values.shape)))
     return model
@@ -53,6 +53,8 @@ def main() -> None:
     options.add_argument("--rank", type=int, default=16, metavar="N", help="of the adapters, on all projections")
     options.add_argument("--saves", type=int, default=7, metavar="N")
     args = options.parse_args()
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output) as folder, parallel.joined(300) as world:
         output = Path(folder)
         config = Config(ModelConfig(str(args.model)), DataConfig(""), train=TrainConfig(output=folder))

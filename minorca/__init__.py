@@ -8,7 +8,7 @@ __all__ = ["UserError", "load_model", "load_tokenizer", "render_chat"]
 
 
 def __getattr__(name: str):
-    """`load_model` when it is asked for: torch takes seconds to import, and the processes that render rows need none."""
+    """`load_model` when it is asked for: torch takes seconds to import, and `minorca.data` and its processes need none."""
     if name == "load_model":
         from minorca.loading import load_model
 

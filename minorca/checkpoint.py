@@ -43,7 +43,8 @@ def identity(config: Config, arch: Architecture, weights: list[Path], store: Tok
     """What a run's numbers follow from: its settings, its rows and its base model, files by their SHA-256 wherever they lie."""
     values = {f"{s}.{k}": v for s, keys in dataclasses.asdict(config).items() for k, v in keys.items() if s != "parallel"}
     values = {key: value for key, value in values.items() if key not in FREE}
-    values["data.train's weights"] = [source.weight for source in config.data.sources(config.data.train)]
+    sources = config.data.sources(config.data.train)
+    values["data.train's rows and weights"] = [(last - first, source.weight) for (first, last), source in zip(store.sections, sources)]
     values["data.eval's fraction"] = config.data.eval if isinstance(config.data.eval, float) else None
     values["the rows' sha256"] = store.sha256()
     values["the held-out rows' sha256"] = held_out.sha256() if held_out else None
@@ -87,7 +88,8 @@ def save(directory: Path, model: Mistral, optimizer: torch.optim.Optimizer, stat
 
 def _moment(optimizer: torch.optim.Optimizer, parameter: Tensor, moment: str) -> Tensor:
     """Before the first update the optimizer has none."""
-    return optimizer.state[parameter].get(moment, torch.zeros_like(parameter))
+    state = optimizer.state[parameter]
+    return state[moment] if moment in state else torch.zeros_like(parameter)
 
 
 def prune(directory: Path, keep: int) -> None:
@@ -125,21 +127,18 @@ def verify(directory: Path) -> State:
     Raises:
         UserError: naming the file, what was expected and what was found.
     """
-    try:
-        if not (directory / MANIFEST).is_file():
-            raise UserError(f"{directory}: no {MANIFEST}; expected a complete checkpoint")
-        verify_manifest(directory)
-        values = read_json(directory / "state.json")
-        kinds = {field.name: field.type for field in dataclasses.fields(State)}
-        if {name: type(value) for name, value in values.items()} != kinds:
-            expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
-            raise UserError(f"{directory / 'state.json'}: expected {expected}; found {', '.join(values)}; was it written by another version?")
-        state, named = State(**values), STEP.fullmatch(directory.name)
-        if not 0 <= state.updates <= state.step or (named and int(named[1]) != state.step):
-            raise UserError(f"{directory / 'state.json'}: says step {state.step} with {state.updates} updates, in {directory.name}; was it renamed?")
-        return state
-    except UserError as error:
-        raise UserError(f"{error}; to go on from the newest checkpoint that is undamaged, set train.resume to last-good") from None
+    if not (directory / MANIFEST).is_file():
+        raise UserError(f"{directory}: no {MANIFEST}; expected a complete checkpoint")
+    verify_manifest(directory)
+    values = read_json(directory / "state.json")
+    kinds = {field.name: field.type for field in dataclasses.fields(State)}
+    if {name: type(value) for name, value in values.items()} != kinds:
+        expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+        raise UserError(f"{directory / 'state.json'}: expected {expected}; found {', '.join(values)}; was it written by another version?")
+    state, named = State(**values), STEP.fullmatch(directory.name)
+    if not 0 <= state.updates <= state.step or (named and int(named[1]) != state.step):
+        raise UserError(f"{directory / 'state.json'}: says step {state.step} with {state.updates} updates, in {directory.name}; was it renamed?")
+    return state
 
 
 def find(config: Config) -> Path | None:
@@ -181,7 +180,11 @@ def read_state(directory: Path, now: dict, config: Config) -> State:
     Raises:
         UserError: a damaged file, what differs by name, or later checkpoints that going on would run into.
     """
-    state = verify(directory)
+    try:
+        state = verify(directory)
+    except UserError as error:
+        hint = "; to go on from the newest checkpoint that is undamaged, set train.resume to last-good" * (config.train.resume == "auto")
+        raise UserError(f"{error}{hint}") from None
     then = state.run
     if differing := [f"{key} was {then.get(key)!r} and is {now.get(key)!r}" for key in sorted(now.keys() | then) if now.get(key) != then.get(key)]:
         raise UserError(f"{directory}: made with other settings: {'; '.join(differing)}; set them back, or choose another train.output")

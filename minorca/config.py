@@ -281,6 +281,9 @@ def read_config(args: argparse.Namespace, surplus: list[str]) -> Config:
         values.setdefault(section, {})[key] = value
         if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
             raise UserError(f"--{option}: {value!r} holds bytes that are no UTF-8; give it another name")
+    init = values.setdefault("lora", {}).get("init")
+    if isinstance(init, str):
+        values["lora"]["init"] = os.path.expanduser(init)
     output = values.setdefault("train", {}).setdefault("output", f"runs/{path.stem}")
     if output is None or isinstance(output, str):
         values["train"]["output"] = os.path.expanduser(output if output is not None else f"runs/{path.stem}")

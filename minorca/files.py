@@ -72,6 +72,8 @@ def verify_manifest(directory: Path) -> None:
         raise UserError(f"{manifest}: names {shown(missing)}, which are not there, and lacks {shown(surplus)}, which are")
     for name in sorted(names):
         path = find(directory, name)
+        if path is None:
+            raise UserError(f"{directory / name}: is a link to nothing")
         found = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         if found != expected[name]:
             raise UserError(f"{path}: is not what was saved (expected {shown(expected[name])}, found {found})")

@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -19,14 +20,22 @@ log = logging.getLogger(__name__)
 PHASES = ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "other")
 
 # dense bf16 matrix FLOP/s, from NVIDIA's data sheets; a device not here has no MFU rather than a guessed one
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+PEAK_FLOPS = {
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
 
 
 def training_flops(arch: Architecture, adapter_parameters: int, lengths: list[int], trained: int) -> float:
@@ -92,9 +101,8 @@ class Record:
         self.path, self.log_every = output / "metrics.jsonl", config.train.log_every
         self.evaluated = _drop_lines_past(self.path, resumed or -1)  # starting over, the evaluation before step 1 goes too
         self.file = self.path.open("a")
-        self.board = SummaryWriter(output / "tensorboard", purge_step=resumed + 1)
-        wandb = import_wandb(config)
-        self.wandb = wandb and wandb.init(project=config.train.wandb, name=output.name, dir=output, id=output.name, resume="allow", config=config.nested())
+        self.board = SummaryWriter(output / "tensorboard", purge_step=resumed + 1 if resumed else 0)
+        self.wandb = _start_wandb(config, output, resumed)
         self.bar = tqdm(total=steps, initial=resumed, unit="step", desc="training")
         self.seconds, self.tokens, self.phases = 0.0, 0, dict.fromkeys(PHASES, 0.0)
 
@@ -110,7 +118,8 @@ class Record:
 
     def step(self, step: int, values: dict, phases: dict[str, float]) -> None:
         """A step of all ranks together: its loss per trained token, its own tokens, its wall-clock seconds; and of those on rank 0
-        the seconds of each phase, of all but the first four those since the step before."""
+        the seconds of each phase: data, forward, backward and optimizer are its own, evaluation, checkpoint and other are what came
+        between the step before and this one."""
         self._write(step, values | {f"{phase}_seconds": seconds for phase, seconds in phases.items()})
         self.seconds, self.tokens = self.seconds + values["seconds"], self.tokens + values["tokens"]
         self.phases = {phase: self.phases[phase] + seconds for phase, seconds in phases.items()}
@@ -149,6 +158,16 @@ def import_wandb(config: Config):
     except ImportError:
         raise UserError(f"train.wandb is {config.train.wandb}, and the package is not installed; pip install wandb, or leave the key out") from None
     return wandb
+
+
+def _start_wandb(config: Config, output: Path, resumed: int):
+    """The run there, the same one after a resume: its id lies beside the metrics."""
+    wandb, path = import_wandb(config), output / "wandb-id"
+    if not wandb:
+        return None
+    if not resumed or not path.exists():
+        path.write_text(uuid.uuid4().hex)
+    return wandb.init(project=config.train.wandb, name=output.name, dir=output, id=path.read_text(), resume="allow", config=config.nested())
 
 
 def _drop_lines_past(path: Path, step: int) -> bool:

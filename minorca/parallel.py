@@ -72,6 +72,8 @@ def joined(timeout: int) -> Iterator[World]:
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda and device.index >= torch.cuda.device_count():
+        raise UserError(f"rank {os.environ.get('RANK')} is the {device.index + 1}th of this machine, which has {torch.cuda.device_count()} GPUs; lower --nproc-per-node")
     if cuda:
         torch.cuda.set_device(device)
     group = {"backend": "cuda:nccl,cpu:gloo" if cuda else "gloo", "timeout": datetime.timedelta(seconds=timeout)}
@@ -84,11 +86,14 @@ def joined(timeout: int) -> Iterator[World]:
     try:
         yield World(rank, size, device, watch)
         dist.barrier()  # gloo aborts processes that leave while others still talk
-    except BaseException as error:
-        with signals_noted():  # when a rank dies, torchrun tells the others to end: not before they have said whom they miss
-            raise _leaving(error, watch) if watch else error
-    finally:
         dist.destroy_process_group()
+    except BaseException as error:
+        if not watch:
+            dist.destroy_process_group()
+            raise
+        with signals_noted():  # when a rank dies, torchrun tells the others to end: not before they have said whom they miss
+            raise _leaving(error, watch)  # nccl's group would wait for the others before it is destroyed; the process ends anyway
+    finally:
         if watch:
             watch.close()
 

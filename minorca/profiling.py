@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 @contextlib.contextmanager
 def profiled(directory: Path, world: World) -> Iterator[Callable[[], None]]:
     """Yields what to call after every step. After the third, each rank has written that step to trace-rankN.json.gz, and its memory:
-    on CUDA all that was allocated since the start, with stacks, to memory-rankN.pickle (for pytorch.org/memory_viz); on the CPU the
+    on CUDA what was allocated since the loop began (the newest 200,000 times), with stacks, to memory-rankN.pickle (for pytorch.org/memory_viz); on the CPU the
     tensors that are there, by shape, to memory-rankN.txt."""
     directory.mkdir(parents=True, exist_ok=True)
     cuda = world.device.type == "cuda"

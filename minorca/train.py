@@ -1,6 +1,7 @@
 """Fine-tuning, top to bottom: `torchrun -m minorca.train --config FILE`, or `python -m minorca.train` as one process."""
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -47,10 +48,13 @@ from minorca.weights import Piece, WeightFiles, load_weights, open_weights
 
 log = logging.getLogger("minorca.train")
 
+# what a disk says that is full, lost, or not for us, under any of the files that a step writes
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EEXIST, errno.ENAMETOOLONG, errno.EACCES, errno.EISDIR}
+
 
 def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)  # standard error is for errors and the bar
-    logging.getLogger("minorca").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logging.getLogger("minorca").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     parser = config_parser("minorca.train", "Fine-tunes a Mistral model with LoRA.")
     parser.add_argument("--profile", action="store_true", help="write a trace of the third step, and what holds memory, to OUTPUT/profile")
     try:
@@ -79,11 +83,11 @@ def read_data(config: Config) -> tuple[TokenStore, TokenStore | None]:
             held_out.report()
         return store, held_out
     order = np.random.default_rng(config.train.seed).permutation(len(store))
-    held_out = round(len(store) * data.eval)
-    if not 0 < held_out < len(store):
-        raise UserError(f"data.eval is {data.eval}: {held_out} of {len(store)} rows would be held out; give a path or another fraction")
-    log.info("%d of these rows are held out, %d are trained on", held_out, len(store) - held_out)
-    return store.select(np.sort(order[held_out:])), store.select(np.sort(order[:held_out]))
+    count = round(len(store) * data.eval)
+    if not 0 < count < len(store):
+        raise UserError(f"data.eval is {data.eval}: {count} of {len(store)} rows would be held out; give a path or another fraction")
+    log.info("%d of these rows are held out, %d are trained on", count, len(store) - count)
+    return store.select(np.sort(order[count:])), store.select(np.sort(order[:count]))
 
 
 @dataclass
@@ -105,6 +109,8 @@ def build(config: Config, base: Base, world: parallel.World, resumed: bool = Fal
     """The model ready to train: meta device, adapters, checkpointing, sharding, then weights into what each rank keeps."""
     lora = config.lora
     settings = LoRASettings(lora.rank, lora.alpha, tuple(lora.targets), lora.dropout, lora.rslora)
+    if lora.init and not resumed:
+        _check_init(config, settings)
     model = build_model(base.arch, getattr(torch, config.model.dtype))
     add_adapters(model, settings)
     parallel.checkpoint_activations(model, config.parallel.activation_checkpointing)
@@ -115,7 +121,6 @@ def build(config: Config, base: Base, world: parallel.World, resumed: bool = Fal
     room_for_adapters(model)
     init_adapters(model, config.train.seed)
     if lora.init and not resumed:
-        _check_init(config, settings)
         load_adapter(model, lora.init)
     return model, settings
 
@@ -198,23 +203,19 @@ def train(config: Config, profile: bool = False) -> None:
     with parallel.joined(config.parallel.timeout) as world, contextlib.ExitStack() as stack:
         try:
             signum = _train(config, profile, world, stack)
-        except BrokenPipeError:
-            raise
-        except OSError as error:  # a full disk or a lost one, under any of the files that a step writes
-            raise UserError(f"{config.train.output}: {error}; the last checkpoint stands, and the same command goes on from there") from error
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            raise UserError(f"{config.train.output}: {error}; what was saved stands, and the same command goes on from there") from error
     if signum:
         raise KeyboardInterrupt if signum == signal.SIGINT else cli.Terminated
 
 
 def _train(config: Config, profile: bool, world: parallel.World, stack: contextlib.ExitStack) -> int | None:
     """Returns the signal that ended the run early, the same on every rank; `stack` undoes what the run sets up."""
-    # 1. the base model's files and the data, before memory is taken
+    # 1. what can be refused: the output, the base model's files and the data, before memory is taken
     world.doing("reading the base model's files and the data")
     metrics.import_wandb(config)
-    base = open_base(config)
-    store, held_out = read_data(config)
-
-    # 2. where an earlier run stopped
     output = Path(config.train.output)
     parent = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -222,6 +223,10 @@ def _train(config: Config, profile: bool, world: parallel.World, stack: contextl
     new = not output.is_dir()  # then it is made when all that can be refused was not
     if world.rank == 0 and not new:
         stack.enter_context(held(output))
+    base = open_base(config)
+    store, held_out = read_data(config)
+
+    # 2. where an earlier run stopped
     identity = checkpoint.identity(config, base.arch, sorted(set(base.files.files.values())), store, held_out)
     found = checkpoint.find(config)
     state = checkpoint.read_state(found, identity, config) if found else None
@@ -281,6 +286,8 @@ def _train(config: Config, profile: bool, world: parallel.World, stack: contextl
             record.evaluation(step, loss)
 
     noted = stack.enter_context(cli.signals_noted())
+    if world.watch:
+        world.watch.noted = noted
     after_step = stack.enter_context(profiled(output / "profile", world)) if profile else lambda: None
     # stopped in an evaluation, the checkpoint is there and its line is not
     if held_out and (step == 0 or due(step, c.eval_every, steps)) and world.sum([bool(record and record.evaluated)])[0] == 0:

@@ -1,4 +1,5 @@
-"""Which ranks of a run are alive, and why one left: told through a store that outlives them, so that none waits for the dead.
+"""Which ranks of a run are alive, and why one left: told through the store they met at (torchrun's, or rank 0's, whose loss is a sign
+too), so that none waits for the dead.
 
 A thread of each rank says every second that it lives and what it is at. A rank that leaves early says why first. The others then
 find their collectives broken (gloo), or hanging (nccl): the first ask here whom to name, the second are ended from here.
@@ -12,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -32,6 +34,7 @@ class Watch:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout))
         self.store = dist.PrefixStore(f"minorca-watch/{nonce.item()}", store)
         self.rank, self.others, self.timeout, self.doing = rank, [r for r in range(size) if r != rank], timeout, "starting"
+        self.noted: Sequence[int] = ()  # signals that this rank has been sent, where they are only noted
         self._beats = 0
         self._heard = {other: ("", time.monotonic()) for other in self.others}  # the last sign of life, and when it came
         self._lock, self._over = threading.Lock(), threading.Event()  # a store's connection serves one question at a time
@@ -138,8 +141,9 @@ class Watch:
                         ended = self._because_of(left)
                 else:
                     self._listen()
-                    if silent := self._silent(self.timeout):
-                        ended = Ended(1, f"rank {self.rank} ends because {self._name(silent[0])} has been silent for {self.timeout:.0f} seconds")
+                    patience = GRACE if self.noted else self.timeout  # torchrun signals the others when a rank has died
+                    if silent := self._silent(patience):
+                        ended = Ended(1, f"rank {self.rank} ends because {self._name(silent[0])} has been silent for {patience:.0f} seconds")
             except RuntimeError as error:
                 if not self._over.wait(GRACE):
                     ended = self._unreachable(error)

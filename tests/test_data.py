@@ -234,6 +234,7 @@ BAD_FILES = {
     "other encoding": ("jsonl", GOOD.encode("utf-16"), "line 1: "),
     "deep": ("jsonl", f'{GOOD}\n{"[" * 100_000}', "line 2: "),
     "long number": ("jsonl", f'{GOOD}\n{{"question": {"9" * 5000}}}', "line 2: "),
+    "an array over lines": ("json", '[\n  {"question": "a"}\n]', "line 1: expected an object with columns, found list; .*jq"),
     "key twice": ("jsonl", f'{GOOD}\n{{"question": "a", "x": {{"b": 1, "b": 2}}}}', "line 2: cannot be read .*'b' is there twice"),
     "not a number": ("jsonl", '{"question": NaN}', "line 1: cannot be read .NaN is no number of JSON"),
     "csv: column twice": ("csv", "id,question,question\n1,a,b\n", "line 1: names the column question twice"),

@@ -315,7 +315,7 @@ def test_a_disk_that_is_full_between_saves(workplace, tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         step(record, number, *rest)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="run: .*the last checkpoint stands"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="run: .*what was saved stands"):
         patch.setattr(train.metrics.Record, "step", starved)
         try:
             train.main(workplace(**settings))

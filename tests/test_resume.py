@@ -236,6 +236,12 @@ def add(newest: Path, older: Path) -> str:
     return "lacks ['pytorch_model.bin'], which are"
 
 
+def link_to_nothing(newest: Path, older: Path) -> str:
+    (newest / "state.json").unlink()
+    (newest / "state.json").symlink_to("gone")
+    return "state.json: is a link to nothing"
+
+
 def lose_the_manifest(newest: Path, older: Path) -> str:
     (newest / "MANIFEST.json").unlink()
     return "no MANIFEST.json"
@@ -264,7 +270,7 @@ def damaged(workplace, tmp_path):
     return damage
 
 
-@pytest.mark.parametrize("how", [truncate, flip, stale, swap, lose, add, lose_the_manifest, empty_the_manifest])
+@pytest.mark.parametrize("how", [truncate, flip, stale, swap, lose, add, link_to_nothing, lose_the_manifest, empty_the_manifest])
 def test_a_damaged_checkpoint_is_named_and_fallen_back_from_only_when_asked(how, damaged, workplace, tmp_path):
     message, expected = damaged(how)
     assert expected in message and "set train.resume to last-good" in message

@@ -44,8 +44,6 @@ def show(argv: list[str]) -> None:
 def prepare(argv: list[str]) -> None:
     parser = config_parser("minorca.data prepare", "Renders data.train and data.eval into the token store, where training finds them.")
     config = read_config(*parser.parse_known_args(argv))
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("minorca").setLevel(logging.INFO)
     tok, template = _tokenizer(config)
     for what in (config.data.train, config.data.eval):
         if sources := config.data.sources(what):
@@ -62,6 +60,8 @@ def visible_text(tok: Tokenizer, ids: list[int]) -> str:
 
 
 def main(argv: list[str]) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("minorca").setLevel(logging.INFO)
     commands = {"show": show, "prepare": prepare}
     if argv[:1] in (["-h"], ["--help"]):
         print(f"usage: minorca.data {{{','.join(commands)}}} [--config FILE] [--section.key VALUE ...]   (--help on each)")

@@ -26,6 +26,7 @@ from minorca.errors import UserError
 from minorca.files import sha256
 from minorca.untrusted import parse_json
 
+AN_ARRAY = "expected an object with columns, found list; make one object a line of a JSON array: jq -c '.[]' FILE > FILE.jsonl"
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
@@ -236,11 +237,14 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
                 try:
                     record = parse_json(line)
                 except json.JSONDecodeError as error:
+                    if number == 1 and line.lstrip().startswith("["):
+                        raise UserError(f"{path}, line 1: {AN_ARRAY}") from None
                     raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno})") from None
                 except (ValueError, RecursionError) as error:  # a key given twice; numbers and brackets without end
                     raise UserError(f"{path}, line {number}: cannot be read ({error})") from None
                 if not isinstance(record, dict):
-                    raise UserError(f"{path}, line {number}: expected an object with columns, found {_kind(record)}")
+                    found = f"expected an object with columns, found {_kind(record)}"
+                    raise UserError(f"{path}, line {number}: {AN_ARRAY if isinstance(record, list) else found}")
                 yield number, record
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None

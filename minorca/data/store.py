@@ -101,11 +101,6 @@ class TokenStore:
         """(first, last) of each source's rows, `last` not among them."""
         return [tuple(np.searchsorted(self.indices, [part.first, part.last]).tolist()) for part in self.parts]
 
-    @property
-    def counts(self) -> list[dict[str, int]]:
-        """Of each source, what became of how many rows."""
-        return [part.counts for part in self.parts]
-
     def sha256(self) -> str:
         """Of all its rows: what a run that resumes must find again."""
         if self.digest is None:
