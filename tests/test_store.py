@@ -338,6 +338,7 @@ def test_killed_while_rendering(model, tmp_path):
     path = write(tmp_path / "rows.jsonl", records(150_000))
     command = [sys.executable, "-m", "minorca.data", "prepare", f"--model.path={model}", f"--data.train={path}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite started in the background ignores it
     stores = {how: tmp_path / how.name for how in (signal.SIGKILL, signal.SIGINT)}
     commands = {how: [*command, f"--data.store={store}"] for how, store in stores.items()}
     processes = {how: subprocess.Popen(commands[how], cwd=ROOT, start_new_session=True, **pipes) for how in stores}

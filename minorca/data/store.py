@@ -335,9 +335,9 @@ def _alone(directory: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{directory.parent}: cannot be written ({error}); set data.store to a directory that can") from None
     while (held := lock(path)) is None:
-        if not told:
-            log.info("waiting for %s, which renders the same rows", path.read_text().strip() or "another process")
-        told = True
+        if not told and (holder := path.read_text().strip()):  # it writes its name just after it took the lock
+            log.info("waiting for %s, which renders the same rows", holder)
+            told = True
         time.sleep(0.1)
     with held:
         yield
