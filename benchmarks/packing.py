@@ -12,7 +12,6 @@ import argparse
 import itertools
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,20 +19,18 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks.common import ROOT, report, spread
 from minorca.data.packing import Order
+from minorca.metrics import peak_memory_bytes
 
 CAPACITY, MICRO_BATCHES = 4096, 48  # Mistral-7B-OpenOrca's steps had 48 times 4,096 tokens
 
 
-def peak_memory_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def planning(rows: int, epochs: int = 3) -> dict:
     lengths = np.clip(np.random.default_rng(0).lognormal(np.log(270), 0.9, rows), 8, CAPACITY).astype(np.int64)
-    before, seconds = peak_memory_bytes(), []
+    before, seconds = peak_memory_bytes(torch.device("cpu")), []
     for seed in range(epochs):
         start = time.perf_counter()
         order = Order(lengths, CAPACITY, MICRO_BATCHES, packing=True, seed=seed)
@@ -53,7 +50,7 @@ def planning(rows: int, epochs: int = 3) -> dict:
         "micro_batches": len(micro_batches),
         "fill": int(lengths.sum()) / (len(micro_batches) * CAPACITY),
         "memory_before_bytes": before,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(torch.device("cpu")),
     }
 
 

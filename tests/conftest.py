@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -166,6 +167,13 @@ def lines_of(output) -> list[dict]:
     import json
 
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_until(true, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.005)
 
 
 SAME = ("loss", "grad_norm", "lr", "tokens", "trained_tokens")  # of a step's line: what no machine's speed changes

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import faulty
 import pytest
-from conftest import assert_same_bits, lines_of, torchrun, training
+from conftest import assert_same_bits, lines_of, torchrun, training, wait_until
 
 from minorca import UserError, checkpoint, cli, train
 
@@ -22,13 +22,6 @@ KILLED = {"train.steps": 120, "train.checkpoint_every": 5, "lora.dropout": 0.1, 
 def lines(run: Path) -> int:
     path = run / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
-
-
-def wait_until(true, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.005)
 
 
 def ranks_of(process: subprocess.Popen) -> list[int]:

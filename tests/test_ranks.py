@@ -6,12 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, assert_same_bits, assert_same_run, lines_of, torchrun
+from conftest import ROOT, assert_same_bits, assert_same_run, lines_of, torchrun, wait_until
 from safetensors.torch import load_file
 
 from minorca import checkpoint, train
@@ -108,13 +107,6 @@ def children(process: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
 
 
-def wait_for_lines(run, count: int, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count('"loss"') < count:
-        assert time.monotonic() < deadline, "no progress"
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 def test_a_rank_that_dies_on_one_node_is_restarted_on_both(workplace, tmp_path):
     """And the run resumes by itself, from the newest checkpoint, to the same bits."""
@@ -122,7 +114,8 @@ def test_a_rank_that_dies_on_one_node_is_restarted_on_both(workplace, tmp_path):
     torchrun(2, workplace("whole", **settings))
     endpoint = f"127.0.0.1:{free_port()}"
     nodes = [node(workplace("killed", **settings), endpoint, restarts=3) for _ in range(2)]
-    wait_for_lines(tmp_path / "killed", 12)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text().count('"loss"') >= 12, 120)
     os.kill(children(nodes[1])[0], signal.SIGKILL)
     errors = [process.communicate(timeout=240)[1] for process in nodes]
     assert [process.returncode for process in nodes] == [0, 0], errors

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, wait_until
 from test_data import FORMATS, RECORDS, write
 from test_tokenizer import orca
 
@@ -294,20 +293,13 @@ print(store.prepared(data.sources(data.train), load_tokenizer(place / "model"), 
 """
 
 
-def until(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_one_process_renders_while_another_waits(model, data, tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
     command = [sys.executable, "-c", WAITING, str(tmp_path)]
     both = [subprocess.Popen([*command, str(n)], **pipes) for n in range(2)]
     try:
-        until(lambda: list(tmp_path.glob("rendering-*")))
+        wait_until(lambda: list(tmp_path.glob("rendering-*")))
         (builder,) = (int(path.name[-1]) for path in tmp_path.glob("rendering-*"))
         line = both[1 - builder].stderr.readline()
         assert line.startswith(f"waiting for process {both[builder].pid} on ") and len(list(tmp_path.glob("rendering-*"))) == 1
@@ -344,11 +336,11 @@ def test_killed_while_rendering(model, tmp_path):
     processes = {how: subprocess.Popen(commands[how], cwd=ROOT, start_new_session=True, **pipes) for how in stores}
     try:
         for how, process in processes.items():
-            until(lambda: any(file.stat().st_size for file in stores[how].glob("*.tmp-*/tokens.bin")))
+            wait_until(lambda: any(file.stat().st_size for file in stores[how].glob("*.tmp-*/tokens.bin")))
             assert len(session(process.pid)) > 1
             (os.kill if how == signal.SIGKILL else os.killpg)(process.pid, how)
         said = {how: process.communicate(timeout=30)[1] for how, process in processes.items()}
-        until(lambda: not any(session(process.pid) for process in processes.values()), 5)
+        wait_until(lambda: not any(session(process.pid) for process in processes.values()), 5)
     finally:
         for pid in [pid for process in processes.values() for pid in session(process.pid)]:
             os.kill(pid, signal.SIGKILL)
