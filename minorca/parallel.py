@@ -102,8 +102,10 @@ def _leaving(error: BaseException, watch: Watch) -> BaseException:
     """Tells the other ranks of an error that ends this one; gives what to end with: the error, or why it is another's."""
     with contextlib.suppress(dist.DistError):  # the store may be what is lost
         if isinstance(error, UserError):
+            mine = watch.first_to_say(str(error))
             watch.leave(2, "")
-            return error if watch.first_to_say(str(error)) else Ended(2)
+            watch.linger()
+            return error if mine else Ended(2)
         if isinstance(error, KeyboardInterrupt | Terminated):  # from the user; or from torchrun, because another rank died
             why = watch.who_left(signalled=True)
             watch.leave(130 if isinstance(error, KeyboardInterrupt) else 143, "")

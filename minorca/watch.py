@@ -74,6 +74,16 @@ class Watch:
         said = json.dumps({"rank": self.rank, "status": status, "why": why})
         with self._lock:
             self.store.compare_set("left", "", said)
+            self.store.add("leaving", 1)
+
+    def linger(self) -> None:
+        """On rank 0, whose process may hold the store: gives the others time to fail as it did, and to see that it has been said."""
+        deadline = time.monotonic() + 5 * PERIOD
+        while self.rank == 0 and time.monotonic() < deadline:
+            with self._lock:
+                if self.store.add("leaving", 0) > len(self.others):
+                    return
+            time.sleep(PERIOD / 10)
 
     def first_to_say(self, words: str) -> bool:
         """Whether no rank has said these words yet: what all complain of is printed once."""
