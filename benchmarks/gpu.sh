@@ -23,10 +23,10 @@ part() { # part NAME SECONDS COMMAND...: its output in FOLDER/NAME.txt, and the 
 if [ -z "$SMOKE" ]; then
     python -c 'import torch; assert torch.cuda.is_available()' || { echo "no CUDA: SMOKE=1 tries the script without"; exit 1; }
     shape="--shape 7b" full="--tokens 8192" short=$full
-    generation="--batch 1,8 --prompt-tokens 512 --new-tokens 64" kernels="--seconds 105"
+    decode="--batch 1,8,32 --prompt-tokens 512 --new-tokens 64 --first-token 128,512,2048" kernels="--seconds 105"
 else
     shape="--shape 7b --layers 1" full="--tokens 1024 --steps 1" short="--tokens 256 --steps 1"
-    generation="--batch 1,2 --prompt-tokens 16 --new-tokens 4" kernels=--smoke
+    decode="--batch 1,2 --prompt-tokens 16 --new-tokens 8 --first-token 8" kernels=--smoke
 fi
 part device 35 python -m benchmarks.device --output "$folder"
 # a process a file, for most of the time goes into compiling
@@ -34,7 +34,7 @@ part tests 95 sh -c 'grep -l mark.cuda tests/*.py | xargs -n 1 -P 8 python -m py
 part kernels 140 python -m benchmarks.kernels $kernels --output "$folder"
 part train-full 90 python -m benchmarks.train_step $shape $full --rows full --output "$folder"
 part train-short 80 python -m benchmarks.train_step $shape $short --rows short --output "$folder"
-part generation 65 python -m benchmarks.generation $shape $generation --output "$folder"
+part decode 75 python -m benchmarks.decode $shape $decode --output "$folder"
 timeout 10 python -m benchmarks.table "$folder"
 [ ! -f "$folder/kernels.json" ] || timeout 15 python -m benchmarks.plot "$folder"
 exit $failed

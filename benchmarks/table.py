@@ -63,24 +63,27 @@ def training(results: list[dict]) -> str:
 
 
 def generating(result: dict) -> str:
-    header = ["model", "batch", "prompt + new", "side", "first token (ms)", "a step (ms)", "tokens/s", "of copy bandwidth"]
+    header = ["model", "batch", "prompt + new", "side", "a step (ms)", "tokens/s", "of the limit", "of copy bandwidth"]
     header += ["tokens/s, ours / theirs", "same ids"]
     rows = []
-    for run in result["runs"]:
-        for name in ("ours", "theirs"):
-            side = run[name]
+    for run in result["decoding"]:
+        told = {"ours": [percent(run["of_limit"]), percent(run["of_bandwidth"]), f"{run['ratio']:.2f}", percent(run["same_ids"])]}
+        for name in ("ours", "theirs", "limit"):
             rows.append([
                 name_of(result),
                 run["batch"],
                 f"{run['prompt_tokens']} + {run['new_tokens']}",
                 name,
-                spread(side["first_token_seconds"], 1e3),
-                spread(side["step_seconds"], 1e3),
-                f"{side['tokens_per_second']:,.1f}",
-                percent(side["bandwidth"]),
-                *([f"{run['ratio']:.2f}", percent(run["same_ids"])] if name == "ours" else ["", ""]),
+                spread(run[name]["step_seconds"], 1e3),
+                f"{run[name]['tokens_per_second']:,.1f}",
+                *told.get(name, [""] * 4),
             ])
-    return grid(header, rows)
+    first = [
+        [name_of(result), run["prompt_tokens"], spread(run["ours"], 1e3), spread(run["theirs"], 1e3), f"{run['ratio']:.2f}"]
+        for run in result["first_token"]
+    ]
+    first_header = ["model", "prompt", "first token, ours (ms)", "theirs (ms)", "theirs / ours"]
+    return f"{grid(header, rows)}\n\n{grid(first_header, first)}"
 
 
 def resources(kernels: list[dict]) -> str:
@@ -161,8 +164,8 @@ def page(folder: Path) -> str:
         parts += ["## Kernels", kernels(found["kernels"])]
     if steps := [result for name, result in found.items() if name.startswith("train-")]:
         parts += ["## A LoRA training step, median (least to most)", training(steps)]
-    if "generation" in found:
-        parts += ["## Greedy generation, median (least to most)", generating(found["generation"])]
+    if "decode" in found:
+        parts += ["## Greedy generation, median (least to most)", generating(found["decode"])]
     return "\n\n".join(parts) + "\n"
 
 

@@ -98,16 +98,19 @@ class Documents:
     cu_seqlens [N+1]: where each document starts, and T; None means one document. Kept on the host it costs no
     synchronisation. `positions` [T] int64 counts each document's tokens from 0. `first` and `last` [T] int32 are the sentence
     as our kernels take it: the first token that each one sees, and the last one that sees it, counted through the batch.
+
+    past: so many tokens of the one document came before; there are keys and values of them, and no queries.
     """
 
-    def __init__(self, cu_seqlens: Tensor | None, tokens: int, window: int | None, device: torch.device):
-        starts = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
+    def __init__(self, cu_seqlens: Tensor | None, tokens: int, window: int | None, device: torch.device, past: int = 0):
+        self.past = past
+        starts = [0, past + tokens] if cu_seqlens is None else cu_seqlens.tolist()
         self.lengths = [stop - start for start, stop in itertools.pairwise(starts)]
-        if not self.lengths or starts[0] != 0 or starts[-1] != tokens or min(self.lengths) < 1:
+        if not self.lengths or starts[0] != 0 or starts[-1] != past + tokens or min(self.lengths) < 1:
             raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}; got {starts}")
         self.longest = max(self.lengths)
         self.window = None if window is None or window >= self.longest else window  # None: no document is longer than it
-        vectors = torch.tensor(starts, dtype=torch.int32), *_reach(self.lengths, self.window)
+        vectors = torch.tensor(starts, dtype=torch.int32), *(t[past:] for t in _reach(self.lengths, self.window))
         if torch.device(device).type == "cuda":  # copies from pinned memory wait for nothing
             vectors = tuple(t.pin_memory() for t in vectors)
         self.cu_seqlens, self.positions, self.first, self.last = (t.to(device, non_blocking=True) for t in vectors)
@@ -118,7 +121,7 @@ class Documents:
         if not q_THD.is_cuda:
             return attention(q_THD, k_TKD, v_TKD, self.first, self.last)
         # cuDNN plans anew for every length, and only round ones are likely to come again
-        plain = len(self.lengths) == 1 and self.window is None and self.longest % 1024 == 0
+        plain = len(self.lengths) == 1 and self.window is None and self.longest % 1024 == 0 and not self.past
         plain = plain and not torch.compiler.is_compiling() and can_use_cudnn_attention(SDPAParams(*_sdpa(q_THD, k_TKD, v_TKD)))
         choice = back_end(
             self.capability,
@@ -140,7 +143,7 @@ class Documents:
         if choice == "cudnn":
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 return F.scaled_dot_product_attention(*_sdpa(q_THD, k_TKD, v_TKD)[:-1], enable_gqa=True)[0].transpose(0, 1)
-        return _varlen(q_THD, k_TKD, v_TKD, self.cu_seqlens, self.longest, self.window)
+        return _varlen(q_THD, k_TKD, v_TKD, self.cu_seqlens, self.longest, self.window, self.past)
 
 
 def _reach(lengths: list[int], window: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,10 +154,13 @@ def _reach(lengths: list[int], window: int | None) -> tuple[Tensor, Tensor, Tens
     return before, (token - before.clamp(max=near)).int(), (token + after.clamp(max=near)).int()
 
 
-def _varlen(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: Tensor, longest: int, window: int | None) -> Tensor:
-    # its window counts the keys before the query: W keys in all are (W - 1, 0)
+def _varlen(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: Tensor, longest: int, window: int | None, past: int = 0
+) -> Tensor:
+    # its window counts the keys before the query: W keys in all are (W - 1, 0); of fewer queries than keys, the last ones meet
     left = -1 if window is None else window - 1
-    return varlen_attn(q_THD, k_TKD, v_TKD, cu_seqlens, cu_seqlens, longest, longest, window_size=(left, 0), **VARLEN_OPTIONS)
+    of_queries = (cu_seqlens - past).clamp(min=0) if past else cu_seqlens
+    return varlen_attn(q_THD, k_TKD, v_TKD, of_queries, cu_seqlens, longest - past, longest, window_size=(left, 0), **VARLEN_OPTIONS)
 
 
 def _sdpa(*qkv_THD: Tensor) -> tuple:

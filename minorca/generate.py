@@ -1,60 +1,20 @@
 """Text from a model: `generate` for programs, `python -m minorca.generate` for people."""
 
 import json
-import sys
 import time
-from collections.abc import Collection, Iterator
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from collections.abc import Collection
 
 from minorca import cli
 from minorca.chat import TEMPLATES, render_chat
+from minorca.engine import Engine, Request, open_engine
 from minorca.errors import UserError
-from minorca.kv_cache import KVCache
-from minorca.loading import fast_dtype, load_model
 from minorca.model import Mistral
-from minorca.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from minorca.sampling import Sampling
+from minorca.talk import talk
+from minorca.text_stream import TextStream
+from minorca.tokenizer import load_tokenizer
 
-
-def sample(logits_NV: Tensor, temperature: float, top_p: float, top_k: int, random: torch.Generator | None) -> Tensor:
-    """One id a row [N]: the likeliest at temperature 0, else drawn from the top_k likeliest (0: all) and then the fewest
-    that hold top_p of the probability (Holtzman et al. 2020, arXiv:1904.09751)."""
-    if temperature == 0:
-        return logits_NV.argmax(-1)
-    logits, ids = (logits_NV.float() / temperature).sort(-1, descending=True)
-    if top_k:
-        logits[:, top_k:] = -torch.inf
-    probabilities = logits.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill(before >= top_p, 0)
-    return ids.gather(-1, probabilities.multinomial(1, generator=random))[:, 0]
-
-
-@torch.inference_mode()
-def decode(
-    model: Mistral,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int | None = None,
-) -> Iterator[Tensor]:
-    """The next ids [N] of all prompts, step after step, from one key/value cache. The caller says when to stop."""
-    weight = model.embedding.weight
-    random = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
-    cu_seqlens = torch.tensor([0, *map(len, prompts)]).cumsum(0)
-    cache = KVCache(model.arch, len(prompts), max(map(len, prompts)) + max_new_tokens, weight.dtype, weight.device)
-    tokens = torch.tensor([i for prompt in prompts for i in prompt], device=weight.device)
-    last = cu_seqlens[1:].to(weight.device) - 1
-    logits_NV = model(tokens, attend=cache.prefill(cu_seqlens), head=lambda hidden, head: F.linear(hidden[last], head))
-    for left in reversed(range(max_new_tokens)):
-        tokens = sample(logits_NV, temperature, top_p, top_k, random)
-        yield tokens
-        if left:
-            logits_NV = model(tokens, attend=cache.step())
+ROWS = 32  # answers that grow together, at most
 
 
 def generate(
@@ -66,36 +26,29 @@ def generate(
     top_k: int = 0,
     stop_ids: Collection[int] = (),
     seed: int | None = None,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
 ) -> list[list[int]]:
-    """Continues prompts of any lengths together; returns the new ids of each, up to and with its first stop id."""
+    """Continues prompts of any lengths together; returns the new ids of each, up to and with its first stop id.
+
+    Equal prompts get different draws, and are read once. On a CPU `prepack(model)` (prepack.py) makes it faster.
+
+    Raises:
+        ValueError: a prompt without tokens or with ids that the model does not have.
+        UserError: a setting that makes no sense.
+    """
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token")
-    outs: list[list[int]] = [[] for _ in prompts]
-    going = set(range(len(prompts)))
-    for ids in decode(model, prompts, max_new_tokens, temperature, top_p, top_k, seed):
-        for n, token in enumerate(ids.tolist()):
-            if n in going:
-                outs[n].append(token)
-                going -= {n} if token in stop_ids else set()
-        if not going:
-            break
-    return outs
-
-
-def stream(model: Mistral, tok: Tokenizer, prompt: list[int], show, **options) -> tuple[list[int], str]:
-    """Continues one prompt until a stop id; gives `show` each new piece of text once it is whole UTF-8. Returns ids, text."""
-    ids, text = [], ""
-    for token in decode(model, [prompt], **options):
-        ids.append(token.item())
-        whole = tok.decode(ids)
-        if not whole.endswith("\ufffd"):  # else the last character's bytes are still coming
-            show(whole[len(text) :])
-            text = whole
-        if ids[-1] in tok.stop_ids:
-            break
-    whole = tok.decode(ids)
-    show(whole[len(text) :])
-    return ids, whole
+    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
+    requests = [Request(prompt, max_new_tokens, sampling, stop_ids, sample=n) for n, prompt in enumerate(prompts)]
+    engine = Engine(model, min(len(prompts), ROWS), max(map(len, prompts)) + max_new_tokens)
+    for request in requests:
+        engine.add(request)
+    outs: dict[Request, list[int]] = {request: [] for request in requests}
+    while engine.busy:
+        for token in engine.step():
+            outs[token.request].append(token.id)
+    return list(outs.values())
 
 
 def _parser() -> cli.Parser:
@@ -104,7 +57,7 @@ def _parser() -> cli.Parser:
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", metavar="TEXT", help="one user turn, or the bare text with --raw")
-    what.add_argument("--chat", action="store_true", help="a conversation in the terminal; end it with Ctrl-D")
+    what.add_argument("--chat", action="store_true", help="a conversation in the terminal; /help tells its commands")
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
     parser.add_argument("--template", default="auto", choices=TEMPLATES, help="as data.template when the adapter was trained")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
@@ -112,6 +65,9 @@ def _parser() -> cli.Parser:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X")
     parser.add_argument("--top-k", type=int, default=0, metavar="N")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="X")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
     parser.add_argument("--seed", type=int, metavar="N", help="of the sampling; without one, every run differs")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
     return parser
@@ -120,67 +76,46 @@ def _parser() -> cli.Parser:
 def _check(args) -> None:
     problems = {
         "--max-new-tokens must be at least 1": args.max_new_tokens < 1,
-        "--temperature must be 0 or more": not 0 <= args.temperature < float("inf"),
-        "--top-p must be over 0 and at most 1": not 0 < args.top_p <= 1,
-        "--top-k must be 0 (off) or more": args.top_k < 0,
         "--raw takes no --system": args.raw and args.system is not None,
-        "--chat takes neither --raw nor --json": args.chat and (args.raw or args.json),
+        "--chat takes none of --raw, --json and --stop": args.chat and (args.raw or args.json or args.stop),
+        "--stop must not be empty": "" in args.stop,
     }
     if wrong := [message for message, is_wrong in problems.items() if is_wrong]:
         raise UserError("; ".join(wrong))
 
 
-def _show(text: str) -> None:
-    print(text, end="", flush=True)
-
-
 def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
     _check(args)
+    sampling = Sampling(args.temperature, args.top_p, args.top_k, args.min_p, args.repetition_penalty, args.seed)
     tok = load_tokenizer(args.model)
-    model = load_model(args.model, fast_dtype(), adapter=args.adapter)
-    check_vocabulary(tok, model.arch.vocab_size, args.model)
-    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k}
-    messages = [{"role": "system", "content": args.system}] if args.system else []
-    if args.chat:
-        return _chat(model, tok, messages, args.template, options | {"seed": args.seed})
+    adapters = {"adapter": args.adapter} if args.adapter else {}
+    engine = open_engine(args.model, tok, adapters, slots=1, reuse=args.chat)
 
+    def request(ids: list[int]) -> Request:
+        return Request(ids, args.max_new_tokens, sampling, tok.stop_ids, next(iter(adapters), None))
+
+    if args.chat:
+        return talk(lambda ids: (token.id for token in engine.answer(request(ids))), tok, args.template, args.system)
+
+    messages = [{"role": "system", "content": args.system}] if args.system else []
     prompt = tok.encode(args.prompt, bos=tok.adds_bos) if args.raw else render_chat(
         tok, [*messages, {"role": "user", "content": args.prompt}], template=args.template
     )
-    _check_room(model, prompt, args.max_new_tokens)
-    started = time.perf_counter()
-    ids, text = stream(model, tok, prompt, (lambda text: None) if args.json else _show, seed=args.seed, **options)
+    stream, ids, started = TextStream(tok, args.stop), [], time.perf_counter()
+    show = (lambda text: None) if args.json else (lambda text: print(text, end="", flush=True))
+    for token in engine.answer(request(prompt)):
+        ids.append(token.id)
+        show(stream.push(token.id))
+        if stream.stopped:
+            break
+    show(stream.finish())
     seconds = time.perf_counter() - started
     if not args.json:
         return print()
-    reason = "stop" if ids[-1] in tok.stop_ids else "length"
+    reason = "stop" if stream.stopped else token.finish_reason
     numbers = {"tokens": len(ids), "prompt_tokens": len(prompt), "finish_reason": reason, "tokens_per_second": len(ids) / seconds}
-    print(json.dumps({"text": text} | numbers, ensure_ascii=False))
-
-
-def _check_room(model: Mistral, prompt: list[int], new: int) -> None:
-    limit = model.arch.max_positions
-    if not prompt:
-        raise UserError("--prompt is empty; give some text")
-    if limit is not None and len(prompt) + new > limit:
-        raise UserError(f"{len(prompt)} prompt tokens and --max-new-tokens {new} are over the model's {limit} positions; shorten one of them")
-
-
-def _chat(model: Mistral, tok: Tokenizer, messages: list[dict[str, str]], template: str, options: dict) -> None:
-    while True:
-        try:
-            said = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        if not said.strip():
-            continue
-        messages.append({"role": "user", "content": said})
-        prompt = render_chat(tok, messages, template=template)
-        _check_room(model, prompt, options["max_new_tokens"])
-        _, answer = stream(model, tok, prompt, _show, **options)
-        print()
-        messages.append({"role": "assistant", "content": answer})
+    print(json.dumps({"text": stream.text} | numbers, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Source: FlashAttention-2 (Dao 2023, arXiv:2307.08691): online softmax, and a backward from the saved log-sum-exp. Neither
 direction uses atomics, so results repeat to the bit: a kernel writes dQ for its queries, another dK and dV for its keys.
-Axes: T tokens, H query heads, K key heads (query head h reads key head h // (H // K)), D head size.
+Axes: T tokens, H query heads, K key heads (query head h reads key head h // (H // K)), D head size; S tokens of which the keys
+are held, of which the queries are the last T: more than T where a prompt comes in chunks, and then forward only.
 """
 
 from collections.abc import Iterator
@@ -19,17 +20,17 @@ QUERY_BLOCK = 256  # queries that share a mask on the CPU, where a window is act
 GRADIENT_BLOCK = 64  # queries of one turn of the CPU's backward: their scores stay in its cache
 
 
-def attention_definition(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, first_T: Tensor) -> Tensor:
-    """Row i sees the keys j with first[i] <= j <= i: softmax of q k^T / sqrt(D) over those, times v -> [T, H, D].
+def attention_definition(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, first_T: Tensor) -> Tensor:
+    """Row i, of token p = S - T + i, sees the keys j with first[i] <= j <= p: softmax of q k^T / sqrt(D) over those, times v -> [T, H, D].
 
-    Scores and softmax in fp32 (fp64 for fp64). first is int32, rises or stays, and first[i] <= i.
+    Scores and softmax in fp32 (fp64 for fp64). first is int32, rises or stays, and first[i] <= p.
     """
-    dtype, group, token = wide(q_THD.dtype), q_THD.shape[1] // k_TKD.shape[1], torch.arange(len(q_THD), device=q_THD.device)
-    k_THD, v_THD = (t.repeat_interleave(group, 1).to(dtype) for t in (k_TKD, v_TKD))
-    scores_HTT = torch.einsum("qhd,khd->hqk", q_THD.to(dtype), k_THD) * q_THD.shape[-1] ** -0.5
-    seen = (first_T[:, None] <= token) & (token <= token[:, None])
-    weights_HTT = scores_HTT.masked_fill(~seen, -torch.inf).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights_HTT, v_THD).to(q_THD.dtype)
+    dtype, group, token = wide(q_THD.dtype), q_THD.shape[1] // k_SKD.shape[1], torch.arange(len(k_SKD), device=q_THD.device)
+    k_SHD, v_SHD = (t.repeat_interleave(group, 1).to(dtype) for t in (k_SKD, v_SKD))
+    scores_HTS = torch.einsum("qhd,khd->hqk", q_THD.to(dtype), k_SHD) * q_THD.shape[-1] ** -0.5
+    seen = (first_T[:, None] <= token) & (token <= token[len(token) - len(q_THD) :, None])
+    weights_HTS = scores_HTS.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights_HTS, v_SHD).to(q_THD.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton
@@ -63,17 +64,18 @@ def _store(base, token, T, step, tile, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _keys(first, m0, T, BM: tl.constexpr, BN: tl.constexpr):
-    """The keys a block of queries sees: [begin, full) and [diagonal, end) in part, [full, diagonal) all."""
+def _keys(first, m0, T, past, BM: tl.constexpr, BN: tl.constexpr):
+    """The keys a block of queries sees, `past` of them before query 0: [begin, full) and [diagonal, end) in part, [full, diagonal) all."""
     begin = tl.load(first + m0) // BN * BN
-    diagonal = m0 // BN * BN
-    full = tl.minimum(tl.cdiv(tl.load(first + tl.minimum(m0 + BM, T) - 1), BN) * BN, diagonal)
-    return begin, full, diagonal, tl.minimum(m0 + BM, T)
+    diagonal = (m0 + past) // BN * BN
+    stop = tl.minimum(m0 + BM, T)
+    full = tl.minimum(tl.cdiv(tl.load(first + stop - 1), BN) * BN, diagonal)
+    return begin, full, diagonal, stop + past
 
 
 @triton.jit
 def _forward_keys(
-    total, peak, mass, q, row, first_row, k, v, begin, tiles, near, gap, T, k_token, v_token,
+    total, peak, mass, q, row, first_row, k, v, begin, tiles, near, gap, S, k_token, v_token,
     SCALE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     for tile in range(0, tiles):
@@ -81,7 +83,7 @@ def _forward_keys(
         if MASKED:
             n += tl.where(tile < near, 0, gap)
         key = n + tl.arange(0, BN)
-        at = tl.minimum(key, T - 1) if MASKED else key
+        at = tl.minimum(key, S - 1) if MASKED else key
         scores = dot(q, tl.trans(_load(k, at, k_token, D, BD)), total.dtype)
         if MASKED:
             seen = (first_row[:, None] <= key[None, :]) & (key[None, :] <= row[:, None])
@@ -98,7 +100,7 @@ def _forward_keys(
 
 @triton.jit
 def _forward(
-    q, k, v, first, out, lse, T, q_token, q_head, k_token, k_head, v_token, v_head,
+    q, k, v, first, out, lse, T, S, q_token, q_head, k_token, k_head, v_token, v_head,
     SCALE: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     # heads that read the same keys run side by side; the blocks that see most come first
@@ -109,19 +111,20 @@ def _forward(
     at = tl.minimum(row, T - 1)
     q_tile = _load(q + head * q_head, at, q_token, D, BD)
     first_row = tl.load(first + at)
+    token = row + (S - T)
     k += head // GROUP * k_head
     v += head // GROUP * v_head
     total = tl.zeros([BM, BD], wide)
     peak = tl.full([BM], _LOWEST, wide)
     mass = tl.zeros([BM], wide)
-    begin, full, diagonal, end = _keys(first, m0, T, BM, BN)
+    begin, full, diagonal, end = _keys(first, m0, T, S - T, BM, BN)
     near, middle = (full - begin) // BN, (diagonal - full) // BN
     total, peak, mass = _forward_keys(
-        total, peak, mass, q_tile, row, first_row, k, v, begin, near + tl.cdiv(end - diagonal, BN), near, diagonal - full,
-        T, k_token, v_token, SCALE, D, BD, BN, True,
+        total, peak, mass, q_tile, token, first_row, k, v, begin, near + tl.cdiv(end - diagonal, BN), near, diagonal - full,
+        S, k_token, v_token, SCALE, D, BD, BN, True,
     )  # fmt: skip
     total, peak, mass = _forward_keys(
-        total, peak, mass, q_tile, row, first_row, k, v, full, middle, middle, 0, T, k_token, v_token, SCALE, D, BD, BN, False
+        total, peak, mass, q_tile, token, first_row, k, v, full, middle, middle, 0, S, k_token, v_token, SCALE, D, BD, BN, False
     )
     _store(out + head * D, row, T, H * D, total / mass[:, None], D, BD)
     tl.store(lse + head * T + row, (peak + tl.log2(mass)) * _LN2, mask=row < T)
@@ -170,7 +173,7 @@ def _query_gradient(
     k += head // GROUP * k_head
     v += head // GROUP * v_head
     grad = tl.zeros([BM, BD], wide)
-    begin, full, diagonal, end = _keys(first, m0, T, BM, BN)
+    begin, full, diagonal, end = _keys(first, m0, T, 0, BM, BN)
     near, middle = (full - begin) // BN, (diagonal - full) // BN
     grad = _query_gradient_keys(
         grad, q_tile, dout_tile, row, first_row, lse2_row, delta_row, k, v,
@@ -290,7 +293,7 @@ def _attention_triton(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tens
     out, lse = q.new_empty(q.shape), q.new_empty(heads, tokens, dtype=wide(q.dtype))
     constants = _constants("forward", q, k)
     steps = (step for t in (q, k, v) for step in t.stride()[:2])
-    _forward[(triton.cdiv(tokens, constants["BM"]) * heads,)](q, k, v, first, out, lse, tokens, *steps, **constants)
+    _forward[(triton.cdiv(tokens, constants["BM"]) * heads,)](q, k, v, first, out, lse, tokens, len(k), *steps, **constants)
     return out, lse
 
 
@@ -328,17 +331,17 @@ def _by_head(t_THD: Tensor, kv_heads: int) -> Tensor:
 def _attention_torch(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     """Torch's flash kernel for the CPU, which gives the log-sum-exp too."""
     q, k, v = _adjacent(q, k, v)  # the kernel's demand, of which it does not tell
-    (tokens, heads, _), kv_heads = q.shape, k.shape[1]
+    (tokens, heads, _), kv_heads, past = q.shape, k.shape[1], len(k) - len(q)
     out, lse = q.new_empty(q.shape), q.new_empty(heads, tokens, dtype=wide(q.dtype))
     q, k, v, out_KGTD, lse_KGT = *(_by_head(t, kv_heads) for t in (q, k, v, out)), lse.unflatten(0, (kv_heads, -1))
     k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
-    flash, token = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.arange(tokens, dtype=first.dtype)
-    for start, stop, plain in _documents(first):
+    flash, token = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.arange(tokens + past, dtype=first.dtype)
+    for start, stop, plain in [(0, tokens, False)] if past else _documents(first):
         for begin in (start,) if plain else range(start, stop, QUERY_BLOCK):
             i = slice(begin, stop if plain else min(begin + QUERY_BLOCK, stop))
-            j, mask = slice(start if plain else int(first[begin]), i.stop), None
+            j, mask = slice(start if plain else int(first[begin]), past + i.stop), None
             if not plain:
-                mask = ((first[i, None] <= token[j]) & (token[j] <= token[i, None])).to(q.dtype).log()
+                mask = ((first[i, None] <= token[j]) & (token[j] <= past + token[i, None])).to(q.dtype).log()
             out_KGTD[:, :, i], lse_KGT[:, :, i] = flash(q[:, :, i], k[:, :, j], v[:, :, j], is_causal=plain, attn_mask=mask)
     return out, lse
 
@@ -410,6 +413,11 @@ class _Attention(torch.autograd.Function):
         return *_attention_backward(dout, *ctx.saved_tensors), None, None
 
 
-def attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, first_T: Tensor, last_T: Tensor) -> Tensor:
-    """`attention_definition`, in tiles; last [T], int32, is first's mirror: the last row that sees the key."""
-    return _Attention.apply(q_THD, k_TKD, v_TKD, first_T, last_T)
+def attention(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, first_T: Tensor, last_T: Tensor) -> Tensor:
+    """`attention_definition`, in tiles; last [T], int32, is first's mirror, for backward: the last row that sees the key.
+
+    Where S > T there is one document, last is not read, and gradients are refused with a ValueError.
+    """
+    if len(k_SKD) != len(q_THD) and torch.is_grad_enabled() and any(t.requires_grad for t in (q_THD, k_SKD, v_SKD)):
+        raise ValueError(f"attention has gradients only where every key's token is a query's too: {len(q_THD)} queries, {len(k_SKD)} keys")
+    return _Attention.apply(q_THD, k_SKD, v_SKD, first_T, last_T)

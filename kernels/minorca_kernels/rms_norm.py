@@ -4,11 +4,12 @@ Source: Zhang and Sennrich 2019 (arXiv:1910.07467); the order is that of transfo
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from minorca_kernels.operator import operator, processors, rows, wide
+from minorca_kernels.operator import operator, plainly, processors, rows, wide
 
 
 def rms_norm_definition(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -210,9 +211,13 @@ class _AddRMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm_definition`; no weight gradient is computed where the weight is frozen."""
+    if plainly(x):
+        return F.rms_norm(x, weight.shape, None, eps).mul_(weight)
     return _RMSNorm.apply(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`add_rms_norm_definition` in one pass; x and update have one shape."""
+    if plainly(x):
+        return (total := x + update), rms_norm(total, weight, eps)
     return _AddRMSNorm.apply(x, update, weight, eps)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minorca_kernels.operator import operator, rows
+from minorca_kernels.operator import operator, plainly, rows
 
 
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,12 @@ def _rope_backward_triton(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: 
 
 
 def _rope_torch(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
-    return rope_definition(qkv, cos, sin, heads, kv_heads)[:2]
+    """q and k are views of one new tensor."""
+    turned = qkv.unflatten(1, (heads + 2 * kv_heads, -1))[:, : heads + kv_heads]  # q and k at once
+    first, second = turned.to(torch.promote_types(qkv.dtype, cos.dtype)).chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    turned = torch.cat((torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)), dim=-1)
+    return turned.to(qkv.dtype).split((heads, kv_heads), dim=1)
 
 
 def _rope_backward_torch(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -163,7 +168,7 @@ def _like_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Te
 _rope = operator(
     "rope(Tensor qkv, Tensor cos, Tensor sin, int heads, int kv_heads) -> (Tensor, Tensor)",
     cuda=_rope_triton,
-    cpu=_rope_torch,
+    cpu=lambda *arguments: tuple(t.contiguous() for t in _rope_torch(*arguments)),
     fake=_like_rope,
 )
 _rope_backward = operator(
@@ -191,4 +196,6 @@ class _Rope(torch.autograd.Function):
 
 def rope(qkv_TN: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """`rope_definition`; q and k are new, v is a view of the buffer."""
+    if plainly(qkv_TN):
+        return *_rope_torch(qkv_TN, cos_TD, sin_TD, heads, kv_heads), _split(qkv_TN, heads, kv_heads)[2]
     return _Rope.apply(qkv_TN, cos_TD, sin_TD, heads, kv_heads)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minorca_kernels.operator import operator, rows
+from minorca_kernels.operator import operator, plainly, rows
 
 
 def swiglu_definition(gate_up_TI: Tensor) -> Tensor:
@@ -134,4 +134,4 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up_TI: Tensor) -> Tensor:
     """`swiglu_definition`."""
-    return _SwiGLU.apply(gate_up_TI)
+    return _swiglu_torch(gate_up_TI) if plainly(gate_up_TI) else _SwiGLU.apply(gate_up_TI)

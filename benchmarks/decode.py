@@ -1,0 +1,171 @@
+"""Greedy generation, minorca beside transformers and beside its limit: python -m benchmarks.decode
+
+Decoding: both continue the same random prompts of equal length with the same weights and no stop, minorca's engine with as many
+rows as there are prompts, and transformers' generate as it comes (SDPA, its dynamic cache). A step's time is the median over
+the steps after the first tokens, runs alternate. Beside it in the same rounds stands the limit: every weight multiplied once
+by as many rows, with the very calls that the engine makes (prepacked on a CPU), and nothing else. Bandwidth counts what a step
+must read, every weight (of an embedding that is not the head, nothing) and the cache's filled part, against a copy's bytes a
+second on the same machine.
+
+The first token: from the request until its id is on the host, for one prompt of each length.
+"""
+
+import functools
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.common import DEVICE, clock, model_under_test, parser, peer, report, spread
+from benchmarks.device import copy_bandwidth
+from minorca.engine import Engine, Request
+from minorca.model import Mistral
+from minorca.prepack import Prepacked, prepack
+
+ROUNDS = 5
+
+
+def step_bytes(model: Mistral, weights: int, batch: int, length: float) -> float:
+    """Bytes a decoding step reads where each of `batch` sequences has `length` tokens."""
+    arch, element = model.arch, model.embedding.weight.element_size()
+    keys = min(length, arch.window or length)
+    return element * (weights + 2 * batch * keys * arch.layers * arch.kv_heads * arch.head_dim)
+
+
+def products(model: Mistral, rows: int) -> list[Callable[[], Tensor]]:
+    """Each of the engine's products with a weight, once: as it calls them, on random rows."""
+    projections = [getattr(block, name) for block in model.layers for name in ("qkv", "o", "gate_up", "down")]
+    head = getattr(model, "prepacked_head", None) or model.head or model.embedding
+    widths = [model.arch.hidden_size, model.arch.heads * model.arch.head_dim, model.arch.hidden_size, model.arch.intermediate_size]
+    calls = []
+    for module, width in zip((*projections, head), (*widths * model.arch.layers, model.arch.hidden_size)):
+        x = torch.randn(rows, width, device=DEVICE).to(model.embedding.weight.dtype)
+        by = module.product if isinstance(module, Prepacked) else functools.partial(F.linear, weight=module.weight)
+        calls.append(functools.partial(by, x))
+    return calls
+
+
+@torch.inference_mode()
+def limit(model: Mistral, rows: int, steps: int) -> float:
+    """Median seconds of all products with weights; on CUDA captured as one graph, as the engine's step is."""
+    calls = products(model, rows)
+
+    def once() -> None:
+        for call in calls:
+            call()
+
+    once()
+    if DEVICE.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            once()
+        once = graph.replay
+    return statistics.median(_timed(once) for _ in range(steps))
+
+
+def _timed(run: Callable) -> float:
+    start = clock()
+    run()
+    return clock() - start
+
+
+class Stamps:
+    """When each token was ready: a streamer for transformers, which puts the prompt first."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, ids: Tensor) -> None:
+        self.times.append(clock())
+
+    def end(self) -> None:
+        pass
+
+
+def our_run(model: Mistral, prompts: Tensor, new: int) -> tuple[list[list[int]], float]:
+    """The new ids of each prompt, and a decoding step's median seconds."""
+    engine, outs, times = Engine(model, len(prompts), prompts.shape[1] + new), {}, []
+    for prompt in prompts.tolist():
+        request = Request(prompt, new)
+        engine.add(request)
+        outs[request] = []
+    while engine.busy:
+        ended, start = any(len(ids) == new - 1 for ids in outs.values()), clock()
+        for token in engine.step():
+            outs[token.request].append(token.id)
+        if min(map(len, outs.values())) > 2 and not ended:  # steps of all rows
+            times.append(clock() - start)
+    return list(outs.values()), statistics.median(times)
+
+
+def their_run(model: nn.Module, prompts: Tensor, new: int) -> tuple[list[list[int]], float]:
+    """The same of transformers."""
+    stamps, mask = Stamps(), torch.ones_like(prompts)
+    out = model.generate(prompts, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0, streamer=stamps)
+    times = stamps.times[2:]
+    return out[:, prompts.shape[1] :].tolist(), statistics.median(b - a for a, b in zip(times, times[1:]))
+
+
+def random_prompts(model: Mistral, batch: int, length: int) -> Tensor:
+    return torch.randint(model.arch.vocab_size, (batch, length), generator=torch.Generator().manual_seed(batch)).to(DEVICE)
+
+
+def decoding(model: Mistral, theirs: nn.Module, weights: int, batch: int, length: int, new: int, bandwidth: float) -> dict:
+    prompts = random_prompts(model, batch, length)
+    ids = our_run(model, prompts, new)[0], their_run(theirs, prompts, new)[0]
+    same = [a == b for one, other in zip(*ids) for a, b in zip(one, other, strict=True)]
+    seconds = {"ours": [], "theirs": [], "limit": []}
+    for _ in range(ROUNDS):
+        seconds["limit"].append(limit(model, batch, new // 2))
+        seconds["ours"].append(our_run(model, prompts, new)[1])
+        seconds["theirs"].append(their_run(theirs, prompts, new)[1])
+    result = {"batch": batch, "prompt_tokens": length, "new_tokens": new, "same_ids": sum(same) / len(same)}
+    for name, values in seconds.items():
+        step = spread(values)
+        result[name] = {"step_seconds": step, "tokens_per_second": batch / step["median"]}
+    ours = result["ours"]["step_seconds"]["median"]
+    return result | {
+        "of_limit": result["limit"]["step_seconds"]["median"] / ours,
+        "of_bandwidth": step_bytes(model, weights, batch, length + new / 2) / ours / bandwidth,
+        "ratio": result["theirs"]["step_seconds"]["median"] / ours,
+    }
+
+
+def first_token(model: Mistral, theirs: nn.Module, length: int) -> dict:
+    prompts, engine = random_prompts(model, 1, length), Engine(model, 1, length + 1)
+    sides = {
+        "ours": lambda: list(engine.answer(Request(prompts[0].tolist(), 1))),
+        "theirs": lambda: theirs.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=1, pad_token_id=0),
+    }
+    seconds = {name: [] for name in sides}
+    for _ in range(ROUNDS + 1):
+        for name, side in sides.items():
+            seconds[name].append(_timed(side))
+    result = {name: spread(values[1:]) for name, values in seconds.items()}
+    return {"prompt_tokens": length, **result, "ratio": result["theirs"]["median"] / result["ours"]["median"]}
+
+
+def main() -> None:
+    options = parser("benchmarks.decode", "Greedy generation, minorca beside transformers and its limit.")
+    options.add_argument("--batch", default="1,8,32", metavar="N,N", help="sequences at once; default 1,8,32")
+    options.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="of the prompts that are continued")
+    options.add_argument("--new-tokens", type=int, default=64, metavar="N", help="at least 8")
+    options.add_argument("--first-token", default="16,128,512", metavar="N,N", help="lengths of the prompts whose first token is timed")
+    args = options.parse_args()
+    bandwidth = copy_bandwidth()
+    with model_under_test(args) as (directory, model):
+        theirs = peer(directory, model)
+        theirs.generation_config.eos_token_id = None
+        weights = sum(p.numel() for p in model.parameters()) - (0 if model.arch.tied else model.embedding.weight.numel())
+        model = prepack(model)
+        batches, lengths = (map(int, text.split(",")) for text in (args.batch, args.first_token))
+        decoded = [decoding(model, theirs, weights, batch, args.prompt_tokens, args.new_tokens, bandwidth) for batch in batches]
+        first = [first_token(model, theirs, length) for length in lengths]
+    settings = {"model": args.shape or args.model.name, "layers": args.layers, "dtype": args.dtype}
+    report({**settings, "copy_bytes_per_second": bandwidth, "decoding": decoded, "first_token": first}, "decode", args.output)
+
+
+if __name__ == "__main__":
+    main()

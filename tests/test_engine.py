@@ -1,0 +1,243 @@
+"""The engine: answers that depend on their request alone, whoever grows beside them; rows that come free; one reading for many."""
+
+import pytest
+import torch
+from conftest import random_adapter, relative_error
+
+from minorca import load_model
+from minorca.engine import Engine, Request
+from minorca.errors import UserError
+from minorca.kv_cache import KVCache
+from minorca.prepack import prepack
+from minorca.sampling import Sampling
+
+WINDOW = 32
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 128, (length,), generator=torch.Generator().manual_seed(1000 * seed + length)).tolist()
+
+
+def run(engine: Engine, *requests: Request) -> list[list]:
+    """The tokens of each request."""
+    outs = {request: [] for request in requests}
+    for request in requests:
+        engine.add(request)
+    while engine.busy:
+        for token in engine.step():
+            outs[token.request].append(token)
+    return list(outs.values())
+
+
+def ids(tokens: list) -> list[int]:
+    return [token.id for token in tokens]
+
+
+def logprobs(tokens: list) -> torch.Tensor:
+    """[T, V] of requests that asked for all."""
+    return torch.stack([torch.tensor([value for _, value in sorted(token.top)]) for token in tokens])
+
+
+@pytest.fixture
+def model(save_mistral):
+    return load_model(save_mistral(sliding_window=WINDOW, num_hidden_layers=3, initializer_range=0.2)[0], torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+@pytest.mark.parametrize("chunk", [1, 7, WINDOW, 512])
+def test_chunks_of_any_size_equal_the_cacheless_forward(window, chunk, save_mistral):
+    """Prompts around the window's length and past it, answers that go on to 3 windows: every id, and every log probability."""
+    model = load_model(save_mistral(sliding_window=window, num_hidden_layers=3, initializer_range=0.2)[0], torch.float32, "cpu")
+    requests = [Request(prompt(n), 3 * WINDOW - n + 5, logprobs=128) for n in (WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3)]
+    for request, tokens in zip(requests, run(Engine(model, 2, 4 * WINDOW, chunk=chunk), *requests)):
+        with torch.inference_mode():
+            whole = model(torch.tensor(request.prompt + ids(tokens)))[len(request.prompt) - 1 : -1].log_softmax(-1)
+        assert ids(tokens) == whole.argmax(-1).tolist()
+        assert relative_error(logprobs(tokens), whole) < 1e-5
+        assert [token.logprob for token in tokens] == pytest.approx(whole.max(-1).values.tolist(), abs=1e-4)
+
+
+def test_in_a_batch_as_alone(model):
+    requests = lambda: [Request(prompt(n), 60, logprobs=128) for n in (3, 90, 31, 32, 33, 7)]  # noqa: E731
+    together = run(Engine(model, 4, 200), *requests())
+    for tokens, request in zip(together, requests()):
+        (alone,) = run(Engine(model, 1, 200), request)
+        assert ids(tokens) == ids(alone) and relative_error(logprobs(tokens), logprobs(alone)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_bit_depends_on_the_neighbours(dtype, packed, save_mistral):
+    """At one number of rows and one chunk: whoever is beside, however long, and whatever they ask for; greedy and drawn."""
+    model = load_model(save_mistral(sliding_window=WINDOW)[0], dtype, "cpu")
+    model = prepack(model) if packed else model
+    asked = [Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=1)]
+    alone = [run(Engine(model, 4, 200, chunk=16), Request(prompt(45), 50, sampling, logprobs=128))[0] for sampling in asked]
+    others = [[Request(prompt(n, n), 60 - n) for n in (5, 20, 40)], [Request(prompt(50), 3, Sampling(temperature=2.0, repetition_penalty=2.0))] * 1]
+    for sampling, expected in zip(asked, alone):
+        for beside in others:
+            ours = Request(prompt(45), 50, sampling, logprobs=128)
+            tokens = run(Engine(model, 4, 200, chunk=16), *beside[:2], ours, *beside[2:])[min(2, len(beside))]
+            assert ids(tokens) == ids(expected) and torch.equal(logprobs(tokens), logprobs(expected))
+
+
+def test_rows_come_free_for_those_who_wait(model):
+    engine = Engine(model, 2, 100)
+    requests = [Request(prompt(5, n), 3 + n) for n in range(6)]
+    for request in requests:
+        engine.add(request)
+    assert (engine.running, engine.waiting) == (0, 6)
+    finished = []
+    while engine.busy:
+        finished += [token.request for token in engine.step() if token.finish_reason]
+        assert engine.running <= 2
+    assert finished == requests and (engine.running, engine.waiting) == (0, 0) and engine.cache.lengths == [0, 0]
+
+
+def test_a_cancelled_request_leaves_at_any_time(model):
+    """While it waits, while its prompt is read, while it grows; the others go on as if it had not been."""
+    (expected,) = run(Engine(model, 2, 200, chunk=8), Request(prompt(20), 30))
+    for steps in range(8):
+        engine, going, ended = Engine(model, 2, 200, chunk=8), Request(prompt(20), 30), [Request(prompt(40, n), 50) for n in range(3)]
+        tokens = []
+        for request in (going, *ended):
+            engine.add(request)
+        for _ in range(steps):
+            tokens += engine.step()
+        for request in ended:
+            engine.cancel(request)
+            engine.cancel(request)
+        assert engine.running + engine.waiting == 1
+        while engine.busy:
+            tokens += (new := engine.step())
+            assert all(token.request is going for token in new)
+        assert ids([token for token in tokens if token.request is going]) == ids(expected)
+
+
+def test_memory_stays_within_the_window(model):
+    """At most W slots a sequence, in the model's dtype; a short answer takes fewer, and past W nothing grows."""
+    engine, arch = Engine(model, 2, 4000), model.arch
+    token_bytes = 2 * arch.layers * arch.kv_heads * arch.head_dim * 4
+    engine.add(Request(prompt(10), 3 * WINDOW))
+    engine.add(Request(prompt(500), 20))
+    sizes = []
+    while engine.busy:
+        engine.step()
+        sizes.append(engine.cache.nbytes)
+    assert sizes[-1] == sizes[len(sizes) // 2] == 2 * WINDOW * token_bytes
+
+
+def test_without_a_window_the_cache_grows_as_it_is_needed(save_mistral):
+    model = load_model(save_mistral(sliding_window=None)[0], torch.float32, "cpu")
+    engine = Engine(model, 1, 400)
+    run(engine, Request(prompt(20), 5))
+    assert engine.cache.slots == 64
+    run(engine, Request(prompt(20), 100))
+    assert engine.cache.slots == 128
+    run(engine, Request(prompt(300), 100))
+    assert engine.cache.slots == 400
+
+
+def test_a_cache_without_a_window_does_not_roll(save_mistral):
+    """Past the length it was made for it would overwrite keys that are still seen."""
+    arch = load_model(save_mistral(sliding_window=64)[0], torch.float32, "cpu").arch
+    cache = KVCache(arch, 1, 6, torch.float32, torch.device("cpu"))
+    cache.chunk(0, 6)
+    cache.activate(0, True)
+    with pytest.raises(ValueError, match="made for 6 tokens"):
+        cache.advance()
+
+
+class Counted:
+    """Counts the tokens that a model is shown."""
+
+    def __init__(self, model):
+        self.tokens = []
+        model.register_forward_pre_hook(lambda module, arguments: self.tokens.append(len(arguments[0])))
+
+
+def test_samples_of_one_prompt_share_its_reading(model):
+    asked = Sampling(temperature=1.0, seed=5)
+    apart = [run(Engine(model, 4, 200), Request(prompt(70), 20, asked, sample=n))[0] for n in range(3)]
+    counted = Counted(model)
+    together = run(Engine(model, 4, 200), *(Request(prompt(70), 20, asked, sample=n) for n in range(3)))
+    assert list(map(ids, together)) == list(map(ids, apart)) and len({tuple(ids(tokens)) for tokens in together}) == 3
+    assert counted.tokens == [70, *[4] * 19]
+
+
+@pytest.mark.parametrize("window", [None, 1000, WINDOW])
+def test_a_conversation_is_read_once(window, save_mistral):
+    """Each turn reads only what follows the longest common beginning; where the window has moved past it, all again."""
+    model = load_model(save_mistral(sliding_window=window)[0], torch.float32, "cpu")
+    engine, counted, said = Engine(model, 1, 500, reuse=True), Counted(model), []
+    for turn, change in enumerate((None, None, 30, None)):
+        said += prompt(20, turn)
+        if change is not None:  # a template that moves the system prompt: history is no prefix
+            said[change] += 1
+        counted.tokens.clear()
+        kept = min(len(said), change or len(said)) - 20 * (change is None) - (turn > 0 and change is None)
+        (tokens,) = run(engine, Request(list(said), 10))
+        read = sum(counted.tokens) - 9
+        forgotten = window == WINDOW and change is not None
+        assert read == len(said) - (0 if forgotten or turn == 0 else kept)
+        (cold,) = run(Engine(model, 1, 500), Request(list(said), 10))
+        assert ids(tokens) == ids(cold)
+        said += ids(tokens)
+
+
+def test_adapters_are_chosen_by_row(save_mistral, tmp_path):
+    """Rows with two adapters of other ranks, targets and scales, and none, in one batch: each as transformers and PEFT have it."""
+    directory, base = save_mistral(sliding_window=WINDOW)
+    settings = {"one": (("q", "v", "down"), {"r": 4, "lora_alpha": 12}), "two": (("k", "o", "gate", "up", "down"), {"r": 6, "use_rslora": True})}
+    for name, (targets, config) in settings.items():
+        random_adapter(load_base(directory), tmp_path / name, targets, **config)
+    model = load_model(directory, torch.float32, "cpu")
+    engine = Engine(model, 3, 200, adapters={name: tmp_path / name for name in settings})
+    for packed in (False, True):
+        model = prepack(model) if packed else model
+        requests = [Request(prompt(40), 30, adapter=name, logprobs=128) for name in (None, "one", "two")]
+        for request, tokens in zip(requests, run(engine, *requests)):
+            theirs = base if request.adapter is None else with_adapter(directory, tmp_path / request.adapter)
+            with torch.no_grad():
+                logits = theirs(torch.tensor([request.prompt + ids(tokens)])).logits[0, len(request.prompt) - 1 : -1]
+            assert relative_error(logprobs(tokens), logits.log_softmax(-1)) < 1e-5
+            assert ids(tokens) == logits.argmax(-1).tolist()
+
+
+def load_base(directory):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+
+
+def with_adapter(directory, adapter):
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_base(directory), adapter).eval()
+
+
+def test_prepacked_is_the_same_model(save_mistral):
+    for tied in (False, True):
+        directory, _ = save_mistral(tie_word_embeddings=tied)
+        model, tokens = load_model(directory, torch.float32, "cpu"), torch.tensor(prompt(30))
+        with torch.inference_mode():
+            plain = model(tokens)
+            assert prepack(prepack(model)) is model
+            assert relative_error(model(tokens), plain) < 1e-6
+        assert sum(p.numel() for p in model.layers.parameters()) == 2 * 2 * 64  # the norms: no second copy of a projection
+
+
+def test_what_cannot_be_served_is_named(model):
+    engine = Engine(model, 1, 50)
+    wrong = {
+        "prompt is empty": Request([]),
+        "none of the model's 128": Request([1, 128]),
+        "max_new_tokens is 0": Request([1], 0),
+        "40 prompt tokens and 11 new ones are over the limit of 50": Request([1] * 40, 11),
+        "adapter is 'x'; expected one of": Request([1], 1, adapter="x"),
+        "logprobs is -1": Request([1], 1, logprobs=-1),
+    }
+    for message, request in wrong.items():
+        with pytest.raises(UserError, match=message):
+            engine.add(request)
+    assert not engine.busy
