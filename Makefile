@@ -1,10 +1,11 @@
-# `make demo` and `make test` need python3, python3-venv and make; everything else is set up in .venv.
+# `make demo` and `make test` need python3, python3-venv and make; everything else is set up in .venv. `make test-slow` needs a
+# browser too, Debian's chromium, and as root installs it.
 PYTHON ?= python3
 # On a machine with a GPU of another CUDA version, name the torch that fits it: make demo TORCH=torch
 TORCH ?= torch==2.13.0
 
 # run a second time with Triton's kernels in place of plain PyTorch
-KERNEL_TESTS = tests/test_kernels.py tests/test_attention.py tests/test_training_by_kernels.py
+KERNEL_TESTS = tests/test_kernels.py tests/test_attention.py tests/test_decode_attention.py tests/test_training_by_kernels.py
 
 .PHONY: demo test test-slow
 
@@ -16,6 +17,7 @@ test: examples/model
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(KERNEL_TESTS) -m "not slow and not cuda"
 
 test-slow: examples/model
+	command -v chromium >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -m slow
 
 .venv/ready: setup.py

@@ -3,12 +3,13 @@ from setuptools import find_packages, setup
 setup(
     name="minorca",
     version="0.1.0",
-    description="A low-level PyTorch engine for Mistral models: fine-tuning with LoRA, and generation",
+    description="A low-level PyTorch engine for Mistral models: fine-tuning with LoRA, generation, a server",
     license="Apache-2.0",
     python_requires=">=3.11",
     # `kernels` is a package root of its own: its import name, minorca_kernels, collides with nobody's
     packages=find_packages(include=["minorca", "minorca.*"]) + find_packages("kernels"),
     package_dir={"minorca_kernels": "kernels/minorca_kernels"},
+    package_data={"minorca": ["page.html"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6",
@@ -23,7 +24,12 @@ setup(
         "tqdm",
         "tensorboard",
         "matplotlib",
+        "fastapi",
+        "uvicorn",
+        "prometheus-client",
     ],
-    extras_require={"test": ["pytest", "transformers", "peft", "mistral-common", "gguf"]},
+    extras_require={
+        "test": ["pytest", "transformers", "peft", "mistral-common", "gguf", "openai", "httpx", "schemathesis", "playwright"],
+    },
     entry_points={"console_scripts": ["minorca = minorca.__main__:main"]},
 )

@@ -263,6 +263,23 @@ def attentions(shape: Shape, lengths: list[int], window: int | None) -> Iterator
     yield Case("attention", "backward", name, inputs, providers, "matmul", backward, 2 * size, 5 * flops // 2)
 
 
+def decoding(shape: Shape, sequences: int, slots: int) -> Iterator[Case]:
+    """One query a sequence against a full buffer of `slots` keys and values."""
+
+    def inputs(device, dtype):
+        q = torch.randn(sequences, shape.heads, shape.head_dim, device=device, dtype=dtype)
+        k, v = (torch.randn(sequences, slots, shape.kv_heads, shape.head_dim, device=device, dtype=dtype) for _ in range(2))
+        return q, k, v, torch.full((sequences,), slots, device=device)
+
+    def sdpa(q, k, v, lengths):
+        return F.scaled_dot_product_attention(q[:, :, None], k.transpose(1, 2), v.transpose(1, 2), enable_gqa=True)[:, :, 0]
+
+    providers = {"ours": ours.decode_attention, "plain": ours.decode_attention_definition, "torch": sdpa}
+    size, name = 2 * BYTES * sequences * slots * shape.kv_heads * shape.head_dim, f"{sequences} x {slots}"
+    targets = {"ours": 0.80} if size >= 2**26 else {}  # of less, launching takes most of the time
+    yield Case("decode attention", "forward", name, inputs, providers, "copy", targets, size)
+
+
 def cases(shape: Shape = MISTRAL_7B, tokens: int = 8192, window: int = 4096, small: tuple[int, ...] = (512, 8)) -> Iterator[Case]:
     """The cases with targets, of `tokens` tokens; then, without, a higher rank's and those of few tokens, which are all launching."""
     yield from norms(shape, tokens)
@@ -272,5 +289,7 @@ def cases(shape: Shape = MISTRAL_7B, tokens: int = 8192, window: int = 4096, sma
     yield from losses(shape, tokens)
     for lengths, reach in (([tokens], None), ([2 * tokens], window), ([tokens // 16] * 16, None)):
         yield from attentions(shape, lengths, reach)
+    for sequences in (1, 8, 32):
+        yield from decoding(shape, sequences, window)
     others = itertools.chain(projections(shape, tokens, 64), *(norms(shape, count) for count in small))
     yield from (replace(case, targets={}) for case in others)

@@ -2,7 +2,7 @@
 
 The operators' own launchers run on tensors without storage, so each kernel is specialised as on a GPU, and is compiled but not
 launched. Refused are kernels that spill, need more shared memory than a block has, have no load of 128 bits, or on Hopper multiply
-without wgmma. Registers and stack are what cuobjdump says of the machine code.
+without wgmma, where the product has the 64 rows that it takes. Registers and stack are what cuobjdump says of the machine code.
 """
 
 import os
@@ -118,13 +118,13 @@ def examine(kernel, arch: int) -> dict:
         file.flush()
         usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    ptx, dot = kernel.asm["ptx"], re.search(r"tt\.dot .*x(bf16|f16)>", kernel.asm["ttir"])
+    ptx, products = kernel.asm["ptx"], re.findall(r"tt\.dot .*: tensor<(\d+)x\d+x(?:bf16|f16)>", kernel.asm["ttir"])
     wide, wgmma = len(re.findall(WIDE, ptx)), ptx.count("wgmma.mma_async")
     gates = {
         f"spills: {stack} bytes of stack": stack > 0,
         f"{kernel.metadata.shared} bytes of shared memory": kernel.metadata.shared > SHARED[arch],
         "no loads of 128 bits": not wide,
-        "no wgmma": arch == 90 and dot and not wgmma,
+        "no wgmma": arch == 90 and any(int(rows) >= 64 for rows in products) and not wgmma,
     }
     return {
         "kernel": kernel.metadata.name,

@@ -6,7 +6,7 @@ import sys
 from minorca import cli
 from minorca.errors import UserError
 
-COMMANDS = {"train": "minorca.train", "data": "minorca.data.__main__", "generate": "minorca.generate", "export": "minorca.export"}
+COMMANDS = {name: f"minorca.{name}" for name in ("train", "data", "generate", "serve", "export")} | {"data": "minorca.data.__main__"}
 
 
 def _dispatch(argv: list[str]) -> None:

@@ -7,6 +7,7 @@ the bit, depends on nothing but its request, the number of rows and the chunk.
 On CUDA a step, sampling included, is one captured graph, and its ids are read while the next one runs.
 """
 
+import signal
 from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minorca.adapters import load_adapters
+from minorca.cli import signals_noted
 from minorca.errors import UserError
 from minorca.kv_cache import KVCache
 from minorca.loading import fast_dtype, load_model
@@ -159,11 +161,18 @@ class Engine:
             self._waiting.remove(request)
 
     def answer(self, request: Request) -> Iterator[Token]:
-        """The tokens of a request that is alone; it ends when the iterator is closed. Errors as `check`."""
+        """The tokens of a request that is alone; it ends when the iterator is closed. Errors as `check`.
+
+        A signal waits for the step's end: one cut short would leave a cache of which some layers know a token more than others.
+        """
         self.add(request)
         try:
             while self.busy:
-                yield from self.step()
+                with signals_noted() as noted:
+                    tokens = self.step()
+                for signum in noted[:1]:
+                    signal.raise_signal(signum)
+                yield from tokens
         finally:
             self.cancel(request)
 

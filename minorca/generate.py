@@ -1,8 +1,10 @@
 """Text from a model: `generate` for programs, `python -m minorca.generate` for people."""
 
+import contextlib
 import json
+import re
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from minorca import cli
 from minorca.chat import TEMPLATES, render_chat
@@ -84,10 +86,21 @@ def _check(args) -> None:
         raise UserError("; ".join(wrong))
 
 
+@contextlib.contextmanager
+def _by_option() -> Iterator[None]:
+    """What is said of a field is said of the option that sets it."""
+    try:
+        yield
+    except UserError as error:
+        fields = r"\b(prompt|max_new_tokens|temperature|top_p|top_k|min_p|repetition_penalty)(?= must| is)"
+        raise UserError(re.sub(fields, lambda match: "--" + match[0].replace("_", "-"), str(error))) from None
+
+
 def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
     _check(args)
-    sampling = Sampling(args.temperature, args.top_p, args.top_k, args.min_p, args.repetition_penalty, args.seed)
+    with _by_option():
+        sampling = Sampling(args.temperature, args.top_p, args.top_k, args.min_p, args.repetition_penalty, args.seed)
     tok = load_tokenizer(args.model)
     adapters = {"adapter": args.adapter} if args.adapter else {}
     engine = open_engine(args.model, tok, adapters, slots=1, reuse=args.chat)
@@ -96,12 +109,14 @@ def main(argv: list[str]) -> None:
         return Request(ids, args.max_new_tokens, sampling, tok.stop_ids, next(iter(adapters), None))
 
     if args.chat:
-        return talk(lambda ids: (token.id for token in engine.answer(request(ids))), tok, args.template, args.system)
+        return talk(lambda ids: (token.id for token in engine.answer(request(ids))), tok, args.template, args.system, args.max_new_tokens)
 
     messages = [{"role": "system", "content": args.system}] if args.system else []
     prompt = tok.encode(args.prompt, bos=tok.adds_bos) if args.raw else render_chat(
         tok, [*messages, {"role": "user", "content": args.prompt}], template=args.template
     )
+    with _by_option():
+        engine.check(request(prompt))
     stream, ids, started = TextStream(tok, args.stop), [], time.perf_counter()
     show = (lambda text: None) if args.json else (lambda text: print(text, end="", flush=True))
     for token in engine.answer(request(prompt)):

@@ -173,7 +173,7 @@ class JSONBody(HTTPRequest):
                 elif size > DRAINED_BYTES:
                     break
             if size > BODY_BYTES:
-                raise Refused(400, f"the body has more than {BODY_BYTES} bytes")
+                raise Refused(400, f"the body has more than {BODY_BYTES} bytes", headers={"Connection": "close"})
             self._body = b"".join(chunks)
         return self._body
 

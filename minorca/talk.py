@@ -23,14 +23,14 @@ Ctrl-C stops an answer, Ctrl-D leaves"""
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newline and tab: a terminal may obey them
 
 
-def talk(
-    answer: Callable[[list[int]], Iterator[int]], tok: Tokenizer, template: str, system: str | None = None, max_new_tokens: int = 512
-) -> None:
+def talk(answer: Callable[[list[int]], Iterator[int]], tok: Tokenizer, template: str, system: str | None = None,
+         max_new_tokens: int | None = None) -> None:
     """Answers the lines of standard input until it ends. Answers go to standard output, whatever else there is to say to standard error.
 
     answer: given a conversation's ids, yields the new ones, a stop id included; closed where the answer is stopped early. What it
         raises ends the turn, which is then not added to the conversation.
     template, system: as of `render_chat`, and its system message.
+    max_new_tokens: an answer's most; None leaves it to `answer`.
     """
     if hasattr(sys.stdin, "reconfigure"):  # bytes that are no text end nothing
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
@@ -55,7 +55,7 @@ def talk(
 class Conversation:
     """What was said so far, the lines that add to it and the commands that change it."""
 
-    def __init__(self, answer, tok: Tokenizer, template: str, system: str | None, max_new_tokens: int):
+    def __init__(self, answer, tok: Tokenizer, template: str, system: str | None, max_new_tokens: int | None):
         self.answer, self.tok, self.template, self.max_new_tokens = answer, tok, template, max_new_tokens
         self.system, self.turns = system, []
 
@@ -83,11 +83,9 @@ class Conversation:
             whole, why = ids[-1:] and ids[-1] in self.tok.stop_ids, f"after {len(ids)} tokens; --max-new-tokens allows more"
         except KeyboardInterrupt:
             whole, why = False, "short"
-        except BrokenPipeError:  # nobody reads on
-            raise
         except Exception as error:
             what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            _show("\n" * bool(text.text))
+            _show("\n" * bool(text.text))  # where nobody reads on, this is BrokenPipeError again, and the end
             return _note(f"{cli.one_line(what)}; this turn was not added" + "; /reset forgets the others" * bool(self.turns))
         _show(text.finish() + "\n")
         if not whole:
@@ -109,7 +107,7 @@ class Conversation:
                 self.system = None if argument == "-" else argument
             _note(f"system prompt: {self.system}" if self.system else "no system prompt")
         else:
-            _note(f"{cli.one_line(command)} is no command; /help lists them, and // sends a line that starts with /")
+            _note(f"{command} is no command; /help lists them, and // sends a line that starts with /")
 
     def _save(self, name: str) -> None:
         """A new file of one row, in the format `messages` of minorca.data."""

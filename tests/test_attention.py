@@ -96,6 +96,26 @@ def test_packed_documents_equal_the_definition(window, heads, kv_heads, size, sm
         assert torch.allclose(mine, theirs, rtol=1e-12, atol=1e-12)  # a window of 1 leaves q and k no gradient
 
 
+@pytest.mark.parametrize("window", [None, 1, W, 40])
+def test_chunks_equal_the_whole(window, small_blocks, poisoned):
+    """The last tokens' queries alone, whatever came before; the definition's too."""
+    attend, (inputs, _) = documents(window, [53]), qkv(2, 1, 24, tokens=53)
+    q, k, v = (t.detach() for t in inputs)
+    whole = attention_definition(q, k, v, attend.first)
+    for size, starts in ((1, (0, 52)), (9, range(0, 53, 9)), (16, range(0, 53, 16)), (37, (0, 37))):
+        for start in starts:
+            stop = min(start + size, 53)
+            arguments = q[start:stop], k[:stop], v[:stop], attend.first[start:stop]
+            assert relative_error(attention(*arguments, attend.last), whole[start:stop]) < 1e-12, (start, stop)
+            assert relative_error(attention_definition(*arguments), whole[start:stop]) < 1e-12, (start, stop)
+
+
+def test_a_chunk_has_no_gradients():
+    attend, ((q, k, v), _) = documents(None, [4]), qkv(2, 1, 8, tokens=4)
+    with pytest.raises(ValueError, match="2 queries, 4 keys"):
+        attention(q[2:], k, v, attend.first[2:], attend.last)
+
+
 @pytest.mark.parametrize("small_blocks", ["even"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])], ids=str)
 def test_rounding(dtype, small_blocks):

@@ -1,5 +1,7 @@
 """The engine: answers that depend on their request alone, whoever grows beside them; rows that come free; one reading for many."""
 
+import signal
+
 import pytest
 import torch
 from conftest import random_adapter, relative_error
@@ -65,19 +67,30 @@ def test_in_a_batch_as_alone(model):
         assert ids(tokens) == ids(alone) and relative_error(logprobs(tokens), logprobs(alone)) < 1e-5
 
 
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("packed", [False, True])
-def test_no_bit_depends_on_the_neighbours(dtype, packed, save_mistral):
+@pytest.mark.parametrize("packed, heads", [(False, 4), (True, 6)])  # two and three query heads a key head
+def test_no_bit_depends_on_the_neighbours(dtype, packed, heads, two_threads, save_mistral):
     """At one number of rows and one chunk: whoever is beside, however long, and whatever they ask for; greedy and drawn."""
-    model = load_model(save_mistral(sliding_window=WINDOW)[0], dtype, "cpu")
+    model = load_model(save_mistral(sliding_window=WINDOW, num_attention_heads=heads, head_dim=16)[0], dtype, "cpu")
     model = prepack(model) if packed else model
     asked = [Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=1)]
-    alone = [run(Engine(model, 4, 200, chunk=16), Request(prompt(45), 50, sampling, logprobs=128))[0] for sampling in asked]
-    others = [[Request(prompt(n, n), 60 - n) for n in (5, 20, 40)], [Request(prompt(50), 3, Sampling(temperature=2.0, repetition_penalty=2.0))] * 1]
+    alone = [run(Engine(model, 4, 200, chunk=16), Request(prompt(45), 25, sampling, logprobs=128))[0] for sampling in asked]
+    others = [
+        lambda: [Request(prompt(n, n), 30 - n // 2) for n in (5, 20, 40)],
+        lambda: [Request(prompt(45, n), 25) for n in range(3)],  # as long, step by step
+        lambda: [Request(prompt(50), 3, Sampling(temperature=2.0, repetition_penalty=2.0))],
+    ]
     for sampling, expected in zip(asked, alone):
         for beside in others:
-            ours = Request(prompt(45), 50, sampling, logprobs=128)
-            tokens = run(Engine(model, 4, 200, chunk=16), *beside[:2], ours, *beside[2:])[min(2, len(beside))]
+            ours = Request(prompt(45), 25, sampling, logprobs=128)
+            tokens = run(Engine(model, 4, 200, chunk=16), ours, *beside())[0]
             assert ids(tokens) == ids(expected) and torch.equal(logprobs(tokens), logprobs(expected))
 
 
@@ -183,6 +196,26 @@ def test_a_conversation_is_read_once(window, save_mistral):
         (cold,) = run(Engine(model, 1, 500), Request(list(said), 10))
         assert ids(tokens) == ids(cold)
         said += ids(tokens)
+
+
+def test_ctrl_c_within_a_step_leaves_a_cache_that_can_go_on(model):
+    """The signal comes between two layers; the step is finished before it counts, and the next turn goes on from what was read."""
+    engine, said, layers = Engine(model, 1, 300, reuse=True), prompt(40), []
+
+    def interrupt(module, arguments):
+        layers.append(module)
+        if len(layers) == 20:
+            signal.raise_signal(signal.SIGINT)
+
+    hook = model.layers[1].register_forward_pre_hook(interrupt)
+    heard = []
+    with pytest.raises(KeyboardInterrupt):
+        for token in engine.answer(Request(said, 100)):
+            heard.append(token.id)
+    hook.remove()
+    assert 15 < len(heard) < 20 and not engine.busy
+    said = said + heard + prompt(5)
+    assert ids(run(engine, Request(said, 30))[0]) == ids(run(Engine(model, 1, 300), Request(said, 30))[0])
 
 
 def test_adapters_are_chosen_by_row(save_mistral, tmp_path):

@@ -117,9 +117,9 @@ GENERATING = {  # what breaks the directory, options, what is said
     "truncated adapter": (lambda: cut(ADAPTER), [*GENERATE, "--adapter", "adapter"], f"{ADAPTER}: not a whole safetensors file"),
     "no tokens": (None, [*GENERATE, "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
     "no number": (None, [*GENERATE, "--max-new-tokens", "many"], "--max-new-tokens: invalid int value: 'many'"),
-    "over the limit": (None, [*GENERATE, "--max-new-tokens", "600"], "600 are over the model's 512 positions"),
-    "cold": (None, [*GENERATE, "--temperature", "-1"], "--temperature must be 0 or more"),
-    "no temperature": (None, [*GENERATE, "--temperature", "nan"], "--temperature must be 0 or more"),
+    "over the limit": (None, [*GENERATE, "--max-new-tokens", "600"], "600 new ones are over the limit of 512"),
+    "cold": (None, [*GENERATE, "--temperature", "-1"], "--temperature must be from 0 to 100"),
+    "no temperature": (None, [*GENERATE, "--temperature", "nan"], "--temperature must be from 0 to 100"),
     "no mass": (None, [*GENERATE, "--top-p", "0"], "--top-p must be over 0"),
     "too much mass": (None, [*GENERATE, "--top-p", "1.5"], "--top-p must be over 0 and at most 1"),
     "less than none": (None, [*GENERATE, "--top-k", "-1"], "--top-k must be 0"),
@@ -165,7 +165,7 @@ SHOWING = {
     "no command": (None, [], "minorca.data takes a command: show"),
 }
 NAMING = {
-    "no command": (None, [], "expected one of the commands train, data, generate, export"),
+    "no command": (None, [], "expected one of the commands train, data, generate, serve, export"),
     "another command": (None, ["serv"], "expected one of the commands .*; found serv"),
     "a command's own": (None, ["export", *EXPORT[:-1], "rows.jsonl"], "rows.jsonl: exists already"),
 }

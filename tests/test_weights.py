@@ -3,16 +3,23 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import random_mistral, relative_error
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minorca import UserError, load_model
+from minorca import UserError, load_model, weights
 from minorca.architecture import Architecture, read_architecture
+from minorca.loading import build_model
 
 TOKENS = torch.randint(128, (40,), generator=torch.Generator().manual_seed(0))
 Q0, Q1 = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
@@ -156,6 +163,80 @@ def test_files_of_any_float_type_are_rounded_once(held, loaded, save_mistral, tm
     theirs.to(loaded).save_pretrained(tmp_path / "rounded")
     found = logits(directory, loaded)
     assert found.dtype == loaded and torch.equal(found, logits(tmp_path / "rounded", loaded))
+
+
+@pytest.mark.parametrize("layout", [None, as_consolidated], ids=str)
+def test_ranks_copy_their_own_rows_in_blocks(layout, save_mistral, monkeypatch):
+    """Five ranks' shards, put together, are the whole: neither they nor blocks of seven rows end where heads or tensors do."""
+    monkeypatch.setattr(weights, "ROWS", 7)
+    directory, theirs = save_mistral(vocab_size=129)
+    if layout:
+        layout(directory)
+    arch, shards = read_architecture(directory), []
+
+    def shard(_, module, mesh):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            own = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
+            module.register_parameter(name, torch.nn.Parameter(own, requires_grad=False))
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=5)
+    try:
+        for place in range(5):
+            mesh = DeviceMesh("cpu", torch.arange(5).roll(place))  # this process, rank 0, comes there
+            model = distribute_module(build_model(arch, torch.float32), mesh, shard)
+            weights.load_weights(model.to_empty(device="cpu"), *weights.open_weights(directory, arch))
+            shards.append({name: parameter.to_local() for name, parameter in model.named_parameters()})
+    finally:
+        dist.destroy_process_group()
+    for name, pieces in weights.hf_pieces(arch).items():
+        whole = torch.cat([theirs.state_dict()[piece.name] for piece in pieces])
+        assert torch.equal(torch.cat([shard[name] for shard in shards]), whole), name
+
+
+SAMPLED_LOAD = """
+import logging, sys, threading, torch
+from minorca import load_model
+
+def anonymous() -> int:
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(name)s %(message)s")
+before, seen, done = anonymous(), [], threading.Event()
+sampler = threading.Thread(target=lambda: [seen.append(anonymous()) for _ in iter(lambda: done.wait(0.0005), True)])
+sampler.start()
+model = load_model(sys.argv[1], torch.bfloat16, "cpu")
+done.set()
+sampler.join()
+print(max(seen) - before, sum(p.nbytes for p in model.parameters()), len(seen))
+"""
+
+
+@pytest.mark.parametrize("layout", ["hf", "native"])
+def test_loading_takes_the_memory_of_the_model_alone(layout, tmp_path):
+    """And says how fast it was. 236 MB, of which one stacked projection is more than half: a second copy of it would show."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 32}
+    config_directory(tmp_path, MISTRAL | sizes | {"vocab_size": 128, "head_dim": 64})
+    arch = read_architecture(tmp_path)
+    pieces = weights.mistral_pieces(arch) if layout == "native" else weights.hf_pieces(arch)
+    shapes = {name: parameter.shape for name, parameter in build_model(arch, torch.bfloat16).named_parameters()}
+    header, size = {}, 0
+    for name, parts in pieces.items():
+        for piece in parts:
+            shape = [piece.rows, *shapes[name][1:]]
+            end = size + 2 * torch.Size(shape).numel()
+            header[piece.name] = {"dtype": "BF16", "shape": shape, "data_offsets": [size, end]}
+            size = end
+    text = json.dumps(header).encode()
+    with (tmp_path / ("consolidated.safetensors" if layout == "native" else FILE)).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)  # a hole: zeros that take no disk
+
+    output = subprocess.run([sys.executable, "-c", SAMPLED_LOAD, tmp_path], capture_output=True, text=True, check=True).stdout
+    said, figures = output.splitlines()
+    peak, model, samples = map(int, figures.split())
+    assert model == size and samples > 10 and model * 0.95 < peak < model * 1.15
+    gigabytes, seconds, speed = map(float, re.fullmatch(r"minorca.weights model: (\S+) GB in (\S+) s, (\S+) GB/s", said).groups())
+    assert gigabytes == round(size / 1e9, 2) and speed == pytest.approx(gigabytes / seconds, abs=0.06, rel=0.1)
 
 
 # --------------------------------------------------------------------------------------------------------- configurations
