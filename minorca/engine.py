@@ -8,6 +8,8 @@ On CUDA a step, sampling included, is one captured graph, and its ids are read w
 """
 
 import signal
+import sys
+import time
 from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minorca.adapters import load_adapters
+from minorca.architecture import Architecture
 from minorca.cli import signals_noted
 from minorca.errors import UserError
 from minorca.kv_cache import KVCache
@@ -25,7 +28,6 @@ from minorca.loading import fast_dtype, load_model
 from minorca.model import Mistral
 from minorca.prepack import prepack
 from minorca.sampling import Sampler, Sampling
-from minorca.tokenizer import Tokenizer, check_vocabulary
 
 CHUNK = 512  # tokens of a prompt that are read at once, between two steps of the others
 
@@ -72,6 +74,27 @@ class _Result:
     done: torch.cuda.Event | None
 
 
+def longest(arch: Architecture) -> int:
+    """Tokens that a model was made for, where its files say."""
+    return arch.max_positions or 32768
+
+
+def check(request: Request, vocab_size: int, max_length: int, adapters: Collection[str]) -> None:
+    """Raises UserError: why the request cannot be served, by its field."""
+    length = len(request.prompt) + request.max_new_tokens
+    problems = {
+        "prompt is empty; give at least one token": not request.prompt,
+        f"prompt has ids that are none of the model's {vocab_size}": any(not 0 <= i < vocab_size for i in request.prompt),
+        f"max_new_tokens is {request.max_new_tokens}; expected at least 1": request.max_new_tokens < 1,
+        f"{len(request.prompt)} prompt tokens and {request.max_new_tokens} new ones are over the limit of {max_length}; "
+        "shorten one of them": length > max_length,
+        f"adapter is {request.adapter!r}; expected one of {list(adapters)}": request.adapter not in (None, *adapters),
+        f"logprobs is {request.logprobs}; expected 0 to {vocab_size}": not 0 <= (request.logprobs or 0) <= vocab_size,
+    }
+    if wrong := [message for message, is_wrong in problems.items() if is_wrong]:
+        raise UserError("; ".join(wrong))
+
+
 class Engine:
     """A model, its key/value cache, and what is asked of them. Not thread-safe.
 
@@ -91,7 +114,7 @@ class Engine:
         weight, arch = model.embedding.weight, model.arch
         self.model, self.slots, self.reuse, self.chunk = model, slots, reuse, chunk
         self.device, self.vocab_size = weight.device, arch.vocab_size
-        self.max_length = max_length or arch.max_positions or 32768
+        self.max_length = max_length or longest(arch)
         self.cache = KVCache(arch, slots, self.max_length, weight.dtype, self.device)
         self._check_memory(2 * arch.layers * arch.kv_heads * arch.head_dim * weight.element_size())
         self._adapters = load_adapters(model, adapters or {})
@@ -135,18 +158,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises UserError: why the request cannot be served, by its field."""
-        length = len(request.prompt) + request.max_new_tokens
-        problems = {
-            "prompt is empty; give at least one token": not request.prompt,
-            f"prompt has ids that are none of the model's {self.vocab_size}": any(not 0 <= i < self.vocab_size for i in request.prompt),
-            f"max_new_tokens is {request.max_new_tokens}; expected at least 1": request.max_new_tokens < 1,
-            f"{len(request.prompt)} prompt tokens and {request.max_new_tokens} new ones are over the limit of {self.max_length}; "
-            "shorten one of them": length > self.max_length,
-            f"adapter is {request.adapter!r}; expected one of {self.adapters}": request.adapter not in (None, *self.adapters),
-            f"logprobs is {request.logprobs}; expected 0 to {self.vocab_size}": not 0 <= (request.logprobs or 0) <= self.vocab_size,
-        }
-        if wrong := [message for message, is_wrong in problems.items() if is_wrong]:
-            raise UserError("; ".join(wrong))
+        check(request, self.vocab_size, self.max_length, self.adapters)
 
     def add(self, request: Request) -> None:
         """Queues a request; errors as `check`."""
@@ -340,8 +352,9 @@ class Engine:
         return tokens
 
 
-def open_engine(path: str | Path, tok: Tokenizer, adapters: dict[str, str | Path], **options) -> Engine:
-    """What the commands generate with: a model in its fastest form on this machine, which is for nothing else.
+def open_engine(path: str | Path, adapters: dict[str, str | Path], **options) -> Engine:
+    """What the commands generate with: a model in its fastest form on this machine, which is for nothing else. Once all is well,
+    tells on standard error how fast the weights came.
 
     Args:
         options: as `Engine` takes them.
@@ -349,8 +362,10 @@ def open_engine(path: str | Path, tok: Tokenizer, adapters: dict[str, str | Path
     Raises:
         UserError: what is wrong with which file.
     """
+    started = time.perf_counter()
     model = load_model(path, fast_dtype())
-    check_vocabulary(tok, model.arch.vocab_size, path)
+    seconds, size = time.perf_counter() - started, sum(p.nbytes for p in model.parameters()) / 1e9
     engine = Engine(model, adapters=adapters, **options)
     prepack(model)
+    print(f"{path}: {size:.2f} GB in {seconds:.2f} s, {size / seconds:.1f} GB/s", file=sys.stderr, flush=True)
     return engine

@@ -124,6 +124,7 @@ class Answer:
             if choice.finish_reason:
                 self._leave(token.request, choice.finish_reason)
             yield choice, text
+            await asyncio.sleep(0)  # others have their turn, and a client that left is noticed, however many tokens are here
 
     @property
     def usage(self) -> dict[str, int]:

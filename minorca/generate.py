@@ -7,16 +7,18 @@ import time
 from collections.abc import Collection, Iterator
 
 from minorca import cli
+from minorca.architecture import read_architecture
 from minorca.chat import TEMPLATES, render_chat
-from minorca.engine import Engine, Request, open_engine
+from minorca.engine import Engine, Request, check, longest, open_engine
 from minorca.errors import UserError
 from minorca.model import Mistral
 from minorca.sampling import Sampling
 from minorca.talk import talk
 from minorca.text_stream import TextStream
-from minorca.tokenizer import load_tokenizer
+from minorca.tokenizer import check_vocabulary, load_tokenizer
 
 ROWS = 32  # answers that grow together, at most
+NEW_TOKENS = 512  # of an answer, at most, where nothing is said
 
 
 def generate(
@@ -63,7 +65,7 @@ def _parser() -> cli.Parser:
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
     parser.add_argument("--template", default="auto", choices=TEMPLATES, help="as data.template when the adapter was trained")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default: {NEW_TOKENS}, or what the model has left")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X")
     parser.add_argument("--top-k", type=int, default=0, metavar="N")
@@ -77,7 +79,7 @@ def _parser() -> cli.Parser:
 
 def _check(args) -> None:
     problems = {
-        "--max-new-tokens must be at least 1": args.max_new_tokens < 1,
+        "--max-new-tokens must be at least 1": args.max_new_tokens is not None and args.max_new_tokens < 1,
         "--raw takes no --system": args.raw and args.system is not None,
         "--chat takes none of --raw, --json and --stop": args.chat and (args.raw or args.json or args.stop),
         "--stop must not be empty": "" in args.stop,
@@ -101,22 +103,25 @@ def main(argv: list[str]) -> None:
     _check(args)
     with _by_option():
         sampling = Sampling(args.temperature, args.top_p, args.top_k, args.min_p, args.repetition_penalty, args.seed)
-    tok = load_tokenizer(args.model)
+    tok, arch = load_tokenizer(args.model), read_architecture(args.model)
+    check_vocabulary(tok, arch.vocab_size, args.model)
     adapters = {"adapter": args.adapter} if args.adapter else {}
-    engine = open_engine(args.model, tok, adapters, slots=1, reuse=args.chat)
 
     def request(ids: list[int]) -> Request:
-        return Request(ids, args.max_new_tokens, sampling, tok.stop_ids, next(iter(adapters), None))
+        new = args.max_new_tokens or max(1, min(NEW_TOKENS, longest(arch) - len(ids)))
+        return Request(ids, new, sampling, tok.stop_ids, next(iter(adapters), None))
 
     if args.chat:
-        return talk(lambda ids: (token.id for token in engine.answer(request(ids))), tok, args.template, args.system, args.max_new_tokens)
+        engine = open_engine(args.model, adapters, slots=1, reuse=True)
+        return talk(lambda ids: (token.id for token in engine.answer(request(ids))), tok, args.template, args.system)
 
     messages = [{"role": "system", "content": args.system}] if args.system else []
     prompt = tok.encode(args.prompt, bos=tok.adds_bos) if args.raw else render_chat(
         tok, [*messages, {"role": "user", "content": args.prompt}], template=args.template
     )
-    with _by_option():
-        engine.check(request(prompt))
+    with _by_option():  # before seconds or minutes of loading
+        check(request(prompt), arch.vocab_size, longest(arch), adapters)
+    engine = open_engine(args.model, adapters, slots=1)
     stream, ids, started = TextStream(tok, args.stop), [], time.perf_counter()
     show = (lambda text: None) if args.json else (lambda text: print(text, end="", flush=True))
     for token in engine.answer(request(prompt)):

@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import logging
 import os
 import re
 import secrets
@@ -31,11 +32,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from minorca import cli
+from minorca.architecture import read_architecture
 from minorca.engine import Engine, Request, open_engine
 from minorca.engine_thread import Answer, EngineThread
 from minorca.errors import UserError
 from minorca.protocol import ChatRequest, Choice, CompletionRequest, Generation, Problem, Refused, problem
-from minorca.tokenizer import Tokenizer, load_tokenizer
+from minorca.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.untrusted import parse_json, shown
 
 BODY_BYTES = 2 * 2**20  # of a request; the ids of 32768 tokens take 0.2 million
@@ -364,6 +366,8 @@ async def _serve(engine: Engine, tok: Tokenizer, models: dict[str, str | None], 
             timeout_graceful_shutdown=GRACE_SECONDS,
         )  # fmt: skip
     )
+    # Answers cut off at the end are no bugs.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)))
     thread.when_failed = lambda: setattr(server, "should_exit", True)
     thread.start()
     try:
@@ -383,10 +387,11 @@ def main(argv: list[str]) -> None:
     _check(args)
     base, adapters = _named(args.model, args.adapter)
     with _listen(args.host, args.port) as listener:  # before minutes of loading
-        tok = load_tokenizer(args.model)
-        engine = open_engine(args.model, tok, adapters, slots=args.slots, max_length=args.max_length)
-        if args.max_length and args.max_length > (engine.model.arch.max_positions or args.max_length):
-            raise UserError(f"--max-length is {args.max_length}; the model has {engine.model.arch.max_positions} positions")
+        tok, arch = load_tokenizer(args.model), read_architecture(args.model)
+        check_vocabulary(tok, arch.vocab_size, args.model)
+        if args.max_length and args.max_length > (arch.max_positions or args.max_length):
+            raise UserError(f"--max-length is {args.max_length}; the model has {arch.max_positions} positions")
+        engine = open_engine(args.model, adapters, slots=args.slots, max_length=args.max_length)
         models = {base: None} | {name: name for name in adapters}
         asyncio.run(_serve(engine, tok, models, listener, args, args.api_key or os.environ.get("MINORCA_API_KEY") or None))
 

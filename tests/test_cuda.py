@@ -11,7 +11,7 @@ import torch
 from benchmarks.cases import cases
 from benchmarks.kernels import drawn, error, exact, prepared
 from conftest import relative_error
-from minorca_kernels import attention_definition
+from minorca_kernels import attention, attention_definition, decode_attention, decode_attention_definition
 from test_attention import plain_attention
 from test_training_by_kernels import train
 
@@ -92,6 +92,41 @@ def test_our_attention_repeats_to_the_bit(dtype, window):
     expected = run()
     for _ in range(4):
         assert all(map(torch.equal, run(), expected))
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_chunks_of_a_prompt(window):
+    """Their queries against all keys so far, as the whole prompt's."""
+    attend = Documents(ends([1000]), 1000, window, DEVICE)
+    q, k, v = (torch.randn(1000, heads, 128, device=DEVICE, dtype=torch.bfloat16) for heads in (8, 2, 2))
+    whole = attention(q, k, v, attend.first, attend.last)
+    for start, stop in ((0, 256), (256, 300), (300, 999), (999, 1000)):
+        chunk = attention(q[start:stop], k[:stop], v[:stop], attend.first[start:stop], attend.last)
+        assert relative_error(chunk, whole[start:stop]) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("heads, kv_heads, size", [(9, 3, 64), (32, 8, 128), (8, 1, 80)])
+def test_decoding_in_a_graph(dtype, heads, kv_heads, size):
+    """Captured once, it is right for all lengths and values to come; no bit of a row depends on the others."""
+    q = torch.randn(5, heads, size, device=DEVICE, dtype=dtype)
+    k, v = torch.randn(5, 1000, 2 * kv_heads, size, device=DEVICE, dtype=dtype).split(kv_heads, 2)
+    lengths = torch.ones(5, dtype=torch.int64, device=DEVICE)
+    decode_attention(q, k, v, lengths)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode_attention(q, k, v, lengths)
+    results = []
+    for others in ([0, 1, 999, 1000], [2000, 64, 65, 300]):
+        lengths.copy_(torch.tensor([700, *others]))
+        for t in (q, k, v):
+            t[1:].normal_()
+        graph.replay()
+        exact = decode_attention_definition(q.double(), k.double(), v.double(), lengths)
+        plain = decode_attention_definition(q, k, v, lengths)
+        assert relative_error(out, exact) <= 2 * relative_error(plain, exact) + torch.finfo(dtype).eps
+        results.append(out[0].clone())
+    assert torch.equal(*results)
 
 
 CASES = list(cases(tokens=2048, window=1024, small=()))

@@ -46,7 +46,7 @@ def _part(lengths, n, S, splits, BN: tl.constexpr):
     return filled, tl.cdiv(tl.cdiv(filled, splits), BN) * BN
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])  # what is compiled without a GPU is what runs on one
 def _decode_part(
     q, k, v, lengths, parts, lse2, S, splits, q_row, q_head, k_row, k_slot, k_head, v_row, v_slot, v_head,
     SCALE: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
@@ -75,7 +75,7 @@ def _decode_part(
     tl.store(lse2 + place + row * splits, peak + tl.log2(mass), mask=row < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _decode_combine(
     parts, lse2, lengths, out, S, splits, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr
 ):
@@ -94,10 +94,14 @@ def _decode_combine(
 
 
 def _tiles(dtype: torch.dtype, block: int) -> dict[str, int]:
-    """For heads padded to `block`: 16 KiB of keys a turn in half precision; none spills a register on the GPUs it is compiled for."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    keys = min(max(8192 // block, 16), 64) if half else 16
-    return {"BN": keys, "num_warps": 4 if half else 8, "num_stages": 3 if half and architecture() >= 80 else 1}
+    """For heads padded to `block`; none spills a register on the GPUs that benchmarks.compiled knows."""
+    if architecture() < 80:  # 64 KiB a block
+        keys, warps, stages = 16, 8, 1
+    elif dtype in (torch.bfloat16, torch.float16):
+        keys, warps, stages = min(max(8192 // block, 16), 64), 4, 3  # 16 KiB of keys a turn
+    else:
+        keys, warps, stages = 32, 8, 2
+    return {"BN": keys, "num_warps": warps, "num_stages": stages}
 
 
 def _decode_attention_triton(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
@@ -159,7 +163,8 @@ def decode_attention(
 ) -> Tensor:
     """`decode_attention_definition`, split among programs. Keys and values may be views, D innermost.
 
-    No bit of a row depends on what other rows hold or how long they are, nor on what lies in slots that are not filled.
+    No bit of a row depends on what other rows hold or how long they are, nor on what lies in slots that are not filled; on
+    CUDA it does on how many rows there are.
     groups: `decode_groups` of the lengths, which on the CPU saves the same for every layer; CUDA needs none.
     """
     if groups is None or by_triton(q_NHD):

@@ -1,0 +1,128 @@
+"""How fast weights load: python -m benchmarks.loading [--model DIR | --gigabytes N] [--rounds N] [--output FOLDER]
+
+Three things in turn, with the files' pages in memory (warm) and dropped (cold): `read` puts all bytes into one small buffer, which is
+what the disk can do; `read_and_keep` puts them into as much new memory, which a model on the CPU needs as well; and `load` is from the
+files to weights on the device, in the type that they are stored in.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.common import DEVICE, ROOT, SHAPES, clock, report, spread
+from minorca.architecture import read_architecture
+from minorca.loading import build_model
+from minorca.weights import hf_pieces, load_weights, open_weights
+
+CHUNK = 2**24
+
+
+def _read(paths: list[Path], room: Callable[[int], memoryview]) -> None:
+    done = 0
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(room(done)):
+                done += count
+
+
+def read(paths: list[Path]) -> None:
+    buffer = memoryview(bytearray(CHUNK))
+    _read(paths, lambda done: buffer)
+
+
+def read_and_keep(paths: list[Path]) -> None:
+    whole = memoryview(torch.empty(sum(path.stat().st_size for path in paths) + 1, dtype=torch.uint8).numpy())
+    _read(paths, lambda done: whole[done : done + CHUNK])
+
+
+def load(directory: Path) -> None:
+    arch = read_architecture(directory)
+    files, pieces = open_weights(directory, arch)
+    dtype = files.read(pieces["embedding.weight"][0].name, 0, 1).dtype
+    load_weights(build_model(arch, dtype).to_empty(device=DEVICE), files, pieces)
+
+
+def drop(paths: list[Path]) -> None:
+    """Takes files out of the page cache, once they are on the disk."""
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextlib.contextmanager
+def directory_under_test(args: argparse.Namespace) -> Iterator[Path]:
+    if not args.gigabytes:
+        yield args.model
+        return
+    with tempfile.TemporaryDirectory(dir=args.output) as folder:
+        directory, config = Path(folder), SHAPES["7b"]
+        (directory / "config.json").write_text(json.dumps(config))
+        model = build_model(read_architecture(directory), torch.bfloat16)
+        parameters = dict(model.named_parameters())
+        layer = sum(p.nbytes for p in model.layers[0].parameters())
+        rest = sum(p.nbytes for p in parameters.values()) - layer * len(model.layers)
+        layers = max(1, round((args.gigabytes * 1e9 - rest) / layer))
+        (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+        tensors = {
+            piece.name: torch.randn(piece.rows, *parameters[name].shape[1:], dtype=torch.bfloat16)
+            for name, pieces in hf_pieces(read_architecture(directory)).items()
+            for piece in pieces
+        }
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        del tensors
+        yield directory
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(prog="python -m benchmarks.loading", description=__doc__.partition("\n")[0])
+    what = options.add_mutually_exclusive_group()
+    what.add_argument("--model", type=Path, default=ROOT / "examples" / "model", metavar="DIR", help="default: examples/model")
+    what.add_argument("--gigabytes", type=float, metavar="N", help="random weights of about this size, in layers of a 7B model")
+    options.add_argument("--rounds", type=int, default=5, metavar="N")
+    options.add_argument("--output", type=Path, metavar="FOLDER", help="write the JSON there too")
+    args = options.parse_args()
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+    with directory_under_test(args) as directory:
+        arch = read_architecture(directory)
+        paths = sorted(set(open_weights(directory, arch)[0].files.values()))
+        size = sum(path.stat().st_size for path in paths)
+        ways = {"read": lambda: read(paths), "read_and_keep": lambda: read_and_keep(paths), "load": lambda: load(directory)}
+        seconds: dict[str, dict[str, list[float]]] = {cache: {name: [] for name in ways} for cache in ("warm", "cold")}
+        for round in range(args.rounds + 1):
+            for cache, of_cache in seconds.items():
+                for name, way in ways.items():
+                    if cache == "cold":
+                        drop(paths)
+                    started = clock()
+                    way()
+                    if round:  # the first one warms up
+                        of_cache[name].append(clock() - started)
+    speeds = {cache: {name: spread([size / s / 1e9 for s in values]) for name, values in ways.items()} for cache, ways in seconds.items()}
+    report(
+        {
+            "model": f"{arch.layers} layers of 7b" if args.gigabytes else args.model.name,
+            "files": len(paths),
+            "bytes": size,
+            "gigabytes_per_second": speeds,
+            "ratio": {
+                cache: {name: of_cache["load"]["median"] / of_cache[name]["median"] for name in ("read", "read_and_keep")}
+                for cache, of_cache in speeds.items()
+            },
+        },
+        "loading",
+        args.output,
+    )
+
+
+if __name__ == "__main__":
+    main()
