@@ -25,7 +25,8 @@ class Metrics:
         gauges = {"running": "Requests in a slot", "waiting": "Requests that wait for a slot", "slots": "Rows of a batch"}
         for name, text in gauges.items():
             self._make(Gauge, name, text).set_function(partial(getattr, engine, name))
-        self.finished = self._make(Counter, "finished", "Requests that had a seat; cancelled: the client left; refused: a prompt was wrong", labelnames=["reason"])
+        ended = "Requests that had a seat; cancelled: the client left; refused: a prompt was wrong"
+        self.finished = self._make(Counter, "finished", ended, labelnames=["reason"])
         self.refused = self._make(Counter, "refused", "Answers that were errors, by HTTP status", labelnames=["status"])
         self.prompt_tokens = self._make(Counter, "prompt_tokens", "Tokens of prompts, each once for all its answers")
         self.new_tokens = self._make(Counter, "new_tokens", "Tokens generated")

@@ -237,17 +237,20 @@ def _invalid(error: RequestValidationError) -> Refused:
     return Refused(400, "; ".join(text for _, text in problems), problems[0][0] or None)
 
 
+def _policy(page: str) -> str:
+    """The page's own script and style and nothing else, nor calls to elsewhere."""
+
+    def inline(tag: str) -> str:
+        digest = hashlib.sha256(re.search(f"<{tag}>(.*?)</{tag}>", page, re.S)[1].encode()).digest()
+        return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+    allowed = f"default-src 'none'; script-src {inline('script')}; style-src {inline('style')}; connect-src 'self'; img-src data:"
+    return f"{allowed}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
+
 def make_app(service: Service, key: str | None = None, hosts: set[str] | None = None) -> FastAPI:
     """The whole interface. hosts: the only names that it may be called by; None: any."""
     page = PAGE.read_text()
-    scripts, styles = (
-        " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in re.findall(pattern, page, re.S))
-        for pattern in (r"<script>(.*?)</script>", r"<style>(.*?)</style>")
-    )
-    policy = (
-        f"default-src 'none'; script-src {scripts}; style-src {styles}; connect-src 'self'; img-src data:; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'"
-    )
     thread, refusals = service.thread, {code: {"model": Problem} for code in ("4XX", "5XX")}
     app = FastAPI(title="minorca", docs_url=None, redoc_url=None, responses=refusals)
     app.router.route_class = JSONRoute
@@ -257,7 +260,7 @@ def make_app(service: Service, key: str | None = None, hosts: set[str] | None = 
         content = problem(error.status_code, str(error.detail), getattr(error, "param", None), getattr(error, "code", None))
         return JSONResponse(content, error.status_code, error.headers)
 
-    app.add_middleware(Guard, key=key, hosts=hosts, policy=policy, refuse=refuse)
+    app.add_middleware(Guard, key=key, hosts=hosts, policy=_policy(page), refuse=refuse)
 
     @app.exception_handler(AnyHTTPException)
     async def refused(call: HTTPRequest, error: AnyHTTPException) -> Response:
@@ -366,8 +369,8 @@ async def _serve(engine: Engine, tok: Tokenizer, models: dict[str, str | None], 
             timeout_graceful_shutdown=GRACE_SECONDS,
         )  # fmt: skip
     )
-    # Answers cut off at the end are no bugs.
-    logging.getLogger("uvicorn.error").addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)))
+    cut_off = lambda record: record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)  # at the end: no bug to tell
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not cut_off(record))
     thread.when_failed = lambda: setattr(server, "should_exit", True)
     thread.start()
     try:

@@ -59,7 +59,7 @@ with recorded(warmup=True):
         "spilling": spilling[(1,)](x, x, BLOCK=16384, num_warps=1),
         "narrow": narrow[(1,)](x, x, BLOCK=1024),
         "wgmma": product[(1,)](half, x, M=64, K=64),
-        "no wgmma": product[(1,)](half, x, M=16, K=64),
+        "no wgmma": product[(1,)](half, x, M=64, K=64, num_warps=2),
         "large": product[(1,)](half, x, M=128, K=512),
     }
 print(json.dumps({name: examine(kernel, 90)["refused"] for name, kernel in kernels.items()}))

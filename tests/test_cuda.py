@@ -10,14 +10,16 @@ import pytest
 import torch
 from benchmarks.cases import cases
 from benchmarks.kernels import drawn, error, exact, prepared
-from conftest import relative_error
+from conftest import random_adapter, relative_error
 from minorca_kernels import attention, attention_definition, decode_attention, decode_attention_definition
 from test_attention import plain_attention
 from test_training_by_kernels import train
 
 from minorca import load_model
 from minorca.attention import Documents, varlen_attn, visible
+from minorca.engine import Engine, Request
 from minorca.generate import generate
+from minorca.sampling import Sampling
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 DEVICE = torch.device("cuda")
@@ -187,3 +189,45 @@ def test_generation_equals_the_cpu(window, save_mistral):
     prompts = [[1, 5, 9], [7], list(range(3, 23))]
     here, there = (generate(load_model(directory, torch.float32, device), prompts, 24) for device in (DEVICE, "cpu"))
     assert here == there
+
+
+def answers(engine: Engine, requests: list[Request]) -> list[list[tuple]]:
+    """What each request got: ids, and the log probabilities of the likeliest."""
+    outs = {request: [] for request in requests}
+    for request in requests:
+        engine.add(request)
+    while engine.busy:
+        for token in engine.step():
+            outs[token.request].append((token.id, token.logprob, token.top, token.finish_reason))
+    return list(outs.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_captured_step_repeats_to_the_bit_whoever_is_beside(dtype, save_mistral):
+    """Steps run by graphs, in caches that grow and roll; drawn and greedy neighbours come and go, which changes what is captured."""
+    model = load_model(save_mistral(sliding_window=24)[0], dtype, DEVICE)
+    asked = lambda: Request([5, 9, 30], 60, Sampling(temperature=1.0, top_p=0.9, seed=4), logprobs=3)  # noqa: E731
+    neighbours = [Request([7] * 40, 20), Request([8], 70, Sampling(temperature=0.7, repetition_penalty=1.2)), Request([9, 4], 5)]
+    alone, *_ = answers(Engine(model, 3, 200), [asked()])
+    beside, *_ = answers(Engine(model, 3, 200), [asked(), *neighbours])
+    assert alone == beside and len(alone) == 60
+
+
+def test_a_stop_id_ends_an_answer_though_the_next_step_is_under_way(save_mistral):
+    model = load_model(save_mistral()[0], torch.float32, DEVICE)
+    whole = generate(model, [[5, 9, 30]], 40)[0]
+    engine, stop = Engine(model, 2, 100), whole[7]
+    stopped, other = answers(engine, [Request([5, 9, 30], 40, stop_ids={stop}), Request([5, 9, 30], 40)])
+    end = whole.index(stop) + 1
+    assert [id for id, *_ in stopped] == whole[:end] and stopped[-1][-1] == "stop" and [id for id, *_ in other] == whole
+    assert not engine.busy and engine.cache.lengths == [0, 0]
+
+
+def test_adapters_by_row_equal_the_cpu(save_mistral, tmp_path):
+    directory, base = save_mistral()
+    random_adapter(base, tmp_path / "one", ("q", "v", "down"))
+    found = []
+    for device in (DEVICE, "cpu"):
+        engine = Engine(load_model(directory, torch.float32, device), 2, 100, adapters={"one": tmp_path / "one"})
+        found.append([[id for id, *_ in answer] for answer in answers(engine, [Request([5, 9], 30, adapter=name) for name in (None, "one")])])
+    assert found[0] == found[1] and found[0][0] != found[0][1]

@@ -125,27 +125,26 @@ def _decode_attention_triton(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -
 
 
 def decode_groups(lengths: list[int], slots: int) -> list[tuple[int, int, int]]:
-    """Rows that one call of torch's kernel takes, as (first, behind the last, filled slots): what `decode_attention` does on
-    the CPU, prepared once for all layers.
-
-    A call reads what is filled and no more, so neighbours share one if they have filled as much. With several threads none
-    do: the last bits of torch's sums depend on where a thread's scratch memory lies, so on how many rows there are.
-    """
-    groups, start, alone = [], 0, torch.get_num_threads() > 1
+    """Neighbours that have filled as many slots share a call of torch's kernel, as (first row, behind the last, filled slots):
+    what `decode_attention` does on the CPU, prepared once for all layers. A call reads what is filled and no more."""
+    groups, start = [], 0
     for filled, rows in itertools.groupby(min(length, slots) for length in lengths):
-        stop = start + len(list(rows))
-        groups += [(row, row + 1, filled) for row in range(start, stop)] if alone else [(start, stop, filled)]
-        start = stop
+        groups.append((start, start := start + len(list(rows)), filled))
     return groups
 
 
 def _decode_attention_torch(q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[int, int, int]]) -> Tensor:
-    """The query heads of a key head are torch's queries: six times as fast in bf16 as one query and `enable_gqa`."""
-    q_NKGD, outs = q.view(len(q), k.shape[2], -1, q.shape[-1]), []
+    """The query heads of a key head are torch's queries: six times as fast in bf16 as one query and `enable_gqa`.
+
+    Their number is filled up to a multiple of 4. Else the scratch memory of torch's threads, which lies side by side, is not
+    aligned to 16 bytes, and the last bits of a sum depend on which thread computes it, and so on how many rows there are.
+    """
+    group = q.shape[1] // k.shape[2]
+    q_NKGD, outs = F.pad(q.view(len(q), k.shape[2], group, q.shape[-1]), (0, 0, 0, -group % 4)), []
     for start, stop, filled in groups:
         rows, keys, values = q_NKGD[start:stop], k[start:stop, :filled].transpose(1, 2), v[start:stop, :filled].transpose(1, 2)
         outs.append(F.scaled_dot_product_attention(rows, keys, values) if filled else torch.zeros_like(rows))
-    return (outs[0] if len(outs) == 1 else torch.cat(outs)).reshape(q.shape)
+    return (outs[0] if len(outs) == 1 else torch.cat(outs))[:, :, :group].contiguous().view(q.shape)
 
 
 # --------------------------------------------------------------------------------------------------------- operator
