@@ -139,12 +139,15 @@ def _decode_attention_torch(q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[
     Their number is filled up to a multiple of 4. Else the scratch memory of torch's threads, which lies side by side, is not
     aligned to 16 bytes, and the last bits of a sum depend on which thread computes it, and so on how many rows there are.
     """
-    group = q.shape[1] // k.shape[2]
-    q_NKGD, outs = F.pad(q.view(len(q), k.shape[2], group, q.shape[-1]), (0, 0, 0, -group % 4)), []
+    flash, group = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, q.shape[1] // k.shape[2]
+    q_NKGD, outs = q.unflatten(1, (k.shape[2], group)), []
+    q_NKGD = F.pad(q_NKGD, (0, 0, 0, -group % 4)) if group % 4 else q_NKGD
     for start, stop, filled in groups:
-        rows, keys, values = q_NKGD[start:stop], k[start:stop, :filled].transpose(1, 2), v[start:stop, :filled].transpose(1, 2)
-        outs.append(F.scaled_dot_product_attention(rows, keys, values) if filled else torch.zeros_like(rows))
-    return (outs[0] if len(outs) == 1 else torch.cat(outs))[:, :, :group].contiguous().view(q.shape)
+        rows, keys, values = (t[start:stop] for t in (q_NKGD, k, v))
+        keys, values = (t[:, :filled].transpose(1, 2) for t in (keys, values))
+        outs.append(flash(rows, keys, values)[0] if filled else torch.zeros_like(rows))
+    out_NKGD = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return out_NKGD[:, :, :group].reshape(q.shape).contiguous()
 
 
 # --------------------------------------------------------------------------------------------------------- operator
@@ -152,7 +155,7 @@ def _decode_attention_torch(q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[
 _decode_attention = operator(
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor lengths) -> Tensor",
     cuda=_decode_attention_triton,
-    cpu=lambda q, k, v, lengths: _decode_attention_torch(q, k, v, decode_groups(lengths.tolist(), k.shape[1])),
+    cpu=lambda q, k, v, lengths: _decode_attention_torch(*_adjacent(q, k, v), decode_groups(lengths.tolist(), k.shape[1])),
     fake=lambda q, k, v, lengths: q.new_empty(q.shape),
 )
 
@@ -160,7 +163,7 @@ _decode_attention = operator(
 def decode_attention(
     q_NHD: Tensor, k_NSKD: Tensor, v_NSKD: Tensor, lengths_N: Tensor, groups: list[tuple[int, int, int]] | None = None
 ) -> Tensor:
-    """`decode_attention_definition`, split among programs. Keys and values may be views, D innermost.
+    """`decode_attention_definition`, split among programs. Queries, keys and values may be views; with groups, D innermost.
 
     No bit of a row depends on what other rows hold or how long they are, nor on what lies in slots that are not filled; on
     CUDA it does on how many rows there are.
