@@ -150,7 +150,7 @@ def first_token(model: Mistral, theirs: nn.Module, length: int) -> dict:
 def main() -> None:
     options = parser("benchmarks.decode", "Greedy generation, minorca beside transformers and its limit.")
     options.add_argument("--batch", default="1,8,32", metavar="N,N", help="sequences at once; default 1,8,32")
-    options.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="of the prompts that are continued")
+    options.add_argument("--prompt-tokens", type=int, default=32, metavar="N", help="of the prompts that are continued")
     options.add_argument("--new-tokens", type=int, default=64, metavar="N", help="at least 8")
     options.add_argument("--first-token", default="16,128,512", metavar="N,N", help="lengths of the prompts whose first token is timed")
     args = options.parse_args()

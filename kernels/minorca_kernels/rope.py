@@ -142,11 +142,12 @@ def _rope_backward_triton(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: 
 
 def _rope_torch(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
     """q and k are views of one new tensor."""
-    turned = qkv.unflatten(1, (heads + 2 * kv_heads, -1))[:, : heads + kv_heads]  # q and k at once
-    first, second = turned.to(torch.promote_types(qkv.dtype, cos.dtype)).chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
+    turned = qkv.view(len(qkv), heads + 2 * kv_heads, -1)[:, : heads + kv_heads]  # q and k at once
+    turned, half = turned.to(torch.promote_types(qkv.dtype, cos.dtype)), turned.shape[2] // 2
+    first, second, cos, sin = turned[..., :half], turned[..., half:], cos[:, None], sin[:, None]
     turned = torch.cat((torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)), dim=-1)
-    return turned.to(qkv.dtype).split((heads, kv_heads), dim=1)
+    turned = turned.to(qkv.dtype)
+    return turned[:, :heads], turned[:, heads:]
 
 
 def _rope_backward_torch(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -197,5 +198,6 @@ class _Rope(torch.autograd.Function):
 def rope(qkv_TN: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """`rope_definition`; q and k are new, v is a view of the buffer."""
     if plainly(qkv_TN):
-        return *_rope_torch(qkv_TN, cos_TD, sin_TD, heads, kv_heads), _split(qkv_TN, heads, kv_heads)[2]
+        v_TKD = qkv_TN.view(len(qkv_TN), heads + 2 * kv_heads, -1)[:, heads + kv_heads :]
+        return *_rope_torch(qkv_TN, cos_TD, sin_TD, heads, kv_heads), v_TKD
     return _Rope.apply(qkv_TN, cos_TD, sin_TD, heads, kv_heads)
