@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from minorca_kernels import swiglu
 from torch import Tensor, nn
 
+from minorca.errors import UserError
 from minorca.loading import build_model
-from minorca.lora import GROUPS, LoRALinear, add_adapters, load_adapter, read_adapter_settings
+from minorca.lora import GROUPS, LoRALinear, adapter_parameters, add_adapters, load_adapter, read_adapter_settings
 from minorca.model import Mistral, SwiGLULinear
 
 NONE = -1  # the place of rows without an adapter
@@ -77,6 +78,9 @@ def load_adapters(model: Mistral, directories: dict[str, str | Path]) -> Adapter
                     part.a.to_empty(device=weight.device), part.b.to_empty(device=weight.device)
                     parts.setdefault((layer, group), []).append((place, part))
         load_adapter(shadow, directory)
+        for name, parameter in adapter_parameters(shadow).items():
+            if not parameter.isfinite().all():  # 0 times what is no number would reach the rows that do not use it
+                raise UserError(f"{directory}: {name} holds numbers that are infinite or none; was its training stopped by them?")
     for (layer, group), held in parts.items():
         setattr(model.layers[layer], group, Switched(getattr(model.layers[layer], group), adapters, held))
     return adapters

@@ -7,9 +7,9 @@ the bit, depends on nothing but its request, the number of rows and the chunk.
 On CUDA a step, sampling included, is one captured graph, and its ids are read while the next one runs.
 """
 
+import os
 import signal
 import sys
-import time
 from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -67,7 +67,7 @@ class _Answer:
 class _Result:
     """Of one launch: where in its tensors which request's token is."""
 
-    places: list[tuple[int, Request]]
+    places: list[tuple[int, Request, _Answer]]
     ids: Tensor
     chosen: Tensor | None
     top: tuple[Tensor, Tensor] | None
@@ -102,15 +102,19 @@ class Engine:
         slots: rows of the batch: answers that grow together.
         max_length: tokens of a prompt and its answer, at most; by default the model's positions.
         adapters: PEFT directories by the name that requests choose them by.
-        reuse: a free row keeps what it read, and the next request goes on from the longest common beginning; its chunks then
-            start elsewhere, so its bits depend on what came before.
+        reuse: the row, of which there must be one, keeps what it read, and the next request goes on from the longest common
+            beginning; its chunks then start elsewhere, so its bits depend on what came before.
+
+    With adapters the model is the engine's: its projections are replaced by ones that choose among them. `prepack` comes after.
 
     Raises:
-        UserError: an adapter's files are wrong, or the cache does not fit the GPU.
+        UserError: an adapter's files are wrong, or the cache does not fit the memory.
     """
 
     def __init__(self, model: Mistral, slots: int = 8, max_length: int | None = None, adapters: dict[str, str | Path] | None = None,
                  reuse: bool = False, chunk: int = CHUNK):  # fmt: skip
+        if reuse and slots > 1:
+            raise ValueError("reuse is for one slot: other rows' steps write into a row that waits")
         weight, arch = model.embedding.weight, model.arch
         self.model, self.slots, self.reuse, self.chunk = model, slots, reuse, chunk
         self.device, self.vocab_size = weight.device, arch.vocab_size
@@ -127,15 +131,21 @@ class Engine:
         self._read: list[tuple[str | None, list[int]]] = [(None, [])] * slots  # what each row's cache is of: adapter and ids
         self._logits_1V: dict[int, Tensor] = {}  # after the prompt of each row
         self._results: deque[_Result] = deque()
+        self._whole = True  # no step was cut short by an error, which would leave layers that know less than others
         self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Tensor] | None] = {}
         self._captured_slots = 0
 
     def _check_memory(self, token_bytes: int) -> None:
+        """Buffers grow when they are needed, but must be able to: an answer under way has nowhere to go."""
         needed = self.slots * self.cache.limit * token_bytes
-        if self.device.type == "cuda" and needed > (there := torch.cuda.mem_get_info(self.device)[0]):
+        if self.device.type == "cuda":
+            there = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - sum(p.nbytes for p in self.model.parameters())
+        if needed > 0.9 * there:  # the rest is for what a step computes
             raise UserError(
-                f"{self.slots} slots of {self.cache.limit} tokens take {needed / 1e9:.1f} GB of keys and values, and the GPU has "
-                f"{there / 1e9:.1f} GB left; give fewer slots or a smaller maximal length"
+                f"{self.slots} slots of {self.cache.limit} tokens take {needed / 1e9:.1f} GB of keys and values, and {there / 1e9:.1f} GB "
+                "are there beside the weights; give fewer slots or a smaller maximal length"
             )
 
     # ----------------------------------------------------------------------------------------------- requests
@@ -186,7 +196,8 @@ class Engine:
                     signal.raise_signal(signum)
                 yield from tokens
         finally:
-            self.cancel(request)
+            with signals_noted():
+                self.cancel(request)
 
     def _release(self, request: Request) -> None:
         answer = self._answers.pop(request)
@@ -196,9 +207,10 @@ class Engine:
         self.cache.activate(row, False)
         self._sampler.clear(row)
         self._logits_1V.pop(row, None)
-        if self.reuse:
+        if self.reuse and self._whole:
             self._read[row] = (request.adapter, (request.prompt + answer.ids)[: self.cache.lengths[row]])
         else:
+            self._read[row] = (None, [])
             self.cache.truncate(row, 0)
         self._free.append(row)
 
@@ -206,7 +218,9 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        """Reads a chunk's worth of prompts, then adds a token to every answer. Returns the tokens that are known by now."""
+        """Reads prompts, in order, until they come to a chunk's length; then adds a token to every answer. Returns the tokens that are
+        known by now."""
+        self._whole = False
         while self._waiting and self._free:
             self._admit(self._waiting.popleft(), self._free.pop(0))
         budget = self.chunk
@@ -214,6 +228,7 @@ class Engine:
             budget -= self._read_on(self._reading[0])
         if any(self.cache.active):
             self._decode()
+        self._whole, self._adapters.in_use = True, False
         ahead = self.device.type == "cuda" and any(self.cache.active)  # the newest results are still being computed
         tokens: list[Token] = []
         while len(self._results) > ahead:
@@ -223,14 +238,12 @@ class Engine:
     def _admit(self, request: Request, row: int) -> None:
         self._answers[request] = _Answer(row)
         self._reading.append(request)
-        self._sampler.set(row, request.sampling, request.sample, torch.tensor(request.prompt, device=self.device))
         self._place_N[row] = self._adapters.place(request.adapter)
-        adapter, ids = self._read[row]
-        same = 0
-        if adapter == request.adapter:  # the last token is read again: for its logits
-            pairs = zip(ids, request.prompt[:-1])
-            same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(request.prompt) - 1))
-        self.cache.truncate(row, same if self.cache.holds(row, same) else 0)
+        if self.reuse:
+            adapter, ids = self._read[row]
+            before = request.prompt[:-1] if adapter == request.adapter else []  # the last token is read again: for its logits
+            same = next((i for i, (a, b) in enumerate(zip(ids, before)) if a != b), min(len(ids), len(before)))
+            self.cache.truncate(row, same if self.cache.holds(row, same) else 0)
 
     def _read_on(self, request: Request) -> int:
         """Reads the next chunk of a prompt; with its end, the answer's first token is drawn. Returns how many tokens it read."""
@@ -261,19 +274,20 @@ class Engine:
     def _begin(self, request: Request, logits_1V: Tensor) -> None:
         row = self._answers[request].row
         only = slice(row, row + 1)
+        self._sampler.set(row, request.sampling, request.sample, request.prompt)
         ids = self._sampler(logits_1V, self.cache.lengths_N[only], only, self._sampler.kind(only))
         self._tokens_N[only] = ids
-        self._results.append(self._result([(0, request)], ids, logits_1V))
+        self._results.append(self._result([(0, request, self._answers[request])], ids, logits_1V))
         self.cache.activate(row, True)
         self._launched([request])
 
     def _decode(self) -> None:
-        places = [(answer.row, request) for request, answer in self._answers.items() if self.cache.active[answer.row]]
+        places = [(answer.row, request, answer) for request, answer in self._answers.items() if self.cache.active[answer.row]]
         self.cache.advance()
         self._adapters.choose(self._place_N, any(request.adapter is not None for request in self._answers))
         logits_NV = self._launch()
         self._results.append(self._result(places, self._tokens_N, logits_NV))
-        self._launched([request for _, request in places])
+        self._launched([request for _, request, _ in places])
 
     def _launched(self, requests: list[Request]) -> None:
         for request in requests:
@@ -314,10 +328,10 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------- results
 
-    def _result(self, places: list[tuple[int, Request]], ids: Tensor, logits: Tensor) -> _Result:
+    def _result(self, places: list[tuple[int, Request, _Answer]], ids: Tensor, logits: Tensor) -> _Result:
         """Starts the way of a launch's results to the host."""
         chosen = top = done = None
-        if wanted := [request.logprobs for _, request in places if request.logprobs is not None]:
+        if wanted := [request.logprobs for _, request, _ in places if request.logprobs is not None]:
             logprobs = logits.float().log_softmax(-1)
             chosen = self._to_host(logprobs.gather(-1, ids[:, None])[:, 0])
             top = tuple(self._to_host(t) for t in logprobs.topk(max(wanted)))
@@ -336,8 +350,8 @@ class Engine:
         if result.done:
             result.done.synchronize()
         ids, tokens = result.ids.tolist(), []
-        for place, request in result.places:
-            if (answer := self._answers.get(request)) is None:  # it ended while this was computed
+        for place, request, answer in result.places:
+            if self._answers.get(request) is not answer:  # it ended while this was computed
                 continue
             answer.ids.append(token := ids[place])
             stopped, full = token in request.stop_ids, len(answer.ids) == request.max_new_tokens
@@ -362,10 +376,8 @@ def open_engine(path: str | Path, adapters: dict[str, str | Path], **options) ->
     Raises:
         UserError: what is wrong with which file.
     """
-    started = time.perf_counter()
     model = load_model(path, fast_dtype())
-    seconds, size = time.perf_counter() - started, sum(p.nbytes for p in model.parameters()) / 1e9
     engine = Engine(model, adapters=adapters, **options)
     prepack(model)
-    print(f"{path}: {size:.2f} GB in {seconds:.2f} s, {size / seconds:.1f} GB/s", file=sys.stderr, flush=True)
+    print(f"{path}: {model.loaded}", file=sys.stderr, flush=True)
     return engine

@@ -38,8 +38,8 @@ def generate(
     Equal prompts get different draws, and are read once. On a CPU `prepack(model)` (prepack.py) makes it faster.
 
     Raises:
-        ValueError: a prompt without tokens or with ids that the model does not have.
-        UserError: a setting that makes no sense.
+        ValueError: a prompt without tokens.
+        UserError: an id that the model does not have, or a setting that makes no sense.
     """
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token")

@@ -12,7 +12,7 @@ from torch import Tensor
 from minorca.architecture import Architecture
 from minorca.attention import Documents
 
-SLOTS = 64  # a buffer grows by multiples of this, so that its size says nothing of what the neighbours needed
+SLOTS = 64  # by a multiple of which buffers grow
 
 
 class KVCache:
@@ -29,14 +29,10 @@ class KVCache:
         self.lengths_N, self.active_N = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
         self.rows_N = torch.arange(rows, device=device)
         self._shape, self.dtype, self.device = (arch.kv_heads, arch.head_dim), dtype, device
-        self.k_LNSKD, self.v_LNSKD = ([self._buffer() for _ in range(arch.layers)] for _ in range(2))
+        self.k_LNSKD, self.v_LNSKD = ([self._buffer(0) for _ in range(arch.layers)] for _ in range(2))
 
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for buffers in (self.k_LNSKD, self.v_LNSKD) for t in buffers)
-
-    def _buffer(self) -> Tensor:
-        return torch.zeros(len(self.lengths), self.slots, *self._shape, dtype=self.dtype, device=self.device)
+    def _buffer(self, slots: int) -> Tensor:
+        return torch.zeros(len(self.lengths), slots, *self._shape, dtype=self.dtype, device=self.device)
 
     def reserve(self, length: int) -> None:
         """Makes room for rows of `length` tokens.
@@ -48,16 +44,22 @@ class KVCache:
             raise ValueError(f"the cache was made for {self.max_length} tokens a sequence")
         if min(length, self.limit) <= self.slots:
             return
-        old, wanted = self.slots, max(length, 2 * self.slots)
-        self.slots = min(wanted + -wanted % SLOTS, self.limit)
+        wanted = max(length, 2 * self.slots)
+        slots = min(wanted + -wanted % SLOTS, self.limit)
         for buffers in (self.k_LNSKD, self.v_LNSKD):  # a layer at a time: little is there twice
             for layer, buffer in enumerate(buffers):
-                buffers[layer] = self._buffer()
-                buffers[layer][:, :old] = buffer
+                buffers[layer] = self._buffer(slots)
+                buffers[layer][:, : buffer.shape[1]] = buffer
+        self.slots = slots  # once all have grown: what ran out of memory can be tried again
+
+    def reserve_behind(self, length: int) -> None:
+        """Room for rows of `length` tokens and, where there can be one, a slot behind them: there a step writes the key of a row that
+        is not active, where its next token's will be."""
+        self.reserve(min(length + 1, max(length, self.max_length)))
 
     def holds(self, row: int, length: int) -> bool:
-        """Whether a sequence could go on from the row's first `length` tokens: no key that its next one sees is overwritten."""
-        return length <= self.lengths[row] and (self.lengths[row] <= self.slots or length >= self.lengths[row] - 1)
+        """Whether a sequence could go on from the row's first `length` tokens: they are all it has, or it has not come round yet."""
+        return length == self.lengths[row] or length < self.lengths[row] < self.slots
 
     def truncate(self, row: int, length: int) -> None:
         """Forgets all but the row's first `length` tokens, which it must hold; 0 is always held."""
@@ -80,7 +82,7 @@ class KVCache:
 
     def advance(self) -> None:
         """What the host has to do before a step: room for one more token a row, and count it."""
-        self.reserve(1 + max((length for length, active in zip(self.lengths, self.active) if active), default=0))
+        self.reserve_behind(1 + max((length for length, active in zip(self.lengths, self.active) if active), default=0))
         self.lengths = [length + active for length, active in zip(self.lengths, self.active)]
 
     def step(self) -> "_Step":
@@ -95,8 +97,7 @@ class _Chunk(Documents):
     def __init__(self, cache: KVCache, row: int, tokens: int):
         start = cache.lengths[row]
         self.cache, self.row, self.start, self.stop = cache, row, start, start + tokens
-        # one more: an inactive row's key is written behind its last, where the next one will be
-        cache.reserve(min(self.stop + 1, max(cache.max_length, self.stop)))
+        cache.reserve_behind(self.stop)
         past = start if cache.window is None else min(start, cache.window - 1)
         super().__init__(None, tokens, cache.window, cache.device, past)
         self.positions = self.positions + (start - past)

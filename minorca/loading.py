@@ -47,7 +47,7 @@ def load_model(
         add_adapters(model, settings, dtype)
         open_adapter(adapter, adapter_parameters(model))  # checked likewise
     model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    load_weights(model, files, pieces)
+    model.loaded = load_weights(model, files, pieces)
     if settings:
         room_for_adapters(model)
         load_adapter(model, adapter)

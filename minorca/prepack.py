@@ -30,7 +30,8 @@ class Prepacked(nn.Module):
 
 def prepack(model: Mistral) -> Mistral:
     """Prepacks a model's projections in place where this machine gains by it: on the CPU, one at a time, so that no two copies of
-    the model are there at once. From then on it generates, and neither trains nor tells its weights. Returns the model."""
+    the model are there at once (of the head there are). From then on it generates, and neither trains nor tells its weights.
+    Returns the model."""
     weight = model.embedding.weight
     if weight.is_cuda or not torch.backends.mkldnn.is_available() or hasattr(model, "prepacked_head"):
         return model

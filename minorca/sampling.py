@@ -49,15 +49,15 @@ class Sampler:
         for row in range(rows):
             self.clear(row)
 
-    def set(self, row: int, sampling: Sampling, sample: int, prompt_T: Tensor) -> None:
-        """From now on the row draws so; `sample` tells draws of one seed apart."""
+    def set(self, row: int, sampling: Sampling, sample: int, prompt: list[int]) -> None:
+        """The row draws so from now on, when its prompt is read; `sample` tells draws of one seed apart."""
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         mixed = hashlib.blake2b(f"{seed} {sample}".encode(), digest_size=8).digest()
         self.seed_N[row] = int.from_bytes(mixed, "little", signed=True)
         self._set(row, sampling)
         self.had_NV[row] = False
         if sampling.repetition_penalty != 1:
-            self.had_NV[row, prompt_T] = True
+            self.had_NV[row, torch.tensor(prompt, device=self.had_NV.device)] = True
 
     def clear(self, row: int) -> None:
         """The row is nobody's."""
@@ -67,8 +67,7 @@ class Sampler:
         self.settings[row] = sampling
         top_k = sampling.top_k or self.had_NV.shape[1]
         values = sampling.temperature, sampling.top_p, top_k, sampling.min_p, sampling.repetition_penalty, _is_ranked(sampling)
-        for i, value in enumerate(values):
-            self.values_6N[i, row] = value
+        self.values_6N[:, row] = torch.tensor(values, device=self.values_6N.device)
 
     def kind(self, rows: slice) -> tuple[bool, bool, bool]:
         """Whether any of the rows needs a draw, an order of likelihood, penalties: known on the host, and fixed in a CUDA graph."""

@@ -325,8 +325,9 @@ def read_piece(files: WeightFiles, piece: Piece, start: int, stop: int) -> Tenso
     return files.read(piece.name, 0, piece.rows)[order[start:stop]]
 
 
-def load_weights(model: nn.Module, files: WeightFiles, pieces: dict[str, list[Piece]]) -> None:
-    """Fills a model's base parameters (adapters are left alone), sharded or not, from what `open_weights` has checked.
+def load_weights(model: nn.Module, files: WeightFiles, pieces: dict[str, list[Piece]]) -> str:
+    """Fills a model's base parameters (adapters are left alone), sharded or not, from what `open_weights` has checked. Returns, in
+    words, how much was read, and how fast.
 
     No tensor is made whole on the host beside the parameter: a block of rows is, where the device wants another dtype or
     Mistral's order has to be mended."""
@@ -344,4 +345,6 @@ def load_weights(model: nn.Module, files: WeightFiles, pieces: dict[str, list[Pi
                 size += rows.nbytes
             first += piece.rows
     seconds = time.perf_counter() - started
-    log.info("model: %.2f GB in %.2f s, %.1f GB/s", size / 1e9, seconds, size / seconds / 1e9)
+    told = f"{size / 1e9:.2f} GB in {seconds:.2f} s, {size / seconds / 1e9:.1f} GB/s"
+    log.info("model: %s", told)
+    return told

@@ -5,6 +5,7 @@ import signal
 import pytest
 import torch
 from conftest import random_adapter, relative_error
+from safetensors.torch import load_file, save_file
 
 from minorca import load_model
 from minorca.engine import Engine, Request
@@ -94,6 +95,14 @@ def test_no_bit_depends_on_the_neighbours(dtype, packed, heads, two_threads, sav
             assert ids(tokens) == ids(expected) and torch.equal(logprobs(tokens), logprobs(expected))
 
 
+def test_a_penalty_counts_nothing_that_a_neighbours_step_left(model):
+    """While a prompt is read in chunks, steps of the others go over its row too."""
+    asked = lambda: Request(prompt(60), 40, Sampling(repetition_penalty=1.5))  # noqa: E731
+    (alone,) = run(Engine(model, 2, 300, chunk=8), asked())
+    _, beside = run(Engine(model, 2, 300, chunk=8), Request(prompt(5), 100), asked())
+    assert ids(beside) == ids(alone)
+
+
 def test_rows_come_free_for_those_who_wait(model):
     engine = Engine(model, 2, 100)
     requests = [Request(prompt(5, n), 3 + n) for n in range(6)]
@@ -136,7 +145,7 @@ def test_memory_stays_within_the_window(model):
     sizes = []
     while engine.busy:
         engine.step()
-        sizes.append(engine.cache.nbytes)
+        sizes.append(sum(t.nbytes for buffers in (engine.cache.k_LNSKD, engine.cache.v_LNSKD) for t in buffers))
     assert sizes[-1] == sizes[len(sizes) // 2] == 2 * WINDOW * token_bytes
 
 
@@ -218,6 +227,49 @@ def test_ctrl_c_within_a_step_leaves_a_cache_that_can_go_on(model):
     assert ids(run(engine, Request(said, 30))[0]) == ids(run(Engine(model, 1, 300), Request(said, 30))[0])
 
 
+@pytest.mark.parametrize("fails_at", [3, 4, 11])  # while the prompt is read, and in a step
+def test_an_error_within_a_step_is_not_gone_on_from(model, fails_at):
+    """Some layers know tokens then that others do not: the next turn reads everything again."""
+    engine, said, calls = Engine(model, 1, 300, reuse=True, chunk=16), prompt(40), []
+
+    def fail(module, arguments):
+        calls.append(module)
+        if len(calls) == fails_at:
+            raise torch.OutOfMemoryError("no memory")
+
+    hook = model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(engine.answer(Request(said, 100)))
+    hook.remove()
+    assert not engine.busy
+    assert ids(run(engine, Request(said, 30))[0]) == ids(run(Engine(model, 1, 300), Request(said, 30))[0])
+    with pytest.raises(ValueError, match="reuse is for one slot"):
+        Engine(model, 2, reuse=True)
+
+
+def test_a_request_may_be_asked_again(model):
+    engine, request = Engine(model, 2, 100), Request(prompt(20), 10)
+    assert ids(run(engine, request)[0]) == ids(run(engine, request)[0])
+
+
+def test_an_adapter_that_is_no_number_is_refused(model, save_mistral, tmp_path):
+    """Its products with zero would reach the rows that do not use it."""
+    directory, base = save_mistral()
+    random_adapter(base, tmp_path / "adapter", ("q", "down"))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[name := sorted(tensors)[1]][2, 1] = torch.inf
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"{tmp_path / 'adapter'}: {name} holds numbers that are infinite"):
+        Engine(load_model(directory, torch.float32, "cpu"), 1, 100, adapters={"one": tmp_path / "adapter"})
+
+
+def test_what_does_not_fit_the_memory_is_said_before(save_mistral):
+    model = load_model(save_mistral(sliding_window=None)[0], torch.float32, "cpu")
+    with pytest.raises(UserError, match="8 slots of 1000000000 tokens take .* GB of keys and values, .* give fewer slots"):
+        Engine(model, 8, 10**9)
+
+
 def test_adapters_are_chosen_by_row(save_mistral, tmp_path):
     """Rows with two adapters of other ranks, targets and scales, and none, in one batch: each as transformers and PEFT have it."""
     directory, base = save_mistral(sliding_window=WINDOW)
@@ -235,6 +287,8 @@ def test_adapters_are_chosen_by_row(save_mistral, tmp_path):
                 logits = theirs(torch.tensor([request.prompt + ids(tokens)])).logits[0, len(request.prompt) - 1 : -1]
             assert relative_error(logprobs(tokens), logits.log_softmax(-1)) < 1e-5
             assert ids(tokens) == logits.argmax(-1).tolist()
+        with torch.no_grad():  # the model's own forward is the base's, whatever was served last
+            assert relative_error(model(torch.tensor(prompt(40))), base(torch.tensor([prompt(40)])).logits[0]) < 1e-5
 
 
 def load_base(directory):

@@ -15,7 +15,7 @@ def draws(logits_V: torch.Tensor, sampling: Sampling, rows: int = DRAWS, prompt=
     """One id of each of so many rows, samples 0, 1, 2 ... of one seed."""
     sampler = Sampler(1, VOCABULARY, torch.device("cpu"))
     wide = Sampler(rows, VOCABULARY, torch.device("cpu"))
-    sampler.set(0, sampling, 0, torch.tensor(prompt, dtype=torch.int64))
+    sampler.set(0, sampling, 0, list(prompt))
     wide.settings, wide.values_6N, wide.had_NV = sampler.settings * rows, sampler.values_6N.repeat(1, rows), sampler.had_NV.repeat(rows, 1)
     wide.seed_N = torch.arange(rows) * 7919
     return wide(logits_V.repeat(rows, 1), torch.full((rows,), position), slice(None), wide.kind(slice(None)))
@@ -46,7 +46,7 @@ def test_frequencies_are_those_of_transformers_filters(case):
 
 def test_temperature_zero_is_the_likeliest_and_a_penalty_counts_what_was_drawn():
     sampler = Sampler(2, VOCABULARY, torch.device("cpu"))
-    sampler.set(0, Sampling(repetition_penalty=100.0), 0, LOGITS_V.argmin()[None])
+    sampler.set(0, Sampling(repetition_penalty=100.0), 0, [LOGITS_V.argmin().item()])
     logits_NV, seen = LOGITS_V.clamp(min=0.1).repeat(2, 1), []
     for position in range(4):
         seen.append(sampler(logits_NV, torch.tensor([position] * 2), slice(None), sampler.kind(slice(None))).tolist())
@@ -64,8 +64,8 @@ def test_a_draw_depends_on_seed_sample_and_position_alone():
         for beside in ([], neighbours):
             sampler = Sampler(4, 500, torch.device("cpu"))
             for n, other in enumerate(beside):
-                sampler.set(n + (n >= row), other, 0, torch.tensor([1]))
-            sampler.set(row, asked, 2, torch.tensor([1]))
+                sampler.set(n + (n >= row), other, 0, [1])
+            sampler.set(row, asked, 2, [1])
             ids = [sampler(logits_V.repeat(4, 1), torch.full((4,), t), slice(None), sampler.kind(slice(None)))[row].item() for t, logits_V in enumerate(logits_TV)]
             found[row, bool(beside)] = tuple(ids)
     assert len(set(found.values())) == 1 and len(set(ids)) > 40
