@@ -23,7 +23,7 @@ part() { # part NAME SECONDS COMMAND...: its output in FOLDER/NAME.txt, and the 
 if [ -z "$SMOKE" ]; then
     python -c 'import torch; assert torch.cuda.is_available()' || { echo "no CUDA: SMOKE=1 tries the script without"; exit 1; }
     shape="--shape 7b" full="--tokens 8192" short=$full
-    decode="--batch 1,8,32 --prompt-tokens 512 --new-tokens 64 --first-token 128,512,2048" kernels="--seconds 105"
+    decode="--batch 1,8,32 --prompt-tokens 512 --new-tokens 32 --first-token 128,512,2048" kernels="--seconds 105"
 else
     shape="--shape 7b --layers 1" full="--tokens 1024 --steps 1" short="--tokens 256 --steps 1"
     decode="--batch 1,2 --prompt-tokens 16 --new-tokens 8 --first-token 8" kernels=--smoke

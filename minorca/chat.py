@@ -15,7 +15,9 @@ jinja       the template that the model ships, in a sandbox (sandbox.py)
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
+from math import inf
 
 from minorca import sandbox
 from minorca.errors import UserError
@@ -35,23 +37,25 @@ class Rendered:
 
 
 def render_chat(tok: Tokenizer, messages: list[dict], add_generation_prompt: bool = True,
-                template: str = "auto") -> list[int]:
+                template: str = "auto", most: float = inf) -> list[int]:
     """The ids of a conversation, by default with the header that asks for an answer. Raises UserError as `render`."""
-    return render(tok, messages, template, add_generation_prompt, masked=False).ids
+    return render(tok, messages, template, add_generation_prompt, masked=False, most=most).ids
 
 
 def render(tok: Tokenizer, messages: list[dict], template: str = "auto", add_generation_prompt: bool = False,
-           masked: bool = True) -> Rendered:
+           masked: bool = True, most: float = inf) -> Rendered:
     """The ids of a conversation and its loss mask.
 
     masked: False where the mask will not be used; then a Jinja template for which none can be made is no error.
+    most: without a mask, a conversation of more ids than this is too long for the caller, and is not rendered answer by
+    answer; its ids may differ where answers start.
     Raises UserError: a message that is wrong (it names its index), a template that this tokenizer cannot write, a
     shipped template that fails or that gives no mask.
     """
     template = resolve_template(tok, template)
     _check(messages, template)
     if template == "jinja":
-        return _jinja(tok, messages, add_generation_prompt, masked)
+        return _jinja(tok, messages, add_generation_prompt, masked, most)
     if template == "chatml":
         pieces = _chatml(tok, messages, add_generation_prompt)
     else:
@@ -186,14 +190,15 @@ def _mistral(tok: Tokenizer, messages: list[dict], template: str) -> list[tuple[
     return pieces
 
 
-def _jinja(tok: Tokenizer, messages: list[dict], add_generation_prompt: bool, masked: bool) -> Rendered:
+def _jinja(tok: Tokenizer, messages: list[dict], add_generation_prompt: bool, masked: bool, most: float) -> Rendered:
     """All the text is encoded at once, as transformers does, while what precedes a border keeps its ids; where a token
     reaches across one (into an answer's leading newline, say) it is cut there, or the prompt would be no prefix."""
-    spans, encode = _spans(tok, messages, add_generation_prompt, masked)
+    spans, encode = _spans(tok, messages, add_generation_prompt, masked, most)
+    encode_grown = _growing(tok, encode)
     ids, trained, done = [], [], ""
     for text, is_trained in spans:
         done += text
-        together = encode(done)
+        together = encode_grown(done)
         if together[:len(ids)] != ids:
             together = ids + encode(text)
         trained += [is_trained] * (len(together) - len(ids))
@@ -201,8 +206,40 @@ def _jinja(tok: Tokenizer, messages: list[dict], add_generation_prompt: bool, ma
     return Rendered(ids, trained)
 
 
+def _growing(tok: Tokenizer, encode: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
+    """`encode` for texts of which each starts with the one before: only what follows a control string near the earlier
+    one's end is encoded again. Tokenizers split at control strings first, so that the ids before one do not change.
+
+    The later part is encoded with its control string in front, which may swallow white space behind it, and without
+    which some tokenizers would see a text's start. Tokenizers that find control strings otherwise (only between words,
+    or in text that they rewrote) have all encoded again."""
+    longest = max(map(len, tok.control_ids), default=0)
+    head, start = [], 0  # the ids through a control string, and where it starts
+
+    @lru_cache
+    def splits(control: str) -> bool:
+        whole, front, back = map(tok.encode_template, (f"a{control}a", f"a{control}", f"{control}a"))
+        return whole == front + back[1:]
+
+    def encode_grown(text: str) -> list[int]:
+        nonlocal head, start
+        first = int(bool(head))
+        ids = head + encode(text[start:])[first:]
+        end, cut = start, None
+        for n, piece in enumerate(tok.split_control(text[start:])):
+            end += len(piece)
+            # A string near the end may turn out to be part of a longer one.
+            if n % 2 and end - len(piece) + longest < len(text) and splits(piece):
+                cut = end - len(piece), end
+        if cut:
+            head, start = head + encode(text[start:cut[1]])[first:], cut[0]
+        return ids
+
+    return encode_grown
+
+
 def _spans(tok: Tokenizer, messages: list[dict], add_generation_prompt: bool,
-           masked: bool) -> tuple[list[tuple[str, bool]], Callable[[str], list[int]]]:
+           masked: bool, most: float = inf) -> tuple[list[tuple[str, bool]], Callable[[str], list[int]]]:
     """The shipped template's text in spans (text, trained), and the function that encodes such text.
 
     An answer is trained from the end of its generation prompt to the first token that stops a generation.
@@ -212,6 +249,8 @@ def _spans(tok: Tokenizer, messages: list[dict], add_generation_prompt: bool,
     stops = [re.escape(token) for token, i in tok.control_ids.items() if i in tok.stop_ids]
     stop = re.compile("|".join(stops) or "(?!)")
     full = _render_text(tok, messages, add_generation_prompt)
+    if not masked and most < inf and len(encode(full)) > most:
+        return [(full, False)], encode
     spans, done = [], 0
     try:
         for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):

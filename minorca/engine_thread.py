@@ -29,7 +29,7 @@ class Metrics:
         self.finished = self._make(Counter, "finished", ended, labelnames=["reason"])
         self.refused = self._make(Counter, "refused", "Answers that were errors, by HTTP status", labelnames=["status"])
         self.prompt_tokens = self._make(Counter, "prompt_tokens", "Tokens of prompts, each once for all its answers")
-        self.new_tokens = self._make(Counter, "new_tokens", "Tokens generated")
+        self.new_tokens = self._make(Counter, "new_tokens", "Tokens generated, also those behind a stop string")
         buckets = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
         self.first_token = self._make(Histogram, "first_token_seconds", "From a call's arrival to its first token", buckets=buckets)
         self.duration = self._make(Histogram, "duration_seconds", "From a call's arrival to the end of its answer", buckets=buckets)

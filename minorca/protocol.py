@@ -5,6 +5,7 @@ sends one expects something of it. Source: OpenAI's API reference, "Chat" and "C
 """
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import HTTPException
@@ -17,6 +18,7 @@ from minorca.sampling import Sampling
 from minorca.text_stream import TextStream
 from minorca.tokenizer import Tokenizer
 
+MOST_UNKNOWN = 10  # of an object's fields that nobody knows are named: each is an error of its own
 MOST_MESSAGES = 1024  # of one conversation: a template that the model ships renders it anew for each answer in it
 MOST_STOPS, STOP_LENGTH = 16, 1024
 MOST_LOGPROBS = 20
@@ -97,7 +99,11 @@ class _Object(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data):
-        return {k: v for k, v in data.items() if v is not None or k not in cls.model_fields} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        unknown = (k for k in data if k not in cls.model_fields)
+        known = {k: v for k, v in data.items() if k in cls.model_fields and v is not None}
+        return known | dict.fromkeys(islice(unknown, MOST_UNKNOWN))
 
 
 class TextPart(_Object):
@@ -126,14 +132,14 @@ class Generation(_Object):
     """What both endpoints take."""
 
     model: str
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, lt=2**31)
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0, le=100)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    n: int = Field(1, ge=1)
+    n: int = Field(1, ge=1, lt=2**31)
     stop: Annotated[list[str], PlainValidator(_stops, json_schema_input_type=str | list[str])] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -161,7 +167,7 @@ class Generation(_Object):
 
 class ChatRequest(Generation):
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MOST_LOGPROBS)
     # not supported
@@ -200,10 +206,10 @@ class ChatRequest(Generation):
     def scored(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
 
-    def render(self, tok: Tokenizer) -> list[list[int]]:
-        """The ids of each prompt. Raises UserError: a conversation that the template cannot write."""
+    def render(self, tok: Tokenizer, most: int) -> list[list[int]]:
+        """The ids of each prompt; of one with more than `most`, some that are as many. Raises UserError: the template cannot write it."""
         roles = {"developer": "system"}  # OpenAI's newer name
-        return [render_chat(tok, [{"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages])]
+        return [render_chat(tok, [{"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages], most=most)]
 
     def whole(self, choice: "Choice") -> dict:
         message = {"role": "assistant", "content": choice.text, "refusal": None}
@@ -255,7 +261,7 @@ class CompletionRequest(Generation):
     def scored(self) -> int | None:
         return self.logprobs
 
-    def render(self, tok: Tokenizer) -> list[list[int]]:
+    def render(self, tok: Tokenizer, most: int) -> list[list[int]]:
         """The ids of each prompt. Raises UserError: text that cannot be encoded."""
         return [tok.encode(prompt, bos=tok.adds_bos) if isinstance(prompt, str) else prompt for prompt in self.prompt]
 
@@ -304,6 +310,7 @@ class Choice:
         self._unstopped, self._length = TextStream(tok), 0  # tells where tokens start
         self._scores: list[Score] = []
         self._before: list[int] = []  # what tokens are decoded behind: a tokenizer may drop a space where a text starts
+        self._skipped = 0  # characters of that
 
     @property
     def text(self) -> str:
@@ -332,7 +339,7 @@ class Choice:
 
     def _score(self, token: Token) -> None:
         def text(i: int) -> str:
-            return self._tok.decode([*self._before, i])[len(self._tok.decode(self._before)) :]
+            return self._tok.decode([*self._before, i])[self._skipped :]
 
         def logprob(value: float) -> float:
             return max(LEAST_LOGPROB, value)  # also of NaN
@@ -340,4 +347,6 @@ class Choice:
         top = [(text(i), logprob(value)) for i, value in token.top]
         self._scores.append(Score(text(token.id), self._length, logprob(token.logprob), top))
         self._length += len(self._unstopped.push(token.id))
-        self._before = self._tok.encode("a")
+        if not self._before:
+            self._before = self._tok.encode("a")
+            self._skipped = len(self._tok.decode(self._before))

@@ -16,6 +16,7 @@ import sys
 import threading
 from datetime import datetime
 from functools import lru_cache
+from math import inf
 
 import jinja2
 import jinja2.debug  # else imported at a template's first error, when no file can be opened any more
@@ -23,6 +24,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS, MEMORY = 5, 2**30  # of one rendering, in processor time, and of the process; a rendering takes 0.1 ms and 30 MB
+FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP)  # a user, or the system when it lacks memory: not the template
 
 
 class TemplateFailed(Exception):
@@ -33,30 +35,42 @@ class _Worker:
     """The process, started when it is first needed; one rendering at a time, from whichever thread."""
 
     def __init__(self):
-        self.process, self.lock, self.exhausting = None, threading.Lock(), {}
+        self.process, self.lock = None, threading.Lock()
+        self.exhausting: dict[str, tuple[float, str]] = {}  # by template: the size of variables that are too large, and why
 
-    def ask(self, source: str, request: bytes) -> bytes:
+    def ask(self, source: str, request: bytes, size: int) -> bytes:
         with self.lock:
-            if source in self.exhausting:  # not again: it would cost as much each time
-                raise TemplateFailed(self.exhausting[source])
-            if self.process is None or self.process.poll() is not None:
-                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-                self.process = subprocess.Popen([sys.executable, "-P", __file__], **pipes)
+            least, why = self.exhausting.get(source, (inf, ""))
+            if size >= least:  # not again: it would cost as much each time
+                raise TemplateFailed(why)
+            for _ in range(2):
+                if (reply := self._exchange(request)).endswith(b"\n"):
+                    return reply
+                if (status := self._end()) not in FROM_OUTSIDE:
+                    timed_out = status == -signal.SIGPROF
+                    what = f"{SECONDS} seconds of processor time" if timed_out else f"{MEMORY >> 20} MiB, or brought its process down"
+                    # Half: shorter conversations of others go on, and a template that exhausts it with any is soon not tried again.
+                    self.exhausting[source] = size / 2, f"it took more than {what}"
+                    raise TemplateFailed(f"it took more than {what}")
+            raise TemplateFailed("its process was killed twice; try again")
+
+    def _exchange(self, request: bytes) -> bytes:
+        """A line; less where the process ends."""
+        if self.process is None or self.process.poll() is not None:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
             try:
-                self.process.stdin.write(request)
-                self.process.stdin.flush()
-                reply = self.process.stdout.readline()
-            except BrokenPipeError:
-                reply = b""
-            except BaseException:  # interrupted: the next rendering must not read this one's reply
-                self._end()
-                raise
-            if not reply.endswith(b"\n"):
-                timed_out = self._end() == -signal.SIGPROF
-                what = f"{SECONDS} seconds of processor time" if timed_out else f"{MEMORY >> 20} MiB, or brought its process down"
-                self.exhausting[source] = f"it took more than {what}"
-                raise TemplateFailed(self.exhausting[source])
-        return reply
+                self.process = subprocess.Popen([sys.executable, "-P", __file__], **pipes)
+            except OSError as error:
+                raise TemplateFailed(f"no process could be started for it ({error})") from None
+        try:
+            self.process.stdin.write(request)
+            self.process.stdin.flush()
+            return self.process.stdout.readline()
+        except BrokenPipeError:
+            return b""
+        except BaseException:  # interrupted: the next rendering must not read this one's reply
+            self._end()
+            raise
 
     def _end(self) -> int:
         process, self.process = self.process, None
@@ -72,7 +86,8 @@ os.register_at_fork(after_in_child=_worker.__init__)  # a process's pipes are it
 
 def render(source: str, variables: dict, limit: int) -> str:
     """What a template writes, at most `limit` characters. Raises TemplateFailed."""
-    done, text = json.loads(_worker.ask(source, json.dumps([source, variables, limit]).encode() + b"\n"))
+    given = json.dumps(variables)
+    done, text = json.loads(_worker.ask(source, f"[{json.dumps(source)}, {given}, {limit}]\n".encode(), len(given)))
     if not done:
         raise TemplateFailed(text)
     return text

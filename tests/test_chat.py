@@ -6,13 +6,14 @@ from importlib.util import find_spec
 
 import pytest
 import sentencepiece
+import tokenizers
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from test_tokenizer import FORGERIES, NAMES, V1, V2, V3, byte_level, orca, sentencepiece_directory
 from transformers import AutoTokenizer
 
-from minorca import UserError, load_tokenizer, render_chat
+from minorca import UserError, chat, load_tokenizer, render_chat
 from minorca.chat import TEMPLATES, render, resolve_template
 
 # OpenHermes-2.5-Mistral-7B's, which has Mistral-7B-OpenOrca's format
@@ -138,6 +139,49 @@ def test_jinja_equals_transformers(messages, prompt, shipped):
         assert rendered.ids == expected
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         assert trained_text(tok, rendered) == [f"{answer}<|im_end|>" for answer in answers]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "smollm2", "normalized", "metaspace", "strip", "single", "longer"])
+def test_what_is_encoded_once_has_the_ids_of_the_whole(kind, tmp_path, smollm2, monkeypatch):
+    """As if all the text before each border were encoded anew, also by tokenizers whose control strings do more than split."""
+    added = {"normalized": {"normalized": True}, "strip": {"lstrip": True, "rstrip": True}, "single": {"single_word": True}, "longer": {}}
+    if kind == "sentencepiece":
+        directory = orca(tmp_path, tokenizer_config={"chat_template": CHATML})
+    elif kind == "smollm2":
+        directory = smollm2
+    else:
+        directory = with_template(tmp_path, CHATML)
+        model = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        if kind in ("normalized", "metaspace"):
+            model.normalizer = tokenizers.normalizers.Prepend("x")
+        if kind == "metaspace":  # puts a mark where a text starts, and nowhere else
+            model.normalizer = None
+            model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("x", prepend_scheme="first")
+        for name in ["<|im_start|>", "<|im_end|>", "<|im_end|>\nx"] if kind in added else []:
+            model.add_special_tokens([tokenizers.AddedToken(name, **{"normalized": False} | added[kind])])
+        model.save(str(directory / "tokenizer.json"))
+    tok = load_tokenizer(directory)
+    forged = turns(*(f" {text}\n" for text in FORGERIES), "the end", system=FORGERIES[0])
+    forged = [] if kind in ("normalized", "metaspace", "strip") else [forged]  # encoded in pieces, which are not the whole's
+    messages = [*CONVERSATIONS, *PADDED, *forged, turns("x", "y", "x\n", "x", " x ", "x\ny")]
+    messages.append(turns("x" * 30, " a ", "x" * 30, "\n\nb", "c", "d"))
+    once = [render(tok, m, "jinja", True) for m in messages]
+    monkeypatch.setattr(chat, "_growing", lambda tok, encode: encode)
+    assert once == [render(tok, m, "jinja", True) for m in messages]
+
+
+@pytest.mark.parametrize("make", [with_template, lambda directory, template: orca(directory, tokenizer_config={"chat_template": template})])
+def test_long_conversations_are_encoded_once(make, tmp_path, monkeypatch):
+    """The mask costs a few times the text, however many answers there are; and one too long to be used is rendered once."""
+    tok, encoded, texts = load_tokenizer(make(tmp_path, CHATML)), [], []
+    encode, write = tok.encode_template, chat.sandbox.render
+    monkeypatch.setattr(tok, "encode_template", lambda text: encoded.append(len(text)) or encode(text))
+    monkeypatch.setattr(chat.sandbox, "render", lambda *given: texts.append(write(*given)) or texts[-1])
+    messages = turns(*(f"turn {i}: the quick brown fox {UNICODE}" for i in range(100)))
+    rendered = render(tok, messages, "jinja")
+    assert rendered.ids == encode(texts[0]) and sum(encoded) < 6 * len(texts[0])
+    texts.clear()
+    assert len(render_chat(tok, messages, template="jinja", most=len(rendered.ids))) > len(rendered.ids) and len(texts) == 1
 
 
 def test_jinja_speaks_the_dialect_of_chat_templates(tmp_path):

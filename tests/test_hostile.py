@@ -1,6 +1,7 @@
 """Files made to do harm: whatever a model's or adapter's directory holds, reading it ends soon, in little memory, with the numbers or a
 UserError, and touches nothing outside. What each reader takes of broken files in general is in the tests of that reader."""
 
+import errno
 import json
 import os
 import pickle
@@ -469,16 +470,49 @@ def test_templates_from_threads_and_forks():
 
 
 def test_a_templates_process_that_is_gone_is_replaced():
-    """Killed between two renderings; or within one, by what it was sent to write."""
+    """Killed between two renderings, or within one: by somebody else, who is not the template."""
     assert rendered("a") == "a"
     sandbox._worker.process.kill()
     sandbox._worker.process.wait()
     assert rendered("{#" + "x" * 10**5 + "#}b") == "b"
-    os.kill(sandbox._worker.process.pid, signal.SIGSTOP)
-    threading.Timer(0.2, sandbox._worker.process.kill).start()
-    with pytest.raises(sandbox.TemplateFailed, match="brought its process down"):
-        rendered("{#" + "y" * 10**6 + "#}c")
-    assert rendered("d") == "d"
+    for source, end in (("{#" + "y" * 10**6 + "#}c", sandbox._worker.process.kill), ("d", sandbox._worker.process.terminate)):
+        os.kill(sandbox._worker.process.pid, signal.SIGSTOP)
+        threading.Timer(0.2, lambda: (end(), os.kill(sandbox._worker.process.pid, signal.SIGCONT))).start()
+        assert rendered(source) == source[-1]
+
+
+@pytest.mark.parametrize("end, said", [("kill", "killed twice"), ("terminate", "killed twice"), (None, "no process could be started")])
+def test_a_template_is_not_blamed_for_accidents(end, said, monkeypatch):
+    """Of a machine that lacks memory, say: one refusal, and no word against the template."""
+    def start(command, **options):
+        if end is None:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        process = Popen([sys.executable, "-c", "import time; time.sleep(60)"], **options)
+        getattr(process, end)()
+        return process
+
+    Popen, worker = subprocess.Popen, sandbox._Worker()
+    monkeypatch.setattr(sandbox, "_worker", worker)
+    with monkeypatch.context() as context:
+        context.setattr(subprocess, "Popen", start)
+        with pytest.raises(sandbox.TemplateFailed, match=said):
+            rendered("{{ messages[0].content }}")
+    assert rendered("{{ messages[0].content }}") == "Hello"
+    worker._end()
+
+
+def test_a_conversation_that_exhausts_a_template_is_not_all_of_them(monkeypatch):
+    """What is as long as half of it is refused at once; the short ones of other people go on."""
+    def ask(content: str) -> str:
+        return sandbox.render(source, {"content": content}, 100)
+
+    source = "{% if content|length > 5000 %}{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}{% endif %}ok"
+    assert ask("x" * 4000) == "ok"
+    for length in (10**4, 10**4, 5001):
+        began = time.monotonic()
+        with pytest.raises(sandbox.TemplateFailed, match="processor time"):
+            ask("x" * length)
+    assert time.monotonic() - began < 0.5 and ask("x" * 4000) == "ok"
 
 
 def test_the_process_of_a_template_can_open_nothing():

@@ -17,12 +17,13 @@ import pytest
 import torch
 from conftest import ROOT, random_adapter, random_mistral, save_tokenizer, wait_until
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 
 from minorca import load_model, load_tokenizer, render_chat, serve
 from minorca.engine_thread import EngineThread
 from minorca.errors import UserError
 from minorca.generate import generate
-from minorca.protocol import Problem
+from minorca.protocol import ChatRequest, Problem
 
 ASK = [{"role": "user", "content": "hi"}]
 SAYS = "tick-é€😀 "  # no byte twice
@@ -275,6 +276,7 @@ def assert_refused(response: httpx.Response, status: int = 400) -> dict:
     return Problem.model_validate_json(response.content).model_dump()["error"]
 
 
+HUGE = 9 * 10**4299  # has as many digits as are read; what is computed from it may have more than can be written
 WRONG = {  # what is sent beside or in place of a right body's fields -> the field that is blamed
     "model": [{"model": "gpt-4"}, {"model": 1}, {"model": None}, {"model": "tiny\ud800"}],
     "messages": [{"messages": []}, {"messages": None}, {"messages": "hi"}, {"messages": [{"role": "user", "content": "\udfff"}]},
@@ -283,15 +285,15 @@ WRONG = {  # what is sent beside or in place of a right body's fields -> the fie
     "messages.0.role": [{"messages": [{"role": "tool", "content": "x"}]}, {"messages": [{"role": "\ud800", "content": "x"}]}],
     "messages.0.content": [{"messages": [{"role": "user", "content": content}]} for content in (None, 1, [1], [{"type": "image_url"}])],
     "messages.0.tool_calls": [{"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}],
-    "max_tokens": [{"max_tokens": value} for value in (0, -1, 1.5, "9", 256, 10**30, True)],
-    "max_completion_tokens": [{"max_completion_tokens": 0}, {"max_completion_tokens": 10**9}],
+    "max_tokens": [{"max_tokens": value} for value in (0, -1, 1.5, "9", 256, HUGE, True)],
+    "max_completion_tokens": [{"max_completion_tokens": 0}, {"max_completion_tokens": 10**9}, {"max_completion_tokens": HUGE}],
     "temperature": [{"temperature": value} for value in (-0.1, 2.1, "hot", 10**400, [])],
     "top_p": [{"top_p": 0}, {"top_p": 1.1}],
     "top_k": [{"top_k": -1}, {"top_k": 2**70}, {"top_k": 1.5}],
     "min_p": [{"min_p": 2}],
     "repetition_penalty": [{"repetition_penalty": 0}, {"repetition_penalty": -1}],
     "seed": [{"seed": 2**64}, {"seed": 0.5}],
-    "n": [{"n": 0}, {"n": 9}, {"n": 10**12}],
+    "n": [{"n": 0}, {"n": 9}, {"n": HUGE}],
     "stop": [{"stop": ""}, {"stop": ["a"] * 17}, {"stop": [1]}, {"stop": "a" * 2000}],
     "stream": [{"stream": "yes"}],
     "stream_options.surprise": [{"stream_options": {"surprise": 1}}],
@@ -312,15 +314,25 @@ def test_wrong_fields_are_named(server):
             headers = {"Content-Type": "application/json; charset=utf-8"}
             problem = assert_refused(httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers))
             assert problem["param"] == field and problem["type"] == "invalid_request_error", (body, problem)
+            assert len(problem["message"]) < 2000
     assert "leave it out" in problem["message"] and "surprise" in problem["message"]
     for prompt in ("\ud800", [], [[]], [1, "a"], [1, True], [-1], [260], [10**30], ["a", [1]], {}, [1] * 256, "x" * 300):
         body = {"model": "tiny", "prompt": prompt, "max_tokens": 1}
         content = json.dumps(body)
         problem = assert_refused(httpx.post(f"{server.url}/v1/completions", content=content, headers=headers))
         assert problem["param"] == "prompt", (prompt, problem)
-    for more in ({"echo": True}, {"best_of": 2}, {"logprobs": 21}, {"suffix": "x"}, {"logprobs": True}):
+    for more in ({"echo": True}, {"best_of": 2}, {"logprobs": 21}, {"suffix": "x"}, {"logprobs": True}, {"prompt": ["a"] * 2, "n": HUGE}):
         assert_refused(httpx.post(f"{server.url}/v1/completions", json=body | {"prompt": "a"} | more))
     assert server.metric("running") == 0
+
+
+def test_fields_without_end_are_few_errors():
+    """In objects within others too: making one for each would hold up everybody."""
+    many = dict.fromkeys(map(str, range(10**5)), 1)
+    for more in (many, {"messages": [ASK[0] | many]}, {"stream_options": many}):
+        with pytest.raises(ValidationError) as error:
+            ChatRequest.model_validate({"model": "tiny", "messages": ASK} | more)
+        assert error.value.error_count() == 10
 
 
 BODIES = {
@@ -429,6 +441,31 @@ def test_a_client_that_leaves_frees_its_slot(talking):
     wait_until(lambda: talking.metric("waiting") == 0, 5)
     waits[0].close()
     wait_until(lambda: talking.metric("finished_total", reason="cancelled") == cancelled + 4)
+
+
+def test_a_reader_that_no_longer_reads_gives_its_place_back(monkeypatch):
+    monkeypatch.setattr(serve, "PATIENCE", 0.05)
+    sent, freed = [], []
+
+    async def events():
+        yield "data: 1\n\n"
+
+    async def for_ever():
+        await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message["type"])
+        if len(sent) == 2:
+            await for_ever()
+
+    async def stream():
+        held = contextlib.ExitStack()
+        held.callback(freed.append, True)
+        scope = {"type": "http", "asgi": {"spec_version": "2.3"}}  # uvicorn's
+        await asyncio.wait_for(serve.EventStream(events(), held)(scope, for_ever, send), 5)
+
+    asyncio.run(stream())
+    assert freed and sent == ["http.response.start", "http.response.body"]
 
 
 def test_no_more_than_there_are_places(talking):
