@@ -139,13 +139,14 @@ def _decode_attention_torch(q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[
     Their number is filled up to a multiple of 4. Else the scratch memory of torch's threads, which lies side by side, is not
     aligned to 16 bytes, and the last bits of a sum depend on which thread computes it, and so on how many rows there are.
     """
-    flash, group = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, q.shape[1] // k.shape[2]
-    q_NKGD, outs = q.unflatten(1, (k.shape[2], group)), []
-    q_NKGD = F.pad(q_NKGD, (0, 0, 0, -group % 4)) if group % 4 else q_NKGD
+    flash, (rows, heads, size), kv_heads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, q.shape, k.shape[2]
+    group, outs = heads // kv_heads, []
+    q_NKGD = q.view(rows, kv_heads, group, size)
+    if group % 4:
+        q_NKGD = F.pad(q_NKGD, (0, 0, 0, -group % 4))
     for start, stop, filled in groups:
-        rows, keys, values = (t[start:stop] for t in (q_NKGD, k, v))
-        keys, values = (t[:, :filled].transpose(1, 2) for t in (keys, values))
-        outs.append(flash(rows, keys, values)[0] if filled else torch.zeros_like(rows))
+        q_nKGD, k_nKSD, v_nKSD = q_NKGD[start:stop], k[start:stop, :filled].transpose(1, 2), v[start:stop, :filled].transpose(1, 2)
+        outs.append(flash(q_nKGD, k_nKSD, v_nKSD)[0] if filled else torch.zeros_like(q_nKGD))
     out_NKGD = outs[0] if len(outs) == 1 else torch.cat(outs)
     return out_NKGD[:, :, :group].reshape(q.shape).contiguous()
 

@@ -4,6 +4,8 @@ weights), in fp32.
 Source: Su et al. 2021 (arXiv:2104.09864). Positions are given, so packed documents may each start again at 0.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -140,13 +142,18 @@ def _rope_backward_triton(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: 
 # ----------------------------------------------------------------------------------------------------- plain PyTorch
 
 
+@functools.lru_cache(maxsize=1)
+def _whole_heads(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The tables for both halves of a head, [T, 1, D]: made once for all the layers that share them."""
+    return torch.cat((cos, cos), dim=1)[:, None], torch.cat((-sin, sin), dim=1)[:, None]
+
+
 def _rope_torch(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
     """q and k are views of one new tensor."""
+    cos_T1D, sin_T1D = _whole_heads(cos, sin)
     turned = qkv.view(len(qkv), heads + 2 * kv_heads, -1)[:, : heads + kv_heads]  # q and k at once
-    turned, half = turned.to(torch.promote_types(qkv.dtype, cos.dtype)), turned.shape[2] // 2
-    first, second, cos, sin = turned[..., :half], turned[..., half:], cos[:, None], sin[:, None]
-    turned = torch.cat((torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)), dim=-1)
-    turned = turned.to(qkv.dtype)
+    turned = turned.to(torch.promote_types(qkv.dtype, cos.dtype))
+    turned = torch.addcmul(turned * cos_T1D, turned.roll(turned.shape[2] // 2, dims=2), sin_T1D).to(qkv.dtype)
     return turned[:, :heads], turned[:, heads:]
 
 
