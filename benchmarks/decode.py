@@ -159,9 +159,13 @@ def main() -> None:
         theirs = peer(directory, model)
         theirs.generation_config.eos_token_id = None
         weights = sum(p.numel() for p in model.parameters()) - (0 if model.arch.tied else model.embedding.weight.numel())
+        batches, lengths = (list(map(int, text.split(","))) for text in (args.batch, args.first_token))
+        plain = {batch: limit(model, batch, args.new_tokens // 2) for batch in batches}
         model = prepack(model)
-        batches, lengths = (map(int, text.split(",")) for text in (args.batch, args.first_token))
-        decoded = [decoding(model, theirs, weights, batch, args.prompt_tokens, args.new_tokens, bandwidth) for batch in batches]
+        decoded = [
+            decoding(model, theirs, weights, batch, args.prompt_tokens, args.new_tokens, bandwidth) | {"products_without_prepacking_seconds": plain[batch]}
+            for batch in batches
+        ]
         first = [first_token(model, theirs, length) for length in lengths]
     settings = {"model": args.shape or args.model.name, "layers": args.layers, "dtype": args.dtype}
     report({**settings, "copy_bytes_per_second": bandwidth, "decoding": decoded, "first_token": first}, "decode", args.output)

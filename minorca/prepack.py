@@ -1,8 +1,7 @@
 """Weights laid out once as the CPU's matrix products read them, instead of at every call.
 
 oneDNN multiplies a few rows by a weight in blocks of its own; given a plain weight, torch has them made again each time, or
-takes another library's slower product. For SmolLM2 on two cores of an AVX-512 machine, a step for 8 rows takes 25 ms instead of 66
-in fp32, and 10 instead of 14 in bf16 (`python -m benchmarks.decode` measures it).
+takes another library's slower product. `python -m benchmarks.decode` times both.
 """
 
 import torch
