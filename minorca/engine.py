@@ -22,7 +22,7 @@ from torch import Tensor
 from minorca.adapters import load_adapters
 from minorca.architecture import Architecture
 from minorca.cli import signals_noted
-from minorca.errors import UserError
+from minorca.errors import UserError, refuse
 from minorca.kv_cache import KVCache
 from minorca.loading import fast_dtype, load_model
 from minorca.model import Mistral
@@ -91,8 +91,7 @@ def check(request: Request, vocab_size: int, max_length: int, adapters: Collecti
         f"adapter is {request.adapter!r}; expected one of {list(adapters)}": request.adapter not in (None, *adapters),
         f"logprobs is {request.logprobs}; expected 0 to {vocab_size}": not 0 <= (request.logprobs or 0) <= vocab_size,
     }
-    if wrong := [message for message, is_wrong in problems.items() if is_wrong]:
-        raise UserError("; ".join(wrong))
+    refuse(problems)
 
 
 class Engine:

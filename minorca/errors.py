@@ -1,4 +1,4 @@
-"""The exceptions that end a command without a traceback."""
+"""The exceptions that end a command without a traceback, and how the first is raised for several things at once."""
 
 
 class UserError(Exception):
@@ -6,6 +6,12 @@ class UserError(Exception):
 
     Commands print it as one line and exit with status 2 (`cli.run`); it never carries a traceback.
     """
+
+
+def refuse(problems: dict[str, bool]) -> None:
+    """UserError with all the messages, in order, whose problem there is."""
+    if wrong := [message for message, is_wrong in problems.items() if is_wrong]:
+        raise UserError("; ".join(wrong))
 
 
 class Ended(Exception):

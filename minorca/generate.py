@@ -10,7 +10,7 @@ from minorca import cli
 from minorca.architecture import read_architecture
 from minorca.chat import TEMPLATES, render_chat
 from minorca.engine import Engine, Request, check, longest, open_engine
-from minorca.errors import UserError
+from minorca.errors import UserError, refuse
 from minorca.model import Mistral
 from minorca.sampling import Sampling
 from minorca.talk import talk
@@ -84,8 +84,7 @@ def _check(args) -> None:
         "--chat takes none of --raw, --json and --stop": args.chat and (args.raw or args.json or args.stop),
         "--stop must not be empty": "" in args.stop,
     }
-    if wrong := [message for message, is_wrong in problems.items() if is_wrong]:
-        raise UserError("; ".join(wrong))
+    refuse(problems)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minorca.errors import UserError
+from minorca.errors import refuse
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class Sampling:
             "min_p must be from 0 to 1": not 0 <= self.min_p <= 1,
             "repetition_penalty must be over 0 and at most 100": not 0 < self.repetition_penalty <= 100,
         }
-        if wrong := [message for message, is_wrong in problems.items() if is_wrong]:
-            raise UserError("; ".join(wrong))
+        refuse(problems)
 
 
 class Sampler:

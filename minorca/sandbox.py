@@ -50,8 +50,8 @@ class _Worker:
                     timed_out = status == -signal.SIGPROF
                     what = f"{SECONDS} seconds of processor time" if timed_out else f"{MEMORY >> 20} MiB, or brought its process down"
                     # Half: shorter conversations of others go on, and a template that exhausts it with any is soon not tried again.
-                    self.exhausting[source] = size / 2, f"it took more than {what}"
-                    raise TemplateFailed(f"it took more than {what}")
+                    self.exhausting[source] = size / 2, (why := f"it took more than {what}")
+                    raise TemplateFailed(why)
             raise TemplateFailed("its process was killed twice; try again")
 
     def _exchange(self, request: bytes) -> bytes:

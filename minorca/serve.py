@@ -35,7 +35,7 @@ from minorca import cli
 from minorca.architecture import read_architecture
 from minorca.engine import Engine, Request, open_engine
 from minorca.engine_thread import Answer, EngineThread
-from minorca.errors import UserError
+from minorca.errors import UserError, refuse
 from minorca.protocol import ChatRequest, Choice, CompletionRequest, Generation, Problem, Refused, problem
 from minorca.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.untrusted import parse_json, shown
@@ -331,8 +331,7 @@ def _check(args) -> None:
         "--queue must be 0 or more": args.queue < 0,
         "--max-length must be at least 2": args.max_length is not None and args.max_length < 2,
     }
-    if wrong := [message for message, is_wrong in problems.items() if is_wrong]:
-        raise UserError("; ".join(wrong))
+    refuse(problems)
 
 
 def _named(model: str, adapters: list[str]) -> tuple[str, dict[str, str]]:
