@@ -9,7 +9,7 @@ setup(
     # `kernels` is a package root of its own: its import name, minorca_kernels, collides with nobody's
     packages=find_packages(include=["minorca", "minorca.*"]) + find_packages("kernels"),
     package_dir={"minorca_kernels": "kernels/minorca_kernels"},
-    package_data={"minorca": ["page.html"]},
+    package_data={"minorca.serve": ["page.html"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6",
@@ -29,7 +29,17 @@ setup(
         "prometheus-client",
     ],
     extras_require={
-        "test": ["pytest", "transformers", "peft", "mistral-common", "gguf", "openai", "httpx", "schemathesis", "playwright"],
+        "test": [
+            "pytest",
+            "transformers",
+            "peft",
+            "mistral-common",
+            "gguf",
+            "openai",
+            "httpx",
+            "schemathesis",
+            "playwright",
+        ],
     },
     entry_points={"console_scripts": ["minorca = minorca.__main__:main"]},
 )

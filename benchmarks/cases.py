@@ -166,21 +166,25 @@ def _projection(name: str, tokens: int, columns: int, rows: list[int], rank: int
             adapters.append(ours.Adapter(start, start + count, a, b))
             start += count
         w = normal(start, columns)
-        with_room = ours.make_room(w, rank * len(rows)).copy_(w)
+        with_room = ours.pad_rows(w, rank * len(rows)).copy_(w)
         return _gradient(normal(tokens, columns * (1 + of_swiglu), scale=1)), w, adapters, SCALE, with_room
 
     def by(way: str | None) -> Callable:
         def call(x, w, adapters, scale, with_room):
-            chosen = way or ("augmented" if ours.room_pays(w, of_swiglu) else None)  # as in minorca/lora.py
-            return ours.lora_linear(x, with_room if chosen == "augmented" else w, adapters, scale, of_swiglu=of_swiglu, way=chosen)
+            chosen = way or ("augmented" if ours.padding_pays(w, of_swiglu) else None)  # as in minorca/lora.py
+            return ours.lora_linear(
+                x, with_room if chosen == "augmented" else w, adapters, scale, of_swiglu=of_swiglu, way=chosen
+            )
 
         return call
 
     providers = {
         "ours": by(None),
-        "plain": lambda x, w, adapters, scale, _: ours.lora_linear_definition(x, w, adapters, scale, of_swiglu=of_swiglu),
+        "plain": lambda x, w, adapters, scale, _: ours.lora_linear_definition(
+            x, w, adapters, scale, of_swiglu=of_swiglu
+        ),
         "base": lambda x, w, adapters, scale, _: F.linear(ours.swiglu(x) if of_swiglu else x, w),
-        **{way: by(way) for way in ours.WAYS},
+        **{way: by(way) for way in ours.STRATEGIES},
     }
     shape, total = f"{tokens} x {columns} -> {sum(rows)}, rank {rank}", sum(rows)
     forward_bytes = BYTES * (tokens * columns * (1 + of_swiglu) + total * columns + tokens * total)
@@ -189,7 +193,9 @@ def _projection(name: str, tokens: int, columns: int, rows: list[int], rank: int
     kernel = f"LoRA {name}"
     yield Case(kernel, "forward", shape, inputs, providers, "base", {"ours": 1 / 1.04}, forward_bytes, base + low)
     if rank == 16:
-        yield Case(kernel, "backward", shape, inputs, providers, "base", {"ours": 1 / 1.06}, backward_bytes, base + 2 * low)
+        yield Case(
+            kernel, "backward", shape, inputs, providers, "base", {"ours": 1 / 1.06}, backward_bytes, base + 2 * low
+        )
 
 
 def losses(shape: Shape, tokens: int) -> Iterator[Case]:
@@ -202,9 +208,9 @@ def losses(shape: Shape, tokens: int) -> Iterator[Case]:
         "ours": ours.linear_cross_entropy,
         "plain": ours.linear_cross_entropy_definition,
         # the middle ones are its defaults: no bias, no class weights, and so on
-        "liger": lambda x, weight, targets: _liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")(
-            x, weight, targets, None, None, -100, 0.0, 0.0, "sum"
-        )[0],
+        "liger": lambda x, weight, targets: _liger(
+            "fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction"
+        )(x, weight, targets, None, None, -100, 0.0, 0.0, "sum")[0],
     }
     name = f"{tokens} x {shape.hidden} -> {shape.vocabulary}"
     size = BYTES * (2 * tokens * shape.hidden + shape.vocabulary * shape.hidden)
@@ -219,7 +225,9 @@ def _varlen(longest: int, window: int | None, implementation: str | None) -> Cal
         from torch.nn.attention.varlen import varlen_attn  # not every build of torch has it
 
         if implementation != attention.current_flash_attention_impl():  # it stays: backward needs it too
-            attention.activate_flash_attention_impl(implementation) if implementation else attention.restore_flash_attention_impl()
+            attention.activate_flash_attention_impl(
+                implementation
+            ) if implementation else attention.restore_flash_attention_impl()
         left = -1 if window is None else window - 1
         # torch 2.11 groups heads without being asked, and has no name for it
         options = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -268,11 +276,15 @@ def decoding(shape: Shape, sequences: int, slots: int) -> Iterator[Case]:
 
     def inputs(device, dtype):
         q = torch.randn(sequences, shape.heads, shape.head_dim, device=device, dtype=dtype)
-        k, v = (torch.randn(sequences, slots, shape.kv_heads, shape.head_dim, device=device, dtype=dtype) for _ in range(2))
+        k, v = (
+            torch.randn(sequences, slots, shape.kv_heads, shape.head_dim, device=device, dtype=dtype) for _ in range(2)
+        )
         return q, k, v, torch.full((sequences,), slots, device=device)
 
     def sdpa(q, k, v, lengths):
-        return F.scaled_dot_product_attention(q[:, :, None], k.transpose(1, 2), v.transpose(1, 2), enable_gqa=True)[:, :, 0]
+        return F.scaled_dot_product_attention(q[:, :, None], k.transpose(1, 2), v.transpose(1, 2), enable_gqa=True)[
+            :, :, 0
+        ]
 
     providers = {"ours": ours.decode_attention, "plain": ours.decode_attention_definition, "torch": sdpa}
     size, name = 2 * BYTES * sequences * slots * shape.kv_heads * shape.head_dim, f"{sequences} x {slots}"
@@ -280,7 +292,9 @@ def decoding(shape: Shape, sequences: int, slots: int) -> Iterator[Case]:
     yield Case("decode attention", "forward", name, inputs, providers, "copy", targets, size)
 
 
-def cases(shape: Shape = MISTRAL_7B, tokens: int = 8192, window: int = 4096, small: tuple[int, ...] = (512, 8)) -> Iterator[Case]:
+def cases(
+    shape: Shape = MISTRAL_7B, tokens: int = 8192, window: int = 4096, small: tuple[int, ...] = (512, 8)
+) -> Iterator[Case]:
     """The cases with targets, of `tokens` tokens; then, without, a higher rank's and those of few tokens, which are all launching."""
     yield from norms(shape, tokens)
     yield from ropes(shape, tokens)

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from benchmarks.common import SHAPES, parser, report, spread
-from minorca import checkpoint, parallel
-from minorca.architecture import Architecture, read_architecture
 from minorca.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from minorca.loading import build_model
-from minorca.lora import LoRASettings, adapter_parameters, add_adapters
-from minorca.optim import adamw
+from minorca.model.architecture import Architecture, read_architecture
+from minorca.model.build import build_model
+from minorca.model.lora import LoRASettings, adapter_parameters, add_adapters
+from minorca.train import checkpoint, parallel
+from minorca.train.optim import adamw
 
 
 def adapted(arch: Architecture, settings: LoRASettings) -> nn.Module:
@@ -60,7 +60,10 @@ def main() -> None:
         config = Config(ModelConfig(str(args.model)), DataConfig(""), train=TrainConfig(output=folder))
         if args.shape:
             (output / "config.json").write_text(json.dumps(SHAPES[args.shape]))
-        arch, settings = read_architecture(output if args.shape else args.model), LoRASettings(args.rank, 2.0 * args.rank)
+        arch, settings = (
+            read_architecture(output if args.shape else args.model),
+            LoRASettings(args.rank, 2.0 * args.rank),
+        )
         model = adapted(arch, settings)
         parameters = adapter_parameters(model)
         optimizer = adamw(parameters.values(), OptimConfig())

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minorca.architecture import read_architecture
-from minorca.loading import build_model, fast_dtype, load_model
-from minorca.model import Mistral
-from minorca.weights import hf_pieces
+from minorca.files.weights import huggingface_tensors
+from minorca.model.architecture import read_architecture
+from minorca.model.build import build_model, fast_dtype, load_model
+from minorca.model.network import Mistral
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,7 +59,9 @@ def spread(values: list[float]) -> dict[str, float]:
 def parser(module: str, description: str) -> argparse.ArgumentParser:
     """A parser with the options that choose a model, and where the JSON goes."""
     options = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
-    options.add_argument("--model", type=Path, default=ROOT / "examples" / "model", metavar="DIR", help="default: examples/model")
+    options.add_argument(
+        "--model", type=Path, default=ROOT / "examples" / "model", metavar="DIR", help="default: examples/model"
+    )
     options.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of --model")
     options.add_argument("--layers", type=int, metavar="N", help="of --shape; default: all it has")
     options.add_argument("--dtype", choices=("bfloat16", "float32"), default=str(fast_dtype()).removeprefix("torch."))
@@ -90,10 +92,12 @@ def peer(directory: Path, model: Mistral) -> nn.Module:
 
     config, ours = AutoConfig.from_pretrained(directory), dict(model.named_parameters())
     with torch.device("meta"):
-        theirs = AutoModelForCausalLM.from_config(config, dtype=model.embedding.weight.dtype, attn_implementation="sdpa")
+        theirs = AutoModelForCausalLM.from_config(
+            config, dtype=model.embedding.weight.dtype, attn_implementation="sdpa"
+        )
     views = {
         piece.name: view
-        for name, pieces in hf_pieces(model.arch).items()
+        for name, pieces in huggingface_tensors(model.arch).items()
         for piece, view in zip(pieces, ours[name].detach().split([piece.rows for piece in pieces]))
     }
     theirs.load_state_dict(views, strict=False, assign=True)

@@ -31,10 +31,12 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.cases import MISTRAL_7B, NEMO, SMOLLM2, Case, cases
 from benchmarks.table import grid
-from minorca_kernels import WAYS
+from minorca_kernels import STRATEGIES
 
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may have
-WIDE = r"ld\.global\S*\.(v[48]\.[bfu]32|v[24]\.[bfu]64)|cp\.async\.cg\.shared\.global|cp\.async\.bulk"  # 16 bytes or more
+WIDE = (
+    r"ld\.global\S*\.(v[48]\.[bfu]32|v[24]\.[bfu]64)|cp\.async\.cg\.shared\.global|cp\.async\.bulk"  # 16 bytes or more
+)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -43,7 +45,9 @@ class Launchers(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, arguments=(), options=None):
         if operator.namespace == "minorca":
-            return operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *arguments, **(options or {}))
+            return operator.redispatch(
+                torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *arguments, **(options or {})
+            )
         return operator(*arguments, **(options or {}))
 
 
@@ -88,7 +92,11 @@ def traced(case: Case, function: Callable, dtype: torch.dtype) -> list:
 def selection() -> Iterator[tuple[str, Case, Callable, torch.dtype]]:
     """What is compiled: label, case, one of our implementations, dtype. The last shape also in fp16 and fp32."""
     for case in cases(MISTRAL_7B):
-        yield from ((f"{case.name}, Mistral 7B", case, case.providers[way], torch.bfloat16) for way in WAYS if way in case.providers)
+        yield from (
+            (f"{case.name}, Mistral 7B", case, case.providers[way], torch.bfloat16)
+            for way in STRATEGIES
+            if way in case.providers
+        )
     for name, shape in {"Mistral 7B": MISTRAL_7B, "Nemo": NEMO, "SmolLM2": SMOLLM2}.items():
         for case in cases(shape, small=(8,)):
             for dtype in (torch.bfloat16, torch.float16, torch.float32)[: 3 if shape is SMOLLM2 else 1]:
@@ -97,7 +105,12 @@ def selection() -> Iterator[tuple[str, Case, Callable, torch.dtype]]:
     for case in cases(MISTRAL_7B, 8191, small=()):
         yield f"{case.name}, Mistral 7B", case, case.providers["ours"], torch.bfloat16
         if "Norm backward" in case.name or case.kernel == "cross-entropy":
-            yield f"{case.name}, trained, Mistral 7B", replace(case, inputs=_trained(case)), case.providers["ours"], torch.bfloat16
+            yield (
+                f"{case.name}, trained, Mistral 7B",
+                replace(case, inputs=_trained(case)),
+                case.providers["ours"],
+                torch.bfloat16,
+            )
         if case.kernel == "cross-entropy":
             forward = replace(case, direction="forward")
             yield f"{forward.name}, Mistral 7B", forward, torch.no_grad()(case.providers["ours"]), torch.bfloat16
@@ -106,7 +119,10 @@ def selection() -> Iterator[tuple[str, Case, Callable, torch.dtype]]:
 def _trained(case: Case) -> Callable:
     def inputs(device, dtype):
         tensors = case.inputs(device, dtype)
-        return tree_map(lambda leaf: leaf.requires_grad_() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf, tensors)
+        return tree_map(
+            lambda leaf: leaf.requires_grad_() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf,
+            tensors,
+        )
 
     return inputs
 
@@ -116,7 +132,9 @@ def examine(kernel, arch: int) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     ptx, products = kernel.asm["ptx"], re.findall(r"tt\.dot .*: tensor<(\d+)x\d+x(?:bf16|f16)>", kernel.asm["ttir"])
     wide, wgmma = len(re.findall(WIDE, ptx)), ptx.count("wgmma.mma_async")
@@ -150,7 +168,9 @@ def compiled(arch: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description="Every Triton kernel, compiled without a GPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compiled", description="Every Triton kernel, compiled without a GPU."
+    )
     parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED), choices=SHARED, help="default: all")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:

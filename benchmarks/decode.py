@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from benchmarks.common import DEVICE, clock, model_under_test, parser, peer, report, spread
 from benchmarks.device import copy_bandwidth
-from minorca.engine import Engine, Request
-from minorca.model import Mistral
-from minorca.prepack import Prepacked, prepack
+from minorca.generate.engine import Engine, Request
+from minorca.generate.prepack import Prepacked, prepack
+from minorca.model.network import Mistral
 
 ROUNDS = 5
 
@@ -38,7 +38,12 @@ def products(model: Mistral, rows: int) -> list[Callable[[], Tensor]]:
     """Each of the engine's products with a weight, once: as it calls them, on random rows."""
     projections = [getattr(block, name) for block in model.layers for name in ("qkv", "o", "gate_up", "down")]
     head = getattr(model, "prepacked_head", None) or model.head or model.embedding
-    widths = [model.arch.hidden_size, model.arch.heads * model.arch.head_dim, model.arch.hidden_size, model.arch.intermediate_size]
+    widths = [
+        model.arch.hidden_size,
+        model.arch.heads * model.arch.head_dim,
+        model.arch.hidden_size,
+        model.arch.intermediate_size,
+    ]
     calls = []
     for module, width in zip((*projections, head), (*widths * model.arch.layers, model.arch.hidden_size)):
         x = torch.randn(rows, width, device=DEVICE).to(model.embedding.weight.dtype)
@@ -103,16 +108,22 @@ def our_run(model: Mistral, prompts: Tensor, new: int) -> tuple[list[list[int]],
 def their_run(model: nn.Module, prompts: Tensor, new: int) -> tuple[list[list[int]], float]:
     """The same of transformers."""
     stamps, mask = Stamps(), torch.ones_like(prompts)
-    out = model.generate(prompts, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0, streamer=stamps)
+    out = model.generate(
+        prompts, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0, streamer=stamps
+    )
     times = stamps.times[2:]
     return out[:, prompts.shape[1] :].tolist(), statistics.median(b - a for a, b in zip(times, times[1:]))
 
 
 def random_prompts(model: Mistral, batch: int, length: int) -> Tensor:
-    return torch.randint(model.arch.vocab_size, (batch, length), generator=torch.Generator().manual_seed(batch)).to(DEVICE)
+    return torch.randint(model.arch.vocab_size, (batch, length), generator=torch.Generator().manual_seed(batch)).to(
+        DEVICE
+    )
 
 
-def decoding(model: Mistral, theirs: nn.Module, weights: int, batch: int, length: int, new: int, bandwidth: float) -> dict:
+def decoding(
+    model: Mistral, theirs: nn.Module, weights: int, batch: int, length: int, new: int, bandwidth: float
+) -> dict:
     prompts = random_prompts(model, batch, length)
     ids = our_run(model, prompts, new)[0], their_run(theirs, prompts, new)[0]
     same = [a == b for one, other in zip(*ids) for a, b in zip(one, other, strict=True)]
@@ -137,7 +148,9 @@ def first_token(model: Mistral, theirs: nn.Module, length: int) -> dict:
     prompts, engine = random_prompts(model, 1, length), Engine(model, 1, length + 1)
     sides = {
         "ours": lambda: list(engine.answer(Request(prompts[0].tolist(), 1))),
-        "theirs": lambda: theirs.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=1, pad_token_id=0),
+        "theirs": lambda: theirs.generate(
+            prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=1, pad_token_id=0
+        ),
     }
     seconds = {name: [] for name in sides}
     for _ in range(ROUNDS + 1):
@@ -152,23 +165,32 @@ def main() -> None:
     options.add_argument("--batch", default="1,8,32", metavar="N,N", help="sequences at once; default 1,8,32")
     options.add_argument("--prompt-tokens", type=int, default=32, metavar="N", help="of the prompts that are continued")
     options.add_argument("--new-tokens", type=int, default=64, metavar="N", help="at least 8")
-    options.add_argument("--first-token", default="16,128,512", metavar="N,N", help="lengths of the prompts whose first token is timed")
+    options.add_argument(
+        "--first-token", default="16,128,512", metavar="N,N", help="lengths of the prompts whose first token is timed"
+    )
     args = options.parse_args()
     bandwidth = copy_bandwidth()
     with model_under_test(args) as (directory, model):
         theirs = peer(directory, model)
         theirs.generation_config.eos_token_id = None
-        weights = sum(p.numel() for p in model.parameters()) - (0 if model.arch.tied else model.embedding.weight.numel())
+        weights = sum(p.numel() for p in model.parameters()) - (
+            0 if model.arch.tied else model.embedding.weight.numel()
+        )
         batches, lengths = (list(map(int, text.split(","))) for text in (args.batch, args.first_token))
         plain = {batch: limit(model, batch, args.new_tokens // 2) for batch in batches}
         model = prepack(model)
         decoded = [
-            decoding(model, theirs, weights, batch, args.prompt_tokens, args.new_tokens, bandwidth) | {"products_without_prepacking_seconds": plain[batch]}
+            decoding(model, theirs, weights, batch, args.prompt_tokens, args.new_tokens, bandwidth)
+            | {"products_without_prepacking_seconds": plain[batch]}
             for batch in batches
         ]
         first = [first_token(model, theirs, length) for length in lengths]
     settings = {"model": args.shape or args.model.name, "layers": args.layers, "dtype": args.dtype}
-    report({**settings, "copy_bytes_per_second": bandwidth, "decoding": decoded, "first_token": first}, "decode", args.output)
+    report(
+        {**settings, "copy_bytes_per_second": bandwidth, "decoding": decoded, "first_token": first},
+        "decode",
+        args.output,
+    )
 
 
 if __name__ == "__main__":

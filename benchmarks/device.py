@@ -40,7 +40,9 @@ def matmul_rate(dtype: torch.dtype) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description="The machine and its measured limits.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.device", description="The machine and its measured limits."
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write the JSON there too")
     args = parser.parse_args()
     limits = {"copy_bytes_per_second": copy_bandwidth(), "matmul_bf16": matmul_rate(torch.bfloat16)}

@@ -24,7 +24,7 @@ from benchmarks.cases import TINY, Case, cases
 from benchmarks.common import DEVICE, clock, report
 from benchmarks.compiled import recorded
 from benchmarks.device import copy_bandwidth, matmul_rate
-from minorca.metrics import peak_flops
+from minorca.train.metrics import peak_flops
 
 CUDA = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16
@@ -64,7 +64,11 @@ def exact(case: Case) -> list[Tensor]:
     """The definition's results in fp32."""
 
     def widened(leaf):
-        return leaf.detach().float().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) and leaf.dtype == DTYPE else leaf
+        return (
+            leaf.detach().float().requires_grad_(leaf.requires_grad)
+            if isinstance(leaf, Tensor) and leaf.dtype == DTYPE
+            else leaf
+        )
 
     return prepared(case, case.providers["plain"], tree_map(widened, drawn(case)))()
 
@@ -72,7 +76,9 @@ def exact(case: Case) -> list[Tensor]:
 def error(results: list[Tensor], reference: list[Tensor]) -> float:
     """The largest relative error of a result: of norms, in fp32."""
     norm = torch.linalg.vector_norm
-    return max((norm(result.float() - right) / norm(right)).item() for result, right in zip(results, reference, strict=True))
+    return max(
+        (norm(result.float() - right) / norm(right)).item() for result, right in zip(results, reference, strict=True)
+    )
 
 
 def graphed(call: Callable) -> Callable:
@@ -107,7 +113,9 @@ def timed(call: Callable, repeats: int | None) -> dict:
             after.record()
         torch.cuda.synchronize()
         seconds = [before.elapsed_time(after) / 1e3 for before, after in events]
-    median, p20, p80 = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist()
+    median, p20, p80 = (
+        torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist()
+    )
     return {"seconds": {"median": median, "p20": p20, "p80": p80}, "graph": graph}
 
 
@@ -177,9 +185,19 @@ def table(chosen: list[Case], limits: dict, repeats: int | None, compiling: bool
         print(case.name, provider, row.get("seconds") or row, file=sys.stderr, flush=True)
 
     for case in chosen:
-        reference = attempt(lambda: {"exact": exact(case)}) if time.monotonic() < deadline else {"failed": "no time left"}
+        reference = (
+            attempt(lambda: {"exact": exact(case)}) if time.monotonic() < deadline else {"failed": "no time left"}
+        )
         for provider, function in case.providers.items():
-            add(case, provider, measured, case, function, reference.get("exact") if provider != "base" else None, repeats)
+            add(
+                case,
+                provider,
+                measured,
+                case,
+                function,
+                reference.get("exact") if provider != "base" else None,
+                repeats,
+            )
             if provider == "ours" and "failed" in reference:
                 rows[-1]["unchecked"] = reference["failed"]
         if case.limit == "copy":
@@ -199,11 +217,17 @@ def table(chosen: list[Case], limits: dict, repeats: int | None, compiling: bool
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description="Every kernel against the device's limits.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels", description="Every kernel against the device's limits."
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write the JSON there too")
     parser.add_argument("--only", metavar="NAME", help="cases whose name contains it, as in 'RMSNorm backward'")
-    parser.add_argument("--seconds", type=float, default=105, metavar="N", help="nothing new is begun after so many; default 105")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, twice each, nothing compiled: tries the script")
+    parser.add_argument(
+        "--seconds", type=float, default=105, metavar="N", help="nothing new is begun after so many; default 105"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny sizes, twice each, nothing compiled: tries the script"
+    )
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
     chosen = list(cases(TINY, 64, window=16, small=(8,)) if args.smoke else cases())
@@ -213,7 +237,9 @@ def main() -> None:
     bandwidth = next((peak for known, peak in PEAK_BANDWIDTH.items() if known in name), None)
     limits["datasheet"] = {"bytes_per_second": bandwidth, "flops_per_second": peak_flops(DEVICE, DTYPE)}
     if CUDA:
-        torch.cuda.set_stream(torch.cuda.Stream())  # backward runs where forward ran, and the default stream cannot be captured
+        torch.cuda.set_stream(
+            torch.cuda.Stream()
+        )  # backward runs where forward ran, and the default stream cannot be captured
     torch._functorch.config.donated_buffer = False  # compiled backwards are called more than once
     rows = table(chosen, limits, 2 if args.smoke else None, not args.smoke, deadline)
     settings = {"device_type": DEVICE.type, "dtype": str(DTYPE).removeprefix("torch."), "smoke": args.smoke}

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.common import DEVICE, ROOT, SHAPES, clock, report, spread
-from minorca.architecture import read_architecture
-from minorca.loading import build_model
-from minorca.weights import hf_pieces, load_weights, open_weights
+from minorca.files.weights import huggingface_tensors, load_weights, open_weights
+from minorca.model.architecture import read_architecture
+from minorca.model.build import build_model
 
 CHUNK = 2**24
 
@@ -74,7 +73,7 @@ def directory_under_test(args: argparse.Namespace) -> Iterator[Path]:
         (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
         tensors = {
             piece.name: torch.randn(piece.rows, *parameters[name].shape[1:], dtype=torch.bfloat16)
-            for name, pieces in hf_pieces(read_architecture(directory)).items()
+            for name, pieces in huggingface_tensors(read_architecture(directory)).items()
             for piece in pieces
         }
         save_file(tensors, directory / "model.safetensors", {"format": "pt"})
@@ -85,8 +84,12 @@ def directory_under_test(args: argparse.Namespace) -> Iterator[Path]:
 def main() -> None:
     options = argparse.ArgumentParser(prog="python -m benchmarks.loading", description=__doc__.partition("\n")[0])
     what = options.add_mutually_exclusive_group()
-    what.add_argument("--model", type=Path, default=ROOT / "examples" / "model", metavar="DIR", help="default: examples/model")
-    what.add_argument("--gigabytes", type=float, metavar="N", help="random weights of about this size, in layers of a 7B model")
+    what.add_argument(
+        "--model", type=Path, default=ROOT / "examples" / "model", metavar="DIR", help="default: examples/model"
+    )
+    what.add_argument(
+        "--gigabytes", type=float, metavar="N", help="random weights of about this size, in layers of a 7B model"
+    )
     options.add_argument("--rounds", type=int, default=5, metavar="N")
     options.add_argument("--output", type=Path, metavar="FOLDER", help="write the JSON there too")
     args = options.parse_args()
@@ -96,7 +99,11 @@ def main() -> None:
         arch = read_architecture(directory)
         paths = sorted(set(open_weights(directory, arch)[0].files.values()))
         size = sum(path.stat().st_size for path in paths)
-        ways = {"read": lambda: read(paths), "read_and_keep": lambda: read_and_keep(paths), "load": lambda: load(directory)}
+        ways = {
+            "read": lambda: read(paths),
+            "read_and_keep": lambda: read_and_keep(paths),
+            "load": lambda: load(directory),
+        }
         seconds: dict[str, dict[str, list[float]]] = {cache: {name: [] for name in ways} for cache in ("warm", "cold")}
         for round in range(args.rounds + 1):
             for cache, of_cache in seconds.items():
@@ -107,7 +114,10 @@ def main() -> None:
                     way()
                     if round:  # the first one warms up
                         of_cache[name].append(clock() - started)
-    speeds = {cache: {name: spread([size / s / 1e9 for s in values]) for name, values in ways.items()} for cache, ways in seconds.items()}
+    speeds = {
+        cache: {name: spread([size / s / 1e9 for s in values]) for name, values in ways.items()}
+        for cache, ways in seconds.items()
+    }
     report(
         {
             "model": f"{arch.layers} layers of 7b" if args.gigabytes else args.model.name,
@@ -115,7 +125,9 @@ def main() -> None:
             "bytes": size,
             "gigabytes_per_second": speeds,
             "ratio": {
-                cache: {name: of_cache["load"]["median"] / of_cache[name]["median"] for name in ("read", "read_and_keep")}
+                cache: {
+                    name: of_cache["load"]["median"] / of_cache[name]["median"] for name in ("read", "read_and_keep")
+                }
                 for cache, of_cache in speeds.items()
             },
         },

@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.common import report, spread
-from minorca import train
-from minorca.metrics import PHASES
+from minorca.train import __main__ as train_command
+from minorca.train.metrics import PHASES
 
 
 def main() -> None:
@@ -24,13 +24,25 @@ def main() -> None:
     args, settings = options.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
-        train.main([f"--train.steps={args.steps}", "--data.eval=null", "--train.eval_every=0", "--train.checkpoint_every=100", f"--train.output={run}", "--profile", *settings])
+        train_command.main(
+            [
+                f"--train.steps={args.steps}",
+                "--data.eval=null",
+                "--train.eval_every=0",
+                "--train.checkpoint_every=100",
+                f"--train.output={run}",
+                "--profile",
+                *settings,
+            ]
+        )
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][3:]
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
             for path in (run / "profile").iterdir():
                 shutil.copy(path, args.output / f"loop-{path.name}")
-    phases = {phase: statistics.median(line[f"{phase}_seconds"] / line["seconds"] for line in lines) for phase in PHASES}
+    phases = {
+        phase: statistics.median(line[f"{phase}_seconds"] / line["seconds"] for line in lines) for phase in PHASES
+    }
     result = {"steps": len(lines), "step_seconds": spread([line["seconds"] for line in lines]), "shares": phases}
     report(result | {"tokens_per_second": spread([line["tokens_per_second"] for line in lines])}, "loop", args.output)
 

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.common import ROOT, report, spread
 from minorca.data.packing import Order
-from minorca.metrics import peak_memory_bytes
+from minorca.train.metrics import peak_memory_bytes
 
 CAPACITY, MICRO_BATCHES = 4096, 48  # Mistral-7B-OpenOrca's steps had 48 times 4,096 tokens
 
@@ -63,27 +63,55 @@ def rendering(rows: int, template: str) -> dict:
         with file.open("w") as out:
             for n, record in zip(range(rows), itertools.cycle(records)):
                 out.write(json.dumps(record | {"id": f"t0.{n}", "question": f"{n}: {record['question']}"}) + "\n")
-        options = ["--model.path", ROOT / "examples" / "model", "--data.template", template, "--data.train", file, "--data.eval", "null", "--train.eval_every", "0"]
+        options = [
+            "--model.path",
+            ROOT / "examples" / "model",
+            "--data.template",
+            template,
+            "--data.train",
+            file,
+            "--data.eval",
+            "null",
+            "--train.eval_every",
+            "0",
+        ]
         for name, used in (("one core", cores[:1]), ("all cores", cores)):
             command = [sys.executable, "-m", "minorca.data", "prepare", *options, "--data.store", f"{directory}/{name}"]
             start = time.perf_counter()
-            subprocess.run(command, preexec_fn=lambda used=used: os.sched_setaffinity(0, used), cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+            subprocess.run(
+                command,
+                preexec_fn=lambda used=used: os.sched_setaffinity(0, used),
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                check=True,
+            )
             seconds = time.perf_counter() - start
             (meta,) = Path(directory, name).glob("*/meta.json")
-            found[name] = {"cores": len(used), "seconds": seconds, "rows_per_second": rows / seconds, "sha256": json.loads(meta.read_text())["sha256"]}
+            found[name] = {
+                "cores": len(used),
+                "seconds": seconds,
+                "rows_per_second": rows / seconds,
+                "sha256": json.loads(meta.read_text())["sha256"],
+            }
     if len({one["sha256"] for one in found.values()}) > 1:
         raise SystemExit("rows rendered in parallel are not those rendered in turn")
     return {"template": template, "rows": rows, **found}
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(prog="python -m benchmarks.packing", description="Rows planned and rendered a second.")
+    options = argparse.ArgumentParser(
+        prog="python -m benchmarks.packing", description="Rows planned and rendered a second."
+    )
     options.add_argument("--rows", type=int, default=4_200_000, metavar="N", help="to plan; default 4,200,000")
     options.add_argument("--rendered", type=int, default=60_000, metavar="N", help="rows to render; default 60,000")
-    options.add_argument("--template", choices=("chatml", "jinja"), default="chatml", help="to render with; default chatml")
+    options.add_argument(
+        "--template", choices=("chatml", "jinja"), default="chatml", help="to render with; default chatml"
+    )
     options.add_argument("--output", type=Path, metavar="FOLDER", help="write the JSON there too")
     args = options.parse_args()
-    report({"planning": planning(args.rows), "rendering": rendering(args.rendered, args.template)}, "packing", args.output)
+    report(
+        {"planning": planning(args.rows), "rendering": rendering(args.rendered, args.template)}, "packing", args.output
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,10 @@ from benchmarks.table import LIMITS
 def plot(folder: Path) -> Path:
     result = json.loads((folder / "kernels.json").read_text())
     rows = [row for row in result["rows"] if row["target"] and row.get("reached")][::-1]  # the first at the top
-    names = ["{kernel} {direction}, {shape}".format(**row) + ("" if row["provider"] == "ours" else f" ({row['provider']})") for row in rows]
+    names = [
+        "{kernel} {direction}, {shape}".format(**row) + ("" if row["provider"] == "ours" else f" ({row['provider']})")
+        for row in rows
+    ]
     figure, axes = plt.subplots(figsize=(10, 1.5 + 0.3 * len(rows)), layout="constrained")
     colours = dict(zip(LIMITS, ("C0", "C1", "C2")))
     axes.barh(names, [100 * row["reached"] for row in rows], color=[colours[row["limit"]] for row in rows])

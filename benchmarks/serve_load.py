@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import ROOT, report, spread
-from minorca.chat import render_chat
-from minorca.generate import generate
-from minorca.loading import fast_dtype, load_model
-from minorca.model import Mistral
-from minorca.text_stream import BROKEN
-from minorca.tokenizer import Tokenizer, load_tokenizer
+from minorca.data.chat_template import render_chat
+from minorca.data.tokenizer import Tokenizer, load_tokenizer
+from minorca.generate.__main__ import generate
+from minorca.generate.text_stream import BROKEN
+from minorca.model.build import fast_dtype, load_model
+from minorca.model.network import Mistral
 
 NEW_TOKENS = 32
 TOLERANCE = {torch.bfloat16: 0.5, torch.float32: 1e-3}  # logits are about 20, where neighbours in bf16 are 0.125 apart
@@ -133,7 +133,12 @@ class Server:
 
 async def ask(server: Server, number: int, question: str, phase: Phase, patience: int | None) -> None:
     """One answer, streamed; with `patience`, hung up on after so many pieces of text."""
-    body = {"model": server.model, "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": NEW_TOKENS}
+    body = {
+        "model": server.model,
+        "messages": [{"role": "user", "content": question}],
+        "temperature": 0,
+        "max_tokens": NEW_TOKENS,
+    }
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     began, pieces, reason, tokens, done = time.perf_counter(), [], None, None, False
     lines = server.call("/v1/chat/completions", body)
@@ -211,7 +216,9 @@ async def run(args: argparse.Namespace, asked: list[str]) -> tuple[dict, dict[st
         phases = {"steady": await load(server, asked, args.clients, args.seconds, rude=0)}
         figures = {"steady": phases["steady"].figures()}
         figures["steady"]["idle_after_seconds"] = await server.idle()
-        figures["lost_tokens"] = (await server.metrics())["new_tokens_total"] - before["new_tokens_total"] - phases["steady"].tokens
+        figures["lost_tokens"] = (
+            (await server.metrics())["new_tokens_total"] - before["new_tokens_total"] - phases["steady"].tokens
+        )
         memory = server.memory()
         phases["hanging_up"] = await load(server, asked, args.clients, args.seconds / 2, rude=args.clients // 5)
         figures["hanging_up"] = phases["hanging_up"].figures()
@@ -224,10 +231,14 @@ async def run(args: argparse.Namespace, asked: list[str]) -> tuple[dict, dict[st
 
 def main() -> int:
     options = argparse.ArgumentParser(prog="python -m benchmarks.serve_load", description=__doc__.partition("\n")[0])
-    options.add_argument("--model", type=Path, default=ROOT / "examples" / "model", metavar="DIR", help="default: examples/model")
+    options.add_argument(
+        "--model", type=Path, default=ROOT / "examples" / "model", metavar="DIR", help="default: examples/model"
+    )
     options.add_argument("--clients", type=int, default=64, metavar="N")
     options.add_argument("--slots", type=int, default=8, metavar="N", help="of the server")
-    options.add_argument("--seconds", type=float, default=60, metavar="N", help="of the first phase; the second takes half as long")
+    options.add_argument(
+        "--seconds", type=float, default=60, metavar="N", help="of the first phase; the second takes half as long"
+    )
     options.add_argument("--output", type=Path, metavar="FOLDER", help="write the JSON there too")
     args = options.parse_args()
     tok, model, asked = load_tokenizer(args.model), load_model(args.model, fast_dtype(), "cpu"), questions(24)
@@ -236,7 +247,11 @@ def main() -> int:
     figures, phases = asyncio.run(run(args, asked))
 
     answers = phases["steady"].answers + phases["hanging_up"].answers
-    others = {(number, text): widest_gap(model, tok, prompts[number], text) for number, text in answers if text != offline[number]}
+    others = {
+        (number, text): widest_gap(model, tok, prompts[number], text)
+        for number, text in answers
+        if text != offline[number]
+    }
     wrong = {key: answers[key] for key, gap in others.items() if gap is None}
     tied = {key: answers[key] for key, gap in others.items() if gap is not None}
     growth = figures["server_bytes"]["after_hanging_up"] / figures["server_bytes"]["after_steady"] - 1
@@ -262,7 +277,9 @@ def main() -> int:
         "by_near_ties": sum(tied.values()),
         "widest_tie": max((others[key] for key in tied), default=0.0),
         "questions_with_several_answers": sum(texts > 1 for texts in Counter(number for number, _ in answers).values()),
-        "wrong": [{"question": asked[number], "expected": offline[number], "found": text} for number, text in list(wrong)[:5]],
+        "wrong": [
+            {"question": asked[number], "expected": offline[number], "found": text} for number, text in list(wrong)[:5]
+        ],
         "problems": [what for what, is_so in problems.items() if is_so],
     }
     report(result, "serve-load", args.output)

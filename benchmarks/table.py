@@ -32,7 +32,9 @@ def device(result: dict) -> str:
         if matmul := result.get(f"matmul_{dtype}"):
             rate = f"{matmul['flops_per_second'] / 1e12:.3g} TFLOP/s, n = {matmul['n']}, over {matmul['seconds']:.0f} s"
             limits.append([f"{dtype} matrix product", rate])
-    return grid(["machine", ""], [[name, value] for name, value in result["machine"].items() if value is not None] + limits)
+    return grid(
+        ["machine", ""], [[name, value] for name, value in result["machine"].items() if value is not None] + limits
+    )
 
 
 def name_of(result: dict) -> str:
@@ -40,25 +42,37 @@ def name_of(result: dict) -> str:
 
 
 def training(results: list[dict]) -> str:
-    header = ["rows", "side", "seconds a step", "tokens/s", "trained tokens/s", "MFU", "peak GB", "micro-batches", "padding"]
+    header = [
+        "rows",
+        "side",
+        "seconds a step",
+        "tokens/s",
+        "trained tokens/s",
+        "MFU",
+        "peak GB",
+        "micro-batches",
+        "padding",
+    ]
     header += ["forward, backward, optimizer (s)", "tokens/s, ours / theirs"]
     rows = []
     for result in results:
         for name in ("ours", "theirs"):
             side = result[name]
-            rows.append([
-                f"{result['rows']} ({result['step']['documents']} rows, {result['step']['tokens']} tokens; {name_of(result)})",
-                name,
-                spread(side["seconds"]),
-                f"{side['tokens_per_second']:,.0f}",
-                f"{side['trained_tokens_per_second']:,.0f}",
-                percent(side["mfu"]),
-                f"{side['peak_memory_bytes'] / 1e9:.2f}",
-                f"{side['micro_batches']} of at most {side['micro_batch_tokens']}",
-                percent(side["padding"]),
-                ", ".join(f"{seconds:.3g}" for seconds in side["parts_seconds"].values()),
-                f"{result['ratio']:.2f}" if name == "ours" else "",
-            ])
+            rows.append(
+                [
+                    f"{result['rows']} ({result['step']['documents']} rows, {result['step']['tokens']} tokens; {name_of(result)})",
+                    name,
+                    spread(side["seconds"]),
+                    f"{side['tokens_per_second']:,.0f}",
+                    f"{side['trained_tokens_per_second']:,.0f}",
+                    percent(side["mfu"]),
+                    f"{side['peak_memory_bytes'] / 1e9:.2f}",
+                    f"{side['micro_batches']} of at most {side['micro_batch_tokens']}",
+                    percent(side["padding"]),
+                    ", ".join(f"{seconds:.3g}" for seconds in side["parts_seconds"].values()),
+                    f"{result['ratio']:.2f}" if name == "ours" else "",
+                ]
+            )
     return grid(header, rows)
 
 
@@ -67,19 +81,34 @@ def generating(result: dict) -> str:
     header += ["tokens/s, ours / theirs", "same ids"]
     rows = []
     for run in result["decoding"]:
-        told = {"ours": [percent(run["of_limit"]), percent(run["of_bandwidth"]), f"{run['ratio']:.2f}", percent(run["same_ids"])]}
+        told = {
+            "ours": [
+                percent(run["of_limit"]),
+                percent(run["of_bandwidth"]),
+                f"{run['ratio']:.2f}",
+                percent(run["same_ids"]),
+            ]
+        }
         for name in ("ours", "theirs", "limit"):
-            rows.append([
-                name_of(result),
-                run["batch"],
-                f"{run['prompt_tokens']} + {run['new_tokens']}",
-                name,
-                spread(run[name]["step_seconds"], 1e3),
-                f"{run[name]['tokens_per_second']:,.1f}",
-                *told.get(name, [""] * 4),
-            ])
+            rows.append(
+                [
+                    name_of(result),
+                    run["batch"],
+                    f"{run['prompt_tokens']} + {run['new_tokens']}",
+                    name,
+                    spread(run[name]["step_seconds"], 1e3),
+                    f"{run[name]['tokens_per_second']:,.1f}",
+                    *told.get(name, [""] * 4),
+                ]
+            )
     first = [
-        [name_of(result), run["prompt_tokens"], spread(run["ours"], 1e3), spread(run["theirs"], 1e3), f"{run['ratio']:.2f}"]
+        [
+            name_of(result),
+            run["prompt_tokens"],
+            spread(run["ours"], 1e3),
+            spread(run["theirs"], 1e3),
+            f"{run['ratio']:.2f}",
+        ]
         for run in result["first_token"]
     ]
     first_header = ["model", "prompt", "first token, ours (ms)", "theirs (ms)", "theirs / ours"]
@@ -87,11 +116,24 @@ def generating(result: dict) -> str:
 
 
 def resources(kernels: list[dict]) -> str:
-    return ", ".join("{name}: {registers} registers, {spills} spills, {shared} bytes, {warps} warps".format(**kernel) for kernel in kernels)
+    return ", ".join(
+        "{name}: {registers} registers, {spills} spills, {shared} bytes, {warps} warps".format(**kernel)
+        for kernel in kernels
+    )
 
 
 def kernels(result: dict) -> str:
-    header = ["kernel", "shape", "provider", "median (p20 to p80), µs", "GB/s", "TFLOP/s", "of copy", "of matrix product", "of datasheet"]
+    header = [
+        "kernel",
+        "shape",
+        "provider",
+        "median (p20 to p80), µs",
+        "GB/s",
+        "TFLOP/s",
+        "of copy",
+        "of matrix product",
+        "of datasheet",
+    ]
     header += ["at least", "of limit", "error", "Triton kernels"]
     rows = []
     for row in result["rows"]:
@@ -99,16 +141,20 @@ def kernels(result: dict) -> str:
         if "seconds" not in row:
             rows.append([*name, row.get("failed") or row["skipped"], *[""] * 9])
             continue
-        rows.append([
-            *name,
-            "{median:,.1f} ({p20:,.1f} to {p80:,.1f})".format(**{name: 1e6 * value for name, value in row["seconds"].items()}),
-            f"{row['bytes_per_second'] / 1e9:,.0f}",
-            f"{row['flops_per_second'] / 1e12:,.0f}" if row["flops"] else "",
-            *(percent(row[of]) for of in ("of_copy", "of_matmul", "of_datasheet", "target")),
-            f"{percent(row['reached'])} of {LIMITS[row['limit']]}",
-            "" if row.get("error") is None else f"{row['error']:.1e}",
-            resources(row.get("kernels", [])),
-        ])
+        rows.append(
+            [
+                *name,
+                "{median:,.1f} ({p20:,.1f} to {p80:,.1f})".format(
+                    **{name: 1e6 * value for name, value in row["seconds"].items()}
+                ),
+                f"{row['bytes_per_second'] / 1e9:,.0f}",
+                f"{row['flops_per_second'] / 1e12:,.0f}" if row["flops"] else "",
+                *(percent(row[of]) for of in ("of_copy", "of_matmul", "of_datasheet", "target")),
+                f"{percent(row['reached'])} of {LIMITS[row['limit']]}",
+                "" if row.get("error") is None else f"{row['error']:.1e}",
+                resources(row.get("kernels", [])),
+            ]
+        )
     return grid(header, rows)
 
 
@@ -125,7 +171,11 @@ def readme_kernels(results: Path) -> str:
 
     path = measured_kernels(results)
     result = json.loads(path.read_text()) if path else {"rows": []}
-    found = {tuple(row[key] for key in ("kernel", "shape", "direction", "provider")): row for row in result["rows"] if "seconds" in row}
+    found = {
+        tuple(row[key] for key in ("kernel", "shape", "direction", "provider")): row
+        for row in result["rows"]
+        if "seconds" in row
+    }
     rows: dict[tuple, list] = {}
     for case in cases():
         for provider, target in case.targets.items():
@@ -158,7 +208,9 @@ def page(folder: Path) -> str:
     if "device" in found:
         parts += ["## Machine", device(found["device"])]
     if (tests := folder / "tests.txt").exists():
-        ends = re.findall(r"^=*\s*(\d+ (?:passed|failed|skipped).* in .*?)\s*=*$", tests.read_text(), flags=re.MULTILINE)
+        ends = re.findall(
+            r"^=*\s*(\d+ (?:passed|failed|skipped).* in .*?)\s*=*$", tests.read_text(), flags=re.MULTILINE
+        )
         parts += ["## Tests on the device, file by file", "\n".join(f"- {end}" for end in ends)]
     if "kernels" in found:
         parts += ["## Kernels", kernels(found["kernels"])]

@@ -27,14 +27,17 @@ from benchmarks.common import DEVICE, clock, model_under_test, parser, peer, rep
 from minorca.config import OptimConfig
 from minorca.data.packing import make_batch, plan_epoch
 from minorca.data.store import TokenStore
-from minorca.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters, room_for_adapters
-from minorca.metrics import peak_flops, peak_memory_bytes, training_flops
-from minorca.model import Mistral
-from minorca.objectives import next_token_loss
-from minorca.optim import adamw, clip_gradients
+from minorca.model.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters, room_for_adapters
+from minorca.model.network import Mistral
+from minorca.train.metrics import peak_flops, peak_memory_bytes, training_flops
+from minorca.train.objectives import next_token_loss
+from minorca.train.optim import adamw, clip_gradients
 
 SETTINGS, OPTIM = LoRASettings(rank=16, alpha=32), OptimConfig()
-LENGTHS = {"full": (512, 1024, 720, 0.3), "short": (16, 200, 60, 0.7)}  # least, most, and median and sigma of a lognormal
+LENGTHS = {
+    "full": (512, 1024, 720, 0.3),
+    "short": (16, 200, 60, 0.7),
+}  # least, most, and median and sigma of a lognormal
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of the losses, relative
 
 
@@ -119,8 +122,12 @@ class Theirs:
         parts = [tuple(map(torch.from_numpy, self.store.row(row))) for row in rows]
         batch = {
             "input_ids": pad_sequence([ids.long() for ids, _ in parts], batch_first=True),
-            "attention_mask": pad_sequence([torch.ones(len(ids), dtype=torch.int64) for ids, _ in parts], batch_first=True),
-            "labels": pad_sequence([ids.long().where(mask, -100) for ids, mask in parts], batch_first=True, padding_value=-100),
+            "attention_mask": pad_sequence(
+                [torch.ones(len(ids), dtype=torch.int64) for ids, _ in parts], batch_first=True
+            ),
+            "labels": pad_sequence(
+                [ids.long().where(mask, -100) for ids, mask in parts], batch_first=True, padding_value=-100
+            ),
         }
         return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
 
@@ -195,7 +202,9 @@ def measure(args, names: list[str]) -> dict:
             for name, side in sides.items():
                 steps[name].append(timed(side))
                 results[name]["losses"].append(side.loss.item())
-        flops = training_flops(model.arch, sum(map(torch.numel, adapter.values())), store.lengths.tolist(), int(store.trained.sum()))
+        flops = training_flops(
+            model.arch, sum(map(torch.numel, adapter.values())), store.lengths.tolist(), int(store.trained.sum())
+        )
     for name, result in results.items():
         seconds = spread([part.total() for part in steps[name]])
         peak = peak_flops(DEVICE, getattr(torch, args.dtype))
@@ -206,14 +215,21 @@ def measure(args, names: list[str]) -> dict:
             "trained_tokens_per_second": int(store.trained.sum()) / seconds["median"],
             "mfu": flops / seconds["median"] / peak if peak else None,
         }
-    sizes = {"documents": len(store), "tokens": len(store.tokens), "trained_tokens": int(store.trained.sum()), "flops": flops}
+    sizes = {
+        "documents": len(store),
+        "tokens": len(store.tokens),
+        "trained_tokens": int(store.trained.sum()),
+        "flops": flops,
+    }
     return {"step": sizes, **results}
 
 
 def main() -> None:
     options = parser("benchmarks.train_step", "One LoRA training step, minorca beside transformers + PEFT.")
     options.add_argument("--rows", choices=LENGTHS, default="full", help="512 to 1024 tokens each, or short: 16 to 200")
-    options.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps of each side, after one that is not")
+    options.add_argument(
+        "--steps", type=int, default=5, metavar="N", help="timed steps of each side, after one that is not"
+    )
     options.add_argument("--tokens", type=int, default=2048, metavar="N", help="a micro-batch holds at most")
     options.add_argument("--only", choices=SIDES, help="run one side alone and print its peak memory in bytes")
     args = options.parse_args()
@@ -237,7 +253,9 @@ def main() -> None:
     for ours, theirs in zip(*(result[name]["losses"][:2] for name in SIDES)):
         print(f"loss: ours {ours:.6f}, theirs {theirs:.6f}")
         if not abs(ours - theirs) <= TOLERANCE[args.dtype] * theirs:
-            sys.exit(f"benchmarks.train_step: error: the losses differ by more than {TOLERANCE[args.dtype]:g} of their size")
+            sys.exit(
+                f"benchmarks.train_step: error: the losses differ by more than {TOLERANCE[args.dtype]:g} of their size"
+            )
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from pathlib import Path
 from make_data import extract_answer
 
 import minorca
-from minorca import cli, train
-from minorca.generate import generate
-from minorca.loading import fast_dtype
+from minorca import cli
+from minorca.generate.__main__ import generate
+from minorca.model.build import fast_dtype
+from minorca.train import __main__ as train_command
 
 HERE = Path(__file__).parent
 MODEL, RUN, QUESTIONS, MAX_NEW_TOKENS = HERE / "model", HERE.parent / "runs" / "quickstart", 32, 64
@@ -39,16 +40,25 @@ def main(argv: list[str]) -> None:
     before = answers(rows, None)
     print(f"before: {score(rows, before)} of {QUESTIONS} held-out answers right", flush=True)
     dtype = str(fast_dtype()).removeprefix("torch.")
-    train.main(["--model.path", str(MODEL), "--model.dtype", dtype, "--train.output", str(RUN)])
+    train_command.main(["--model.path", str(MODEL), "--model.dtype", dtype, "--train.output", str(RUN)])
     after = answers(rows, RUN / "adapter")
     losses = [line["eval_loss"] for line in map(json.loads, (RUN / "metrics.jsonl").open()) if "eval_loss" in line]
 
-    shown = next((n for n in range(QUESTIONS) if score(rows[n : n + 1], after[n : n + 1]) > score(rows[n : n + 1], before[n : n + 1])), 0)
+    shown = next(
+        (
+            n
+            for n in range(QUESTIONS)
+            if score(rows[n : n + 1], after[n : n + 1]) > score(rows[n : n + 1], before[n : n + 1])
+        ),
+        0,
+    )
     print(f"\nquestion: {rows[shown]['question']}\n\nbefore: {before[shown]}\n\nafter: {after[shown]}\n")
     print(f"held-out loss: {losses[0]:.3f} before, {losses[-1]:.3f} after")
     print(f"right answers: {score(rows, before)} of {QUESTIONS} before, {score(rows, after)} after")
-    print(f"{time.time() - started:.0f} seconds; the adapter is in {RUN / 'adapter'}, the curves in {RUN / 'curves.png'}")
-    print(f'talk to it: .venv/bin/python -m minorca.generate --model {MODEL} --adapter {RUN / "adapter"} --chat')
+    print(
+        f"{time.time() - started:.0f} seconds; the adapter is in {RUN / 'adapter'}, the curves in {RUN / 'curves.png'}"
+    )
+    print(f"talk to it: .venv/bin/python -m minorca.generate --model {MODEL} --adapter {RUN / 'adapter'} --chat")
 
 
 if __name__ == "__main__":

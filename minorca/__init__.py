@@ -1,8 +1,8 @@
 """minorca: a low-level PyTorch engine for Mistral models."""
 
-from minorca.chat import render_chat
+from minorca.data.chat_template import render_chat
+from minorca.data.tokenizer import load_tokenizer
 from minorca.errors import UserError
-from minorca.tokenizer import load_tokenizer
 
 __all__ = ["UserError", "load_model", "load_tokenizer", "render_chat"]
 
@@ -10,7 +10,7 @@ __all__ = ["UserError", "load_model", "load_tokenizer", "render_chat"]
 def __getattr__(name: str):
     """`load_model` when it is asked for: torch takes seconds to import, and `minorca.data` and its processes need none."""
     if name == "load_model":
-        from minorca.loading import load_model
+        from minorca.model.build import load_model
 
         return load_model
     raise AttributeError(f"module minorca has no attribute {name}")

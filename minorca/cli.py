@@ -4,14 +4,13 @@ Exit status: 0 done; 2 for what the user can mend, with one line on standard err
 """
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from minorca.errors import Ended, UserError
+from minorca.errors import RunEnded, UserError, one_line
+from minorca.signals import Terminated, raise_terminated
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,32 +24,10 @@ class Parser(argparse.ArgumentParser):
         super().exit(status, message)
 
 
-class Terminated(BaseException):
-    """SIGTERM, as an exception, so that files and process groups are closed on the way out."""
-
-
-def _terminate(signum, frame):
-    raise Terminated
-
-
-@contextlib.contextmanager
-def signals_noted() -> Iterator[list[int]]:
-    """Within it SIGINT and SIGTERM only add themselves to a list, so that what is under way can be finished. Repeated ones too:
-    at Ctrl-C a process of torchrun gets SIGINT from the terminal and again from torchrun."""
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # which alone is told of signals
-        yield noted
-        return
-    before = {s: signal.signal(s, lambda signum, frame: noted.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
 def _exit(status: int) -> None:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo's threads may abort a process that ends as Python does (pytorch#190489)
+    if (
+        int(os.environ.get("WORLD_SIZE", 1)) > 1
+    ):  # gloo's threads may abort a process that ends as Python does (pytorch#190489)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -58,24 +35,18 @@ def _exit(status: int) -> None:
         sys.exit(status)
 
 
-def one_line(text: str) -> str:
-    """Text for a terminal: whatever is no printable character, in a file's name or a tensor's, is spelled out; of very long text
-    (settings that differ in everything) the beginning."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
-    return text if len(text) <= 4000 else f"{text[:4000]} [...]"
-
-
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Runs a command's `main` and turns the ways it can end into exit statuses."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, raise_terminated)
     status = 0
     try:
         main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except UserError as error:
-        print(f"minorca: error: {one_line(str(error))}", file=sys.stderr)
+        for problem in error.problems:
+            print(f"minorca: error: {one_line(str(problem))}", file=sys.stderr)
         status = 2
-    except Ended as ended:
+    except RunEnded as ended:
         if str(ended):
             print(f"minorca: {one_line(str(ended))}", file=sys.stderr)
         status = ended.status
@@ -84,9 +55,14 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
     except Terminated:
         status = 143
     except BrokenPipeError:  # the reader of our output has gone (`| head`): nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more on its way out, and complains
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python tries once more on its way out, and complains
         sys.exit(0)
     if status in (130, 143):
-        for signum in (signal.SIGINT, signal.SIGTERM):  # another one must not end the process in another way than it ends already
+        for signum in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # another one must not end the process in another way than it ends already
             signal.signal(signum, signal.SIG_IGN)
     _exit(status)

@@ -16,21 +16,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from minorca.architecture import TARGETS
 from minorca.cli import Parser
 from minorca.errors import UserError
+from minorca.model.architecture import TARGETS
 
 log = logging.getLogger(__name__)
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-_STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # pydantic's: an unknown key is an error, true is no number
+_STRICT = {
+    "extra": "forbid",
+    "strict": True,
+    "allow_inf_nan": False,
+}  # pydantic's: an unknown key is an error, true is no number
 
 
 @dataclass
 class ModelConfig:
     __pydantic_config__ = _STRICT
     path: Annotated[str, "the base model's directory"]
-    dtype: Annotated[Literal["bfloat16", "float32"], "of the frozen weights and of computation; adapters are fp32"] = "bfloat16"
+    dtype: Annotated[Literal["bfloat16", "float32"], "of the frozen weights and of computation; adapters are fp32"] = (
+        "bfloat16"
+    )
     quantize: Annotated[Literal["none"], "how the frozen weights are kept"] = "none"
 
 
@@ -40,8 +46,8 @@ class LoRAConfig:
     rank: Annotated[int, "of every adapter"] = 16
     alpha: Annotated[float, "the update is scaled by alpha / rank"] = 32
     dropout: Annotated[float, "of an adapter's input"] = 0.0
-    targets: Annotated[list[Literal["q", "k", "v", "o", "gate", "up", "down"]], "the projections with an adapter"] = field(
-        default_factory=lambda: list(TARGETS)
+    targets: Annotated[list[Literal["q", "k", "v", "o", "gate", "up", "down"]], "the projections with an adapter"] = (
+        field(default_factory=lambda: list(TARGETS))
     )
     rslora: Annotated[bool, "scale by alpha / sqrt(rank) instead"] = False
     init: Annotated[str | None, "a PEFT adapter to start from"] = None
@@ -63,12 +69,18 @@ class Source:
 @dataclass
 class DataConfig:
     __pydantic_config__ = _STRICT
-    train: Annotated[str | list[Source], "a parquet, JSONL or CSV file, a hub id, hub-id:FILE, or a list of {path, format, weight}"]
+    train: Annotated[
+        str | list[Source], "a parquet, JSONL or CSV file, a hub id, hub-id:FILE, or a list of {path, format, weight}"
+    ]
     eval: Annotated[str | float | list[Source] | None, "the same, or a fraction of the rows held out by seed"] = None
     limit: Annotated[int | None, "rows to read at most, of each source"] = None
     format: Annotated[Format, "the columns of a row"] = "openorca"
-    store: Annotated[str | None, "where rendered rows are kept; minorca/rows in the user's cache directory by default"] = None
-    template: Annotated[Literal["auto", "chatml", "mistral-v1", "mistral-v2", "mistral-v3", "jinja"], "how a row is written"] = "auto"
+    store: Annotated[
+        str | None, "where rendered rows are kept; minorca/rows in the user's cache directory by default"
+    ] = None
+    template: Annotated[
+        Literal["auto", "chatml", "mistral-v1", "mistral-v2", "mistral-v3", "jinja"], "how a row is written"
+    ] = "auto"
     seq_len: Annotated[int, "the longest row, in tokens"] = 4096
     packing: Annotated[bool, "fill micro-batches with several rows; false: one row each"] = True
     train_on: Annotated[Literal["response", "all"], "the tokens that count in the loss"] = "response"
@@ -107,9 +119,15 @@ class TrainConfig:
     keep: Annotated[int, "checkpoints"] = 2
     eval_every: Annotated[int, "steps; 0: only at the end"] = 0
     log_every: Annotated[int, "steps between lines on the console; metrics.jsonl has every step"] = 1
-    resume: Annotated[str, "auto (the output's newest checkpoint), last-good (its newest that is undamaged), never, or a path"] = "auto"
-    nonfinite: Annotated[Literal["stop", "skip"], "what to do with a step whose loss or gradient is NaN or infinite"] = "stop"
-    deterministic: Annotated[bool, "the same bits in every run on the same CUDA devices, slower; the CPU's always are"] = False
+    resume: Annotated[
+        str, "auto (the output's newest checkpoint), last-good (its newest that is undamaged), never, or a path"
+    ] = "auto"
+    nonfinite: Annotated[
+        Literal["stop", "skip"], "what to do with a step whose loss or gradient is NaN or infinite"
+    ] = "stop"
+    deterministic: Annotated[
+        bool, "the same bits in every run on the same CUDA devices, slower; the CPU's always are"
+    ] = False
     wandb: Annotated[str | None, "a Weights & Biases project to log to as well; needs pip install wandb"] = None
 
 
@@ -120,7 +138,9 @@ class ParallelConfig:
     replicate: Annotated[int, "copies of the sharded model; divides the ranks"] = 1
     activation_checkpointing: Annotated[Literal["none", "selective", "full"], "what backward computes again"] = "none"
     cpu_offload: Annotated[bool, "keep shards in host memory"] = False
-    timeout: Annotated[int, "seconds; a rank silent for longer, or a wait among ranks that takes longer, ends the run"] = 300
+    timeout: Annotated[
+        int, "seconds; a rank silent for longer, or a wait among ranks that takes longer, ends the run"
+    ] = 300
 
 
 @dataclass
@@ -142,7 +162,16 @@ class Config:
 
 def _problems(c: Config) -> Iterator[str]:
     """Values out of range, and keys that contradict each other."""
-    positive = ["lora.rank", "lora.alpha", "data.limit", "data.seq_len", "optim.lr", "optim.eps", "optim.max_grad_norm", "train.steps"]
+    positive = [
+        "lora.rank",
+        "lora.alpha",
+        "data.limit",
+        "data.seq_len",
+        "optim.lr",
+        "optim.eps",
+        "optim.max_grad_norm",
+        "train.steps",
+    ]
     positive += ["train.epochs", "train.batch_tokens", "train.micro_batch_tokens", "train.keep", "train.log_every"]
     positive += ["parallel.replicate"]
     for key in positive:
@@ -201,7 +230,9 @@ def _load_yaml(text: str):
             keys = [key.value for key, _ in node.value]
             for i, (key, _) in enumerate(node.value):
                 if key.value in keys[:i]:
-                    raise yaml.constructor.ConstructorError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"{key.value} is given twice", problem_mark=key.start_mark
+                    )
             return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
     Loader.add_implicit_resolver(*_NUMBER)
@@ -217,9 +248,9 @@ def _read_yaml(path: Path) -> dict:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: {error.problem or 'not valid YAML'}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as YAML ({error})") from None
+        raise UserError(f"cannot be read as YAML ({error})", path=path) from None
     if not isinstance(values or {}, dict) or not all(isinstance(v, dict | None) for v in (values or {}).values()):
-        raise UserError(f"{path}: expected sections (model:, data:, ...) with keys")
+        raise UserError("expected sections (model:, data:, ...) with keys", path=path)
     return {section: keys or {} for section, keys in (values or {}).items()}
 
 
@@ -236,17 +267,25 @@ def _option_reader(kind) -> Callable[[str], object]:
     def read_sources(text: str):
         value = read(text)
         if not isinstance(value, list) and text.lstrip().startswith(("[", "{")) and not Path(text).exists():
-            raise argparse.ArgumentTypeError(f"{text}: expected a path, a hub id or a list [{{path: FILE, format: NAME, weight: NUMBER}}, ...]")
+            raise argparse.ArgumentTypeError(
+                f"{text}: expected a path, a hub id or a list [{{path: FILE, format: NAME, weight: NUMBER}}, ...]"
+            )
         return value if isinstance(value, list) else text
 
-    return {str: str, str | None: lambda text: None if text == "null" else text, str | list[Source]: read_sources}.get(kind, read)
+    return {str: str, str | None: lambda text: None if text == "null" else text, str | list[Source]: read_sources}.get(
+        kind, read
+    )
 
 
 def config_parser(prog: str, description: str) -> Parser:
     """A parser of `--config FILE` and one `--section.key VALUE` a setting; commands may add their own options to it."""
     usage = f"{prog} [--config FILE] [--section.key VALUE ...]"
     parser = Parser(prog=prog, usage=usage, description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="a YAML file of these settings, which options override; default: the quickstart")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a YAML file of these settings, which options override; default: the quickstart",
+    )
     for section in dataclasses.fields(Config):
         group = parser.add_argument_group(section.name)
         hints = typing.get_type_hints(section.type, include_extras=True)
@@ -273,7 +312,7 @@ def read_config(args: argparse.Namespace, surplus: list[str]) -> Config:
     if not args.config:
         log.info("no --config: starting from the quickstart, %s", path)
     if not path.is_file():
-        raise UserError(f"{path}: no such configuration file; give one with --config FILE")
+        raise UserError("no such configuration file; give one with --config FILE", path=path)
     values = _read_yaml(path)
     options = {option: value for option, value in vars(args).items() if "." in option}
     for option, value in options.items():
@@ -290,7 +329,9 @@ def read_config(args: argparse.Namespace, surplus: list[str]) -> Config:
 
     problems, wrong = [f"{word} is no option of this command" for word in surplus], []
 
-    def check(values: dict) -> Config:  # by way of JSON, for which pydantic's strict types are YAML's (a list may be a tuple)
+    def check(
+        values: dict,
+    ) -> Config:  # by way of JSON, for which pydantic's strict types are YAML's (a list may be a tuple)
         return pydantic.TypeAdapter(Config).validate_json(json.dumps(values, default=str))
 
     try:
@@ -299,7 +340,9 @@ def read_config(args: argparse.Namespace, surplus: list[str]) -> Config:
         for problem in error.errors():
             name, message = ".".join(str(part) for part in problem["loc"][:2]), problem["msg"]
             wrong.append(name)
-            if name in ("data.train", "data.eval") and problem["loc"][2:]:  # of several kinds: speak of the one that was meant
+            if (
+                name in ("data.train", "data.eval") and problem["loc"][2:]
+            ):  # of several kinds: speak of the one that was meant
                 kind, *place = problem["loc"][2:]
                 if str(kind).startswith("list") != isinstance(values["data"][name[5:]], list):
                     continue
@@ -317,7 +360,9 @@ def read_config(args: argparse.Namespace, surplus: list[str]) -> Config:
         config = check(values)
     problems += [problem for problem in _problems(config) if not any(name in problem for name in wrong)]
     if problems:
-        raise UserError(f"{path}{' and the command line' * bool(options or surplus)}: " + "; ".join(dict.fromkeys(problems)))
+        raise UserError(
+            f"{path}{' and the command line' * bool(options or surplus)}: " + "; ".join(dict.fromkeys(problems))
+        )
     return config
 
 

@@ -1,22 +1,79 @@
-"""The exceptions that end a command without a traceback, and how the first is raised for several things at once."""
+"""The exceptions that end a command without a traceback."""
+
+from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
-    """Something the user can mend: says which file, key or line, what was expected, and what to do.
+    """Something the user can fix. Commands print it as one line and exit with status 2 (`cli.run`).
 
-    Commands print it as one line and exit with status 2 (`cli.run`); it never carries a traceback.
+    Args:
+        message: what is wrong, what was expected, and what to do. After a `field` it is the rest of the sentence.
+        path: the file or directory that the message is about.
+        where: the place in that file, as "line 3" or "row 7".
+        field: the key, option, column or tensor that is wrong.
     """
 
+    def __init__(
+        self, message: str, *, path: str | Path | None = None, where: str | None = None, field: str | None = None
+    ):
+        super().__init__(message)
+        self.message = message
+        self.path = path
+        self.where = where
+        self.field = field
 
-def refuse(problems: dict[str, bool]) -> None:
-    """UserError with all the messages, in order, whose problem there is."""
-    if wrong := [message for message, is_wrong in problems.items() if is_wrong]:
-        raise UserError("; ".join(wrong))
+    @property
+    def problems(self) -> list["UserError"]:
+        """What is wrong, one thing each."""
+        return [self]
+
+    @property
+    def sentence(self) -> str:
+        """The message with its field, without the file's name."""
+        return self.message if self.field is None else f"{self.field} {self.message}"
+
+    def __str__(self) -> str:
+        place = ", ".join(str(part) for part in (self.path, self.where) if part is not None)
+        return f"{place}: {self.sentence}" if place else self.sentence
 
 
-class Ended(Exception):
-    """This rank ends, with this exit status, because another one did; the message is empty where that one has said why."""
+class UserErrors(UserError):
+    """Several problems found together; a command prints a line for each."""
+
+    def __init__(self, problems: list[UserError]):
+        super().__init__("; ".join(map(str, problems)))
+        self._problems = problems
+
+    def __reduce__(self):
+        return UserErrors, (self._problems,)
+
+    @property
+    def problems(self) -> list[UserError]:
+        return self._problems
+
+
+def raise_problems(problems: Iterable[UserError]) -> None:
+    """Raises all of the problems as one exception; does nothing where there are none."""
+    found = [problem for error in problems for problem in error.problems]
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise UserErrors(found)
+
+
+class RunEnded(Exception):
+    """This rank ends with this exit status because another rank did.
+
+    The message is empty where the other rank has printed the reason.
+    """
 
     def __init__(self, status: int, message: str = ""):
         super().__init__(message)
         self.status = status
+
+
+def one_line(text: str) -> str:
+    """Text for a terminal: non-printable characters are escaped, and very long text is cut."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return text if len(text) <= 4000 else f"{text[:4000]} [...]"

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import torch
 
-from minorca import checkpoint, cli, files, train
+from minorca import cli
+from minorca.files import atomic as files
+from minorca.train import __main__ as train_command
+from minorca.train import checkpoint, loop
 
 
 def die(*_, **__):
@@ -55,8 +58,8 @@ def of_what_is_there(path, *_, **__):
 
 save_file = checkpoint.save_file
 POINTS = {  # name -> (owner, attribute, what is called in its place, which calls count)
-    "before forward": (train, "batch_loss", die, always),
-    "after backward": (train, "clip_gradients", die, always),
+    "before forward": (loop, "batch_loss", die, always),
+    "after backward": (loop, "clip_gradients", die, always),
     "in a write": (checkpoint, "save_file", half_written, always),
     "before the manifest": (checkpoint, "write_manifest", die, always),
     "after the manifest": (checkpoint, "write_manifest", after(files.write_manifest), always),
@@ -84,46 +87,51 @@ def inject(point: str, count: int) -> None:
 
 
 def slow_reading(seconds: int) -> None:
-    read_data = train.read_data
+    read_data = loop.read_data
 
     def slow(config):
         time.sleep(seconds if os.environ["RANK"] == "1" else 0)
         return read_data(config)
 
-    train.read_data = slow
+    loop.read_data = slow
 
 
 def killed_while_loading(rank: int) -> None:
-    load_weights = train.load_weights
-    train.load_weights = die if os.environ["RANK"] == str(rank) else load_weights
+    load_weights = loop.load_weights
+    loop.load_weights = die if os.environ["RANK"] == str(rank) else load_weights
 
 
 def other_settings(rank: int) -> None:
-    read_config = train.read_config
+    read_config = train_command.read_config
 
     def another(*arguments):
         config = read_config(*arguments)
         config.optim.lr *= 1 + (os.environ["RANK"] == str(rank))
         return config
 
-    train.read_config = another
+    train_command.read_config = another
 
 
 def other_rows(rank: int) -> None:
-    read_data = train.read_data
+    read_data = loop.read_data
 
     def fewer(config):
         store, held_out = read_data(config)
         return (store.select(range(len(store) - 1)) if os.environ["RANK"] == str(rank) else store), held_out
 
-    train.read_data = fewer
+    loop.read_data = fewer
 
 
-ODD = {"slow reading": slow_reading, "while loading": killed_while_loading, "other lr": other_settings, "other rows": other_rows}
+ODD = {
+    "slow reading": slow_reading,
+    "while loading": killed_while_loading,
+    "other lr": other_settings,
+    "other rows": other_rows,
+}
 
 
 def spoil(point: str, row: int) -> None:
-    make_batch, batch_loss, spoilt = train.make_batch, train.batch_loss, set()
+    make_batch, batch_loss, spoilt = loop.make_batch, loop.batch_loss, set()
 
     def noting(store, rows):
         batch = make_batch(store, rows)
@@ -138,9 +146,9 @@ def spoil(point: str, row: int) -> None:
         # the square root of 0 has a value and no finite slope
         return loss * torch.nan if point == "nan loss" else loss + (loss - loss.detach()).sqrt()
 
-    train.make_batch, train.batch_loss = noting, loss_of
+    loop.make_batch, loop.batch_loss = noting, loss_of
 
 
 if __name__ == "__main__":
     inject(sys.argv[1], int(sys.argv[2]))
-    cli.run(train.main, sys.argv[3:])
+    cli.run(train_command.main, sys.argv[3:])

@@ -20,12 +20,16 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
-from minorca.files import write_manifest
+from minorca.files.atomic import write_manifest
 
 ROOT = Path(__file__).parent.parent
 SECONDS, MEMORY = 20, 2 * 2**30  # of one case; what it may take over what the libraries have
 TEXT = "Hello <s>[INST] the quick brown fox\n日本語 🦜 <|im_end|> \x00"
-MESSAGES = [{"role": "user", "content": "the quick"}, {"role": "assistant", "content": "brown fox"}, {"role": "user", "content": TEXT}]
+MESSAGES = [
+    {"role": "user", "content": "the quick"},
+    {"role": "assistant", "content": "brown fox"},
+    {"role": "user", "content": TEXT},
+]
 TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + eos_token }}{% endfor %}{{ bos_token }}"
 
 # ---------------------------------------------------------------------------------------------------- valid files
@@ -33,11 +37,17 @@ TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['con
 
 def make(directory: Path) -> None:
     """One directory of valid files for each of READERS."""
-    from conftest import random_adapter, random_mistral
-    from test_weights import as_bin, as_bin_shards, as_consolidated
+    from tests.files.test_weights import as_bin, as_bin_shards, as_consolidated
+    from tests.helpers import random_adapter, random_mistral
 
     base = random_mistral(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1)
-    for name, convert in {"hf": None, "shards": None, "bin": as_bin, "bin_shards": as_bin_shards, "consolidated": as_consolidated}.items():
+    for name, convert in {
+        "hf": None,
+        "shards": None,
+        "bin": as_bin,
+        "bin_shards": as_bin_shards,
+        "consolidated": as_consolidated,
+    }.items():
         base.save_pretrained(directory / name, max_shard_size="3KB" if name == "shards" else "5GB")
         if convert:
             convert(directory / name)
@@ -54,7 +64,7 @@ def make(directory: Path) -> None:
 
 
 def _json_tokenizer(home: Path, config: dict) -> None:
-    from test_tokenizer import byte_level
+    from tests.data.test_tokenizer import byte_level
 
     byte_level(home, tokenizer_config=config)
 
@@ -66,7 +76,9 @@ def _sentencepiece(home: Path, config: dict) -> None:
     options = {"vocab_size": 320, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sentences), model_writer=model, **options)
     (home / "tokenizer.model").write_bytes(model.getvalue())
-    (home / "tokenizer_config.json").write_text(json.dumps(config | {"added_tokens_decoder": {"321": {"content": "<|im_start|>"}}}))
+    (home / "tokenizer_config.json").write_text(
+        json.dumps(config | {"added_tokens_decoder": {"321": {"content": "<|im_start|>"}}})
+    )
     (home / "added_tokens.json").write_text('{"<|im_end|>": 320}')
 
 
@@ -77,7 +89,9 @@ def _checkpoint(home: Path, adapter: Path) -> None:
     tensors = load_file(home / "adapter_model.safetensors")
     moments = {f"{moment}.{name}": t.clone() for moment in ("exp_avg", "exp_avg_sq") for name, t in tensors.items()}
     save_file(moments, home / "optimizer.safetensors")
-    (home / "state.json").write_text('{"step": 5, "updates": 5, "ranks": 1, "threads": 1, "torch": "2.13", "run": {"lora.rank": 4}}')
+    (home / "state.json").write_text(
+        '{"step": 5, "updates": 5, "ranks": 1, "threads": 1, "torch": "2.13", "run": {"lora.rank": 4}}'
+    )
     write_manifest(home)
 
 
@@ -86,11 +100,23 @@ def _rows(directory: Path) -> None:
     from pyarrow.parquet import write_table
 
     texts = {"id": "t0", "system_prompt": "Be brief.", "question": "the quick, brown", "response": "fox\njumps"}
-    texts |= {"instruction": "Go", "input": "", "output": "Gone", "prompt": "Say", "completion": "Said", "text": "A text."}
-    lists = {"messages": MESSAGES[:2], "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho", "weight": 0}]}
+    texts |= {
+        "instruction": "Go",
+        "input": "",
+        "output": "Gone",
+        "prompt": "Say",
+        "completion": "Said",
+        "text": "A text.",
+    }
+    lists = {
+        "messages": MESSAGES[:2],
+        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho", "weight": 0}],
+    }
     for suffix in ("jsonl", "csv", "parquet"):
         (directory / suffix).mkdir()
-    (directory / "jsonl" / "rows.jsonl").write_text("".join(json.dumps(texts | lists | {"id": str(n)}) + "\n" for n in range(5)))
+    (directory / "jsonl" / "rows.jsonl").write_text(
+        "".join(json.dumps(texts | lists | {"id": str(n)}) + "\n" for n in range(5))
+    )
     with (directory / "csv" / "rows.csv").open("w", newline="") as file:
         csv.writer(file).writerows([texts.keys(), *([texts.values()] * 4)])
     write_table(pyarrow.Table.from_pylist([texts | lists] * 5), directory / "parquet" / "rows.parquet")
@@ -123,9 +149,9 @@ def _tokenize(directory: Path) -> None:
 
 
 def _resume(directory: Path) -> None:
-    from minorca import checkpoint
-    from minorca.lora import read_adapter_settings
-    from minorca.weights import open_safetensors
+    from minorca.files.weights import open_safetensors
+    from minorca.model.lora import read_adapter_settings
+    from minorca.train import checkpoint
 
     checkpoint.verify(directory)
     read_adapter_settings(directory)
@@ -172,12 +198,67 @@ UNREPLACED = ("jsonl", "csv", "parquet")
 # -------------------------------------------------------------------------------------------------------- changes
 
 NUMBERS = [0, 1, 7, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
-WORDS = [b"null", b"true", b"1e999", b"-1", b"NaN", b"Infinity", b"9" * 30, b"9" * 5000, b'"', b"\\ud800", b"../../etc/passwd", b"\n",
-         b"/etc/passwd", b"\x00", b"\x1b[31m", b"{}", b"[]", b"[" * 3000, b"{% for i in range(99999) %}", b"{{ ''.__class__ }}",
-         b"{{ 'a' * 9999999999 }}"]
-PICKLES = [b"cos\nsystem\n(X\x0c\x00\x00\x00touch canarytR.", b"\x80\x02c__builtin__\nbytearray\n\x8a\x08" + b"\xff" * 7 + b"\x7f\x85R."]
-VALUES = [None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**30, -(10**30), 1.5, 1e308, -1e308, "", "a", "\ud800", "\x00",
-          "\x1b[31m", "a" * 100000, "../../etc/passwd", "/etc/passwd", "model.safetensors", [], {}, [[]], [None], [{}], {"a": {}}, [1, 2], {"content": 3}, {"content": []}]
+WORDS = [
+    b"null",
+    b"true",
+    b"1e999",
+    b"-1",
+    b"NaN",
+    b"Infinity",
+    b"9" * 30,
+    b"9" * 5000,
+    b'"',
+    b"\\ud800",
+    b"../../etc/passwd",
+    b"\n",
+    b"/etc/passwd",
+    b"\x00",
+    b"\x1b[31m",
+    b"{}",
+    b"[]",
+    b"[" * 3000,
+    b"{% for i in range(99999) %}",
+    b"{{ ''.__class__ }}",
+    b"{{ 'a' * 9999999999 }}",
+]
+PICKLES = [
+    b"cos\nsystem\n(X\x0c\x00\x00\x00touch canarytR.",
+    b"\x80\x02c__builtin__\nbytearray\n\x8a\x08" + b"\xff" * 7 + b"\x7f\x85R.",
+]
+VALUES = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    3,
+    2**31,
+    2**63,
+    10**30,
+    -(10**30),
+    1.5,
+    1e308,
+    -1e308,
+    "",
+    "a",
+    "\ud800",
+    "\x00",
+    "\x1b[31m",
+    "a" * 100000,
+    "../../etc/passwd",
+    "/etc/passwd",
+    "model.safetensors",
+    [],
+    {},
+    [[]],
+    [None],
+    [{}],
+    {"a": {}},
+    [1, 2],
+    {"content": 3},
+    {"content": []},
+]
 
 
 def flip(data: bytearray, draw: random.Random) -> None:
@@ -286,7 +367,9 @@ def change(directory: Path, draw: random.Random) -> str:
         replace(file, draw)
         return file.name
     data = file.read_bytes()
-    by_kind = {".json": change_json, ".safetensors": change_header, ".bin": change_pickle}.get(file.suffix, change_bytes)
+    by_kind = {".json": change_json, ".safetensors": change_header, ".bin": change_pickle}.get(
+        file.suffix, change_bytes
+    )
     file.write_bytes(draw.choice((change_bytes, by_kind, by_kind))(data, draw))
     has_manifest = (directory / "MANIFEST.json").exists() and file.name != "MANIFEST.json"
     if has_manifest and draw.random() < 0.7:  # who makes a file makes its hash
@@ -300,8 +383,21 @@ def change(directory: Path, draw: random.Random) -> str:
 inside: str | None = None  # the case's directory, while its reader runs
 seen: list[str] = []
 LIBRARIES = tuple(os.path.realpath(one) for one in (sys.prefix, sys.base_prefix, ROOT / "minorca", ROOT / "kernels"))
-FORBIDDEN = ("os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.fork", "os.mkdir", "os.remove", "os.rename", "os.symlink",
-             "os.link", "socket.", "shutil.", "ctypes.dlopen")
+FORBIDDEN = (
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.system",
+    "os.fork",
+    "os.mkdir",
+    "os.remove",
+    "os.rename",
+    "os.symlink",
+    "os.link",
+    "socket.",
+    "shutil.",
+    "ctypes.dlopen",
+)
 
 
 def watch(event: str, arguments: tuple) -> None:

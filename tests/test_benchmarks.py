@@ -6,8 +6,8 @@ import subprocess
 
 from benchmarks.plot import plot
 from benchmarks.table import page, readme_kernels, with_kernels
-from conftest import ROOT
-from test_compiled import run
+from tests.helpers import ROOT
+from tests.kernels.test_compiled import run
 
 
 def test_readme_is_generated():

@@ -63,7 +63,9 @@ def test_every_setting_is_also_an_option(section, key, value, read):
     values = yaml.safe_load(SETTINGS)
     del values[section][key]
     given = "DIR2" if key in ("path", "train", "output") else value
-    config = read(yaml.safe_dump(values), f"--{section}.{key}", yaml.safe_dump(given, default_flow_style=True).split("\n")[0])
+    config = read(
+        yaml.safe_dump(values), f"--{section}.{key}", yaml.safe_dump(given, default_flow_style=True).split("\n")[0]
+    )
     assert plain(config)[section] == yaml.safe_load(SETTINGS)[section] | {key: given}
 
 
@@ -118,10 +120,19 @@ extra: {key: 1}
         ("model: {}\ndata: {}", ["model.path is missing", "data.train is missing"]),
         ("model: {path: null}\ndata: {train: [1]}", ["model.path is None", "data.train[0] is 1"]),
         ("model: {path: 7}\ndata: {train: PATH}", ["model.path is 7"]),
-        ("model: {path: DIR}\ndata: {train: [{path: a, weight: x, colour: 1}, {}]}", ["data.train[0].weight is 'x'", "data.train[0].colour is no", "data.train[1].path is missing"]),
+        (
+            "model: {path: DIR}\ndata: {train: [{path: a, weight: x, colour: 1}, {}]}",
+            ["data.train[0].weight is 'x'", "data.train[0].colour is no", "data.train[1].path is missing"],
+        ),
         ("model: {path: DIR}\ndata: {train: [{path: a, weight: 0}]}", ["data.train gives a the weight 0.0"]),
-        ("model: {path: DIR}\ndata: {train: [{path: a, weight: 1.0e+9}]}", ["data.train gives a the weight 1000000000.0"]),
-        ("model: {path: DIR}\ndata: {train: PATH, eval: [{path: a, weight: 0.5}]}", ["data.eval gives a the weight 0.5; rows held out"]),
+        (
+            "model: {path: DIR}\ndata: {train: [{path: a, weight: 1.0e+9}]}",
+            ["data.train gives a the weight 1000000000.0"],
+        ),
+        (
+            "model: {path: DIR}\ndata: {train: PATH, eval: [{path: a, weight: 0.5}]}",
+            ["data.eval gives a the weight 0.5; rows held out"],
+        ),
         (MINIMAL + "parallel: {timeout: 1}", ["parallel.timeout is 1; expected 10"]),
         (MINIMAL + "train: {output: ' '}", ["train.output is empty"]),
         ("model: {path: DIR}\ndata: {train: PATH, format: text}", ["data.train reads PATH as plain text"]),
@@ -229,7 +240,12 @@ def test_an_option_that_is_no_yaml_is_a_wrong_type(option, value, read):
 def test_numbers_with_an_exponent_are_numbers(read):
     """In YAML 1.1, and so for PyYAML, 2e-4 without a point is text."""
     config = read(MINIMAL + "optim: {lr: 2e-4, eps: 1E-8, weight_decay: 1e+1, max_grad_norm: .5e1}")
-    assert (config.optim.lr, config.optim.eps, config.optim.weight_decay, config.optim.max_grad_norm) == (2e-4, 1e-8, 10.0, 5.0)
+    assert (config.optim.lr, config.optim.eps, config.optim.weight_decay, config.optim.max_grad_norm) == (
+        2e-4,
+        1e-8,
+        10.0,
+        5.0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -272,4 +288,7 @@ def test_options_that_are_no_text(read):
 
 def test_sources_are_also_an_option(read):
     config = read(MINIMAL, "--data.train", "[{path: a, weight: 2}, {path: b, format: alpaca}]")
-    assert [(source.path, source.format, source.weight) for source in config.data.sources(config.data.train)] == [("a", "openorca", 2), ("b", "alpaca", 1)]
+    assert [(source.path, source.format, source.weight) for source in config.data.sources(config.data.train)] == [
+        ("a", "openorca", 2),
+        ("b", "alpaca", 1),
+    ]

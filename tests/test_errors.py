@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_mistral
-from test_export import adapted
-from test_tokenizer import byte_level
 
 import minorca.data.__main__
-import minorca.export
-import minorca.generate
-import minorca.train
+import minorca.export.__main__
+import minorca.generate.__main__
+import minorca.train.__main__
 from minorca import UserError, cli
-from minorca.__main__ import _dispatch
+from minorca.__main__ import dispatch
+from tests.data.test_tokenizer import byte_level
+from tests.export.test_export import adapted
+from tests.helpers import random_mistral
 
 ROOT = Path(__file__).parent.parent
 ROW = {"id": "1", "system_prompt": "", "question": "the quick brown fox", "response": "jumps"}
@@ -37,8 +37,10 @@ def original(tmp_path_factory):
     adapted(random_mistral(vocab_size=512, num_hidden_layers=3), root / "deeper")
     adapted(random_mistral(vocab_size=512, hidden_size=48), root / "narrower")
     (root / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
-    (root / "run.yaml").write_text("model: {path: model}\ndata: {train: rows.jsonl, seq_len: 64}\n"
-                                   "train: {steps: 1, batch_tokens: 64, micro_batch_tokens: 64, output: runs/run}\n")
+    (root / "run.yaml").write_text(
+        "model: {path: model}\ndata: {train: rows.jsonl, seq_len: 64}\n"
+        "train: {steps: 1, batch_tokens: 64, micro_batch_tokens: 64, output: runs/run}\n"
+    )
     return root
 
 
@@ -79,7 +81,7 @@ def refusal(main, argv: list[str], capsys) -> str:
         cli.run(main, argv)
     out, err = capsys.readouterr()
     assert ended.value.code == 2
-    assert err.startswith("minorca: error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert err.endswith("\n") and all(line.startswith("minorca: error: ") for line in err.splitlines()), err
     assert out == "" and "Traceback" not in err
     assert tree(Path.cwd()) == before
     return err.removeprefix("minorca: error: ").strip()
@@ -102,19 +104,47 @@ WEIGHTS, ADAPTER = "model/model.safetensors", "adapter/adapter_model.safetensors
 GENERATE = ["--model", "model", "--prompt", "Hello"]
 GENERATING = {  # what breaks the directory, options, what is said
     "no directory": (None, ["--model", "./nowhere", "--prompt", "x"], r"./nowhere: no such directory"),
-    "hub id": (None, ["--model", "mistralai/Mistral-7B-v0.1", "--prompt", "x"], "hf download mistralai/Mistral-7B-v0.1"),
+    "hub id": (
+        None,
+        ["--model", "mistralai/Mistral-7B-v0.1", "--prompt", "x"],
+        "hf download mistralai/Mistral-7B-v0.1",
+    ),
     "a file": (None, ["--model", "rows.jsonl", "--prompt", "x"], "rows.jsonl: is a file"),
     "truncated": (lambda: cut(WEIGHTS), GENERATE, f"{WEIGHTS}: not a whole safetensors file"),
     "no weights": (lambda: os.remove(WEIGHTS), GENERATE, "model: no weights"),
-    "no configuration": (lambda: os.remove("model/config.json"), GENERATE, "model: holds neither config.json nor params.json"),
-    "another network": (lambda: edit("model/config.json", model_type="qwen2"), GENERATE, "model/config.json: field model_type"),
+    "no configuration": (
+        lambda: os.remove("model/config.json"),
+        GENERATE,
+        "model: holds neither config.json nor params.json",
+    ),
+    "another network": (
+        lambda: edit("model/config.json", model_type="qwen2"),
+        GENERATE,
+        "model/config.json: field model_type",
+    ),
     "no tokenizer": (lambda: os.remove("model/tokenizer.json"), GENERATE, "model: no tokenizer here"),
     "truncated tokenizer": (lambda: cut("model/tokenizer.json"), GENERATE, "model/tokenizer.json: cannot be read"),
-    "another tokenizer": (shrink_vocabulary, GENERATE, "vocab_size is 128; use the tokenizer that belongs to these weights"),
-    "deeper adapter": (None, [*GENERATE, "--adapter", "deeper"], "deeper/adapter_model.safetensors: .*layers.2.*another model"),
-    "narrower adapter": (None, [*GENERATE, "--adapter", "narrower"], "narrower/adapter_model.safetensors: .* has shape"),
+    "another tokenizer": (
+        shrink_vocabulary,
+        GENERATE,
+        "vocab_size is 128; use the tokenizer that belongs to these weights",
+    ),
+    "deeper adapter": (
+        None,
+        [*GENERATE, "--adapter", "deeper"],
+        "deeper/adapter_model.safetensors: .*layers.2.*another model",
+    ),
+    "narrower adapter": (
+        None,
+        [*GENERATE, "--adapter", "narrower"],
+        "narrower/adapter_model.safetensors: .* has shape",
+    ),
     "no adapter": (None, [*GENERATE, "--adapter", "model"], "model: no adapter_config.json"),
-    "truncated adapter": (lambda: cut(ADAPTER), [*GENERATE, "--adapter", "adapter"], f"{ADAPTER}: not a whole safetensors file"),
+    "truncated adapter": (
+        lambda: cut(ADAPTER),
+        [*GENERATE, "--adapter", "adapter"],
+        f"{ADAPTER}: not a whole safetensors file",
+    ),
     "no tokens": (None, [*GENERATE, "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
     "no number": (None, [*GENERATE, "--max-new-tokens", "many"], "--max-new-tokens: invalid int value: 'many'"),
     "over the limit": (None, [*GENERATE, "--max-new-tokens", "600"], "600 new ones are over the limit of 512"),
@@ -123,7 +153,7 @@ GENERATING = {  # what breaks the directory, options, what is said
     "no mass": (None, [*GENERATE, "--top-p", "0"], "--top-p must be over 0"),
     "too much mass": (None, [*GENERATE, "--top-p", "1.5"], "--top-p must be over 0 and at most 1"),
     "less than none": (None, [*GENERATE, "--top-k", "-1"], "--top-k must be 0"),
-    "all at once": (None, [*GENERATE, "--top-k", "-1", "--top-p", "2"], "--top-p must be .*; --top-k must be"),
+    "all at once": (None, [*GENERATE, "--top-k", "-1", "--top-p", "2"], "--top-p must be .*\n.*--top-k must be"),
     "no prompt": (None, ["--model", "model"], "one of the arguments --prompt --chat is required"),
     "empty prompt": (None, ["--model", "model", "--prompt", "", "--raw"], "--prompt is empty"),
     "unknown option": (None, [*GENERATE, "--max-tokens", "5"], "unrecognized arguments: --max-tokens 5.*--help"),
@@ -136,17 +166,29 @@ EXPORTING = {
     "onto a file": (None, [*EXPORT[:-1], "rows.jsonl"], "rows.jsonl: exists already"),
     "no directory": (None, ["--model", "./nowhere", "--output", "out"], "./nowhere: no such directory"),
     "truncated": (lambda: cut(WEIGHTS), EXPORT, f"{WEIGHTS}: not a whole safetensors file"),
-    "missing tensor": (lambda: edit("model/config.json", num_hidden_layers=3), EXPORT, "model: no file holds model.layers.2"),
+    "missing tensor": (
+        lambda: edit("model/config.json", num_hidden_layers=3),
+        EXPORT,
+        "model: no file holds model.layers.2",
+    ),
     "deeper adapter": (None, [*EXPORT, "--adapter", "deeper"], "deeper/adapter_model.safetensors: .*another model"),
     "narrower adapter": (None, [*EXPORT, "--adapter", "narrower"], "narrower/adapter_model.safetensors: .* has shape"),
     "no adapter": (None, [*EXPORT, "--adapter", "./nowhere"], "nowhere: no adapter_config.json"),
-    "DoRA": (lambda: edit("adapter/adapter_config.json", use_dora=True), EXPORT, "adapter/adapter_config.json: field use_dora"),
+    "DoRA": (
+        lambda: edit("adapter/adapter_config.json", use_dora=True),
+        EXPORT,
+        "adapter/adapter_config.json: field use_dora",
+    ),
     "no output": (None, ["--model", "model"], "required: --output"),
 }
 RUN = ["--config", "run.yaml"]
 TRAINING = {
     "no configuration": (None, ["--config", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
-    "unknown keys": (None, [*RUN, "--lora.rang=8", "--optim.lr", "fast"], "--lora.rang=8 is no option.*optim.lr is 'fast'"),
+    "unknown keys": (
+        None,
+        [*RUN, "--lora.rang=8", "--optim.lr", "fast"],
+        "--lora.rang=8 is no option.*optim.lr is 'fast'",
+    ),
     "no directory": (None, [*RUN, "--model.path", "./nowhere"], "./nowhere: no such directory"),
     "hub id": (None, [*RUN, "--model.path", "mistralai/Mistral-7B-v0.1"], "hf download mistralai/Mistral-7B-v0.1"),
     "no data": (None, [*RUN, "--data.train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
@@ -154,13 +196,21 @@ TRAINING = {
     "no rows": (None, [*RUN, "--data.seq_len", "2"], "rows.jsonl: no row is left"),
     "truncated": (lambda: cut(WEIGHTS), RUN, f"{WEIGHTS}: not a whole safetensors file"),
     "another tokenizer": (shrink_vocabulary, RUN, "vocab_size is 128; use the tokenizer that belongs to these weights"),
-    "adapter of another shape": (None, [*RUN, "--lora.init", "adapter"], "lora.rank is 16, and the adapter adapter has 4"),
+    "adapter of another shape": (
+        None,
+        [*RUN, "--lora.init", "adapter"],
+        "lora.rank is 16, and the adapter adapter has 4",
+    ),
     "no checkpoint": (None, [*RUN, "--train.resume", "adapter"], "adapter: no MANIFEST.json"),
 }
 SHOWING = {
     "unknown key": (None, ["show", *RUN, "--data.trian=x"], "--data.trian=x is no option"),
     "no tokenizer": (lambda: os.remove("model/tokenizer.json"), ["show", *RUN], "model: no tokenizer here"),
-    "template": (None, ["show", *RUN, "--data.template", "mistral-v3"], r"model: template mistral-v3 needs .* \[INST\]"),
+    "template": (
+        None,
+        ["show", *RUN, "--data.template", "mistral-v3"],
+        r"model: template mistral-v3 needs .* \[INST\]",
+    ),
     "broken data": (lambda: Path("rows.jsonl").write_text("{"), ["show", *RUN], "rows.jsonl, line 1: not valid JSON"),
     "no command": (None, [], "minorca.data takes a command: show"),
 }
@@ -170,11 +220,11 @@ NAMING = {
     "a command's own": (None, ["export", *EXPORT[:-1], "rows.jsonl"], "rows.jsonl: exists already"),
 }
 COMMANDS = [
-    (minorca.generate.main, GENERATING),
-    (minorca.export.main, EXPORTING),
-    (minorca.train.main, TRAINING),
+    (minorca.generate.__main__.main, GENERATING),
+    (minorca.export.__main__.main, EXPORTING),
+    (minorca.train.__main__.main, TRAINING),
     (minorca.data.__main__.main, SHOWING),
-    (_dispatch, NAMING),
+    (dispatch, NAMING),
 ]
 CASES = [
     pytest.param(main, *case, id=f"{main.__module__.removeprefix('minorca.')}: {name}")
@@ -194,12 +244,12 @@ def test_one_line_and_status_two(main, break_it, argv, complaint, here, capsys):
 def test_where_nothing_is_wrong(here, capsys):
     """What the cases above break does work, and writes where it was told to and nowhere else."""
     before = tree(here)
-    cli.run(minorca.generate.main, [*GENERATE, "--adapter", "adapter", "--max-new-tokens", "3", "--json"])
+    cli.run(minorca.generate.__main__.main, [*GENERATE, "--adapter", "adapter", "--max-new-tokens", "3", "--json"])
     assert json.loads(capsys.readouterr().out)["tokens"] <= 3
     cli.run(minorca.data.__main__.main, ["show", *RUN])
     assert tree(here) == before
-    cli.run(minorca.export.main, EXPORT)
-    cli.run(minorca.train.main, RUN)
+    cli.run(minorca.export.__main__.main, EXPORT)
+    cli.run(minorca.train.__main__.main, RUN)
     new = tree(here).keys() - before
     assert {Path(path).parts[0] for path in new} == {"out", "runs"} and before.items() <= tree(here).items()
 
@@ -252,5 +302,7 @@ def test_processes():
         failed = pool.submit(command, "minorca", "generate", "--model", "a/b", "--prompt", "x")
         helped = pool.submit(command, "minorca.export", "--help", reader_gone=True)
     status, out, err = failed.result()
-    assert (status, out) == (2, "") and re.fullmatch("minorca: error: a/b: no such directory.*hf download a/b .*\n", err)
+    assert (status, out) == (2, "") and re.fullmatch(
+        "minorca: error: a/b: no such directory.*hf download a/b .*\n", err
+    )
     assert helped.result() == (0, None, "")

@@ -23,8 +23,11 @@ def answer_again(question):
     task, _ = question.rsplit("\n", 1)
     words = [word for word in re.findall(r"[a-z]+", task) if word in make_data.WORDS]
     numbers = [int(number) for number in re.findall(r"\d+", task)]
-    owners = {thing: name for name, thing in re.findall(r"(\w+) (?:has|wants|bought|drew) the (\w+)", task)
-              if name in make_data.NAMES}
+    owners = {
+        thing: name
+        for name, thing in re.findall(r"(\w+) (?:has|wants|bought|drew) the (\w+)", task)
+        if name in make_data.NAMES
+    }
     days = re.findall(r"[A-Z]\w+day\b", task.replace("Today", ""))
     if re.search("reverse|around|last to first", task):
         return ", ".join(reversed(words))

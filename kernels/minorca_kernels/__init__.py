@@ -8,14 +8,14 @@ suffix, which runs what suits the device through operators that torch knows (ope
 from minorca_kernels.attention import attention, attention_definition
 from minorca_kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_definition
 from minorca_kernels.decode_attention import decode_attention, decode_attention_definition, decode_groups
-from minorca_kernels.lora_linear import WAYS, Adapter, lora_linear, lora_linear_definition, make_room, room_pays
+from minorca_kernels.lora_linear import STRATEGIES, Adapter, lora_linear, lora_linear_definition, pad_rows, padding_pays
 from minorca_kernels.rms_norm import add_rms_norm, add_rms_norm_definition, rms_norm, rms_norm_definition
 from minorca_kernels.rope import rope, rope_definition, rope_tables
 from minorca_kernels.swiglu import swiglu, swiglu_definition
 
 __all__ = [
     "Adapter",
-    "WAYS",
+    "STRATEGIES",
     "add_rms_norm",
     "add_rms_norm_definition",
     "attention",
@@ -27,13 +27,13 @@ __all__ = [
     "linear_cross_entropy_definition",
     "lora_linear",
     "lora_linear_definition",
-    "make_room",
+    "pad_rows",
     "rms_norm",
     "rms_norm_definition",
     "rope",
     "rope_definition",
     "rope_tables",
-    "room_pays",
+    "padding_pays",
     "swiglu",
     "swiglu_definition",
 ]

@@ -25,7 +25,11 @@ def attention_definition(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, first_T: T
 
     Scores and softmax in fp32 (fp64 for fp64). first is int32, rises or stays, and first[i] <= p.
     """
-    dtype, group, token = wide(q_THD.dtype), q_THD.shape[1] // k_SKD.shape[1], torch.arange(len(k_SKD), device=q_THD.device)
+    dtype, group, token = (
+        wide(q_THD.dtype),
+        q_THD.shape[1] // k_SKD.shape[1],
+        torch.arange(len(k_SKD), device=q_THD.device),
+    )
     k_SHD, v_SHD = (t.repeat_interleave(group, 1).to(dtype) for t in (k_SKD, v_SKD))
     scores_HTS = torch.einsum("qhd,khd->hqk", q_THD.to(dtype), k_SHD) * q_THD.shape[-1] ** -0.5
     seen = (first_T[:, None] <= token) & (token <= token[len(token) - len(q_THD) :, None])
@@ -124,7 +128,26 @@ def _forward(
         S, k_token, v_token, SCALE, D, BD, BN, True,
     )  # fmt: skip
     total, peak, mass = _forward_keys(
-        total, peak, mass, q_tile, token, first_row, k, v, full, middle, middle, 0, S, k_token, v_token, SCALE, D, BD, BN, False
+        total,
+        peak,
+        mass,
+        q_tile,
+        token,
+        first_row,
+        k,
+        v,
+        full,
+        middle,
+        middle,
+        0,
+        S,
+        k_token,
+        v_token,
+        SCALE,
+        D,
+        BD,
+        BN,
+        False,
     )
     _store(out + head * D, row, T, H * D, total / mass[:, None], D, BD)
     tl.store(lse + head * T + row, (peak + tl.log2(mass)) * _LN2, mask=row < T)
@@ -293,7 +316,9 @@ def _attention_triton(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tens
     out, lse = q.new_empty(q.shape), q.new_empty(heads, tokens, dtype=wide(q.dtype))
     constants = _constants("forward", q, k)
     steps = (step for t in (q, k, v) for step in t.stride()[:2])
-    _forward[(triton.cdiv(tokens, constants["BM"]) * heads,)](q, k, v, first, out, lse, tokens, len(k), *steps, **constants)
+    _forward[(triton.cdiv(tokens, constants["BM"]) * heads,)](
+        q, k, v, first, out, lse, tokens, len(k), *steps, **constants
+    )
     return out, lse
 
 
@@ -335,14 +360,19 @@ def _attention_torch(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tenso
     out, lse = q.new_empty(q.shape), q.new_empty(heads, tokens, dtype=wide(q.dtype))
     q, k, v, out_KGTD, lse_KGT = *(_by_head(t, kv_heads) for t in (q, k, v, out)), lse.unflatten(0, (kv_heads, -1))
     k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
-    flash, token = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.arange(tokens + past, dtype=first.dtype)
+    flash, token = (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        torch.arange(tokens + past, dtype=first.dtype),
+    )
     for start, stop, plain in [(0, tokens, False)] if past else _documents(first):
         for begin in (start,) if plain else range(start, stop, QUERY_BLOCK):
             i = slice(begin, stop if plain else min(begin + QUERY_BLOCK, stop))
             j, mask = slice(start if plain else int(first[begin]), past + i.stop), None
             if not plain:
                 mask = ((first[i, None] <= token[j]) & (token[j] <= past + token[i, None])).to(q.dtype).log()
-            out_KGTD[:, :, i], lse_KGT[:, :, i] = flash(q[:, :, i], k[:, :, j], v[:, :, j], is_causal=plain, attn_mask=mask)
+            out_KGTD[:, :, i], lse_KGT[:, :, i] = flash(
+                q[:, :, i], k[:, :, j], v[:, :, j], is_causal=plain, attn_mask=mask
+            )
     return out, lse
 
 
@@ -419,5 +449,7 @@ def attention(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, first_T: Tensor, last
     Where S > T there is one document, last is not read, and gradients are refused with a ValueError.
     """
     if len(k_SKD) != len(q_THD) and torch.is_grad_enabled() and any(t.requires_grad for t in (q_THD, k_SKD, v_SKD)):
-        raise ValueError(f"attention has gradients only where every key's token is a query's too: {len(q_THD)} queries, {len(k_SKD)} keys")
+        raise ValueError(
+            f"attention has gradients only where every key's token is a query's too: {len(q_THD)} queries, {len(k_SKD)} keys"
+        )
     return _Attention.apply(q_THD, k_SKD, v_SKD, first_T, last_T)

@@ -77,7 +77,9 @@ def _softmax_torch(logits: Tensor, targets: Tensor, losses: Tensor, gradient: bo
 # ------------------------------------------------------------------------------------------- operators and autograd
 
 
-def _chunked(softmax, chunk, x: Tensor, weight: Tensor, targets: Tensor, x_gradient: bool, weight_gradient: bool) -> tuple[Tensor, ...]:
+def _chunked(
+    softmax, chunk, x: Tensor, weight: Tensor, targets: Tensor, x_gradient: bool, weight_gradient: bool
+) -> tuple[Tensor, ...]:
     """`softmax` takes a chunk of logits to losses and, in place, to gradients."""
     losses = x.new_empty(len(x), dtype=wide(x.dtype))
     dx = torch.empty_like(x) if x_gradient else x.new_empty(0)
@@ -93,7 +95,9 @@ def _chunked(softmax, chunk, x: Tensor, weight: Tensor, targets: Tensor, x_gradi
     return losses.sum(), dx, dweight
 
 
-def _shapes(x: Tensor, weight: Tensor, targets: Tensor, x_gradient: bool, weight_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes(
+    x: Tensor, weight: Tensor, targets: Tensor, x_gradient: bool, weight_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty_like(x) if x_gradient else x.new_empty(0)
     dweight = torch.empty_like(weight, dtype=wide(x.dtype)) if weight_gradient else weight.new_empty(0)
     return x.new_empty((), dtype=wide(x.dtype)), dx, dweight

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minorca_kernels.attention import _LOWEST, _adjacent, _forward_keys, _load, _store
-from minorca_kernels.operator import architecture, by_triton, operator, processors, wide
+from minorca_kernels.operator import architecture, operator, processors, uses_triton, wide
 
 MOST_SPLITS = 64  # whose parts one program puts together at once
 
@@ -28,8 +28,14 @@ def decode_attention_definition(q_NHD: Tensor, k_NSKD: Tensor, v_NSKD: Tensor, l
     """
     dtype, (slots, kv_heads, size) = wide(q_NHD.dtype), k_NSKD.shape[1:]
     unseen_NS = torch.arange(slots, device=q_NHD.device) >= lengths_N[:, None]
-    scores_NKGS = torch.einsum("nkgd,nskd->nkgs", q_NHD.unflatten(1, (kv_heads, -1)).to(dtype), k_NSKD.to(dtype)) * size**-0.5
-    weights_NKGS = scores_NKGS.masked_fill(unseen_NS[:, None, None], -torch.inf).softmax(-1).masked_fill(unseen_NS[:, None, None], 0)
+    scores_NKGS = (
+        torch.einsum("nkgd,nskd->nkgs", q_NHD.unflatten(1, (kv_heads, -1)).to(dtype), k_NSKD.to(dtype)) * size**-0.5
+    )
+    weights_NKGS = (
+        scores_NKGS.masked_fill(unseen_NS[:, None, None], -torch.inf)
+        .softmax(-1)
+        .masked_fill(unseen_NS[:, None, None], 0)
+    )
     seen_v_NSKD = v_NSKD.to(dtype).masked_fill(unseen_NS[..., None, None], 0)  # 0 times what is there may be NaN
     return torch.einsum("nkgs,nskd->nkgd", weights_NKGS, seen_v_NSKD).flatten(1, 2).to(q_NHD.dtype)
 
@@ -77,7 +83,17 @@ def _decode_part(
 
 @triton.jit(do_not_specialize=["splits"])
 def _decode_combine(
-    parts, lse2, lengths, out, S, splits, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr
+    parts,
+    lse2,
+    lengths,
+    out,
+    S,
+    splits,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     n = tl.program_id(1).to(tl.int64)
     head = n * H + tl.program_id(0)
@@ -110,14 +126,19 @@ def _decode_attention_triton(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -
     group, block = heads // kv_heads, max(triton.next_power_of_2(size), 16)
     splits = min(max(2 * processors(q.device) // (sequences * kv_heads), 1), MOST_SPLITS)  # two programs a processor
     out, dtype = q.new_empty(q.shape), wide(q.dtype)
-    parts, lse2 = q.new_empty(sequences, heads, splits, size, dtype=dtype), q.new_empty(sequences, heads, splits, dtype=dtype)
+    parts, lse2 = (
+        q.new_empty(sequences, heads, splits, size, dtype=dtype),
+        q.new_empty(sequences, heads, splits, dtype=dtype),
+    )
     constants = {"D": size, "BD": block} | _tiles(q.dtype, block)
     _decode_part[kv_heads, splits, sequences](
         q, k, v, lengths, parts, lse2, slots, splits, *q.stride()[:2], *k.stride()[:3], *v.stride()[:3],
         SCALE=size**-0.5, K=kv_heads, GROUP=group, BM=max(triton.next_power_of_2(group), 16),  # no product has fewer rows
         **constants,
     )  # fmt: skip
-    _decode_combine[heads, sequences](parts, lse2, lengths, out, slots, splits, H=heads, SPLITS=MOST_SPLITS, **constants)
+    _decode_combine[heads, sequences](
+        parts, lse2, lengths, out, slots, splits, H=heads, SPLITS=MOST_SPLITS, **constants
+    )
     return out
 
 
@@ -139,13 +160,21 @@ def _decode_attention_torch(q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[
     Their number is filled up to a multiple of 4. Else the scratch memory of torch's threads, which lies side by side, is not
     aligned to 16 bytes, and the last bits of a sum depend on which thread computes it, and so on how many rows there are.
     """
-    flash, (rows, heads, size), kv_heads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, q.shape, k.shape[2]
+    flash, (rows, heads, size), kv_heads = (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        q.shape,
+        k.shape[2],
+    )
     group, outs = heads // kv_heads, []
     q_NKGD = q.view(rows, kv_heads, group, size)
     if group % 4:
         q_NKGD = F.pad(q_NKGD, (0, 0, 0, -group % 4))
     for start, stop, filled in groups:
-        q_nKGD, k_nKSD, v_nKSD = q_NKGD[start:stop], k[start:stop, :filled].transpose(1, 2), v[start:stop, :filled].transpose(1, 2)
+        q_nKGD, k_nKSD, v_nKSD = (
+            q_NKGD[start:stop],
+            k[start:stop, :filled].transpose(1, 2),
+            v[start:stop, :filled].transpose(1, 2),
+        )
         outs.append(flash(q_nKGD, k_nKSD, v_nKSD)[0] if filled else torch.zeros_like(q_nKGD))
     out_NKGD = outs[0] if len(outs) == 1 else torch.cat(outs)
     return out_NKGD[:, :, :group].reshape(q.shape).contiguous()
@@ -156,7 +185,9 @@ def _decode_attention_torch(q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[
 _decode_attention = operator(
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor lengths) -> Tensor",
     cuda=_decode_attention_triton,
-    cpu=lambda q, k, v, lengths: _decode_attention_torch(*_adjacent(q, k, v), decode_groups(lengths.tolist(), k.shape[1])),
+    cpu=lambda q, k, v, lengths: _decode_attention_torch(
+        *_adjacent(q, k, v), decode_groups(lengths.tolist(), k.shape[1])
+    ),
     fake=lambda q, k, v, lengths: q.new_empty(q.shape),
 )
 
@@ -170,6 +201,6 @@ def decode_attention(
     CUDA it does on how many rows there are.
     groups: `decode_groups` of the lengths, which on the CPU saves the same for every layer; CUDA needs none.
     """
-    if groups is None or by_triton(q_NHD):
+    if groups is None or uses_triton(q_NHD):
         return _decode_attention(q_NHD, k_NSKD, v_NSKD, lengths_N)
     return _decode_attention_torch(q_NHD, k_NSKD, v_NSKD, groups)

@@ -3,7 +3,7 @@
 One projection may be several of the model's stacked by rows (q, k and v), each with an adapter of its own or none; and it may
 be one of SwiGLU's product, which is then made again in backward instead of being kept.
 
-Four ways to add the update are here (`WAYS`), two of which touch the output once; `python -m benchmarks.kernels` compares them.
+Four ways to add the update are here (`STRATEGIES`), two of which touch the output once; `python -m benchmarks.kernels` compares them.
 """
 
 import functools
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minorca_kernels.low_rank_gradients import low_rank_gradients
 from minorca_kernels.low_rank_matmul import low_rank_matmul
-from minorca_kernels.operator import by_triton, operator
+from minorca_kernels.operator import operator, uses_triton
 from minorca_kernels.swiglu import swiglu, swiglu_backward, swiglu_definition, swiglu_into
 
 
@@ -103,23 +103,23 @@ def _block_diagonal(b: list[Tensor], starts: list[int], scale: float, out: Tenso
     return out
 
 
-WAYS = {"added": _added, "accumulated": _accumulated, "augmented": _augmented, "fused": _fused}
+STRATEGIES = {"added": _added, "accumulated": _accumulated, "augmented": _augmented, "fused": _fused}
 FEW = 256  # rows below which launches cost more than traffic: one token a sequence, while generating
 
 
-def room_pays(w_NK: Tensor, of_swiglu: bool) -> bool:
+def padding_pays(w_NK: Tensor, of_swiglu: bool) -> bool:
     """Whether room is worth having: x must be copied next to its products, unless it is a SwiGLU, written there in the first
     place; and that must move fewer bytes than writing and reading an update of the output's size."""
     return of_swiglu or len(w_NK) > w_NK.shape[1]
 
 
-def make_room(w_NK: Tensor, columns: int) -> Tensor:
+def pad_rows(w_NK: Tensor, columns: int) -> Tensor:
     """An empty [N, K] like w with at least so many scratch columns after each row, rows a multiple of 64 elements apart."""
     (n, k), apart = w_NK.shape, -(w_NK.shape[1] + columns) % 64
     return w_NK.new_empty(n, k + columns + apart)[:, :k]
 
 
-def _has_room(w: Tensor, columns: int) -> bool:
+def _has_padding(w: Tensor, columns: int) -> bool:
     """A copy made on the way here, by a compiler or a check, may have lost it."""
     (n, k), apart = w.shape, w.stride(0)
     end = w.storage_offset() + (n - 1) * apart + k + columns
@@ -148,7 +148,7 @@ def _forward(
     of_swiglu: bool,
     way: str,
 ) -> tuple[Tensor, Tensor]:
-    if way == "augmented" and not _has_room(w, sum(map(len, a))):
+    if way == "augmented" and not _has_padding(w, sum(map(len, a))):
         way = "accumulated"
     if way == "augmented":
         inputs, x = x, x.new_empty(len(x), w.stride(0))[:, : w.shape[1]]
@@ -156,7 +156,7 @@ def _forward(
     elif of_swiglu:
         x = swiglu(x)
     s = _inner(x, a, dropout, seeds)
-    return WAYS[way](x, w, s, b, starts, scale), s
+    return STRATEGIES[way](x, w, s, b, starts, scale), s
 
 
 def _backward(
@@ -185,7 +185,7 @@ def _backward(
         for ds_i, a_i, seed in zip(_beside(ds, b), a, seeds):
             dx += _dropped(ds_i @ a_i, dropout, seed)
     elif x_gradient:  # the same sum of two products as forward's; a transposed w has no room
-        dx = WAYS["accumulated" if way == "augmented" else way](dy, w.t(), ds, [torch.cat(a).t()], [0], 1.0)
+        dx = STRATEGIES["accumulated" if way == "augmented" else way](dy, w.t(), ds, [torch.cat(a).t()], [0], 1.0)
     if of_swiglu and x_gradient:
         dx, x = swiglu_backward(dx, x, True)
     elif of_swiglu:
@@ -206,7 +206,10 @@ _lora_linear = operator(
     " -> (Tensor, Tensor)",
     cuda=_forward,
     cpu=_forward,
-    fake=lambda x, w, a, *_: (x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], sum(a_i.shape[0] for a_i in a))),
+    fake=lambda x, w, a, *_: (
+        x.new_empty(x.shape[0], w.shape[0]),
+        x.new_empty(x.shape[0], sum(a_i.shape[0] for a_i in a)),
+    ),
 )
 _lora_linear_backward = operator(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor w, Tensor[] a, Tensor[] b, Tensor s, int[] starts, float scale, float dropout,"
@@ -253,11 +256,11 @@ def lora_linear(
     """`lora_linear_definition` for a frozen W and one adapter or more; A and B have x's dtype. Dropout 0 costs nothing.
 
     Args:
-        way: one of `WAYS`; by default what suits the device. "augmented" takes what lies after each row of W for its own: W must
-            be made by `make_room`. It is for many rows: fewer than FEW go the default way.
+        way: one of `STRATEGIES`; by default what suits the device. "augmented" takes what lies after each row of W for its own: W must
+            be made by `pad_rows`. It is for many rows: fewer than FEW go the default way.
     """
     if way is None or (way == "augmented" and len(x_TK) < FEW):
-        way = "accumulated" if by_triton(x_TK) else "added"
+        way = "accumulated" if uses_triton(x_TK) else "added"
     starts, seeds = [adapter.start for adapter in adapters], [adapter.seed for adapter in adapters]
     ab = [t for adapter in adapters for t in (adapter.a_RK, adapter.b_NR)]
     return _LoRALinear.apply(x_TK, w_NK, (starts, scale, dropout, seeds, of_swiglu, way), *ab)

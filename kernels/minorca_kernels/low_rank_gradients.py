@@ -5,7 +5,6 @@ Splitting the rows among programs and summing their shares afterwards makes LoRA
 section 4) deterministic.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,11 +39,17 @@ def _pass(
     ds = tl.zeros([BM, PADDED], wide)
     for start in range(part * columns_a_program, tl.minimum((part + 1) * columns_a_program, columns), BN):
         column = start + tl.arange(0, BN)
-        d = tl.load(dy + token[:, None] * dy_row + column, mask=(token < tokens)[:, None] & (column < columns), other=0.0)
+        d = tl.load(
+            dy + token[:, None] * dy_row + column, mask=(token < tokens)[:, None] & (column < columns), other=0.0
+        )
         b_tile = tl.load(b + column[:, None] * R + rank, mask=(column < columns)[:, None] & (rank < R), other=0.0)
         ds = add_dot(ds, d, b_tile)
         db = dot(tl.trans(d), s, wide)
-        tl.store(db_shares + (block * columns + column[:, None]) * R + rank, db, mask=(column < columns)[:, None] & (rank < R))
+        tl.store(
+            db_shares + (block * columns + column[:, None]) * R + rank,
+            db,
+            mask=(column < columns)[:, None] & (rank < R),
+        )
     tl.store(ds_shares + (part * tokens + token[:, None]) * R + rank, ds, mask=here)
 
 
@@ -63,5 +68,7 @@ def low_rank_gradients(dy_TN: Tensor, b_NR: Tensor, inner_TR: Tensor) -> tuple[T
     dy_TN, inner_TR = rows(dy_TN), rows(inner_TR)
     steps = dy_TN.stride(0), inner_TR.stride(0)
     sizes = {"R": rank, "PADDED": padded, "BM": bm, "BN": bn, "num_warps": 8, "num_stages": 2}
-    _pass[(blocks, parts)](dy_TN, b_NR.contiguous(), inner_TR, ds_shares, db_shares, tokens, columns, columns_a_program, *steps, **sizes)
+    _pass[(blocks, parts)](
+        dy_TN, b_NR.contiguous(), inner_TR, ds_shares, db_shares, tokens, columns, columns_a_program, *steps, **sizes
+    )
     return ds_shares.sum(0), db_shares.sum(0)

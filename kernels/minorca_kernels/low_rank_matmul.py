@@ -48,12 +48,16 @@ def _product(
         at = start + k
         inside_k = tl.full([BK], 1, tl.int1) if EVEN else at < depth
         x_tile = tl.load(x + row[:, None] * x_row + at, mask=inside_m & inside_k, other=0.0)
-        w_tile = tl.load(w + column[None] * w_row + at[:, None].to(tl.int64) * w_column, mask=inside_n & inside_k[:, None], other=0.0)
+        w_tile = tl.load(
+            w + column[None] * w_row + at[:, None].to(tl.int64) * w_column, mask=inside_n & inside_k[:, None], other=0.0
+        )
         sums = add_dot(sums, x_tile, w_tile)
     for start in range(0, R, BR):
         rank = start + tl.arange(0, BR)
         s_tile = tl.load(s + row[:, None] * R + rank, mask=inside_m & (rank < R), other=0.0)
-        b_tile = tl.load(b + column[None] * b_row + rank[:, None] * b_column, mask=inside_n & (rank < R)[:, None], other=0.0)
+        b_tile = tl.load(
+            b + column[None] * b_row + rank[:, None] * b_column, mask=inside_n & (rank < R)[:, None], other=0.0
+        )
         sums = add_dot(sums, s_tile, b_tile)
     tl.store(y + row[:, None] * n + column, sums, mask=inside_m & inside_n)
 

@@ -39,12 +39,12 @@ def operator(schema: str, cuda: Callable, cpu: Callable, fake: Callable) -> Call
     return getattr(torch.ops.minorca, name).default
 
 
-def by_triton(x: torch.Tensor) -> bool:
+def uses_triton(x: torch.Tensor) -> bool:
     """Whether operators on x launch the Triton kernels."""
     return x.is_cuda or INTERPRETED
 
 
-def plainly(x: torch.Tensor) -> bool:
+def can_skip_dispatch(x: torch.Tensor) -> bool:
     """Whether nobody differentiates or traces what is done with x on the CPU: then the operator's way there, some 20 microseconds
     of each of hundreds of calls a token, is saved."""
     return not (x.is_cuda or INTERPRETED or torch.is_grad_enabled() or torch.compiler.is_compiling())

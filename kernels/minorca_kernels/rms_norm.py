@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minorca_kernels.operator import operator, plainly, processors, rows, wide
+from minorca_kernels.operator import can_skip_dispatch, operator, processors, rows, wide
 
 
 def rms_norm_definition(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -30,7 +30,18 @@ def add_rms_norm_definition(x: Tensor, update: Tensor, weight: Tensor, eps: floa
 
 @triton.jit
 def _forward(
-    x, update, weight, total, y, rstd, x_row, update_row, H: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    update,
+    weight,
+    total,
+    y,
+    rstd,
+    x_row,
+    update_row,
+    H: tl.constexpr,
+    EPS: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -100,7 +111,9 @@ def _add_rms_norm_triton(x: Tensor, update: Tensor | None, weight: Tensor, eps: 
     y, rstd = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(x_MH.shape[0], dtype=wide(x.dtype))
     total = y if update is None else torch.empty_like(y)
     steps = x_MH.stride(0), update_MH.stride(0)
-    _forward[(len(rstd),)](x_MH, update_MH, weight.contiguous(), total, y, rstd, *steps, EPS=eps, ADD=update is not None, **_sizes(x))
+    _forward[(len(rstd),)](
+        x_MH, update_MH, weight.contiguous(), total, y, rstd, *steps, EPS=eps, ADD=update is not None, **_sizes(x)
+    )
     return total, y, rstd
 
 
@@ -112,7 +125,19 @@ def _rms_norm_backward_triton(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     programs = min(len(rstd), 4 * processors(x.device)) if weight_gradient else len(rstd)
     partials = x.new_empty(programs if weight_gradient else 0, x.shape[-1], dtype=rstd.dtype)
-    arguments = dy, dtotal, x_MH, weight.contiguous(), rstd, dx, partials, len(rstd), dy.stride(0), dtotal.stride(0), x_MH.stride(0)
+    arguments = (
+        dy,
+        dtotal,
+        x_MH,
+        weight.contiguous(),
+        rstd,
+        dx,
+        partials,
+        len(rstd),
+        dy.stride(0),
+        dtotal.stride(0),
+        x_MH.stride(0),
+    )
     _backward[(programs,)](*arguments, ADD=add, WEIGHT=weight_gradient, **_sizes(x))
     return dx, partials.sum(0).to(weight.dtype) if weight_gradient else weight.new_empty(0)
 
@@ -153,8 +178,12 @@ def _like_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(x.shape[:-1].numel(), dtype=wide(x.dtype))
 
 
-def _like_backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, weight_gradient: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.new_empty(weight.shape if weight_gradient else 0)
+def _like_backward(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, weight_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.new_empty(
+        weight.shape if weight_gradient else 0
+    )
 
 
 _rms_norm = operator(
@@ -167,7 +196,10 @@ _add_rms_norm = operator(
     "add_rms_norm(Tensor x, Tensor update, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
     cuda=_add_rms_norm_triton,
     cpu=_add_rms_norm_torch,
-    fake=lambda x, update, weight, eps: (torch.empty(x.shape, dtype=x.dtype, device=x.device), *_like_norm(x, weight, eps)),
+    fake=lambda x, update, weight, eps: (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        *_like_norm(x, weight, eps),
+    ),
 )
 _rms_norm_backward = operator(
     "rms_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor rstd, bool weight_gradient) -> (Tensor, Tensor)",
@@ -211,13 +243,13 @@ class _AddRMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm_definition`; no weight gradient is computed where the weight is frozen."""
-    if plainly(x):
+    if can_skip_dispatch(x):
         return F.rms_norm(x, weight.shape, None, eps).mul_(weight)
     return _RMSNorm.apply(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`add_rms_norm_definition` in one pass; x and update have one shape."""
-    if plainly(x):
+    if can_skip_dispatch(x):
         return (total := x + update), rms_norm(total, weight, eps)
     return _AddRMSNorm.apply(x, update, weight, eps)

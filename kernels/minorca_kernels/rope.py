@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minorca_kernels.operator import operator, plainly, rows
+from minorca_kernels.operator import can_skip_dispatch, operator, rows
 
 
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,9 @@ def _split(qkv_TN: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
     return qkv_TN.unflatten(1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=1)
 
 
-def rope_definition(qkv_TN: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def rope_definition(
+    qkv_TN: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [T, (Hq + 2 Hkv) D] -> q [T, Hq, D] and k [T, Hkv, D], each pair (i, i + D/2) of a head rotated, and v as it is.
 
     Tables [T, D/2] from `rope_tables`.
@@ -121,13 +123,23 @@ def _backward(
 def _sizes(heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:
     padded, kv_padded, half = map(triton.next_power_of_2, (heads, kv_heads, head_dim // 2))
     warps = min(max(padded * half // 512, 1), 8)  # 16 bytes a load in bf16, 4 of them a thread at 32 heads of 128
-    return {"HEADS": heads, "KV_HEADS": kv_heads, "D": head_dim, "PADDED": padded, "KV_PADDED": kv_padded, "HALF": half, "num_warps": warps}
+    return {
+        "HEADS": heads,
+        "KV_HEADS": kv_heads,
+        "D": head_dim,
+        "PADDED": padded,
+        "KV_PADDED": kv_padded,
+        "HALF": half,
+        "num_warps": warps,
+    }
 
 
 def _rope_triton(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
     q, k = _like_rope(qkv, cos, sin, heads, kv_heads)
     qkv = rows(qkv)
-    _forward[(len(qkv),)](qkv, cos.contiguous(), sin.contiguous(), q, k, qkv.stride(0), **_sizes(heads, kv_heads, q.shape[2]))
+    _forward[(len(qkv),)](
+        qkv, cos.contiguous(), sin.contiguous(), q, k, qkv.stride(0), **_sizes(heads, kv_heads, q.shape[2])
+    )
     return q, k
 
 
@@ -135,7 +147,9 @@ def _rope_backward_triton(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: 
     sizes = _sizes(dq.shape[1], dk.shape[1], dq.shape[2])
     dqkv = _like_rope_backward(dq, dk, dv, cos, sin)
     dq, dk, dv = (rows(d.flatten(1)) for d in (dq, dk, dv))
-    _backward[(len(dq),)](dq, dk, dv, cos.contiguous(), sin.contiguous(), dqkv, dq.stride(0), dk.stride(0), dv.stride(0), **sizes)
+    _backward[(len(dq),)](
+        dq, dk, dv, cos.contiguous(), sin.contiguous(), dqkv, dq.stride(0), dk.stride(0), dv.stride(0), **sizes
+    )
     return dqkv
 
 
@@ -204,7 +218,7 @@ class _Rope(torch.autograd.Function):
 
 def rope(qkv_TN: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """`rope_definition`; q and k are new, v is a view of the buffer."""
-    if plainly(qkv_TN):
+    if can_skip_dispatch(qkv_TN):
         v_TKD = qkv_TN.view(len(qkv_TN), heads + 2 * kv_heads, -1)[:, heads + kv_heads :]
         return *_rope_torch(qkv_TN, cos_TD, sin_TD, heads, kv_heads), v_TKD
     return _Rope.apply(qkv_TN, cos_TD, sin_TD, heads, kv_heads)

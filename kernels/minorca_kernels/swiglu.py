@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minorca_kernels.operator import operator, plainly, rows
+from minorca_kernels.operator import can_skip_dispatch, operator, rows
 
 
 def swiglu_definition(gate_up_TI: Tensor) -> Tensor:
@@ -33,7 +33,9 @@ def _forward(gate_up, y, gate_up_row, y_row, I: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def _backward(dy, gate_up, dgate_up, y, dy_row, gate_up_row, I: tl.constexpr, PRODUCT: tl.constexpr, BLOCK: tl.constexpr):
+def _backward(
+    dy, gate_up, dgate_up, y, dy_row, gate_up_row, I: tl.constexpr, PRODUCT: tl.constexpr, BLOCK: tl.constexpr
+):
     row = (tl.program_id(0) // tl.cdiv(I, BLOCK)).to(tl.int64)
     column = tl.program_id(0) % tl.cdiv(I, BLOCK) * BLOCK + tl.arange(0, BLOCK)
     inside = column < I
@@ -134,4 +136,4 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up_TI: Tensor) -> Tensor:
     """`swiglu_definition`."""
-    return _swiglu_torch(gate_up_TI) if plainly(gate_up_TI) else _SwiGLU.apply(gate_up_TI)
+    return _swiglu_torch(gate_up_TI) if can_skip_dispatch(gate_up_TI) else _SwiGLU.apply(gate_up_TI)

@@ -6,12 +6,12 @@ from collections import Counter
 from itertools import groupby
 
 from minorca import cli
-from minorca.chat import resolve_template
 from minorca.config import Config, config_parser, read_config
+from minorca.data.chat_template import resolve_template
 from minorca.data.sources import open_source, read_rows
 from minorca.data.store import prepared, render_row
+from minorca.data.tokenizer import Tokenizer, load_tokenizer
 from minorca.errors import UserError
-from minorca.tokenizer import Tokenizer, load_tokenizer
 
 
 def _tokenizer(config: Config) -> tuple[Tokenizer, str]:
@@ -21,7 +21,9 @@ def _tokenizer(config: Config) -> tuple[Tokenizer, str]:
 
 
 def show(argv: list[str]) -> None:
-    parser = config_parser("minorca.data show", "Prints rendered rows; «trained» tokens are marked (on a terminal, in green).")
+    parser = config_parser(
+        "minorca.data show", "Prints rendered rows; «trained» tokens are marked (on a terminal, in green)."
+    )
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to print, of each source (default: 3)")
     args, surplus = parser.parse_known_args(argv)
     if args.rows < 1:
@@ -42,7 +44,9 @@ def show(argv: list[str]) -> None:
 
 
 def prepare(argv: list[str]) -> None:
-    parser = config_parser("minorca.data prepare", "Renders data.train and data.eval into the token store, where training finds them.")
+    parser = config_parser(
+        "minorca.data prepare", "Renders data.train and data.eval into the token store, where training finds them."
+    )
     config = read_config(*parser.parse_known_args(argv))
     tok, template = _tokenizer(config)
     for what in (config.data.train, config.data.eval):
@@ -64,7 +68,9 @@ def main(argv: list[str]) -> None:
     logging.getLogger("minorca").setLevel(logging.INFO)
     commands = {"show": show, "prepare": prepare}
     if argv[:1] in (["-h"], ["--help"]):
-        print(f"usage: minorca.data {{{','.join(commands)}}} [--config FILE] [--section.key VALUE ...]   (--help on each)")
+        print(
+            f"usage: minorca.data {{{','.join(commands)}}} [--config FILE] [--section.key VALUE ...]   (--help on each)"
+        )
     elif not argv or argv[0] not in commands:
         raise UserError(f"minorca.data takes a command: {', '.join(commands)}")
     else:

@@ -37,10 +37,20 @@ class Order:
         seed: int,
         parts: list[tuple[int, int, float]] | None = None,
     ):
-        self.lengths, self.capacity, self.micro_batches, self.packing, self.seed = lengths, capacity, micro_batches, packing, seed
-        self.parts = [part for part in parts or [(0, len(lengths), 1.0)] if part[0] < part[1]]  # all of a source may be held out
+        self.lengths, self.capacity, self.micro_batches, self.packing, self.seed = (
+            lengths,
+            capacity,
+            micro_batches,
+            packing,
+            seed,
+        )
+        self.parts = [
+            part for part in parts or [(0, len(lengths), 1.0)] if part[0] < part[1]
+        ]  # all of a source may be held out
         self._ends: list[int] = []  # how many steps there are by the end of each epoch
-        self._planned: tuple[int, np.ndarray, np.ndarray] | None = None  # an epoch, its rows, and where micro-batches start among them
+        self._planned: tuple[int, np.ndarray, np.ndarray] | None = (
+            None  # an epoch, its rows, and where micro-batches start among them
+        )
 
     def step(self, n: int) -> Step:
         """The n-th step's micro-batches: arrays of rows."""
@@ -91,7 +101,9 @@ class Order:
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """An epoch's rows in order [R], and where its micro-batches start among them [B+1]."""
         random = np.random.default_rng((self.seed, BINS, epoch))
-        rows = random.permutation(self._draw(epoch))  # or a source's rows would share micro-batches with one another alone
+        rows = random.permutation(
+            self._draw(epoch)
+        )  # or a source's rows would share micro-batches with one another alone
         if not self.packing:
             return rows, np.arange(len(rows) + 1)
         lengths = self.lengths[rows]
@@ -143,7 +155,9 @@ def _shuffle_bins(rows: np.ndarray, sizes: np.ndarray, random: np.random.Generat
     return rows[places], new
 
 
-def plan_epoch(lengths: np.ndarray, capacity: int, micro_batches: int, packing: bool, seed: int, epoch: int) -> list[Step]:
+def plan_epoch(
+    lengths: np.ndarray, capacity: int, micro_batches: int, packing: bool, seed: int, epoch: int
+) -> list[Step]:
     """The steps of one epoch in which every row comes once."""
     order = Order(lengths, capacity, micro_batches, packing, seed)
     steps = order.steps(1)

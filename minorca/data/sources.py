@@ -23,10 +23,12 @@ from typing import NamedTuple
 
 from minorca.config import Source
 from minorca.errors import UserError
-from minorca.files import sha256
-from minorca.untrusted import parse_json
+from minorca.files.atomic import sha256
+from minorca.files.safe_io import parse_json
 
-AN_ARRAY = "expected an object with columns, found list; make one object a line of a JSON array: jq -c '.[]' FILE > FILE.jsonl"
+AN_ARRAY = (
+    "expected an object with columns, found list; make one object a line of a JSON array: jq -c '.[]' FILE > FILE.jsonl"
+)
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
@@ -45,7 +47,9 @@ class Row(NamedTuple):
     path: str
     unit: str
     number: int
-    content: list[dict] | str  # messages {"role", "content"}, with "weight": 0 on an answer that is not trained; or plain text
+    content: (
+        list[dict] | str
+    )  # messages {"role", "content"}, with "weight": 0 on an answer that is not trained; or plain text
 
     @property
     def where(self) -> str:
@@ -67,7 +71,11 @@ def read_rows(records: Records, format: str, limit: int | None, counts: Counter)
                 found = ", ".join(map(str, record))
                 wants = f"format {format} needs {', '.join(needed)}"
                 raise UserError(f"no column {missing[0]}; {wants}, found {found}; mend the row or data.format")
-            counts.update(f"with the unused column {column}" for column in record if column not in needed and column not in optional)
+            counts.update(
+                f"with the unused column {column}"
+                for column in record
+                if column not in needed and column not in optional
+            )
             content = convert(record, counts)
         except UserError as error:
             raise UserError(f"{records.path}, {records.unit} {number}: {error}") from None
@@ -101,7 +109,9 @@ def _repeated(record: dict, seen: dict[int, int], counts: Counter) -> bool:
 
 
 def _openorca(record: dict, counts: Counter) -> list[dict]:
-    return _conversation(_straight(_text(record, "system_prompt"), counts), _text(record, "question"), _text(record, "response"))
+    return _conversation(
+        _straight(_text(record, "system_prompt"), counts), _text(record, "question"), _text(record, "response")
+    )
 
 
 def _sharegpt(record: dict, counts: Counter) -> list[dict]:
@@ -128,7 +138,9 @@ def _prompt_completion(record: dict, counts: Counter) -> list[dict]:
     if not all(lists):
         kinds = " and ".join(_kind(record[column]) for column in ("prompt", "completion"))
         raise UserError(f"prompt and completion are {kinds}; expected both text or both lists of messages")
-    prompt, completion = (_messages(record, column, "role", "content", ROLES, counts) for column in ("prompt", "completion"))
+    prompt, completion = (
+        _messages(record, column, "role", "content", ROLES, counts) for column in ("prompt", "completion")
+    )
     return [m | {"weight": 0} if m["role"] == "assistant" else m for m in prompt] + completion
 
 
@@ -151,7 +163,9 @@ def _conversation(system: str, question: str, answer: str) -> list[dict]:
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def _messages(record: dict, column: str, role_key: str, text_key: str, roles: dict[str, str], counts: Counter) -> list[dict]:
+def _messages(
+    record: dict, column: str, role_key: str, text_key: str, roles: dict[str, str], counts: Counter
+) -> list[dict]:
     turns, expected = record[column], f"{{{role_key}, {text_key}}}"
     if not isinstance(turns, list):
         hint = "; a CSV cell holds no list: use JSONL or parquet" if isinstance(turns, str) else ""
@@ -185,7 +199,9 @@ def _checked(text, name: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{name} holds bytes that are no UTF-8, or half of a surrogate pair; mend or remove the row") from None
+        raise UserError(
+            f"{name} holds bytes that are no UTF-8, or half of a surrogate pair; mend or remove the row"
+        ) from None
     return text
 
 
@@ -212,11 +228,11 @@ def open_source(source: Source, limit: int | None) -> Records:
     if path.is_file():
         readers = dict(zip(SUFFIXES, (_jsonl, _jsonl, _csv, _parquet)))
         if path.suffix not in readers:
-            raise UserError(f"{path}: expected a name ending in {', '.join(readers)}")
+            raise UserError(f"expected a name ending in {', '.join(readers)}", path=path)
         unit = "row" if path.suffix == ".parquet" else "line"
         return Records(str(path), unit, lambda: _content(path), lambda: readers[path.suffix](path))
     if path.exists() or path.suffix in SUFFIXES and ":" not in name or name.startswith((".", "/", "~")):
-        raise UserError(f"{name}: no such file; data.train and data.eval take a file or a hub id")
+        raise UserError("no such file; data.train and data.eval take a file or a hub id", path=name)
     return _hub(name, limit)
 
 
@@ -224,7 +240,7 @@ def _content(path: Path) -> str:
     try:
         return sha256(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"cannot be read ({error})", path=path) from None
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
@@ -238,21 +254,27 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict]]:
                     record = parse_json(line)
                 except json.JSONDecodeError as error:
                     if number == 1 and line.lstrip().startswith("["):
-                        raise UserError(f"{path}, line 1: {AN_ARRAY}") from None
-                    raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno})") from None
+                        raise UserError(f"{AN_ARRAY}", path=path, where="line 1") from None
+                    raise UserError(
+                        f"not valid JSON ({error.msg}, column {error.colno})", path=path, where=f"line {number}"
+                    ) from None
                 except (ValueError, RecursionError) as error:  # a key given twice; numbers and brackets without end
-                    raise UserError(f"{path}, line {number}: cannot be read ({error})") from None
+                    raise UserError(f"cannot be read ({error})", path=path, where=f"line {number}") from None
                 if not isinstance(record, dict):
                     found = f"expected an object with columns, found {_kind(record)}"
-                    raise UserError(f"{path}, line {number}: {AN_ARRAY if isinstance(record, list) else found}")
+                    raise UserError(
+                        f"{AN_ARRAY if isinstance(record, list) else found}", path=path, where=f"line {number}"
+                    )
                 yield number, record
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"cannot be read ({error})", path=path) from None
 
 
 def _check_names(names: list[str], where) -> None:
     if len(set(names)) < len(names):  # a record would have one of the two, silently
-        raise UserError(f"{where}: names the column {Counter(names).most_common(1)[0][0]} twice; rename or remove one")
+        raise UserError(
+            f"names the column {Counter(names).most_common(1)[0][0]} twice; rename or remove one", path=where
+        )
 
 
 def _csv(path: Path) -> Iterator[tuple[int, dict]]:
@@ -266,14 +288,18 @@ def _csv(path: Path) -> Iterator[tuple[int, dict]]:
             line = reader.line_num + 1
             for cells in reader:
                 if cells and len(cells) != len(header):
-                    raise UserError(f"{path}, line {line}: found {len(cells)} cells; the header has {len(header)}")
+                    raise UserError(
+                        f"found {len(cells)} cells; the header has {len(header)}", path=path, where=f"line {line}"
+                    )
                 if cells:
                     yield line, dict(zip(header, cells))
                 line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}, line {line}: not valid CSV ({error}) in the row that starts here") from None
+        raise UserError(
+            f"not valid CSV ({error}) in the row that starts here", path=path, where=f"line {line}"
+        ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"cannot be read ({error})", path=path) from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
@@ -288,7 +314,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
                 number += 1
                 yield number, record
     except (OSError, ValueError, pyarrow.ArrowException) as error:  # bytes that are no UTF-8 are a ValueError
-        raise UserError(f"{path}: cannot be read as parquet ({error})") from None
+        raise UserError(f"cannot be read as parquet ({error})", path=path) from None
 
 
 def _hub(source: str, limit: int | None) -> Records:
@@ -300,9 +326,13 @@ def _hub(source: str, limit: int | None) -> Records:
         rows = datasets.load_dataset(name, data_files=file or None, split="train", streaming=limit is not None)
         rows = rows if limit is None else list(islice(rows, limit))
     except Exception as error:  # whatever the network, the hub or a broken file makes it raise
-        raise UserError(f"{source}: no such file, and as a hub id it cannot be read ({error})") from None
+        raise UserError(f"no such file, and as a hub id it cannot be read ({error})", path=source) from None
 
     def content() -> str:
-        return rows._fingerprint if limit is None else hashlib.sha256(repr(rows).encode(errors="surrogatepass")).hexdigest()
+        return (
+            rows._fingerprint
+            if limit is None
+            else hashlib.sha256(repr(rows).encode(errors="surrogatepass")).hexdigest()
+        )
 
     return Records(source, "row", content, lambda: enumerate(rows, 1))

@@ -29,21 +29,32 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from minorca.chat import render
 from minorca.config import DataConfig, Source
+from minorca.data.chat_template import render
 from minorca.data.sources import Records, Row, open_source, read_rows
+from minorca.data.tokenizer import Tokenizer, load_tokenizer
 from minorca.errors import UserError
-from minorca.files import lock, publish, sha256, verify_manifest, write_manifest
-from minorca.tokenizer import Tokenizer, load_tokenizer
+from minorca.files.atomic import lock, publish, sha256, verify_manifest, write_manifest
 
 log = logging.getLogger(__name__)
 
 CHUNK = 250  # rows rendered at a time
 SERIAL = 10_000  # rows that this process renders before others would have started
-TYPES = {"trained": np.bool_, "offsets": np.int64, "row_trained": np.int32, "numbers": np.int64}  # tokens: meta.json says
-MODEL_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "config.json", "generation_config.json")
+TYPES = {
+    "trained": np.bool_,
+    "offsets": np.int64,
+    "row_trained": np.int32,
+    "numbers": np.int64,
+}  # tokens: meta.json says
+MODEL_FILES = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+)
 SETTINGS = ("limit", "seq_len", "train_on", "too_long", "empty_response")
-CODE = ("chat.py", "sandbox.py", "tokenizer.py", "data/sources.py", "data/store.py")
+CODE = ("data/chat_template.py", "data/sandbox.py", "data/tokenizer.py", "data/sources.py", "data/store.py")
 LIBRARIES = ("tokenizers", "sentencepiece", "jinja2")
 TOTALS = ("kept", "tokens", "trained tokens")
 
@@ -151,7 +162,7 @@ def render_row(row: Row, tok: Tokenizer, template: str, train_on: str) -> tuple[
             rendered = render(tok, row.content, template, masked=train_on == "response")
             ids, trained = rendered.ids, np.array(rendered.trained, bool)
     except UserError as error:
-        raise UserError(f"{row.where}: {error}") from None
+        raise UserError(f"{error}", path=row.where) from None
     if train_on == "all":
         trained[:] = True
     trained[:1] = False
@@ -164,7 +175,9 @@ def _answers_nothing(content: list[dict] | str) -> bool:
     return any(m["role"] == "assistant" and m.get("weight") != 0 and not m["content"].strip() for m in content)
 
 
-def render_rows(rows: Iterable[Row | UserError], tok: Tokenizer, data: DataConfig, template: str) -> tuple[TokenStore, Counter]:
+def render_rows(
+    rows: Iterable[Row | UserError], tok: Tokenizer, data: DataConfig, template: str
+) -> tuple[TokenStore, Counter]:
     """All rows worth training on, in memory, and the counts of what became of the others.
 
     Raises:
@@ -176,13 +189,18 @@ def render_rows(rows: Iterable[Row | UserError], tok: Tokenizer, data: DataConfi
             raise row
         if _answers_nothing(row.content):
             if data.empty_response == "error":
-                raise UserError(f"{row.where}: the response is empty; mend the row, or set data.empty_response to drop")
+                raise UserError(
+                    "the response is empty; mend the row, or set data.empty_response to drop", path=row.where
+                )
             counts["dropped: empty response"] += 1
             continue
         ids, trained = render_row(row, tok, template, data.train_on)
         if len(ids) > data.seq_len:
             if data.too_long == "error":
-                raise UserError(f"{row.where}: {len(ids)} tokens, over data.seq_len, {data.seq_len}; raise it, or set data.too_long")
+                raise UserError(
+                    f"{len(ids)} tokens, over data.seq_len, {data.seq_len}; raise it, or set data.too_long",
+                    path=row.where,
+                )
             if data.too_long == "drop":
                 counts["dropped: too long"] += 1
                 continue
@@ -203,7 +221,9 @@ def render_rows(rows: Iterable[Row | UserError], tok: Tokenizer, data: DataConfi
     ), counts
 
 
-def _chunks(opened: list[Records], sources: list[Source], limit: int | None, counts: list[Counter]) -> Iterator[tuple[int, list]]:
+def _chunks(
+    opened: list[Records], sources: list[Source], limit: int | None, counts: list[Counter]
+) -> Iterator[tuple[int, list]]:
     """(source, rows of it) in order. An error in reading travels in its place, so that the first in the order of rows is reported."""
     for n, records in enumerate(opened):
         chunk: list[Row | UserError] = []
@@ -218,7 +238,9 @@ def _chunks(opened: list[Records], sources: list[Source], limit: int | None, cou
         yield n, chunk
 
 
-def _render_chunks(chunks: Iterator, tok: Tokenizer, data: DataConfig, template: str) -> Iterator[tuple[int, TokenStore, Counter]]:
+def _render_chunks(
+    chunks: Iterator, tok: Tokenizer, data: DataConfig, template: str
+) -> Iterator[tuple[int, TokenStore, Counter]]:
     """The chunks in order, rendered here where they are few, else by a process for every core."""
     first, workers = [], len(os.sched_getaffinity(0))
     for item in chunks:
@@ -303,7 +325,9 @@ def prepared(sources: list[Source], tok: Tokenizer, template: str, data: DataCon
         def write(temporary: Path) -> None:
             _build(temporary, opened, sources, tok, template, data)
             if _fingerprint(opened, sources, tok, template, data) != name:
-                raise UserError(f"{', '.join(source.path for source in sources)}: changed while being read; start again")
+                raise UserError(
+                    "changed while being read; start again", path=", ".join(source.path for source in sources)
+                )
 
         publish(directory, write)
         return _open(directory, opened)
@@ -314,7 +338,9 @@ def _cache() -> Path:
 
 
 def _fingerprint(opened: list[Records], sources: list[Source], tok: Tokenizer, template: str, data: DataConfig) -> str:
-    files = (path for path in (*tok.path.glob("tokenizer*"), *(tok.path / name for name in MODEL_FILES)) if path.is_file())
+    files = (
+        path for path in (*tok.path.glob("tokenizer*"), *(tok.path / name for name in MODEL_FILES)) if path.is_file()
+    )
     decides = {
         "sources": [(records.sha256(), source.format) for records, source in zip(opened, sources)],
         "tokenizer": {path.name: sha256(path) for path in files},
@@ -333,7 +359,9 @@ def _alone(directory: Path) -> Iterator[None]:
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{directory.parent}: cannot be written ({error}); set data.store to a directory that can") from None
+        raise UserError(
+            f"cannot be written ({error}); set data.store to a directory that can", path=directory.parent
+        ) from None
     while (held := lock(path)) is None:
         if not told and (holder := path.read_text().strip()):  # it writes its name just after it took the lock
             log.info("waiting for %s, which renders the same rows", holder)
@@ -357,22 +385,31 @@ def _intact(directory: Path) -> bool:
 
 def _map(directory: Path, kind: str) -> dict[str, np.ndarray]:
     """The arrays of a store, whose tokens are of type `kind`."""
-    return {name: np.memmap(directory / f"{name}.bin", dtype, "r") for name, dtype in ({"tokens": kind} | TYPES).items()}
+    return {
+        name: np.memmap(directory / f"{name}.bin", dtype, "r") for name, dtype in ({"tokens": kind} | TYPES).items()
+    }
 
 
 def _open(directory: Path, opened: list[Records]) -> TokenStore:
     meta = json.loads((directory / "meta.json").read_text())
     # the files may have moved since: what a message names is where they are now
-    parts = [Part(records.path, records.unit, *part["rows"], part["counts"]) for records, part in zip(opened, meta["sources"])]
+    parts = [
+        Part(records.path, records.unit, *part["rows"], part["counts"])
+        for records, part in zip(opened, meta["sources"])
+    ]
     return TokenStore(**_map(directory, meta["tokens"]), parts=parts, path=directory, digest=meta["sha256"])
 
 
-def _build(directory: Path, opened: list[Records], sources: list[Source], tok: Tokenizer, template: str, data: DataConfig) -> None:
+def _build(
+    directory: Path, opened: list[Records], sources: list[Source], tok: Tokenizer, template: str, data: DataConfig
+) -> None:
     counts, total = [Counter() for _ in sources], 0
     with ExitStack() as stack:
         files = {name: stack.enter_context((directory / f"{name}.bin").open("wb")) for name in ("tokens", *TYPES)}
         np.zeros(1, np.int64).tofile(files["offsets"])
-        rendered = stack.enter_context(closing(_render_chunks(_chunks(opened, sources, data.limit, counts), tok, data, template)))
+        rendered = stack.enter_context(
+            closing(_render_chunks(_chunks(opened, sources, data.limit, counts), tok, data, template))
+        )
         # disable=None: no bar where nobody looks
         bar = stack.enter_context(tqdm(desc="rendering", unit=" rows", unit_scale=True, leave=False, disable=None))
         for n, chunk, fates in rendered:
@@ -387,9 +424,11 @@ def _build(directory: Path, opened: list[Records], sources: list[Source], tok: T
         names = ["read", *sorted(fates.keys() - {"read", *TOTALS}), *TOTALS]
         fates = {name: fates[name] for name in names if fates[name]}
         if "kept" not in fates:
-            raise UserError(f"{records.path}: no row is left to use ({_told(fates) or 'none is there'})")
+            raise UserError(f"no row is left to use ({_told(fates) or 'none is there'})", path=records.path)
         rows = (first, first := first + fates["kept"])
-        parts.append({"path": records.path, "unit": records.unit, "format": source.format, "rows": rows, "counts": fates})
+        parts.append(
+            {"path": records.path, "unit": records.unit, "format": source.format, "rows": rows, "counts": fates}
+        )
     meta = {"tokens": kind, "sources": parts, "sha256": TokenStore(**_map(directory, kind)).sha256()}
     (directory / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
     write_manifest(directory)

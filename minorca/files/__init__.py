@@ -1,0 +1,1 @@
+"""Reading files that anybody may have made, and writing files that are complete or absent."""

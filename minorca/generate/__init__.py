@@ -1,0 +1,5 @@
+"""Text from a model: the engine, its key/value cache, sampling, and the command."""
+
+from minorca.generate.batch import generate
+
+__all__ = ["generate"]

@@ -1,0 +1,278 @@
+"""Checkpoints: complete or absent, verified before they are read and before an older one goes, no code in them.
+
+OUTPUT/checkpoints/step-00000100/ holds the adapter in PEFT's format, optimizer.safetensors (AdamW's moments under the same
+names), state.json (step, updates, what wrote it, and what defines the run) and, written last, MANIFEST.json with every file's
+size and SHA-256. It is written under another name and renamed; a published one is never written into again. There is no random
+state to keep: the order of the data and dropout are functions of the seed and the step.
+"""
+
+import dataclasses
+import json
+import logging
+import re
+import shutil
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minorca.config import Config
+from minorca.data.store import TokenStore
+from minorca.errors import UserError
+from minorca.files.atomic import MANIFEST, publish, sha256, verify_manifest, write_manifest
+from minorca.files.safe_io import read_json
+from minorca.files.weights import fill_rows, open_exactly
+from minorca.model.architecture import Architecture
+from minorca.model.lora import LoRASettings, adapter_file, adapter_parameters, load_adapter, save_adapter
+from minorca.model.network import Mistral
+from minorca.train.parallel import World, whole
+
+log = logging.getLogger(__name__)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+STEP = re.compile(r"step-(\d{8})")
+# settings that no number of a run follows from: where and how often it writes, on what it runs, and what stands below by content
+FREE = {"model.path", "data.train", "data.eval", "data.store", "lora.init"}
+FREE |= {
+    f"train.{key}"
+    for key in (
+        "output",
+        "checkpoint_every",
+        "keep",
+        "eval_every",
+        "log_every",
+        "resume",
+        "nonfinite",
+        "deterministic",
+        "wandb",
+    )
+}
+
+
+def identity(
+    config: Config, arch: Architecture, weights: list[Path], store: TokenStore, held_out: TokenStore | None
+) -> dict:
+    """What a run's numbers follow from: its settings, its rows and its base model, files by their SHA-256 wherever they lie."""
+    values = {
+        f"{s}.{k}": v for s, keys in dataclasses.asdict(config).items() for k, v in keys.items() if s != "parallel"
+    }
+    values = {key: value for key, value in values.items() if key not in FREE}
+    sources = config.data.sources(config.data.train)
+    values["data.train's rows and weights"] = [
+        (last - first, source.weight) for (first, last), source in zip(store.sections, sources)
+    ]
+    values["data.eval's fraction"] = config.data.eval if isinstance(config.data.eval, float) else None
+    values["the rows' sha256"] = store.sha256()
+    values["the held-out rows' sha256"] = held_out.sha256() if held_out else None
+    values["the initial adapter's sha256"] = sha256(adapter_file(Path(config.lora.init))) if config.lora.init else None
+    values |= {f"the base's {key}": value for key, value in dataclasses.asdict(arch).items()}
+    with ThreadPoolExecutor() as pool:
+        values |= {
+            f"the base's {path.name}'s sha256": digest for path, digest in zip(weights, pool.map(sha256, weights))
+        }
+    return json.loads(json.dumps(values))
+
+
+@dataclasses.dataclass
+class State:
+    """What a checkpoint holds beside tensors. `updates` counts the optimizer's: a skipped step makes none."""
+
+    step: int
+    updates: int
+    ranks: int
+    threads: int  # of each rank: on the CPU, sums follow from how they are split
+    torch: str
+    run: dict
+
+
+def save(
+    directory: Path,
+    model: Mistral,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    config: Config,
+    settings: LoRASettings,
+    world: World,
+) -> None:
+    """Publishes the checkpoint of a finished step under `directory`, and then removes what is older than the newest
+    `train.keep` that verify. Every rank calls it."""
+    parameters = adapter_parameters(model)
+    adapter = {name: whole(p, world) for name, p in parameters.items()}
+    moments = {f"{m}.{name}": whole(_moment(optimizer, p, m), world) for m in MOMENTS for name, p in parameters.items()}
+
+    def write(temporary: Path) -> None:
+        save_adapter(temporary, adapter, settings, config.model.path)
+        save_file(moments, temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
+        write_manifest(temporary)
+
+    if world.rank == 0:
+        publish(directory / f"step-{state.step:08d}", write)
+        prune(directory, config.train.keep)
+    torch.distributed.barrier()
+
+
+def _moment(optimizer: torch.optim.Optimizer, parameter: Tensor, moment: str) -> Tensor:
+    """Before the first update the optimizer has none."""
+    state = optimizer.state[parameter]
+    return state[moment] if moment in state else torch.zeros_like(parameter)
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Removes the checkpoints older than the newest `keep` whose files verify; a damaged one counts for none, and is reported."""
+    verified = 0
+    for path in reversed(published(directory)):
+        if verified == keep:
+            shutil.rmtree(path.rename(_aside(path)))  # never half of one under its own name
+            continue
+        try:
+            verify(path)
+            verified += 1
+        except UserError as error:
+            log.warning("%s", error)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+
+
+def sweep(output: Path) -> None:
+    """Removes what a killed run had begun to write or to remove."""
+    for leftover in (*output.glob("*.tmp-*"), *output.glob("checkpoints/*.tmp-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def published(directory: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    return sorted(path for path in directory.glob("step-*") if STEP.fullmatch(path.name))
+
+
+def verify(directory: Path) -> State:
+    """What a checkpoint says of itself, after every file has the size and SHA-256 its manifest says.
+
+    Raises:
+        UserError: naming the file, what was expected and what was found.
+    """
+    if not (directory / MANIFEST).is_file():
+        raise UserError(f"no {MANIFEST}; expected a complete checkpoint", path=directory)
+    verify_manifest(directory)
+    values = read_json(directory / "state.json")
+    kinds = {field.name: field.type for field in dataclasses.fields(State)}
+    if {name: type(value) for name, value in values.items()} != kinds:
+        expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+        raise UserError(
+            f"expected {expected}; found {', '.join(values)}; was it written by another version?",
+            path=directory / "state.json",
+        )
+    state, named = State(**values), STEP.fullmatch(directory.name)
+    if not 0 <= state.updates <= state.step or (named and int(named[1]) != state.step):
+        raise UserError(
+            f"says step {state.step} with {state.updates} updates, in {directory.name}; was it renamed?",
+            path=directory / "state.json",
+        )
+    return state
+
+
+def find(config: Config) -> Path | None:
+    """The checkpoint `train.resume` asks for, or None to start afresh.
+
+    Raises:
+        UserError: there are some and none is to be used, or none can be; nothing is fallen back to unasked.
+    """
+    directory, wanted = Path(config.train.output) / "checkpoints", config.train.resume
+    there = published(directory)
+    if wanted == "never":
+        if there:
+            raise UserError(
+                "holds checkpoints and train.resume is never; remove them, or choose another train.output",
+                path=directory,
+            )
+        return None
+    if wanted == "auto":
+        return (there or [None])[-1]
+    if wanted == "last-good":
+        for path in reversed(there):
+            try:
+                verify(path)
+                return path
+            except UserError as error:
+                log.warning("passed over: %s", error)
+        if there:
+            raise UserError(
+                f"none of its {len(there)} checkpoints is undamaged; remove them to start over, or choose another train.output",
+                path=directory,
+            )
+        return None
+    path = Path(wanted).expanduser()
+    if there and path.resolve().parent != directory.resolve():  # it started this run, which has gone on since
+        log.info("%s: has checkpoints of its own; %s was their start", directory, path)
+        return there[-1]
+    if not path.is_dir():
+        raise UserError(f"train.resume is {wanted}; expected auto, last-good, never, or a checkpoint's directory")
+    return path
+
+
+def read_state(directory: Path, now: dict, config: Config) -> State:
+    """What a checkpoint says, once its files are verified and it is of this run (`now`, its identity).
+
+    Raises:
+        UserError: a damaged file, what differs by name, or later checkpoints that going on would run into.
+    """
+    try:
+        state = verify(directory)
+    except UserError as error:
+        hint = "; to go on from the newest checkpoint that is undamaged, set train.resume to last-good" * (
+            config.train.resume == "auto"
+        )
+        raise UserError(f"{error}{hint}") from None
+    then = state.run
+    if differing := [
+        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(now.keys() | then)
+        if now.get(key) != then.get(key)
+    ]:
+        raise UserError(
+            f"made with other settings: {'; '.join(differing)}; set them back, or choose another train.output",
+            path=directory,
+        )
+    if later := _later(state, config):
+        if config.train.resume != "last-good":
+            raise UserError(
+                f"is later than {directory.name}; remove it to go back, or choose another train.output", path=later[0]
+            )
+    return state
+
+
+def _later(state: State, config: Config) -> list[Path]:
+    return [
+        path
+        for path in published(Path(config.train.output) / "checkpoints")
+        if int(STEP.fullmatch(path.name)[1]) > state.step
+    ]
+
+
+def set_damaged_aside(state: State, config: Config) -> None:
+    """Renames what `last-good` passed over, out of the way of what is to come; a person may want to look at it."""
+    for path in _later(state, config):
+        aside = path.with_name(f"damaged-{path.name}-{uuid.uuid4().hex[:8]}")
+        path.rename(aside)
+        log.warning("%s: now %s", path, aside.name)
+
+
+def load(directory: Path, state: State, model: Mistral, optimizer: torch.optim.Optimizer) -> None:
+    """Fills adapters and optimizer, sharded or not, from a checkpoint that `read_state` has verified."""
+    load_adapter(model, directory)
+    parameters = adapter_parameters(model)
+    moments = open_exactly(
+        directory / "optimizer.safetensors",
+        {f"{m}.{name}": tuple(p.shape) for m in MOMENTS for name, p in parameters.items()},
+    )
+    for name, parameter in parameters.items():
+        optimizer.state[parameter] = {"step": torch.tensor(float(state.updates), device=parameter.device)}
+        for moment in MOMENTS:
+            values, rows = torch.zeros_like(parameter), moments.get_slice(f"{moment}.{name}")
+            fill_rows(values, lambda start, stop: rows[start:stop])
+            optimizer.state[parameter][moment] = values

@@ -1,0 +1,233 @@
+"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, curves.png, where its time goes, and the FLOPs behind its MFU."""
+
+import json
+import logging
+import math
+import os
+import resource
+import time
+import uuid
+from pathlib import Path
+
+import torch
+
+from minorca.config import Config
+from minorca.errors import UserError
+from minorca.model.architecture import Architecture
+
+log = logging.getLogger(__name__)
+
+PHASES = ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "other")
+
+# dense bf16 matrix FLOP/s, from NVIDIA's data sheets; a device not here has no MFU rather than a guessed one
+PEAK_FLOPS = {
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
+
+
+def training_flops(arch: Architecture, adapter_parameters: int, lengths: list[int], trained: int) -> float:
+    """FLOPs of one forward and backward over documents of these lengths, `trained` tokens of them in the loss; recomputation
+    not counted. MFU is this by a step's seconds, its ranks and the device's dense bf16 peak.
+
+    A token costs 4 FLOPs a frozen matrix parameter (forward, and the gradient of activations) and 6 an adapter parameter;
+    attention 4 D a query head and visible key forward, and 2.5 times that backward. The head meets trained tokens alone.
+    """
+    attended, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    block = arch.hidden_size * (2 * attended + 2 * kv + 3 * arch.intermediate_size)
+    pairs = 0
+    for n in lengths:
+        w = min(n, arch.window or n)
+        pairs += w * (w + 1) // 2 + (n - w) * w
+    tokens = (4 * arch.layers * block + 6 * adapter_parameters) * sum(lengths)
+    return tokens + 4 * arch.vocab_size * arch.hidden_size * trained + 3.5 * 4 * attended * arch.layers * pairs
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most this process has held: allocated on the GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Clock:
+    """Seconds by phase. Calling it with a phase's name ends the phase before; on CUDA the marks are events in the stream, so that
+    work counts where it is computed and `data` is the time the GPU waits for a batch."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[str, float | torch.cuda.Event]] = []
+
+    def __call__(self, phase: str) -> None:
+        mark = time.perf_counter()
+        if self.cuda:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        self.marks.append((phase, mark))
+
+    def read(self) -> dict[str, float]:
+        """The seconds of every phase since the last reading; the phase under way goes on."""
+        self(self.marks[-1][0])
+        if self.cuda:
+            self.marks[-1][1].synchronize()
+        seconds = dict.fromkeys(PHASES, 0.0)
+        for (phase, start), (_, end) in zip(self.marks, self.marks[1:]):
+            seconds[phase] += start.elapsed_time(end) / 1000 if self.cuda else end - start
+        del self.marks[:-1]
+        return seconds
+
+
+class Record:
+    """A run's record, kept by rank 0: metrics.jsonl (a line a step, flushed at once), TensorBoard, a progress bar, and Weights &
+    Biases where `train.wandb` names a project."""
+
+    def __init__(self, config: Config, resumed: int, steps: int):
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        output = Path(config.train.output)
+        self.path, self.log_every = output / "metrics.jsonl", config.train.log_every
+        self.evaluated = _drop_lines_past(
+            self.path, resumed or -1
+        )  # starting over, the evaluation before step 1 goes too
+        self.file = self.path.open("a")
+        self.board = SummaryWriter(output / "tensorboard", purge_step=resumed + 1 if resumed else 0)
+        self.wandb = _start_wandb(config, output, resumed)
+        self.bar = tqdm(total=steps, initial=resumed, unit="step", desc="training")
+        self.seconds, self.tokens, self.phases = 0.0, 0, dict.fromkeys(PHASES, 0.0)
+
+    def _write(self, step: int, values: dict) -> None:
+        values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        known = {name: value for name, value in values.items() if value is not None}
+        for name, value in known.items():
+            self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(known, step=step)
+
+    def step(self, step: int, values: dict, phases: dict[str, float]) -> None:
+        """A step of all ranks together: its loss per trained token, its own tokens, its wall-clock seconds; and of those on rank 0
+        the seconds of each phase: data, forward, backward and optimizer are its own, evaluation, checkpoint and other are what came
+        between the step before and this one."""
+        self._write(step, values | {f"{phase}_seconds": seconds for phase, seconds in phases.items()})
+        self.seconds, self.tokens = self.seconds + values["seconds"], self.tokens + values["tokens"]
+        self.phases = {phase: self.phases[phase] + seconds for phase, seconds in phases.items()}
+        self.bar.update()
+        if step % self.log_every == 0 or step == self.bar.total:
+            loss = "skipped" if values["loss"] is None else f"{values['loss']:.4f}"
+            self.bar.set_postfix(loss=loss, tokens_per_second=f"{values['tokens_per_second']:,.0f}")
+
+    def evaluation(self, step: int, eval_loss: float) -> None:
+        self._write(step, {"eval_loss": eval_loss})
+        self.bar.write(f"step {step}: held-out loss {eval_loss:.4f}")
+
+    def close(self, phases: dict[str, float], finished: bool) -> None:
+        """Ends the record with a summary, `phases` those after the last step, and, of a finished run, with curves.png, drawn from
+        the whole of metrics.jsonl."""
+        self.bar.close()
+        self.file.close()
+        self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+        if self.seconds:
+            spent = {phase: seconds + phases[phase] for phase, seconds in self.phases.items()}
+            whole = sum(spent.values())
+            shares = ", ".join(f"{phase} {seconds / whole:.1%}" for phase, seconds in spent.items())
+            log.info("%.0f seconds, %.0f tokens/s; %s", whole, self.tokens / self.seconds, shares)
+        if finished:
+            draw_curves(self.path, self.path.with_name("curves.png"))
+
+
+def import_wandb(config: Config):
+    """The package of Weights & Biases, or None where it is not asked for."""
+    if not config.train.wandb:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            f"train.wandb is {config.train.wandb}, and the package is not installed; pip install wandb, or leave the key out"
+        ) from None
+    return wandb
+
+
+def _start_wandb(config: Config, output: Path, resumed: int):
+    """The run there, the same one after a resume: its id lies beside the metrics."""
+    wandb, path = import_wandb(config), output / "wandb-id"
+    if not wandb:
+        return None
+    if not resumed or not path.exists():
+        path.write_text(uuid.uuid4().hex)
+    return wandb.init(
+        project=config.train.wandb,
+        name=output.name,
+        dir=output,
+        id=path.read_text(),
+        resume="allow",
+        config=config.nested(),
+    )
+
+
+def _drop_lines_past(path: Path, step: int) -> bool:
+    """Removes what an interrupted run wrote after its last checkpoint, a torn last line included. Whether the evaluation after
+    `step`, if one is due then, is there."""
+    kept, evaluated = [], False
+    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
+        try:
+            values = json.loads(line)
+            if line.endswith("\n") and values["step"] <= step:
+                kept.append(line)
+                evaluated |= values["step"] == step and "eval_loss" in values
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+    return evaluated
+
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Loss (training, smoothed, held-out), learning rate and tokens/s over the steps of a metrics.jsonl."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    train, held_out = ([line for line in lines if line.get(key) is not None] for key in ("loss", "eval_loss"))
+    steps = [line["step"] for line in train]
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, rate, speed = figure.subplots(1, 3)
+    memory, smoothed = max(0, 1 - 10 / max(1, len(train))), []  # averages over about a tenth of the run
+    for line in train:
+        smoothed.append(memory * smoothed[-1] + (1 - memory) * line["loss"] if smoothed else line["loss"])
+    loss.plot(steps, [line["loss"] for line in train], color="tab:blue", alpha=0.35, label="training")
+    loss.plot(steps, smoothed, color="tab:blue", label="training, smoothed")
+    if held_out:
+        loss.plot(
+            [line["step"] for line in held_out],
+            [line["eval_loss"] for line in held_out],
+            "o-",
+            color="tab:orange",
+            label="held out",
+        )
+    loss.legend()
+    rate.plot(steps, [line["lr"] for line in train])
+    speed.plot(steps, [line["tokens_per_second"] for line in train])
+    for axis, title in ((loss, "loss (nats per trained token)"), (rate, "learning rate"), (speed, "tokens per second")):
+        axis.set(title=title, xlabel="step")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    figure.savefig(picture, dpi=110)

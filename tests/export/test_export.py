@@ -1,0 +1,155 @@
+"""Merged and converted weights against PEFT's own merging, and read back by transformers."""
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import minorca.export.huggingface
+from minorca import UserError, load_model, load_tokenizer
+from minorca.export.__main__ import export, main
+from tests.data.test_tokenizer import byte_level
+from tests.files.test_weights import BIN, as_bin, as_bin_shards, as_consolidated, as_hub_cache
+from tests.helpers import relative_error
+
+TOKENS = torch.randint(128, (40,), generator=torch.Generator().manual_seed(1))
+TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+
+
+def adapted(model, directory, targets=TARGETS, **fields):
+    """An adapter by PEFT with B drawn at random, saved to `directory`; the model with it merged in by PEFT."""
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **fields)
+    with_adapter = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in with_adapter.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    with_adapter.save_pretrained(directory)
+    return with_adapter.merge_and_unload()
+
+
+def logits_of(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS[None]).logits[0]
+
+
+def read_back(directory):
+    """An exported model as transformers reads it; it warns of no missing, surplus or mismatched tensor."""
+    model, told = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", output_loading_info=True)
+    assert not any(told.values()), told
+    return model
+
+
+@pytest.mark.parametrize(
+    "fields, lora",
+    [
+        ({}, {}),
+        ({"sliding_window": 8, "head_dim": 32}, {"use_rslora": True}),
+        ({"tie_word_embeddings": True}, {}),
+        ({"num_attention_heads": 4, "num_key_value_heads": 4}, {"targets": ["k_proj", "down_proj"]}),
+    ],
+    ids=["plain", "rslora", "tied", "some targets"],
+)
+def test_merging_equals_pefts(fields, lora, save_mistral, tmp_path):
+    """Read by transformers and by ourselves, in fp32; the adapter changes the logits."""
+    directory, theirs = save_mistral(**fields)
+    without = logits_of(theirs)
+    expected = logits_of(adapted(theirs, tmp_path / "adapter", **lora))
+    export(directory, tmp_path / "adapter", tmp_path / "merged")
+    assert relative_error(logits_of(read_back(tmp_path / "merged")), expected) <= 1e-6
+    with torch.no_grad():
+        assert relative_error(load_model(tmp_path / "merged", torch.float32, "cpu")(TOKENS), expected) <= 1e-5
+    assert relative_error(without, expected) > 1e-2
+
+
+@pytest.mark.parametrize("layout", [as_bin, as_bin_shards, as_consolidated, as_hub_cache])
+def test_merging_from_every_layout(layout, save_mistral, tmp_path):
+    """The same tensors, to the bit, as from plain safetensors; the base's files are left as they were."""
+    directory, theirs = save_mistral()
+    adapted(theirs, tmp_path / "adapter")
+    export(directory, tmp_path / "adapter", tmp_path / "expected")
+    layout(directory)
+    before = {file.name: file.read_bytes() for file in directory.iterdir()}
+    export(directory, tmp_path / "adapter", tmp_path / "merged")
+    assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "expected"))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 8])
+def test_conversion_of_mistrals_layout(dtype, window, save_mistral, tmp_path):
+    """Without an adapter nothing is lost: transformers reads the model back, in the type that the files have."""
+    directory, theirs = save_mistral(sliding_window=window, rope_theta=5e4)
+    as_consolidated(directory, dtype)
+    export(directory, None, tmp_path / "converted")
+    theirs.to(dtype).save_pretrained(tmp_path / "expected")
+    converted, expected = read_back(tmp_path / "converted"), read_back(tmp_path / "expected")
+    assert converted.dtype == dtype
+    assert torch.equal(logits_of(converted), logits_of(expected))
+
+
+def test_shards_load_in_transformers(save_mistral, tmp_path, monkeypatch):
+    """No shard over the limit, no two neighbours that could be one, and the same logits."""
+    directory, theirs = save_mistral()
+    adapted(theirs, tmp_path / "adapter")
+    export(directory, tmp_path / "adapter", tmp_path / "whole")
+    monkeypatch.setattr(minorca.export.huggingface, "SHARD_BYTES", 60_000)
+    export(directory, tmp_path / "adapter", tmp_path / "sharded")
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    shards = {file.name: load_file(file) for file in (tmp_path / "sharded").glob("model-*.safetensors")}
+    sizes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in shards.values()]
+    assert (
+        max(sizes) <= 60_000
+        and 4 < len(sizes) < 2 * sum(sizes) / 60_000
+        and index["metadata"]["total_size"] == sum(sizes)
+    )
+    assert index["weight_map"] == {name: file for file, tensors in shards.items() for name in tensors}
+    assert not (tmp_path / "sharded" / "model.safetensors").exists()
+    assert torch.equal(logits_of(read_back(tmp_path / "sharded")), logits_of(read_back(tmp_path / "whole")))
+
+
+def test_bf16_is_rounded_once(save_mistral, tmp_path):
+    """W + scale B A in fp32, then one rounding: bit-equal to the formula, and not what bf16 arithmetic gives."""
+    directory, theirs = save_mistral()
+    theirs.to(torch.bfloat16).save_pretrained(directory)
+    base = load_file(directory / "model.safetensors")
+    adapted(theirs.float(), tmp_path / "adapter")
+    export(directory, tmp_path / "adapter", tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert merged.keys() == base.keys() and len(adapter) == 2 * 7 * 2
+    rounded_twice = 0
+    for name, weight in base.items():
+        a, b = (adapter.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{x}.weight") for x in "AB")
+        expected = weight if a is None else (weight.float() + 2.0 * (b @ a)).to(torch.bfloat16)
+        assert torch.equal(merged[name], expected), name
+        if a is not None:
+            rounded_twice += int((merged[name] != weight + (2.0 * (b @ a)).to(torch.bfloat16)).sum())
+    assert rounded_twice > 0
+
+
+def test_what_belongs_to_the_model_comes_along(save_mistral, tmp_path, capsys):
+    """Configuration, tokenizer and template are copied, weights of another format are not; the command says what it wrote."""
+    directory, _ = save_mistral(vocab_size=512)
+    byte_level(directory)
+    for name in ("chat_template.jinja", "generation_config.json", "special_tokens_map.json", "README.md"):
+        (directory / name).write_text("{}")
+    as_bin(directory)
+    main(["--model", str(directory), "--output", str(tmp_path / "out" / "model")])
+    assert str(tmp_path / "out" / "model") in capsys.readouterr().out
+    names = {file.name for file in (tmp_path / "out" / "model").iterdir()}
+    assert names == {file.name for file in directory.iterdir()} - {BIN, "README.md"} | {"model.safetensors"}
+    assert (tmp_path / "out" / "model" / "config.json").read_text() == (directory / "config.json").read_text()
+    text = "the quick brown fox <|im_end|>"
+    assert load_tokenizer(tmp_path / "out" / "model").encode(text) == load_tokenizer(directory).encode(text)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("format", ["gguf", "consolidated", "pt"])
+def test_only_formats_that_exist(format, tmp_path):
+    with pytest.raises(UserError, match="--format.*invalid choice"):
+        main(["--model", str(tmp_path), "--output", str(tmp_path / "out"), "--format", format])

@@ -1,0 +1,723 @@
+"""Files made to do harm: whatever a model's or adapter's directory holds, reading it ends soon, in little memory, with the numbers or a
+UserError, and touches nothing outside. What each reader takes of broken files in general is in the tests of that reader."""
+
+import errno
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minorca import UserError, load_model, load_tokenizer, render_chat
+from minorca.data import sandbox
+from minorca.export.__main__ import export
+from minorca.files.safe_io import read_json
+from minorca.model.architecture import read_architecture
+from minorca.model.lora import read_adapter_settings
+from tests import fuzzing
+from tests.data.test_chat_template import CHATML, turns, with_template
+from tests.data.test_tokenizer import byte_level, orca
+from tests.files.test_weights import (
+    BIN,
+    FILE,
+    INDEX,
+    MISTRAL,
+    PARAMS,
+    Q0,
+    as_bin,
+    as_consolidated,
+    config_directory,
+    edit,
+    pointing,
+    read,
+    write,
+)
+from tests.helpers import ROOT, random_adapter, random_mistral, save_tokenizer
+
+
+def load(directory: Path, **options):
+    return load_model(directory, torch.float32, "cpu", **options)
+
+
+def refusal(function, *arguments, **options) -> str:
+    """What is said, and soon."""
+    began = time.monotonic()
+    with pytest.raises(UserError) as error:
+        function(*arguments, **options)
+    assert time.monotonic() - began < 60  # of a machine that others use too
+    return str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------- other places
+
+
+def a_link_out(path: Path) -> None:
+    outside = path.parent.parent / f"outside-{path.name}"
+    path.rename(outside)  # it would be read well
+    path.symlink_to(f"../{outside.name}")
+
+
+def a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def a_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def a_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def a_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+PLACES = {
+    a_link_out: "is a link to .*, outside its directory",
+    a_device: "is a link to /dev/zero, outside its directory",
+    a_pipe: "expected a file, found",
+    a_directory: "expected a file, found",
+    a_loop: "cannot be read .*loop",
+}
+READ = {  # by whom
+    "model": (load, ["config.json", FILE]),
+    "shards": (load, [INDEX, "model-00002-of-00006.safetensors"]),
+    "bin": (load, [BIN]),
+    "native": (load, ["params.json", "consolidated.safetensors"]),
+    "tokenizer": (
+        load_tokenizer,
+        [
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "config.json",
+            "generation_config.json",
+            "special_tokens_map.json",
+            "chat_template.jinja",
+        ],
+    ),
+    "sentencepiece": (load_tokenizer, ["tokenizer.model", "added_tokens.json"]),
+    "adapter": (read_adapter_settings, ["adapter_config.json", "adapter_model.safetensors"]),
+    "exported": (
+        lambda directory: export(directory, None, directory.parent / "out"),
+        ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.model.v3"],
+    ),
+}
+
+
+@pytest.fixture
+def valid(save_mistral, tmp_path):
+    """valid(kind) -> a directory whose files READ[kind] reads."""
+
+    def make(kind: str) -> Path:
+        directory, model = save_mistral(shard_size="60KB" if kind == "shards" else "5GB")
+        if kind == "bin":
+            as_bin(directory)
+        elif kind == "native":
+            as_consolidated(directory)
+        elif kind in ("tokenizer", "exported"):
+            byte_level(directory, special_tokens_map={}, generation_config={})
+            (directory / "chat_template.jinja").write_text(CHATML)
+            (directory / "tokenizer.model.v3").write_bytes(b"copied as it is")
+        elif kind == "sentencepiece":
+            orca(directory)
+        elif kind == "adapter":
+            random_adapter(model, directory, ("q",))
+        return directory
+
+    return make
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind, (_, names) in READ.items() for name in names])
+def test_what_is_no_file_of_the_directory_is_refused_by_name(kind, name, place, valid):
+    directory, function = valid(kind), READ[kind][0]
+    place(directory / name)
+    said = refusal(function, directory)
+    assert f"{directory / name}" in said
+    assert re.search(PLACES[place], said), said
+    assert not (directory.parent / "out").exists()
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_links_into_the_caches_blobs_are_followed(kind, valid, tmp_path):
+    """models--X/snapshots/REVISION/FILE -> ../../blobs/HASH, and nothing else of that cache."""
+    directory, cache = valid(kind), tmp_path / "hub" / "models--a--b"
+    snapshot, blobs = cache / "snapshots" / "0123", cache / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(directory.iterdir())):
+        file.rename(blobs / f"{number:064x}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:064x}")
+    READ[kind][0](snapshot)
+    for file in snapshot.iterdir():
+        file.resolve().rename(cache / file.resolve().name)
+        target = os.readlink(file).replace("blobs/", "")
+        file.unlink()
+        file.symlink_to(target)
+    shutil.rmtree(cache / "snapshots" / "out", ignore_errors=True)
+    assert "outside its directory" in refusal(READ[kind][0], snapshot)
+
+
+def test_a_directory_reached_by_a_link_is_read(save_mistral, tmp_path):
+    """The user may name the directory as he likes: it is links within it that strangers make."""
+    directory, _ = save_mistral()
+    (tmp_path / "link").symlink_to(directory)
+    load(tmp_path / "link")
+
+
+NAMES = [
+    "../model.safetensors",
+    "/etc/passwd",
+    "a\nb.safetensors",
+    "a\0b",
+    "\x1b[31m.safetensors",
+    "\ud800",
+    "a" * 300,
+    "",
+    ".",
+    "..",
+    3,
+    None,
+    ["a"],
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_an_index_names_plain_files(name, valid):
+    directory = valid("shards")
+    pointing(Q0, name)(directory)
+    said = refusal(load, directory)
+    assert said.startswith(f"{directory / INDEX}: names the file ") and said.isprintable() and len(said) < 1000
+
+
+def test_an_index_of_safetensors_names_no_pickles(valid):
+    directory = valid("shards")
+    torch.save({Q0: torch.zeros(64, 64)}, directory / "x.bin")
+    pointing(Q0, "x.bin")(directory)
+    assert "names the file x.bin; expected one that ends in .safetensors" in refusal(load, directory)
+
+
+# -------------------------------------------------------------------------------------------------------------------- JSON
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ('{"a": 1, "b": {"c": 1, "d": 2, "c": 3}}', "the key 'c' is there twice"),
+        ('{"a": NaN}', "NaN is no number of JSON"),
+        ('{"a": [-Infinity]}', "-Infinity is no number of JSON"),
+        ('{"a": 1e999}', "1e999 is no number of JSON"),
+        ('{"a": %s}' % ("9" * 5000), "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ('{"a":' * 100_000, "cannot be read"),
+        (b'{"a": "\xff"}', "cannot be read"),
+        ('{"%s": 1, "%s": 2}' % (("k" * 10**6,) * 2), "is there twice"),
+    ],
+    ids=["twice", "NaN", "infinity", "overflow", "digits", "brackets", "braces", "bytes", "long key"],
+)
+def test_json_that_readers_would_read_differently(text, complaint, tmp_path):
+    (tmp_path / "x.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    said = refusal(read_json, tmp_path / "x.json")
+    assert said.startswith(f"{tmp_path}/x.json") and complaint in said and len(said) < 1000
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "tokenizer_config.json"]
+)
+def test_large_files_are_refused_unread(name, valid):
+    directory = valid("tokenizer" if name != "tokenizer.model" else "sentencepiece")
+    with (directory / name).open("r+b") as file:
+        file.truncate(10**13)  # all of it a hole
+    assert f"{directory / name}: has 10000000000000 bytes; expected at most" in refusal(load_tokenizer, directory)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 10**9},
+        {"vocab_size": 10**18},
+        {"hidden_size": 10**400},
+        {"intermediate_size": 2**63},
+        {"head_dim": 2**20},
+        {"num_attention_heads": 2**20, "num_key_value_heads": 1},
+        {"hidden_size": 1},
+        {"sliding_window": 10**30},
+        {"rope_theta": 10**400},
+        {"max_position_embeddings": 10**18},
+        {"rms_norm_eps": 1e300},
+        {"model_type": ["mistral"]},
+        {"layer_types": 5},
+        {"layer_types": [[]]},
+        {"layer_types": {"a": 1}},
+        {"rope_parameters": [1]},
+        {"vocab_size": [[[]]]},
+        {"vocab_size": "x" * 10**6},
+    ],
+    ids=lambda change: str(change)[:50],
+)
+def test_numbers_no_model_has(change, tmp_path):
+    config_directory(tmp_path, MISTRAL | {"head_dim": None} | change)
+    said = refusal(read_architecture, tmp_path)
+    assert said.startswith(f"{tmp_path}/config.json: ") and len(said) < 1000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_layers": 10**9},
+        {"n_heads": 2**19},
+        {"sliding_window": "9" * 5000},
+        {"sliding_window": [[]]},
+        {"norm_eps": 10**400},
+    ],
+    ids=lambda change: str(change)[:50],
+)
+def test_numbers_no_model_has_in_mistrals_layout(change, tmp_path):
+    config_directory(tmp_path, PARAMS | change, "params.json")
+    assert refusal(read_architecture, tmp_path).startswith(f"{tmp_path}/params.json: ")
+
+
+def test_more_layers_than_tensors(valid):
+    directory = valid("model")
+    edit(directory / "config.json", num_hidden_layers=4096, layer_types=...)
+    assert "holds 21 tensors; the configuration says 4096 layers" in refusal(load, directory)
+
+
+# ------------------------------------------------------------------------------------------------------------- safetensors
+
+
+def a_file(path: Path, header: bytes | dict, data: bytes = b"", size: int | None = None) -> None:
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(header) if size is None else size) + header + data)
+
+
+def entry(begin: int, end: int, shape: list, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+ONE = entry(0, 4, [1])
+HEADERS = {  # header, data, declared size
+    "huge": ({}, b"", 2**62),
+    "largest": ({}, b"", 2**64 - 1),
+    "over our limit": ({}, b"", 99 * 10**6),
+    "longer than the file": ({"a": ONE}, b"", 1000),
+    "no object": (b"5", b"", None),
+    "deep": (b"[" * 100_000, b"", None),
+    "overlap": ({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, bytes(12), None),
+    "hole": ({"a": ONE, "b": entry(8, 12, [1])}, bytes(12), None),
+    "negative": ({"a": entry(-4, 0, [1])}, bytes(4), None),
+    "backwards": ({"a": entry(4, 0, [1])}, bytes(4), None),
+    "beyond": ({"a": entry(0, 400, [100])}, bytes(4), None),
+    "surplus": ({"a": ONE}, bytes(8), None),
+    "shape": ({"a": entry(0, 4, [2])}, bytes(4), None),
+    "overflow": ({"a": entry(0, 4, [2**32, 2**32, 2**32])}, bytes(4), None),
+    "negative shape": ({"a": entry(0, 4, [-1, -1])}, bytes(4), None),
+    "dtype": ({"a": entry(0, 4, [1], "F33")}, bytes(4), None),
+    "twice": (b'{"a": %s, "a": %s}' % ((json.dumps(ONE).encode(),) * 2), bytes(4), None),
+    "field twice": (b'{"a": {"dtype": "F32", "dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', bytes(4), None),
+    "control characters": ({"\x1b[2Ja\n": ONE}, bytes(4), None),
+    "long name": ({"a" * 10**6: ONE}, bytes(4), None),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_that_lie(name, valid):
+    directory = valid("model")
+    a_file(directory / FILE, *HEADERS[name])
+    said = refusal(load, directory)
+    assert said.startswith(f"{directory / FILE}: ") and len(said) < 1000 and said.isprintable()
+
+
+@pytest.mark.parametrize("dtype", ["I8", "U8", "BOOL", "I64", "U16", "F8_E4M3", "F8_E5M2", "C64"])
+def test_other_types(dtype, valid):
+    directory = valid("model")
+    tensors = load_file(directory / FILE)
+    size = {"I64": 8, "C64": 8, "U16": 2}.get(dtype, 1)
+    header, data = {}, b""
+    for name, tensor in tensors.items():
+        raw = bytes(64 * 64 * size) if name == Q0 else tensor.numpy().tobytes()
+        header[name] = entry(len(data), len(data) + len(raw), list(tensor.shape), dtype if name == Q0 else "F32")
+        data += raw
+    a_file(directory / FILE, header, data)
+    assert f"{Q0} is {dtype}" in refusal(load, directory)
+
+
+# -------------------------------------------------------------------------------------------------------------------- .bin
+
+
+def test_a_bin_that_asks_for_memory(valid):
+    """No code runs, and weights_only lets it pass: 10^11 bytes, or a gigabyte out of a megabyte, or one number shown as 2^40."""
+    directory = valid("bin")
+    path, state = directory / BIN, torch.load(directory / BIN)
+
+    class Bytes:
+        def __reduce__(self):
+            return bytearray, (10**11,)
+
+    torch.save(state | {"x": Bytes()}, path)
+    assert "cannot be read without running code" in refusal(load, directory)
+    torch.save(state | {Q0: torch.zeros(1).expand(2**20, 2**20)}, path)
+    assert "its tensors take 4398046807296 bytes, far more than it has" in refusal(load, directory)
+    torch.save(state, path)
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(directory / "copy", "w", zipfile.ZIP_DEFLATED) as copy:
+        for record in archive.infolist():
+            copy.writestr(record.filename, archive.read(record))
+    (directory / "copy").rename(path)
+    assert "cannot be read without running code" in refusal(load, directory)
+
+
+def test_nothing_else_is_unpickled(valid, tmp_path, monkeypatch):
+    """A model of safetensors, its tokenizer and an adapter load and generate where pickle and torch.load are gone."""
+    from minorca.generate import generate
+
+    def gone(*arguments, **options):
+        raise AssertionError("unpickled")
+
+    directory = valid("model")
+    random_adapter(random_mistral(), tmp_path / "adapter", ("q", "v"))
+    save_tokenizer(directory)
+    (directory / "chat_template.jinja").write_text(CHATML)
+    for owner, name in (
+        (pickle, "load"),
+        (pickle, "loads"),
+        (pickle, "Unpickler"),
+        (pickle, "_Unpickler"),
+        (torch, "load"),
+    ):
+        monkeypatch.setattr(owner, name, gone)
+    tok, model = load_tokenizer(directory), load(directory, adapter=tmp_path / "adapter")
+    assert render_chat(tok, turns("Hi"))
+    assert len(generate(model, [[1, 2, 3]], max_new_tokens=3)[0]) <= 3
+
+
+# --------------------------------------------------------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"r": 10**18},
+        {"r": 10**400},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": 1e300},
+        {"r": True},
+        {"peft_type": ["LORA"]},
+        {"init_lora_weights": {}},
+        {"use_dora": "x" * 10**6},
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_adapters_of_no_size(change, valid):
+    directory = valid("adapter")
+    edit(directory / "adapter_config.json", **change)
+    said = refusal(read_adapter_settings, directory)
+    assert said.startswith(f"{directory}/adapter_config.json: field {next(iter(change))} is") and len(said) < 1000
+
+
+def test_an_adapters_rank_is_its_tensors(valid):
+    """Said before memory is taken for it."""
+    directory = valid("adapter")
+    edit(directory / "adapter_config.json", r=2**20)
+    assert "has shape [4, 64]; this model's has [1048576, 64]" in refusal(load, directory, adapter=directory)
+
+
+# -------------------------------------------------------------------------------------------------------------- tokenizers
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eos_token": 5},
+        {"eos_token": ["<s>"]},
+        {"bos_token": {"content": {}}},
+        {"eos_token": "\ud800"},
+        {"added_tokens_decoder": [1]},
+        {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}},
+        {"added_tokens_decoder": {"7": {"content": "\ud800"}}},
+        {"chat_template": "x" * 10**7},
+        {"chat_template": [{"name": [], "template": 3}, {"name": "default", "template": 3}]},
+    ],
+    ids=lambda settings: ascii(settings)[:50],
+)
+def test_settings_of_another_kind(settings, tmp_path):
+    assert (
+        str(tmp_path) in (said := refusal(load_tokenizer, orca(tmp_path, tokenizer_config=settings)))
+        and len(said) < 1000
+    )
+
+
+@pytest.mark.parametrize("i", [-1, 10**30, 32002])
+def test_special_ids_are_ids(i, tmp_path):
+    assert "bos_token_id is" in refusal(
+        load_tokenizer, byte_level(tmp_path, tokenizer_config={}, config={"bos_token_id": i})
+    )
+
+
+def test_a_tokenizer_that_grows_text(tmp_path):
+    directory = byte_level(tmp_path)
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    for part in (
+        {"normalizer": {"type": "Sequence", "normalizers": [double] * 40}},
+        {"decoder": {"type": "Sequence", "decoders": [double] * 40}},
+    ):
+        write(directory / "tokenizer.json", read(byte_level(tmp_path) / "tokenizer.json") | part)
+        assert "could make a text more than 1000 times as long" in refusal(load_tokenizer, directory)
+
+
+def test_a_tokenizer_that_panics(tmp_path):
+    """A search that tries for ever ends, in a panic of Rust, which is no Exception."""
+    directory = byte_level(tmp_path)
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    write(directory / "tokenizer.json", read(directory / "tokenizer.json") | {"pre_tokenizer": split})
+    assert f"{directory}/tokenizer.json: cannot be read as a tokenizer's file" in refusal(
+        load_tokenizer(directory).encode, "a" * 50 + "b"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- templates
+
+ESCAPES = [
+    "''.__class__.__mro__[1].__subclasses__()",
+    "[].__class__.__base__.__subclasses__()",
+    "cycler.__init__.__globals__.os.popen('touch canary')",
+    "lipsum.__globals__['os'].system('touch canary')",
+    "joiner.__init__.__globals__",
+    "namespace.__init__.__globals__",
+    "namespace().__class__",
+    "raise_exception.__globals__",
+    "strftime_now.__globals__",
+    "self.__init__.__globals__",
+    "self._TemplateReference__context.environment",
+    "(''|attr('__class__')).__mro__",
+    "''['__class__']",
+    "'{0.__class__.__mro__}'.format('')",
+    "'{x.__class__}'.format_map({'x': 1})",
+    "('%s'|format(''.__class__))",
+    "messages.append(1)",
+    "messages[0].update(role='x')",
+    "messages[0].__class__",
+    "(messages|map(attribute='__class__')|list)[0].mro()",
+    "range.__self__",
+    "dict.fromkeys.__self__",
+    "tojson",
+    "loop.__init__",
+    "().__doc__.__class__.__subclasses__()",
+    "url_for.__globals__",
+    "config",
+]
+ENDLESS = [
+    "{{ 'a' * 10**10 }}",
+    "{{ [0] * 10**10 }}",
+    "{{ 'a'.ljust(10**10) }}",
+    "{{ 'a'|center(10**10) }}",
+    "{{ '%10000000000d' % 1 }}",
+    "{{ '{:10000000000}'.format(1) }}",
+    "{{ [1]|batch(10**10, 0)|list }}",
+    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s|replace('a', ns.s) %}{% endfor %}",
+    "{% set ns = namespace(s=['ab', 'c']) %}{% for i in range(60) %}{% set ns.s = [ns.s|join(ns.s|join), 'c'] %}{% endfor %}",
+    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    "{% for i in range(10**9) %}{% endfor %}",
+    "{{" + "(" * 10**5,
+    "{% if 1 %}" * 10**4,
+    "{{ " + "-" * 10**5 + "1 }}",
+    "{{ raise_exception('x' * 10**7) }}",
+]
+SLOW = [  # each takes as long as it may
+    "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}",
+    "{% set ns = namespace(l=[1]) %}{% for i in range(60) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l|tojson }}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+    "{{ 10 ** (10 ** 10) }}",
+]
+
+
+def rendered(source: str) -> str:
+    return sandbox.render(source, {"messages": turns("Hello", "Hi")}, 10**6)
+
+
+@pytest.mark.parametrize("expression", ESCAPES)
+def test_templates_do_not_reach_the_interpreter(expression, tmp_path, monkeypatch):
+    """Refused, or nothing: never a class, a module or a file."""
+    monkeypatch.chdir(tmp_path)
+    try:
+        text = rendered("{{ %s }}" % expression)
+    except sandbox.TemplateFailed:
+        text = ""
+    assert not any(word in text for word in ("class", "module", "object", "function", "subprocess")), text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("source", ENDLESS, ids=lambda source: source[:60])
+def test_templates_end(source):
+    began = time.monotonic()
+    with pytest.raises(sandbox.TemplateFailed) as failed:
+        rendered(source)
+    assert time.monotonic() - began < 60 and len(str(failed.value)) <= 1000
+    assert rendered("{{ messages[0].content }}") == "Hello"  # the next one is not the worse for it
+
+
+@pytest.mark.parametrize(
+    "source",
+    [SLOW[0], *(pytest.param(source, marks=pytest.mark.slow) for source in SLOW[1:])],
+    ids=["loops", "doubled lists", "macros", "power"],
+)
+def test_templates_that_take_too_long(source, monkeypatch, tmp_path):
+    """From any thread, after the time that one may take; then at once, for every row would cost as much."""
+    tok, said = load_tokenizer(with_template(tmp_path, source)), []
+
+    def ask():
+        said.append(refusal(render_chat, tok, turns("Hello"), template="jinja"))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    began = time.monotonic()
+    ask()
+    assert time.monotonic() - began < 0.5
+    assert (
+        said
+        == [
+            f"{tmp_path}: the chat template failed: it took more than 5 seconds of processor time; mend the messages, or choose another template"
+        ]
+        * 2
+    )
+    assert rendered("{{ messages[0].content }}") == "Hello"
+
+
+def test_templates_from_threads_and_forks():
+    """Each gets its own text; a process that was forked off speaks to a process of its own."""
+    texts = {}
+
+    def ask(n: int):
+        for _ in range(20):
+            texts.setdefault(n, set()).add(sandbox.render("{{ n }}", {"n": n}, 100))
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if (child := os.fork()) == 0:
+        ask(5)
+        os._exit(texts.get(5) != {"5"})
+    ask(6)
+    assert os.waitpid(child, 0)[1] == 0 and texts == {n: {str(n)} for n in (0, 1, 2, 3, 6)}
+
+
+def test_a_templates_process_that_is_gone_is_replaced():
+    """Killed between two renderings, or within one: by somebody else, who is not the template."""
+    assert rendered("a") == "a"
+    sandbox._worker.process.kill()
+    sandbox._worker.process.wait()
+    assert rendered("{#" + "x" * 10**5 + "#}b") == "b"
+    for source, end in (
+        ("{#" + "y" * 10**6 + "#}c", sandbox._worker.process.kill),
+        ("d", sandbox._worker.process.terminate),
+    ):
+        os.kill(sandbox._worker.process.pid, signal.SIGSTOP)
+        threading.Timer(0.2, lambda: (end(), os.kill(sandbox._worker.process.pid, signal.SIGCONT))).start()
+        assert rendered(source) == source[-1]
+
+
+@pytest.mark.parametrize(
+    "end, said", [("kill", "killed twice"), ("terminate", "killed twice"), (None, "no process could be started")]
+)
+def test_a_template_is_not_blamed_for_accidents(end, said, monkeypatch):
+    """Of a machine that lacks memory, say: one refusal, and no word against the template."""
+
+    def start(command, **options):
+        if end is None:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        process = Popen([sys.executable, "-c", "import time; time.sleep(60)"], **options)
+        getattr(process, end)()
+        return process
+
+    Popen, worker = subprocess.Popen, sandbox._Worker()
+    monkeypatch.setattr(sandbox, "_worker", worker)
+    with monkeypatch.context() as context:
+        context.setattr(subprocess, "Popen", start)
+        with pytest.raises(sandbox.TemplateFailed, match=said):
+            rendered("{{ messages[0].content }}")
+    assert rendered("{{ messages[0].content }}") == "Hello"
+    worker._end()
+
+
+def test_a_conversation_that_exhausts_a_template_is_not_all_of_them(monkeypatch):
+    """What is as long as half of it is refused at once; the short ones of other people go on."""
+
+    def ask(content: str) -> str:
+        return sandbox.render(source, {"content": content}, 100)
+
+    source = "{% if content|length > 5000 %}{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}{% endif %}ok"
+    assert ask("x" * 4000) == "ok"
+    for length in (10**4, 10**4, 5001):
+        began = time.monotonic()
+        with pytest.raises(sandbox.TemplateFailed, match="processor time"):
+            ask("x" * length)
+    assert time.monotonic() - began < 0.5 and ask("x" * 4000) == "ok"
+
+
+def test_the_process_of_a_template_can_open_nothing():
+    """Were a template to get out of Jinja's sandbox: no file, no process, no bytes on a disk."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import sandbox, os, signal, socket; sandbox.sys.stdin = open('/dev/null'); sandbox._serve()\n"
+    for act in (
+        "open('/etc/hostname')",
+        "socket.socket()",
+        "os.system('true') and 1/0",
+        "os.open('x', os.O_CREAT)",
+        "__import__('ctypes')",
+    ):
+        result = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                f"{code}try: {act}\nexcept (OSError, ZeroDivisionError, ImportError): sys.exit(7)",
+                ROOT / "minorca" / "data",
+            ],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+        )
+        assert result.returncode == 7, (act, result.stderr[-500:])
+
+
+# -------------------------------------------------------------------------------------------------------------------- fuzz
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("fuzz") / "originals"
+    fuzzing.make(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "first, count", [(0, 150), *(pytest.param(1000 * n, 1000, marks=pytest.mark.slow) for n in range(1, 7))]
+)
+def test_broken_files_are_read_or_refused(first, count, originals):
+    """See fuzzing.py. A failure prints its seed: `python tests/fuzzing.py /tmp/new SEED 1` repeats it."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "RUST_BACKTRACE": "0"}
+    command = [sys.executable, fuzzing.__file__, originals, str(first), str(count)]
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, cwd=originals)
+    lines = result.stdout.splitlines()
+    failed = [line for line in lines if line.startswith("FAILED")]
+    assert result.returncode == 0, "\n".join(
+        [*failed, f"exit status {result.returncode} after {lines[-1:]}", result.stderr[-3000:]]
+    )
+    assert not list(originals.parent.rglob("canary"))

@@ -1,0 +1,368 @@
+"""Every operation against its definition, in both implementations: plain PyTorch, and Triton's kernels.
+
+On the CPU the kernels run where Triton is interpreted: `TRITON_INTERPRET=1 pytest tests/test_kernels.py`. bf16 is tested on a
+GPU (`-m cuda`) and for plain PyTorch: the interpreter's bf16 arithmetic is wrong.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minorca_kernels import (
+    STRATEGIES,
+    Adapter,
+    add_rms_norm,
+    add_rms_norm_definition,
+    linear_cross_entropy,
+    linear_cross_entropy_definition,
+    lora_linear,
+    lora_linear_definition,
+    pad_rows,
+    rms_norm,
+    rms_norm_definition,
+    rope,
+    rope_definition,
+    rope_tables,
+    swiglu,
+    swiglu_definition,
+)
+from minorca_kernels.operator import INTERPRETED
+from tests.helpers import Calls
+
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+)
+cross_entropy_module, lora_linear_module = (
+    sys.modules[f"minorca_kernels.{name}"] for name in ("cross_entropy", "lora_linear")
+)
+
+
+class Case(NamedTuple):
+    """An operation and its definition on tensors of shapes that a size gives: 0 for gradcheck, 1 odd, 2 larger."""
+
+    operation: Callable
+    definition: Callable
+    shapes: Callable[[int], list[tuple[int, ...]]]
+
+
+TOKENS, HIDDEN = (3, 33, 70), (9, 123, 320)  # one row block or several
+
+
+def both(function: Callable, definition: Callable, arguments: Callable, shapes: Callable) -> Case:
+    return Case(lambda *inputs: function(*arguments(*inputs)), lambda *inputs: definition(*arguments(*inputs)), shapes)
+
+
+def targets(x: Tensor, vocabulary: int) -> Tensor:
+    return torch.arange(len(x), device=x.device) * 7 % vocabulary
+
+
+def qkv_arguments(qkv: Tensor) -> tuple:
+    positions = torch.cat((torch.arange(3), torch.arange(len(qkv) - 3) + 500)).to(qkv.device)
+    return qkv, *rope_tables(positions, qkv.shape[1] // 7, 1e4), 3, 2
+
+
+def adapters(ab: tuple[Tensor, ...], n: int, seed: int = 0) -> list[Adapter]:
+    """Two adapters of different ranks, on the first rows and the last of n: those between have none."""
+    return [Adapter(0, len(ab[1]), ab[0], ab[1], seed + 1), Adapter(n - len(ab[3]), n, ab[2], ab[3], seed + 2)]
+
+
+def lora_case(way: str, dropout: float, of_swiglu: bool) -> Case:
+    def frozen(x: Tensor) -> Tensor:
+        k = x.shape[1] // 2 if of_swiglu else x.shape[1]
+        w = torch.arange((k - 2) * k, device=x.device).view(k - 2, k).double().sin().to(x.dtype)
+        return pad_rows(w, 8).copy_(w) if way == "augmented" else w
+
+    def shapes(size: int) -> list[tuple[int, ...]]:
+        k, first, second = HIDDEN[size], (2, 3, 3)[size], (1, 5, 16)[size]
+        return [(TOKENS[size], 2 * k if of_swiglu else k), (first, k), (3, first), (second, k), (k - 7, second)]
+
+    def operation(x: Tensor, *ab: Tensor) -> Tensor:
+        w = frozen(x)
+        return lora_linear(x, w, adapters(ab, len(w)), 0.7, dropout, of_swiglu, way)
+
+    def definition(x: Tensor, *ab: Tensor) -> Tensor:
+        w = frozen(x)
+        return lora_linear_definition(x, w, adapters(ab, len(w)), 0.7, dropout, of_swiglu)
+
+    return Case(operation, definition, shapes)
+
+
+CASES = {
+    "rms_norm": both(
+        rms_norm, rms_norm_definition, lambda x, w: (x, w, 1e-5), lambda n: [(TOKENS[n], HIDDEN[n]), (HIDDEN[n],)]
+    ),
+    "rms_norm, three axes": both(
+        rms_norm, rms_norm_definition, lambda x, w: (x, w, 1e-5), lambda n: [(2, TOKENS[n], 8 << n), (8 << n,)]
+    ),
+    "add_rms_norm": both(
+        add_rms_norm,
+        add_rms_norm_definition,
+        lambda x, u, w: (x, u, w, 1e-5),
+        lambda n: 2 * [(TOKENS[n], HIDDEN[n])] + [(HIDDEN[n],)],
+    ),
+    "swiglu": both(swiglu, swiglu_definition, lambda x: (x,), lambda n: [(TOKENS[n], 2 * (8, 616, 1601)[n])]),
+    "rope": both(rope, rope_definition, qkv_arguments, lambda n: [(TOKENS[n], 7 * (4, 24, 64)[n])]),
+    "linear_cross_entropy": both(
+        linear_cross_entropy,
+        linear_cross_entropy_definition,
+        lambda x, w: (x, w, targets(x, len(w))),
+        lambda n: [(TOKENS[n], HIDDEN[n]), (HIDDEN[n] * 2 + 1, HIDDEN[n])],
+    ),
+    **{
+        f"lora_linear, {way}, dropout {dropout}{', of swiglu' if of_swiglu else ''}": lora_case(way, dropout, of_swiglu)
+        for way in STRATEGIES
+        for dropout in (0.0, 0.4)
+        for of_swiglu in (False, True)
+    },
+}
+NEEDS_TRITON = {name for name in CASES if "fused" in name or ("augmented" in name and "swiglu" in name)}
+
+
+@pytest.fixture(params=CASES)
+def case(request, monkeypatch, poisoned) -> Case:
+    if request.param in NEEDS_TRITON and not INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("has no plain PyTorch")
+    monkeypatch.setattr(lora_linear_module, "FEW", 0)
+    monkeypatch.setattr(cross_entropy_module, "CHUNK", {"cuda": 16, "cpu": 16})  # several chunks, the last one short
+    return CASES[request.param]
+
+
+def inputs(case: Case, size: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in case.shapes(size)]
+    return [t.to(dtype).to(device).requires_grad_() for t in draws]
+
+
+def run(function: Callable, leaves: list[Tensor]) -> list[Tensor]:
+    """Outputs, then the gradients of a weighted sum of them all."""
+    out = function(*leaves)
+    outs = out if isinstance(out, tuple) else (out,)
+    weights = [
+        torch.linspace(-1, 2, o.numel(), dtype=torch.float64, device=o.device).reshape(o.shape).to(o.dtype)
+        for o in outs
+    ]
+    return [*outs, *torch.autograd.grad(outs, leaves, weights if outs[0].dim() else [o / 257 for o in weights])]
+
+
+def assert_as_close(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
+    """The rule of FlashAttention's tests: an error at most twice plain PyTorch's own, beside rounding once."""
+    assert len(ours) == len(plain) == len(exact)
+    for index, (mine, theirs, reference) in enumerate(zip(ours, plain, exact)):
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        once = reference.abs().max() * torch.finfo(mine.dtype).eps
+        error, allowed = ((t.double() - reference).abs().max() for t in (mine, theirs))
+        assert error <= 2 * allowed + once, (index, error, allowed, once)
+
+
+def test_gradients_are_derivatives(case):
+    assert torch.autograd.gradcheck(case.operation, inputs(case, 0, torch.float64))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_equals_its_definition(case, dtype, device, size):
+    if dtype == torch.bfloat16 and INTERPRETED:
+        pytest.skip("bf16 is wrong in the interpreter")
+    leaves = inputs(case, size, dtype, device)
+    exact = run(case.definition, [t.detach().double().requires_grad_() for t in leaves])
+    assert_as_close(run(case.operation, leaves), run(case.definition, leaves), exact)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_strides_change_nothing(case, device):
+    """Rows far apart, columns apart, and a transposed matrix give what a compact one does; so do strided gradients."""
+    leaves = inputs(case, 1, torch.float32, device)
+    compact = run(case.operation, leaves)
+
+    def apart(t: Tensor) -> Tensor:
+        return F.pad(t, (8, 24))[..., 8:-24]
+
+    def stepped(t: Tensor) -> Tensor:
+        return torch.stack((t, -t), -1)[..., 0]
+
+    def transposed(t: Tensor) -> Tensor:
+        return t.mT.contiguous().mT if t.dim() > 1 else t
+
+    def strided_gradient(out):
+        return tuple(transposed(o * 1.0) + 0 for o in out) if isinstance(out, tuple) else transposed(out * 1.0) + 0
+
+    for layout in (apart, stepped, transposed):
+        views = run(lambda *parts: strided_gradient(case.operation(*map(layout, parts))), leaves)
+        for mine, reference in zip(views, compact):
+            # an order of sums that depends on the layout is cuBLAS's and MKL's own
+            assert torch.allclose(mine, reference, rtol=1e-4, atol=1e-5 * reference.abs().max().item()), layout.__name__
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="plain PyTorch's offsets are not ours")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rms_norm",
+        "add_rms_norm",
+        "swiglu",
+        "rope",
+        "lora_linear, accumulated, dropout 0.0",
+        "lora_linear, fused, dropout 0.0",
+    ],
+)
+def test_offsets_past_two_to_the_31(name):
+    """Row 2 of every activation, and of every gradient, lies 2^31 elements behind row 0. Only the pages touched exist."""
+
+    def far(t: Tensor) -> Tensor:
+        if t.dim() < 2 or len(t) != 3:
+            return t
+        rows = torch.empty_strided((3, t[0].numel()), (2**30 + 64, 1), dtype=t.dtype)
+        return rows.copy_(t.flatten(1)).view(t.shape)
+
+    case, calls = CASES[name], Calls()
+    leaves = [
+        t.detach()[:3].clone().requires_grad_() if len(t) == TOKENS[1] else t for t in inputs(case, 1, torch.float16)
+    ]
+    with calls:
+        run(case.operation, leaves)
+    assert len(calls.made) == 2  # forward and backward
+    for operator, arguments in calls.made:
+        near = operator(*arguments)
+        for expected, got in zip(
+            torch.utils._pytree.tree_leaves(near),
+            torch.utils._pytree.tree_leaves(operator(*map_tensors(far, arguments))),
+        ):
+            assert torch.equal(expected, got)
+
+
+def map_tensors(function: Callable, arguments: tuple) -> tuple:
+    return torch.utils._pytree.tree_map_only(Tensor, function, arguments)
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")  # the Function on top is what differentiates
+@pytest.mark.parametrize("layout", ["compact", "transposed"])
+def test_operators_are_what_they_declare(case, layout):
+    """torch's own check of schema, strides of results, and tracing, on inputs that need gradients, forward and backward."""
+    with Calls() as calls:
+        run(case.operation, inputs(case, 1, torch.float32))
+
+    def laid_out(t: Tensor) -> Tensor:
+        if layout == "compact" and t.dim() == 2 and t.stride(0) > t.shape[1] and t.stride(1) == 1:  # W with its room
+            return pad_rows(t, t.stride(0) - t.shape[1]).copy_(t.detach()).requires_grad_()
+        t = t.detach().clone(memory_format=torch.preserve_format)
+        t = t.mT.contiguous().mT if layout == "transposed" and t.dim() > 1 and t.is_contiguous() else t
+        return t.requires_grad_(t.is_floating_point())
+
+    assert calls.made
+    for operator, arguments in calls.made:
+        checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(operator, map_tensors(laid_out, arguments), test_utils=checks)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter cannot be traced")
+@pytest.mark.parametrize("name", sorted(CASES.keys() - NEEDS_TRITON))
+def test_compiles_without_a_break(name):
+    torch.compiler.reset()
+    case = CASES[name]
+    compiled = torch.compile(case.operation, fullgraph=True, backend="aot_eager")
+    for mine, reference in zip(
+        run(compiled, inputs(case, 1, torch.float32)), run(case.operation, inputs(case, 1, torch.float32))
+    ):
+        assert torch.equal(mine, reference)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_repeats_to_the_bit(case, device):
+    first, again = (run(case.operation, inputs(case, 2, torch.float32, device)) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+
+
+def test_no_gradient_where_it_is_not_needed(monkeypatch):
+    """A frozen norm weight, head or input gets no gradient and costs no memory for one; what is left is right."""
+    for name, frozen in (
+        ("rms_norm", 1),
+        ("add_rms_norm", 2),
+        ("linear_cross_entropy", 1),
+        ("linear_cross_entropy", 0),
+    ):
+        case = CASES[name]
+        leaves = inputs(case, 1, torch.float32)
+        expected = run(case.operation, leaves)
+        leaves[frozen].requires_grad_(False)
+        with Calls() as calls:
+            out = case.operation(*leaves)
+            outs = out if isinstance(out, tuple) else (out,)
+            weights = [torch.linspace(-1, 2, o.numel(), dtype=torch.float64).reshape(o.shape).to(o.dtype) for o in outs]
+            needed = [t for t in leaves if t.requires_grad]
+            gradients = torch.autograd.grad(outs, needed, weights if outs[0].dim() else [o / 257 for o in weights])
+        kept = [g for index, g in enumerate(expected[len(outs) :]) if index != frozen]
+        assert all(torch.allclose(mine, reference, rtol=1e-6) for mine, reference in zip(gradients, kept))
+        operator, arguments = calls.made[-1]
+        sizes = [
+            t.numel()
+            for t in operator(*arguments)
+            if t.dim() and t.shape != leaves[1 - frozen if frozen < 2 else 0].shape
+        ]
+        assert leaves[frozen].numel() not in sizes
+
+
+def test_a_batch_without_targets_has_loss_and_gradient_zero():
+    x, w = (torch.randn(shape, requires_grad=True) for shape in ((0, 12), (19, 12)))
+    loss = linear_cross_entropy(x, w.detach(), targets(x, 19))
+    loss.backward()
+    assert loss.item() == 0 and x.grad.shape == (0, 12)
+
+
+def test_the_loss_never_holds_more_than_a_chunk_of_logits():
+    """Its largest tensor is a chunk of logits, whatever the number of rows; counted in what its implementation makes."""
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in torch.utils._pytree.tree_leaves(out):
+                self.size = max(self.size, t.nbytes if isinstance(t, Tensor) else 0)
+            return out
+
+    sizes, module = [], cross_entropy_module
+    softmax = module._softmax_triton if INTERPRETED else module._softmax_torch
+    for tokens in (64, 512):
+        x, w = torch.randn(tokens, 8), torch.randn(1000, 8)  # fp32
+        with Largest() as largest:
+            module._chunked(softmax, 16, x, w, targets(x, 1000), True, False)
+        sizes.append(largest.size)
+    assert sizes == 2 * [16 * 1000 * 4]
+
+
+def test_dropout_is_a_function_of_its_seed():
+    case = CASES["lora_linear, added, dropout 0.4"]
+    x, *ab = inputs(case, 1, torch.float32)
+    w = torch.randn(121, 123)
+    first, again, other = (lora_linear(x, w, adapters(ab, 121, seed), 1.0, 0.5) for seed in (0, 0, 5))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first[:, 3:5], F.linear(x, w)[:, 3:5])  # rows of W without an adapter
+
+
+def test_room_is_all_that_is_written():
+    """Room after each row of W takes the adapters; W itself, and what autograd knows of it, stays as it was."""
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(lora_linear_module, "FEW", 0)
+    x, *ab = inputs(CASES["lora_linear, augmented, dropout 0.0"], 1, torch.float32)
+    w = pad_rows(torch.empty(121, 123), 8)
+    w.copy_(torch.randn(121, 123))
+    before, version = w.clone(), w._version
+    lora_linear(x, w, adapters(ab, 121), 0.7, way="augmented")
+    monkey.undo()
+    assert torch.equal(w, before) and w._version == version and w.stride(0) % 64 == 0
+
+
+def test_rope_depends_on_distance_alone():
+    """Scores of rotated queries and keys do not change when all positions shift."""
+    qkv, scores = torch.randn(7, 12 * 8), []
+    for shift in (0, 1000):
+        q, k, _ = rope(qkv, *rope_tables(torch.arange(7) + shift, 8, 1e4), 4, 4)
+        scores.append(torch.einsum("qhd,khd->hqk", q, k))
+    assert torch.allclose(*scores, atol=1e-3)

@@ -1,0 +1,704 @@
+"""The server as its users meet it: the command in a process of its own, OpenAI's client, and clients that mean no good."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import httpx
+import openai
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
+
+from minorca import load_model, load_tokenizer, render_chat
+from minorca.errors import UserError
+from minorca.generate import generate
+from minorca.serve import __main__ as serve_command
+from minorca.serve import app as app_module
+from minorca.serve.engine_thread import EngineThread
+from minorca.serve.protocol import ChatRequest, Problem
+from tests.helpers import ROOT, random_adapter, random_mistral, save_tokenizer, wait_until
+
+ASK = [{"role": "user", "content": "hi"}]
+SAYS = "tick-é€😀 "  # no byte twice
+COMMAND = ("-m", "minorca.serve")
+IN_FP32 = "import torch; from minorca import cli; from minorca.generate import engine; from minorca.serve import __main__ as serve; engine.fast_dtype = lambda: torch.float32; cli.run(serve.main)"
+FAILING = "from minorca import cli; from minorca.generate import engine; from minorca.serve import __main__ as serve; engine.Engine.step = lambda self: 1 / 0; cli.run(serve.main)"
+
+
+class Server:
+    def __init__(self, *options, program=COMMAND, **environment):
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"} | environment
+        command = [sys.executable, *program, "--port", "0", *map(str, options)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=environment, **pipes)
+        self.said = self.process.stdout.readline()
+        address = re.search("http://[^ ]*:[0-9]+", self.said)
+        self.url = address[0] if address else pytest.fail(self.process.communicate()[1])
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def metric(self, name: str, **labels) -> float:
+        families = text_string_to_metric_families(httpx.get(f"{self.url}/metrics").text)
+        samples = [
+            s for family in families for s in family.samples if s.name == f"minorca_{name}" and s.labels == labels
+        ]
+        return samples[0].value if samples else 0.0
+
+    def end(self, *signals: int) -> tuple[int, str]:
+        """Its exit status and what it wrote to standard error, but for how fast the weights came."""
+        for signum in signals:
+            self.process.send_signal(signum)
+        err = self.process.communicate(timeout=60)[1]
+        return self.process.returncode, "".join(line for line in err.splitlines(keepends=True) if "GB/s" not in line)
+
+
+@contextlib.contextmanager
+def serving(*options, **more):
+    server = Server(*options, **more)
+    try:
+        yield server
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A random model that never stops by itself as long as it is greedy, and an adapter beside it."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    model = random_mistral(vocab_size=260, max_position_embeddings=256)
+    with torch.no_grad():
+        model.lm_head.weight[[2, 257]] = 0.5 * model.lm_head.weight[65]
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    random_adapter(model, directory.parent / "adapter", ("q", "v", "down"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A model that says SAYS over and over."""
+    directory = tmp_path_factory.mktemp("models") / "talker"
+    model = random_mistral(vocab_size=260, hidden_size=512, num_hidden_layers=1, max_position_embeddings=8192)
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    newline, *cycle = load_tokenizer(directory).encode(f"\n{SAYS}")
+    with torch.no_grad():  # a bigram table: no attention, no MLP, one direction a token
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.model.norm.weight.fill_(1)
+        model.model.embed_tokens.weight.copy_(torch.eye(260, 512))
+        model.lm_head.weight.zero_()
+        for here, following in zip([newline, *cycle], [*cycle, cycle[0]]):
+            model.lm_head.weight[following, here] = 1
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def server(directory):
+    """In fp32, where one more row or another layout of weights changes no greedy answer."""
+    options = ("--model", directory, "--adapter", f"{directory.parent}/adapter", "--slots", 4, "--queue", 4)
+    with serving(*options, program=("-c", IN_FP32)) as server:
+        yield server
+        assert server.end(signal.SIGTERM) == (143, "")
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return server.client()
+
+
+@pytest.fixture(scope="module")
+def talking(talker):
+    """One slot, one place to wait."""
+    with serving("--model", talker, "--slots", 1, "--queue", 1) as server:
+        yield server
+        assert server.end(signal.SIGTERM) == (143, "")
+
+
+# -------------------------------------------------------------------------------------------------------------- answers
+
+
+def prompt_of(directory, text: str = "hi") -> list[int]:
+    return render_chat(load_tokenizer(directory), [{"role": "user", "content": text}])
+
+
+def greedy(directory, prompts, new: int = 24, **options) -> list[list[int]]:
+    return generate(load_model(directory, torch.float32, "cpu", **options), prompts, new)
+
+
+def test_answers_are_those_of_generate(server, client, directory):
+    """Seven at once in four slots, with the base and with the adapter, whole and streamed."""
+    tok, texts = load_tokenizer(directory), ["hi", "Who are you?", "é€😀", "x" * 90, "", "<|im_end|>", "1 + 1"]
+    for name, options in (("tiny", {}), ("adapter", {"adapter": directory.parent / "adapter"})):
+        prompts = [prompt_of(directory, text) for text in texts]
+        expected = [tok.decode(ids) for ids in greedy(directory, prompts, **options)]
+        answers = {}
+
+        def ask(text):
+            asked = {"model": name, "messages": [{"role": "user", "content": text}], "max_tokens": 24, "temperature": 0}
+            answers[text] = client.chat.completions.create(**asked)
+            pieces = [c.choices[0].delta.content or "" for c in client.chat.completions.create(stream=True, **asked)]
+            assert "".join(pieces) == answers[text].choices[0].message.content
+
+        threads = [threading.Thread(target=ask, args=(text,)) for text in texts]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        assert [answers[text].choices[0].message.content for text in texts] == expected
+        assert [answers[text].usage.prompt_tokens for text in texts] == [len(prompt) for prompt in prompts]
+        assert {(a.model, a.usage.completion_tokens, a.choices[0].finish_reason) for a in answers.values()} == {
+            (name, 24, "length")
+        }
+    assert expected != [tok.decode(ids) for ids in greedy(directory, prompts)]
+
+
+def test_a_stream_is_as_openai_has_it(talking):
+    client = talking.client()
+    options = {
+        "model": "talker",
+        "temperature": 0,
+        "max_tokens": 20,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    first, *pieces, last, usage = client.chat.completions.create(messages=ASK, **options)
+    assert first.choices[0].delta.role == "assistant" and first.object == "chat.completion.chunk"
+    assert [p.choices[0].delta.content for p in pieces] == [*SAYS, *SAYS[:5]] and {
+        p.choices[0].finish_reason for p in pieces
+    } == {None}
+    assert last.choices[0].finish_reason == "length" and not last.choices[0].delta.content and last.usage is None
+    assert usage.choices == [] and usage.usage.completion_tokens == 20
+    *pieces, last, usage = client.completions.create(prompt="\n", **options)
+    assert "".join(p.choices[0].text for p in pieces) == SAYS + "tick-" and last.choices[0].finish_reason == "length"
+    assert {p.object for p in pieces} == {"text_completion"} and len({p.id for p in pieces}) == 1
+    body = {"model": "talker", "messages": ASK, "max_tokens": 1, "stream": True}
+    with httpx.stream("POST", f"{talking.url}/v1/chat/completions", json=body) as response:
+        assert response.headers["content-type"].startswith("text/event-stream") and response.read().endswith(
+            b"\n\ndata: [DONE]\n\n"
+        )
+
+
+@pytest.mark.parametrize(
+    "stop, text",
+    [
+        ("€", "tick-é"),
+        (["never", "k-é€"], "tic"),
+        (["€😀 t", "€😀 x"], "tick-é"),
+        ("ticktick", SAYS * 3 + "tic"),
+        ([], SAYS * 3 + "tic"),
+    ],
+)
+def test_stop_strings(talking, stop, text):
+    options = {"model": "talker", "temperature": 0, "max_tokens": 48, "stop": stop, "messages": ASK}
+    [whole], reason = (
+        talking.client().chat.completions.create(**options).choices,
+        "length" if len(text) > 20 else "stop",
+    )
+    assert (whole.message.content, whole.finish_reason) == (text, reason)
+    chunks = list(talking.client().chat.completions.create(stream=True, **options))
+    assert (
+        "".join(c.choices[0].delta.content or "" for c in chunks) == text
+        and chunks[-1].choices[0].finish_reason == reason
+    )
+    wait_until(lambda: talking.metric("running") == 0)
+
+
+def test_a_seed_repeats_and_n_differ(client):
+    def texts(**options):
+        answer = client.chat.completions.create(model="tiny", messages=ASK, max_tokens=16, temperature=1.5, **options)
+        assert [choice.index for choice in answer.choices] == list(range(options["n"]))
+        return [choice.message.content for choice in answer.choices]
+
+    three = texts(n=3, seed=7)
+    assert (
+        len(set(three)) == 3
+        and texts(n=3, seed=7) == three
+        and texts(n=1, seed=7) == three[:1]
+        and texts(n=3, seed=8) != three
+    )
+    assert texts(n=1) != texts(n=1)
+
+
+def test_prompts_of_all_forms(client, directory):
+    tok = load_tokenizer(directory)
+    one, two = tok.encode("Once upon"), tok.encode("a time, é")
+    expected = [tok.decode(ids) for ids in greedy(directory, [one, two])]
+    for prompt in (["Once upon", "a time, é"], [one, two]):
+        answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=24, temperature=0, n=2)
+        assert [(c.index, c.text) for c in answer.choices] == list(enumerate([expected[0]] * 2 + [expected[1]] * 2))
+        assert (
+            answer.usage.prompt_tokens == len(one) + len(two) and answer.usage.total_tokens == len(one) + len(two) + 96
+        )
+    for prompt in ("Once upon", one):
+        assert (
+            client.completions.create(model="tiny", prompt=prompt, max_tokens=24, temperature=0).choices[0].text
+            == expected[0]
+        )
+
+
+def test_logprobs_are_the_models_own(client, directory):
+    """Of its forward over prompt and answer, whatever the temperature: transformers' numbers."""
+    from transformers import AutoModelForCausalLM
+
+    tok, prompt = load_tokenizer(directory), prompt_of(directory)
+    [ids] = greedy(directory, [prompt])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(directory)(torch.tensor([prompt + ids])).logits[0]
+    values, likeliest = logits[len(prompt) - 1 : -1].log_softmax(-1).topk(3)
+    options = {"model": "tiny", "max_tokens": 24, "temperature": 1.7, "top_p": 1e-9}  # in effect greedy
+    chat = (
+        client.chat.completions.create(messages=ASK, logprobs=True, top_logprobs=3, **options)
+        .choices[0]
+        .logprobs.content
+    )
+    assert [entry.logprob for entry in chat] == pytest.approx(values[:, 0].tolist(), abs=1e-3)
+    assert [[top.logprob for top in entry.top_logprobs] for entry in chat] == [
+        pytest.approx(row, abs=1e-3) for row in values.tolist()
+    ]
+    assert [entry.token for entry in chat] == [tok.decode([i]) for i in ids]
+    assert all(
+        (entry.bytes is None) == ("\ufffd" in entry.token) and bytes(entry.bytes or b"").decode() in entry.token
+        for entry in chat
+    )
+    old = client.completions.create(prompt=prompt, logprobs=3, **options).choices[0].logprobs
+    assert old.token_logprobs == [entry.logprob for entry in chat] and old.tokens == [entry.token for entry in chat]
+    for row, tops, of_row in zip(likeliest.tolist(), old.top_logprobs, values.tolist()):
+        assert tops[tok.decode(row[:1])] == pytest.approx(of_row[0], abs=1e-3) and set(tops) == {
+            tok.decode([i]) for i in row
+        }
+    assert client.completions.create(prompt=prompt, logprobs=0, **options).choices[0].logprobs.top_logprobs is None
+    assert client.completions.create(prompt=prompt, **options).choices[0].logprobs is None
+
+
+def test_logprobs_go_with_the_text(talking):
+    """Whole and in pieces: three bytes of a character start where it does, and what a stop string holds has none."""
+    options = {"model": "talker", "prompt": "\n", "temperature": 0, "max_tokens": 40, "logprobs": 0, "stop": "tick-é€"}
+    whole = talking.client().completions.create(**(options | {"prompt": SAYS[:4]}))
+    assert whole.choices[0].text == "-é€😀 "
+    assert whole.choices[0].logprobs.text_offset == [0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4]
+    pieces = [
+        chunk.choices[0].logprobs
+        for chunk in talking.client().completions.create(stream=True, **(options | {"prompt": SAYS[:4]}))
+    ]
+    assert [offset for piece in pieces if piece for offset in piece.text_offset] == whole.choices[
+        0
+    ].logprobs.text_offset
+    assert [token for piece in pieces if piece for token in piece.tokens] == whole.choices[0].logprobs.tokens
+
+
+def test_fields_that_change_nothing_are_taken(client):
+    """And an answer of ours comes back as OpenAI's client dumps it."""
+    harmless = {
+        "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tools": [], "tool_choice": "auto", "stop": None, "seed": None,
+        "response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"}, "store": False, "parallel_tool_calls": True,
+    }  # fmt: skip
+    answer = client.chat.completions.create(
+        model="tiny", messages=ASK, max_completion_tokens=3, n=1, extra_body=harmless
+    )
+    again = [{"role": "developer", "content": "Be brief."}, *ASK, answer.choices[0].message.model_dump()]
+    again += [{"role": "user", "content": [{"type": "text", "text": "And"}, {"type": "text", "text": "then?"}]}]
+    extra = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2}
+    answer = client.chat.completions.create(model="tiny", messages=again, max_tokens=3, extra_body=extra)
+    assert answer.usage.completion_tokens == 3
+    for extra in (
+        {"repetition_penalty": 1e-300},
+        {"repetition_penalty": 100},
+        {"min_p": 1, "top_k": 2**31 - 1},
+        {"min_p": 1e-300},
+    ):
+        ask = {"model": "tiny", "prompt": "a", "max_tokens": 3, "top_p": 1e-300, "temperature": 1e-300}
+        assert client.completions.create(**ask, extra_body=extra).usage.completion_tokens <= 3
+    client.completions.create(model="tiny", prompt="a", max_tokens=1, best_of=2, n=2, echo=False, suffix=None)
+
+
+def test_no_limit_means_what_is_left(server, client, directory):
+    prompt = prompt_of(directory)
+    assert client.chat.completions.create(model="tiny", messages=ASK, temperature=0).usage.total_tokens == 256
+    assert [model.id for model in client.models.list()] == ["tiny", "adapter"] and len(prompt) < 200
+    assert "tiny, adapter" in server.said and "4 slots of 256 tokens" in server.said
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def assert_refused(response: httpx.Response, status: int = 400) -> dict:
+    assert response.status_code == status, response.text
+    return Problem.model_validate_json(response.content).model_dump()["error"]
+
+
+HUGE = 9 * 10**4299  # has as many digits as are read; what is computed from it may have more than can be written
+WRONG = {  # what is sent beside or in place of a right body's fields -> the field that is blamed
+    "model": [{"model": "gpt-4"}, {"model": 1}, {"model": None}, {"model": "tiny\ud800"}],
+    "messages": [{"messages": []}, {"messages": None}, {"messages": "hi"}, {"messages": [{"role": "user", "content": "\udfff"}]},
+                 {"messages": [*ASK, {"role": "system", "content": "late"}]}, {"messages": [{"role": "user", "content": "x" * 300}]},
+                 {"messages": ASK * 2000}],
+    "messages.0.role": [{"messages": [{"role": "tool", "content": "x"}]}, {"messages": [{"role": "\ud800", "content": "x"}]}],
+    "messages.0.content": [{"messages": [{"role": "user", "content": content}]} for content in (None, 1, [1], [{"type": "image_url"}])],
+    "messages.0.tool_calls": [{"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}],
+    "max_tokens": [{"max_tokens": value} for value in (0, -1, 1.5, "9", 256, HUGE, True)],
+    "max_completion_tokens": [{"max_completion_tokens": 0}, {"max_completion_tokens": 10**9}, {"max_completion_tokens": HUGE}],
+    "temperature": [{"temperature": value} for value in (-0.1, 2.1, "hot", 10**400, [])],
+    "top_p": [{"top_p": 0}, {"top_p": 1.1}],
+    "top_k": [{"top_k": -1}, {"top_k": 2**70}, {"top_k": 1.5}],
+    "min_p": [{"min_p": 2}],
+    "repetition_penalty": [{"repetition_penalty": 0}, {"repetition_penalty": -1}],
+    "seed": [{"seed": 2**64}, {"seed": 0.5}],
+    "n": [{"n": 0}, {"n": 9}, {"n": HUGE}],
+    "stop": [{"stop": ""}, {"stop": ["a"] * 17}, {"stop": [1]}, {"stop": "a" * 2000}],
+    "stream": [{"stream": "yes"}],
+    "stream_options.surprise": [{"stream_options": {"surprise": 1}}],
+    "top_logprobs": [{"top_logprobs": 21, "logprobs": True}],
+    "frequency_penalty": [{"frequency_penalty": 0.5}],
+    "logit_bias": [{"logit_bias": {"5": 100}}],
+    "tools": [{"tools": [{"type": "function", "function": {"name": "f"}}]}],
+    "response_format": [{"response_format": {"type": "json_object"}}],
+    "surprise": [{"surprise": 1}, {"surprise": None}],
+}  # fmt: skip
+
+
+def test_wrong_fields_are_named(server):
+    """By OpenAI's shape, in UTF-8, whatever is in them."""
+    for field, bodies in WRONG.items():
+        for body in bodies:
+            content = json.dumps({"model": "tiny", "messages": ASK} | body)
+            headers = {"Content-Type": "application/json; charset=utf-8"}
+            problem = assert_refused(httpx.post(f"{server.url}/v1/chat/completions", content=content, headers=headers))
+            assert problem["param"] == field and problem["type"] == "invalid_request_error", (body, problem)
+            assert len(problem["message"]) < 2000
+    assert "leave it out" in problem["message"] and "surprise" in problem["message"]
+    for prompt in (
+        "\ud800",
+        [],
+        [[]],
+        [1, "a"],
+        [1, True],
+        [-1],
+        [260],
+        [10**30],
+        ["a", [1]],
+        {},
+        [1] * 256,
+        "x" * 300,
+    ):
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 1}
+        content = json.dumps(body)
+        problem = assert_refused(httpx.post(f"{server.url}/v1/completions", content=content, headers=headers))
+        assert problem["param"] == "prompt", (prompt, problem)
+    for more in (
+        {"echo": True},
+        {"best_of": 2},
+        {"logprobs": 21},
+        {"suffix": "x"},
+        {"logprobs": True},
+        {"prompt": ["a"] * 2, "n": HUGE},
+    ):
+        assert_refused(httpx.post(f"{server.url}/v1/completions", json=body | {"prompt": "a"} | more))
+    assert server.metric("running") == 0
+
+
+def test_fields_without_end_are_few_errors():
+    """In objects within others too: making one for each would hold up everybody."""
+    many = dict.fromkeys(map(str, range(10**5)), 1)
+    for more in (many, {"messages": [ASK[0] | many]}, {"stream_options": many}):
+        with pytest.raises(ValidationError) as error:
+            ChatRequest.model_validate({"model": "tiny", "messages": ASK} | more)
+        assert error.value.error_count() == 10
+
+
+BODIES = {
+    "empty": b"",
+    "cut": b'{"model":',
+    "a list": b"[]",
+    "null": b"null",
+    "not UTF-8": b'{"model": "\xff"}',
+    "UTF-16": '{"model": "tiny"}'.encode("utf-16"),
+    "deep": b"[" * 10**6,
+    "deep and whole": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+    "deep enough to pass": b'{"model": "tiny", "messages": [], "metadata": {"a":' + b"[" * 400 + b"]" * 400 + b"}}",
+    "NaN": b'{"model": "tiny", "temperature": NaN}',
+    "infinite": b'{"model": "tiny", "temperature": 1e999}',
+    "digits": b'{"seed": ' + b"9" * 10**5 + b"}",
+    "twice": b'{"model": "tiny", "model": "tiny"}',
+    "half a key": b'{"\\ud800": 1}',
+    "many keys": json.dumps(dict.fromkeys(map(str, range(10**5)))).encode(),
+    "many wrong ids": json.dumps({"model": "tiny", "prompt": ["a"] + [1] * 10**5}).encode(),
+    "many wrong messages": json.dumps({"model": "tiny", "messages": [1] * 10**5}).encode(),
+    "too long": b'{"model": "' + b"x" * 5 * 10**6 + b'"}',
+}
+
+
+def test_bodies_that_are_none(server):
+    for name, content in BODIES.items():
+        for path in ("chat/completions", "completions"):
+            problem = assert_refused(
+                httpx.post(f"{server.url}/v1/{path}", content=content, headers={"Content-Type": "application/json"})
+            )
+            assert len(problem["message"]) < 2000, name
+    for kind in (
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "",
+    ):  # what a page of another site can send without being asked
+        headers = {"Content-Type": kind} if kind else {}
+        problem = assert_refused(
+            httpx.post(f"{server.url}/v1/completions", content=b'{"model": "tiny"}', headers=headers)
+        )
+        assert "Content-Type" in problem["message"]
+
+    def without_end():
+        while True:
+            yield b"x" * 2**20
+
+    with contextlib.suppress(httpx.TransportError):  # it may hang up before the answer is read
+        assert_refused(
+            httpx.post(
+                f"{server.url}/v1/completions", content=without_end(), headers={"Content-Type": "application/json"}
+            )
+        )
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_paths_methods_and_hosts(server, client):
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="tiny", input="a")
+    with pytest.raises(openai.BadRequestError, match="gpt-4"):
+        client.chat.completions.create(model="gpt-4", messages=ASK)
+    assert_refused(httpx.get(f"{server.url}/v1/completions"), 405)
+    assert_refused(httpx.get(f"{server.url}/%ff%00<script>"), 404)
+    port = server.url.rpartition(":")[2]
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "", "localhost:x", "[::1"):
+        assert_refused(httpx.get(f"{server.url}/", headers={"Host": host}))
+    for host in ("localhost", f"LOCALHOST:{port}", "[::1]:1", "127.0.0.1"):
+        response = httpx.get(f"{server.url}/", headers={"Host": host, "Origin": "http://evil.example"})
+        assert response.status_code == 200 and response.headers["x-content-type-options"] == "nosniff"
+        policy = response.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy
+        assert not any("access-control" in name for name in response.headers)
+
+
+def test_a_key(talker):
+    """Where there is one, all but the page and the health need it."""
+    with serving("--model", talker, "--host", "0.0.0.0", MINORCA_API_KEY="sesame") as server:
+        url = server.url.replace("0.0.0.0", "127.0.0.1")
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/nowhere"):
+            for key in (None, "Bearer", "Bearer sesam", "Bearer sesame1", "Basic sesame", "sesame", "Bearer \xff"):
+                response = httpx.get(url + path, headers={} if key is None else {"Authorization": key.encode()})
+                assert assert_refused(response, 401)["code"] == "invalid_api_key"
+        for path in ("/v1/models", "/metrics", "/openapi.json"):
+            assert httpx.get(url + path, headers={"Authorization": "bearer sesame".encode()}).status_code == 200
+        assert (
+            httpx.get(f"{url}/").status_code
+            == httpx.get(f"{url}/health", headers={"Host": "other.example"}).status_code
+            == 200
+        )
+        server.url = url
+        with pytest.raises(openai.AuthenticationError):
+            server.client("other").models.list()
+        assert [model.id for model in server.client("sesame").models.list()] == ["talker"]
+        assert server.end(signal.SIGTERM) == (143, "")
+    with serving("--model", talker, "--host", "0.0.0.0") as server:
+        status, err = server.end(signal.SIGTERM)
+        assert status == 143 and "warning" in err and "MINORCA_API_KEY" in err and err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------ coming and going
+
+
+def talk(server: Server, new: int = 8000):
+    """A stream that goes on for seconds, after its first piece."""
+    stream = server.client().chat.completions.create(
+        model="talker", messages=ASK, max_tokens=new, stream=True, temperature=0
+    )
+    next(stream)
+    return stream
+
+
+def test_a_client_that_leaves_frees_its_slot(talking):
+    cancelled = talking.metric("finished_total", reason="cancelled")
+    stream = talk(talking)
+    assert next(stream).choices[0].delta.content == "t"
+    wait_until(lambda: talking.metric("running") == 1)
+    stream.close()
+    wait_until(lambda: talking.metric("running") == 0, 5)
+    with pytest.raises(openai.APITimeoutError):
+        talking.client().with_options(timeout=0.5).completions.create(
+            model="talker", prompt="\n", max_tokens=8000, temperature=0
+        )
+    wait_until(lambda: talking.metric("running") == 0, 5)
+    waits = [talk(talking), talk(talking)]
+    wait_until(lambda: talking.metric("waiting") == 1)
+    waits[1].close()
+    wait_until(lambda: talking.metric("waiting") == 0, 5)
+    waits[0].close()
+    wait_until(lambda: talking.metric("finished_total", reason="cancelled") == cancelled + 4)
+
+
+def test_a_reader_that_no_longer_reads_gives_its_place_back(monkeypatch):
+    monkeypatch.setattr(app_module, "PATIENCE", 0.05)
+    sent, freed = [], []
+
+    async def events():
+        yield "data: 1\n\n"
+
+    async def for_ever():
+        await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message["type"])
+        if len(sent) == 2:
+            await for_ever()
+
+    async def stream():
+        held = contextlib.ExitStack()
+        held.callback(freed.append, True)
+        scope = {"type": "http", "asgi": {"spec_version": "2.3"}}  # uvicorn's
+        await asyncio.wait_for(app_module.EventStream(events(), held)(scope, for_ever, send), 5)
+
+    asyncio.run(stream())
+    assert freed and sent == ["http.response.start", "http.response.body"]
+
+
+def test_no_more_than_there_are_places(talking):
+    """All choices of a call are admitted or refused together; one that can never be is wrong."""
+    client, refused = talking.client(), talking.metric("refused_total", status="429")
+    ask = {"model": "talker", "prompt": "\n", "max_tokens": 2, "temperature": 0}
+    wait_until(lambda: talking.metric("running") == 0)
+    one = talk(talking)
+    with pytest.raises(openai.RateLimitError) as refusal:
+        client.completions.create(**ask, n=2)
+    assert int(refusal.value.response.headers["retry-after"]) > 0
+    two = talk(talking)
+    with pytest.raises(openai.RateLimitError):
+        client.completions.create(**ask)
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(**ask, n=3)
+    one.close(), two.close()
+    wait_until(lambda: talking.metric("running") + talking.metric("waiting") == 0)
+    assert client.completions.create(**ask, n=2).choices[1].text == "ti"
+    assert talking.metric("refused_total", status="429") == refused + 2
+
+
+def test_metrics_count(talking):
+    names = ("prompt_tokens_total", "new_tokens_total", "first_token_seconds_count", "duration_seconds_count")
+    before = [talking.metric(name) for name in names]
+    talking.client().completions.create(model="talker", prompt=["\n", "ab"], max_tokens=3, temperature=0)
+    assert [talking.metric(name) - b for name, b in zip(names, before)] == [3, 6, 1, 1]
+    assert talking.metric("slots") == 1
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_lets_answers_finish(signum, status, talker):
+    with serving("--model", talker) as server:
+        stream = talk(server, 1505)
+        server.process.send_signal(signum)
+        pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+        assert "".join(pieces) == SAYS * 100 + SAYS[:5]
+        assert server.end() == (status, "")
+        with pytest.raises(openai.APIConnectionError):
+            server.client().models.list()
+
+
+def test_a_dead_engine_ends_the_server(talker):
+    """Those who wait are told, streaming or not; the process ends with the traceback."""
+    with serving("--model", talker, program=("-c", FAILING)) as server:
+        with pytest.raises(openai.InternalServerError, match="engine"):
+            server.client().completions.create(model="talker", prompt="\n", max_tokens=5)
+        status, err = server.end()
+        assert status == 1 and "ZeroDivisionError" in err
+    with serving("--model", talker, program=("-c", FAILING)) as server, pytest.raises(openai.APIError, match="engine"):
+        list(server.client().completions.create(model="talker", prompt="\n", max_tokens=5, stream=True))
+
+
+def test_the_health_of_a_dead_engine(talker):
+    class Dead:
+        slots, busy = 1, True
+
+        def step(self):
+            raise RuntimeError
+
+    async def statuses():
+        thread = EngineThread(Dead(), 0)
+        app = app_module.make_app(app_module.Service(thread, load_tokenizer(talker), {"talker": None}))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            thread.start()
+            thread.join()
+            await asyncio.sleep(0)
+            asked = await client.post("/v1/completions", json={"model": "talker", "prompt": "a"})
+            return (await client.get("/health")).status_code, asked.status_code
+
+    assert asyncio.run(statuses()) == (503, 503)
+
+
+def test_what_a_user_can_mend(talker):
+    def complaint(*options):
+        with pytest.raises(UserError) as error:
+            serve_command.main([str(option) for option in options])
+        return str(error.value)
+
+    model = ("--model", talker, "--port", 0)
+    assert "nowhere" in complaint("--model", talker / "nowhere", "--port", 0)
+    assert "--slots" in complaint(*model, "--slots", 0) and "--api-key" in complaint(*model, "--api-key", "")
+    assert "8192 positions" in complaint(*model, "--max-length", 8193)
+    assert "NAME=DIR" in complaint(*model, "--adapter", "a/x", "--adapter", "b/x")
+    assert "NAME=DIR" in complaint(*model, "--adapter", "talker=b/x") and "b/x" in complaint(
+        *model, "--adapter", "a=b/x"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert str(port) in complaint("--model", talker, "--port", port)
+    assert "no.such.host" in complaint("--model", talker, "--host", "no.such.host")
+
+
+# ---------------------------------------------------------------------------------------------------------------- random
+
+
+def test_random_calls_get_an_answer_or_a_refusal(server):
+    check_random_calls(server, 60)
+
+
+@pytest.mark.slow
+def test_many_random_calls_get_an_answer_or_a_refusal(server):
+    check_random_calls(server, 1500)
+
+
+def check_random_calls(server, examples: int) -> None:
+    """Made from the server's own description by schemathesis, right ones and wrong ones: never a 5xx, always our shapes."""
+    import hypothesis
+    import schemathesis
+    from hypothesis import HealthCheck
+    from schemathesis import GenerationMode
+
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    schema.config.generation.update(modes=[GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+    statuses = set()
+    for operation in schema.get_all_operations():
+        if operation.ok().method != "post":
+            continue
+
+        @hypothesis.settings(
+            max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=HealthCheck
+        )
+        @hypothesis.given(case=operation.ok().as_strategy())
+        def check(case):
+            if isinstance(case.body, dict):  # so that right ones are answered soon
+                case.body = {k: v for k, v in case.body.items() if k != "max_completion_tokens"} | {"max_tokens": 2}
+                case.body["model"] = "tiny" if isinstance(case.body.get("model"), str) else case.body.get("model")
+            response = case.call()
+            statuses.add(response.status_code)
+            assert response.status_code < 500, (case.body, response.text)
+            if response.status_code != 200:
+                Problem.model_validate_json(response.content)
+
+        check()
+    assert statuses >= {200, 400}

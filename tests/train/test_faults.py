@@ -1,0 +1,434 @@
+"""Faults, each put in: a run that is killed, stopped, starved or fed NaN loses nothing that it had saved, and says what happened."""
+
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minorca import UserError
+from minorca.signals import Terminated, raise_terminated
+from minorca.train import __main__ as train_command
+from minorca.train import checkpoint, loop
+from tests import faulty
+from tests.helpers import assert_same_bits, lines_of, torchrun, training, wait_until
+
+KILLED = {
+    "train.steps": 120,
+    "train.checkpoint_every": 5,
+    "lora.dropout": 0.1,
+    "data.eval": 0.1,
+    "train.eval_every": 40,
+}
+
+
+def lines(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """The processes of a torchrun's ranks, in their order."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    rank = {}
+    for pid in map(int, found):
+        try:
+            variables = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
+            rank[int(variables["RANK"])] = pid
+        except (OSError, KeyError):
+            continue
+    return [rank[n] for n in sorted(rank)]
+
+
+def kill_at_random(options: list[str], run: Path, kills: int, seed: int) -> int:
+    """Starts a run again and again, and kills it so often at random moments of its loop; returns the kills that found it running."""
+    draw, done = random.Random(seed), 0
+    for _ in range(kills):
+        process, before = training(options), lines(run)
+        wait_until(lambda: lines(run) != before or process.poll() is not None)
+        time.sleep(draw.uniform(0, 0.4))
+        process.kill()
+        done += process.wait() == -signal.SIGKILL
+        process.communicate()
+    return done
+
+
+def finish(options: list[str]) -> None:
+    process = training(options)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-3000:]
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_bits(workplace, tmp_path):
+    """Once at a random moment and once in the middle of a checkpoint's file."""
+    train_command.main(workplace("whole", **KILLED))
+    options = workplace("killed", **KILLED)
+    assert kill_at_random(options, tmp_path / "killed", kills=1, seed=0) == 1
+    process = training(options, faulty=("in a write", 2))
+    assert process.wait(60) == -signal.SIGKILL, process.communicate()[1]
+    process.communicate()
+    assert list((tmp_path / "killed" / "checkpoints").glob("*.tmp-*"))  # what it left half-written
+    finish(options)
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+    assert not list((tmp_path / "killed" / "checkpoints").glob("*.tmp-*"))
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(workplace, tmp_path):
+    settings = KILLED | {"train.steps": 900}
+    train_command.main(workplace("whole", **settings))
+    options = workplace("killed", **settings)
+    assert kill_at_random(options, tmp_path / "killed", kills=20, seed=1) == 20
+    finish(options)
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_kill_at_every_point_of_a_step_and_a_save(ranks, workplace, tmp_path):
+    """Each point is passed a few times first, so that each start gets further than the one before."""
+    settings = {
+        "train.steps": 60,
+        "train.checkpoint_every": 2,
+        "lora.dropout": 0.1,
+        "parallel.shard": "fsdp" if ranks else "none",
+    }
+    torchrun(ranks or 1, workplace("whole", **settings))
+    options, draw = workplace("killed", **settings), random.Random(2)
+    for point in faulty.POINTS:
+        process = training(options, ranks, faulty=(point, draw.randint(3, 5)))
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == (1 if ranks else -signal.SIGKILL), (point, out, err)
+    process = training(options, ranks)
+    assert process.wait(120) == 0, process.communicate()[1]
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_ten_kills_of_either_rank_under_torchruns_restarts(workplace, tmp_path):
+    """torchrun starts both anew each time, and they find the newest checkpoint by themselves."""
+    settings = KILLED | {"train.steps": 600, "parallel.shard": "fsdp"}
+    torchrun(2, workplace("whole", **settings))
+    draw, run = random.Random(3), tmp_path / "killed"
+    process = training(
+        workplace("killed", **settings), ranks=2, restarts=30, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    killed = 0
+    while process.poll() is None and killed < 10:
+        before = lines(run)
+        wait_until(lambda: lines(run) > before or process.poll() is not None, 120)
+        time.sleep(draw.uniform(0, 0.4))
+        if len(pids := ranks_of(process)) == 2:
+            os.kill(draw.choice(pids), signal.SIGKILL)
+            killed += 1
+            wait_until(lambda: not set(pids) & set(ranks_of(process)), 120)
+    assert process.wait(240) == 0 and killed == 10
+    assert_same_bits(tmp_path / "whole", run)
+
+
+# ----------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture(autouse=True)
+def signals_as_in_a_command():
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, raise_terminated)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def on_call(monkeypatch, owner, name: str, count: int, act) -> None:
+    """`act` before the count-th call of owner.name."""
+    original, calls = getattr(owner, name), 0
+
+    def called(*arguments, **options):
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            act()
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, called)
+
+
+# 4 micro-batches a step and 3 of held-out rows, before step 1 and after steps 4, 8 and 12
+SIGNALLED = {
+    "train.steps": 12,
+    "train.checkpoint_every": 100,
+    "data.eval": 0.1,
+    "train.eval_every": 4,
+    "lora.dropout": 0.1,
+}
+MOMENTS = {  # when the signal comes -> (owner, name, which call), the step that is saved
+    "in a forward": ((loop, "batch_loss", 3 + 4 * 2 + 2), 3),
+    "in an update": ((loop, "clip_gradients", 6), 6),
+    "in an evaluation": ((loop, "evaluate", 2), 4),
+    "in a save": ((checkpoint, "save_file", 1), 12),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_heard_at_any_moment(moment, signum, workplace, tmp_path, monkeypatch):
+    """The step under way is finished and saved, the process leaves, and the same command goes on to the same bits."""
+    train_command.main(workplace("whole", **SIGNALLED))
+    place, step = MOMENTS[moment]
+    with monkeypatch.context() as patch:
+        on_call(patch, *place, lambda: signal.raise_signal(signum))
+        if moment == "in a save":  # of the last step: there is nothing left to stop
+            train_command.main(workplace("stopped", **SIGNALLED))
+        else:
+            with pytest.raises(KeyboardInterrupt if signum == signal.SIGINT else Terminated):
+                train_command.main(workplace("stopped", **SIGNALLED))
+            assert not (tmp_path / "stopped" / "adapter").exists()
+    assert [path.name for path in checkpoint.published(tmp_path / "stopped" / "checkpoints")] == [f"step-{step:08d}"]
+    train_command.main(workplace("stopped", **SIGNALLED))
+    assert_same_bits(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("owner, name", [(loop, "load_weights"), (checkpoint, "sha256"), (loop, "prepared")])
+def test_a_signal_while_loading_ends_at_once(owner, name, workplace, tmp_path, monkeypatch):
+    """There is nothing to save."""
+    on_call(monkeypatch, owner, name, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Terminated):
+        train_command.main(workplace(**SIGNALLED))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to_all", [True, False])
+def test_ranks_agree_on_the_step_to_stop_after(to_all, workplace, tmp_path):
+    """SIGTERM to torchrun, which passes it on, or to one rank alone."""
+    settings = KILLED | {"train.steps": 400, "train.checkpoint_every": 1000}
+    process = training(workplace(**settings), ranks=2)
+    wait_until(lambda: lines(tmp_path / "run") > 20)
+    started = time.monotonic()
+    os.kill(process.pid if to_all else ranks_of(process)[1], signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - started < 20
+    (saved,) = checkpoint.published(tmp_path / "run" / "checkpoints")
+    assert saved.name == f"step-{lines_of(tmp_path / 'run')[-1]['step']:08d}"
+    assert "SIGTERM: stopped after step" in out and "minorca: " not in err, err
+    torchrun(2, workplace("whole", **settings))
+    torchrun(2, workplace(**settings))
+    assert_same_bits(tmp_path / "whole", tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------------------- lost ranks
+
+
+def test_a_rank_that_dies_is_named_by_the_others(workplace, tmp_path):
+    process = training(workplace(**KILLED | {"train.steps": 5000}), ranks=2)
+    wait_until(lambda: lines(tmp_path / "run") > 3)
+    victim = ranks_of(process)[1]
+    started = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - started < 30 and process.returncode == 1
+    assert re.search(
+        rf"minorca: rank 0 ends because rank 1 \(process {victim} on .*; last heard at: .*\) is not heard of any more",
+        err,
+    ), err
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_by_the_others(workplace, tmp_path):
+    process = training(workplace(**KILLED | {"train.steps": 5000, "parallel.timeout": 10}), ranks=2)
+    wait_until(lambda: lines(tmp_path / "run") > 3)
+    victim = ranks_of(process)[1]
+    os.kill(victim, signal.SIGSTOP)
+    started = time.monotonic()
+    _, err = process.communicate(timeout=90)  # torchrun gives the stopped one 30 seconds to end
+    assert time.monotonic() - started < 60 and process.returncode == 1
+    assert re.search(rf"minorca: rank 0 ends because rank 1 \(process {victim} on ", err), err
+
+
+@pytest.mark.slow
+def test_a_rank_that_reads_for_long_is_waited_for(workplace, tmp_path):
+    """The time limit is for what ranks do together; how long one of them reads and loads has none."""
+    process = training(workplace(**{"train.steps": 2, "parallel.timeout": 10}), ranks=2, faulty=("slow reading", 15))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_while_loading_is_named_by_the_others(workplace, tmp_path):
+    process = training(workplace(), ranks=2, faulty=("while loading", 1))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(
+        r"minorca: rank 0 ends because rank 1 \(process \d+ on .*; last heard at: .*\) is not heard of any more", err
+    ), err
+
+
+@pytest.mark.slow
+def test_ranks_must_be_given_the_same(workplace, tmp_path):
+    """Settings and files: a rank that trains on other rows would spoil all, without a word."""
+    for point, key in (("other lr", "optim.lr"), ("other rows", "the rows")):
+        process = training(workplace(), ranks=2, faulty=(point, 1))
+        _, err = process.communicate(timeout=60)
+        assert err.count("minorca: error: ") == 1 and f"minorca: error: the ranks differ in {key}; start all" in err, (
+            err
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_one_rank_cannot_do_is_said_once(workplace, tmp_path):
+    """Whether one rank fails or all of them do: one line, no traceback."""
+    wrong = ({"model.path": tmp_path / "nowhere"}, {"data.train": "nowhere.jsonl"}, *[{"train.nonfinite": "never"}] * 4)
+    for options in (workplace(**settings) for settings in wrong):
+        process = training(options, ranks=2)
+        _, err = process.communicate(timeout=60)
+        assert err.count("minorca: ") == 1 and err.count("minorca: error: ") == 1, err
+    # the second rank finds a row that the first does not train on
+    process = training(workplace(), ranks=2, faulty=("nan loss", 3))
+    _, err = process.communicate(timeout=60)
+    assert err.count("minorca: error: ") == 1 and not re.search(r'File "[^"]*minorca/', err), err
+
+
+# ------------------------------------------------------------------------------------------------- disks, NaN, two runs at once
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
+def test_a_full_disk_costs_no_checkpoint(share, workplace, tmp_path, monkeypatch):
+    """At any byte of a save: an error that says so, nothing half-written, the checkpoint before as it was, and a run that goes on."""
+    settings = {"train.steps": 4, "train.checkpoint_every": 2}
+    train_command.main(workplace("whole", **settings))
+    largest = (tmp_path / "whole" / "checkpoints" / "step-00000002" / "optimizer.safetensors").stat().st_size
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_file, saves = checkpoint.save_file, 0
+
+    def starved(*arguments):
+        nonlocal saves
+        saves += 1
+        if saves == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * largest), hard))
+        save_file(*arguments)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="step-00000004: cannot be written .*nothing half-written was left"),
+    ):
+        patch.setattr(checkpoint, "save_file", starved)
+        try:
+            train_command.main(workplace(**settings))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    train_command.main(workplace(**settings))
+    assert_same_bits(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_disk_that_is_full_between_saves(workplace, tmp_path):
+    """Whichever file a step writes to first: one line, and the same command goes on."""
+    settings = {"train.steps": 6, "train.checkpoint_every": 2}
+    train_command.main(workplace("whole", **settings))
+    limits, step = resource.getrlimit(resource.RLIMIT_FSIZE), loop.metrics.Record.step
+
+    def starved(record, number, *rest):
+        if number == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        step(record, number, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="run: .*what was saved stands"):
+        patch.setattr(loop.metrics.Record, "step", starved)
+        try:
+            train_command.main(workplace(**settings))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    train_command.main(workplace(**settings))
+    assert_same_bits(tmp_path / "whole", tmp_path / "run")
+
+
+NONFINITE = {"train.steps": 6, "train.checkpoint_every": 1, "lora.dropout": 0.1}
+
+
+@pytest.fixture
+def spoilt(monkeypatch):
+    """spoilt(kind, row): within it, the row's loss or gradient is a NaN."""
+
+    def spoil(kind: str, row: int) -> None:
+        monkeypatch.setattr(loop, "make_batch", loop.make_batch)
+        monkeypatch.setattr(loop, "batch_loss", loop.batch_loss)
+        faulty.spoil(kind, row)
+
+    return spoil
+
+
+@pytest.mark.parametrize("kind", ["nan loss", "nan gradient"])
+def test_what_is_no_number_stops_the_run_before_the_update(kind, spoilt, workplace, tmp_path):
+    """With the step, the rank and the rows named, and the last checkpoint as it was."""
+    train_command.main(workplace("whole", **NONFINITE))
+    spoilt(kind, 7)
+    with pytest.raises(
+        UserError, match=r"step (\d): the loss is .*from rank 0, .*rows .*rows.jsonl, line 8\b"
+    ) as error:
+        train_command.main(workplace(**NONFINITE))
+    step = int(re.search(r"step (\d)", str(error.value))[1])
+    kept = checkpoint.published(tmp_path / "run" / "checkpoints")
+    assert step > 1 and kept[-1].name == f"step-{step - 1:08d}"
+    assert checkpoint.verify(kept[-1]).updates == step - 1
+    before, after = lines_of(tmp_path / "whole"), lines_of(tmp_path / "run")
+    assert [line["loss"] for line in after] == [line["loss"] for line in before[: step - 1]]
+
+
+def test_what_is_no_number_can_be_skipped(spoilt, workplace, tmp_path, monkeypatch):
+    """The step leaves no trace in adapter and optimizer, its line says so, and such a run resumes exactly too."""
+    spoilt("nan gradient", 7)
+    settings = NONFINITE | {"train.nonfinite": "skip"}
+    train_command.main(workplace("whole", **settings))
+    run = lines_of(tmp_path / "whole")
+    (skipped,) = [n for n, line in enumerate(run) if line.get("skipped")]
+    assert run[skipped]["grad_norm"] is None and len(run) == 6 and skipped + 1 < 6
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        on_call(patch, loop.metrics.Record, "step", skipped + 2, lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+        train_command.main(workplace("stopped", **settings))
+    assert checkpoint.verify(checkpoint.published(tmp_path / "stopped" / "checkpoints")[-1]).updates == skipped
+    train_command.main(workplace("stopped", **settings))
+    assert_same_bits(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_of_two_ranks_the_one_with_the_nan_is_named(workplace, tmp_path):
+    process = training(workplace(**NONFINITE | {"parallel.shard": "fsdp"}), ranks=2, faulty=("nan loss", 7))
+    _, err = process.communicate(timeout=60)
+    assert err.count("minorca: error: ") == 1
+    rank = re.search(r"minorca: error: step \d: the loss is nan .*from rank (\d), .*line 8\b", err)[1]
+    config = train_command.read_config(*train_command.config_parser("", "").parse_known_args(workplace(**NONFINITE)))
+    store, _ = loop.read_data(config)
+    steps = loop.plan_epoch(store.lengths, 128, 4, True, 0, 0)
+    (place,) = [index for step in steps for index, rows in enumerate(step) if 7 in rows]
+    assert int(rank) == place % 2
+
+
+def test_two_runs_cannot_write_one_output(workplace, tmp_path):
+    """And a lock outlives nobody: a run that was killed holds none."""
+    train_command.main(workplace(**{"train.steps": 1}))
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); "
+            "print('held', flush=True); time.sleep(60)",
+            tmp_path / "run" / ".lock",
+        ],
+        stdout=subprocess.PIPE,
+    )
+    holder.stdout.readline()
+    before = sorted(path.name for path in (tmp_path / "run").rglob("*"))
+    with pytest.raises(UserError, match=r"train.output is .*run, where another run writes \(process \d+ on .*\)"):
+        train_command.main(workplace(**{"train.steps": 1}))
+    assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == before
+    holder.kill()
+    holder.communicate()
+    train_command.main(workplace(**{"train.steps": 1}))

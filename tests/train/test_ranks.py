@@ -1,0 +1,167 @@
+"""Any number of ranks, however they share the model, give one rank's losses; and runs move between them."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from minorca.train import __main__ as train_command
+from minorca.train import checkpoint
+from tests.helpers import ROOT, assert_same_bits, assert_same_run, lines_of, torchrun, wait_until
+
+# 3 micro-batches a step, so that one of two ranks is left without a row in every step; tied weights; evaluations
+RANKED = {"train.steps": 20, "train.batch_tokens": 384, "data.eval": 0.1, "optim.lr": 0.003}
+
+
+def test_two_ranks_give_one_ranks_losses(workplace, tmp_path):
+    """One case of the matrix below."""
+    train_command.main(workplace("one", **RANKED))
+    torchrun(2, workplace("two", **RANKED, **{"parallel.shard": "fsdp"}))
+    assert_same_run(tmp_path / "one", tmp_path / "two", losses=1e-6)
+
+
+@pytest.mark.slow
+def test_the_matrix_of_ranks(workplace, tmp_path):
+    """Every way to share the model, on 1, 2 and 4 ranks, with every activation checkpointing: one rank's losses and adapters."""
+    train_command.main(workplace("one", **RANKED))
+    ways = {
+        "none": {"shard": "none"},
+        "auto": {},
+        "fsdp": {"shard": "fsdp"},
+        "offload": {"shard": "fsdp", "cpu_offload": "true"},
+    }
+    cases = [(ranks, way, again) for ranks in (1, 2, 4) for way in ways for again in ("none", "selective", "full")]
+    cases += [(ranks, "replicas", again) for ranks in (2, 4) for again in ("none", "selective", "full")]
+    ways["replicas"] = {"shard": "fsdp", "replicate": 2}
+    for ranks, way, again in cases:
+        name = f"{ranks}-{way}-{again}"
+        options = {f"parallel.{key}": value for key, value in ways[way].items()}
+        torchrun(ranks, workplace(name, **RANKED | options | {"parallel.activation_checkpointing": again}))
+        try:
+            assert_same_run(tmp_path / "one", tmp_path / name, losses=1e-6)
+        except AssertionError as error:
+            raise AssertionError(name) from error
+
+
+@pytest.mark.slow
+def test_bf16_weights_with_fp32_adapters_shard(workplace, tmp_path):
+    """What FSDP casts is what one rank casts; sums of bf16 products in another order differ by their rounding."""
+    settings = RANKED | {"model.dtype": "bfloat16", "train.steps": 5}
+    train_command.main(workplace("one", **settings))
+    torchrun(2, workplace("two", **settings, **{"parallel.shard": "fsdp"}))
+    for a, b in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two")):
+        for key in {"loss", "grad_norm", "eval_loss"} & a.keys():
+            assert b[key] == pytest.approx(a[key], rel=5e-3), (a["step"], key)
+    saved = load_file(tmp_path / "two" / "adapter" / "adapter_model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 4), (4, 2)])
+def test_a_run_resumes_on_another_number_of_ranks(before, after, workplace, tmp_path):
+    """8 steps on so many ranks, sharded where they are several, then the rest on others: the same rows in the same steps, the first
+    ten losses of the second part to 1e-6."""
+    settings = RANKED | {"train.checkpoint_every": 8}
+    torchrun(before, workplace("one", **settings, **{"parallel.shard": "fsdp" if before > 1 else "none"}))
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    for path in checkpoint.published(tmp_path / "moved" / "checkpoints")[1:]:
+        shutil.rmtree(path)
+    shutil.rmtree(tmp_path / "moved" / "adapter")
+    torchrun(after, workplace("moved", **settings, **{"parallel.shard": "fsdp" if after > 1 else "none"}))
+    assert_same_run(tmp_path / "one", tmp_path / "moved")
+    for a, b in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "moved")):
+        if "loss" in a and a["step"] <= 18:
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-6), a["step"]
+
+
+# -------------------------------------------------------------------------------------------------------------- several nodes
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def node(options: list[str], endpoint: str, restarts: int) -> subprocess.Popen:
+    """One machine's torchrun, with one rank, as examples/slurm.sbatch starts it."""
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        f"--max-restarts={restarts}",
+        "--rdzv-id=7",
+    ]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "-m", "minorca.train", *options]
+    quiet = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.Popen(
+        [sys.executable, *command], env=os.environ | quiet, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.slow
+def test_two_nodes_give_one_ranks_losses(workplace, tmp_path):
+    """Two agents of torchrun that meet on loopback."""
+    train_command.main(workplace("one", **RANKED))
+    endpoint = f"127.0.0.1:{free_port()}"
+    nodes = [node(workplace("two", **RANKED, **{"parallel.shard": "fsdp"}), endpoint, restarts=0) for _ in range(2)]
+    errors = [process.communicate(timeout=240)[1] for process in nodes]
+    assert [process.returncode for process in nodes] == [0, 0], errors
+    assert_same_run(tmp_path / "one", tmp_path / "two", losses=1e-6)
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    return [
+        int(pid)
+        for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    ]
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_on_one_node_is_restarted_on_both(workplace, tmp_path):
+    """And the run resumes by itself, from the newest checkpoint, to the same bits."""
+    settings = RANKED | {"train.steps": 150, "train.checkpoint_every": 5}
+    torchrun(2, workplace("whole", **settings))
+    endpoint = f"127.0.0.1:{free_port()}"
+    nodes = [node(workplace("killed", **settings), endpoint, restarts=3) for _ in range(2)]
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.read_text().count('"loss"') >= 12, 120)
+    os.kill(children(nodes[1])[0], signal.SIGKILL)
+    errors = [process.communicate(timeout=240)[1] for process in nodes]
+    assert [process.returncode for process in nodes] == [0, 0], errors
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_the_examples_of_clusters():
+    """They parse, and give torchrun and minorca.train options they have."""
+    script = ROOT / "examples" / "slurm.sbatch"
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    words = script.read_text().split("srun ")[1].split("&")[0].replace("\\\n", " ").split()
+    arguments = words[words.index("torchrun") + 1 :]
+    from torch.distributed.run import parse_args
+
+    numbers = {
+        '"$SLURM_JOB_NUM_NODES"': "2",
+        '"$SLURM_JOB_ID"': "1",
+        '"$head:29500"': "head:29500",
+        '"$1"': "configs/quickstart.yaml",
+    }
+    parsed = parse_args([numbers.get(word, word) for word in arguments])
+    assert (parsed.nnodes, parsed.max_restarts, parsed.training_script) == ("2", 3, "minorca.train")
+    train_command.config_parser("", "").parse_args(parsed.training_script_args)
+
+    job = yaml.safe_load((ROOT / "examples" / "pytorchjob.yaml").read_text())
+    assert job["kind"] == "PyTorchJob" and job["spec"]["elasticPolicy"]["maxRestarts"] == 3
+    pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    parsed = parse_args(pod["containers"][0]["command"][1:])
+    assert parsed.training_script == "minorca.train"
+    environment = {variable["name"]: variable["value"] for variable in pod["containers"][0]["env"]}
+    assert pod["terminationGracePeriodSeconds"] > int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])

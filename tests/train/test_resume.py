@@ -1,0 +1,358 @@
+"""Resuming: the same bits as never stopping, from nothing that is damaged and into nothing that is another run."""
+
+import json
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from minorca import UserError
+from minorca.train import __main__ as train_command
+from minorca.train import checkpoint, loop
+from tests.helpers import assert_same_bits, lines_of
+
+STOPPED = {"train.steps": 16, "train.checkpoint_every": 4, "lora.dropout": 0.1, "data.eval": 0.1, "train.eval_every": 6}
+
+
+def stop_in(step: int, options: list[str], monkeypatch) -> None:
+    """A run that ends without a word while it notes this step."""
+    note = loop.metrics.Record.step
+
+    def stop(record, number, *rest):
+        if number == step:
+            raise KeyboardInterrupt
+        note(record, number, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.metrics.Record, "step", stop)
+        train_command.main(options)
+
+
+def steps_of(run: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in checkpoint.published(run / "checkpoints")]
+
+
+def test_stopped_three_times_it_is_as_if_never(workplace, tmp_path, monkeypatch):
+    """Four segments: a second and third resume too (the class of datasets#8308)."""
+    train_command.main(workplace("whole", **STOPPED))
+    for step in (7, 10, 14):
+        stop_in(step, workplace("stopped", **STOPPED), monkeypatch)
+    train_command.main(workplace("stopped", **STOPPED))
+    assert_same_bits(tmp_path / "whole", tmp_path / "stopped")
+    assert steps_of(tmp_path / "stopped") == [12, 16]
+
+
+def test_mixed_sources_resume_in_the_middle_of_an_epoch(workplace, tmp_path, monkeypatch):
+    """The place in an epoch whose rows a weight draws anew each time is a function of the step too."""
+    sources = f"[{{path: {tmp_path / 'rows.jsonl'}, weight: 1.5}}, {{path: {tmp_path / 'more.jsonl'}, weight: 0.4}}]"
+    shutil.copy(tmp_path / "rows.jsonl", tmp_path / "more.jsonl")
+    settings = {"data.train": sources, "train.epochs": 3, "train.checkpoint_every": 5}
+    train_command.main(workplace("whole", **settings))
+    stop_in(18, workplace("stopped", **settings), monkeypatch)
+    train_command.main(workplace("stopped", **settings))
+    assert_same_bits(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_nothing_is_unpickled(workplace, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("unpickled")
+
+    for owner, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(owner, name, refuse)
+    stop_in(7, workplace(**STOPPED), monkeypatch)
+    train_command.main(workplace(**STOPPED))
+    assert len([line for line in lines_of(tmp_path / "run") if "loss" in line]) == 16
+
+
+# ------------------------------------------------------------------------------------------------ another run's checkpoint
+
+
+@pytest.fixture
+def refused(workplace):
+    """refused(**settings) -> the complaint of a second run in one output directory."""
+
+    def second(**settings):
+        with pytest.raises(UserError) as error:
+            train_command.main(workplace(**{"train.steps": 2} | settings))
+        return str(error.value)
+
+    train_command.main(workplace(**{"train.steps": 2}))
+    return second
+
+
+def test_other_settings_do_not_resume(refused):
+    message = refused(**{"optim.lr": 0.02, "train.seed": 3})
+    assert "optim.lr was 0.01 and is 0.02" in message and "train.seed was 0 and is 3" in message
+    assert "holds checkpoints and train.resume is never" in refused(**{"train.resume": "never"})
+
+
+def other_rows(directory: Path) -> None:
+    rows = (directory / "rows.jsonl").read_text().splitlines(keepends=True)
+    (directory / "rows.jsonl").write_text("".join(rows[:-1]))
+
+
+def other_weights(directory: Path) -> None:
+    path = next(directory.glob("model-*/model.safetensors"))
+    flipped = bytearray(path.read_bytes())
+    flipped[-1] ^= 1
+    path.write_bytes(flipped)
+
+
+def other_network(directory: Path) -> None:
+    path = next(directory.glob("model-*/config.json"))
+    path.write_text(path.read_text().replace('"sliding_window": 24', '"sliding_window": 25'))
+
+
+def other_tokenizer(directory: Path) -> None:
+    path = next(directory.glob("model-*/tokenizer_config.json"))
+    path.write_text(
+        '{"eos_token": "<|im_end|>", "chat_template": "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"}'
+    )
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (other_rows, "the rows' sha256 was"),
+        (other_weights, "the base's model.safetensors's sha256 was"),
+        (other_network, "the base's window was 24 and is 25"),
+        (other_tokenizer, "the rows' sha256 was"),
+    ],
+)
+def test_another_base_or_other_rows_do_not_resume(change, complaint, refused, tmp_path):
+    change(tmp_path)
+    assert complaint in refused()
+
+
+def test_a_run_resumes_wherever_its_files_have_moved(workplace, tmp_path):
+    """What counts of the base and of the rows is their content."""
+    train_command.main(workplace(**{"train.steps": 2}))
+    model = next(tmp_path.glob("model-*"))
+    shutil.copytree(model, tmp_path / "moved")
+    shutil.copy(tmp_path / "rows.jsonl", tmp_path / "moved.jsonl")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    train_command.main(
+        workplace(**{"train.steps": 2, "model.path": tmp_path / "moved", "data.train": tmp_path / "moved.jsonl"})
+    )
+    assert (tmp_path / "run" / "adapter").is_dir()
+
+
+def test_the_adapter_a_run_began_with_is_known_by_its_content(workplace, tmp_path, monkeypatch):
+    """It may move; once there is a checkpoint it is not read into the model again; another one is refused."""
+    train_command.main(workplace("first", **{"train.steps": 1}))
+    train_command.main(workplace("other", **{"train.steps": 2}))
+    settings = {"train.steps": 6, "train.checkpoint_every": 2}
+    train_command.main(workplace("whole", **settings, **{"lora.init": tmp_path / "first" / "adapter"}))
+    stop_in(4, workplace("stopped", **settings, **{"lora.init": tmp_path / "first" / "adapter"}), monkeypatch)
+    (tmp_path / "first" / "adapter").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="the initial adapter's sha256 was"):
+        train_command.main(workplace("stopped", **settings, **{"lora.init": tmp_path / "other" / "adapter"}))
+    train_command.main(workplace("stopped", **settings, **{"lora.init": tmp_path / "moved"}))
+    assert_same_bits(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_run_that_began_from_a_path_goes_on_from_its_own(workplace, tmp_path, monkeypatch):
+    """The same command again, as torchrun's restarts give it."""
+    settings = {"train.steps": 8, "train.checkpoint_every": 2, "train.keep": 9}
+    train_command.main(workplace("whole", **settings))
+    settings["train.resume"] = tmp_path / "whole" / "checkpoints" / "step-00000002"
+    stop_in(7, workplace("branch", **settings), monkeypatch)
+    train_command.main(workplace("branch", **settings))
+    assert [line["loss"] for line in lines_of(tmp_path / "branch")] == [
+        line["loss"] for line in lines_of(tmp_path / "whole")[2:]
+    ]
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_written_over(workplace, tmp_path):
+    train_command.main(workplace(**{"train.steps": 2}))
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(UserError, match="holds a finished run's adapter and no checkpoint"):
+        train_command.main(workplace(**{"train.steps": 2, "optim.lr": 0.5}))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_other_threads_are_told(workplace, tmp_path, monkeypatch, caplog):
+    """They split sums differently."""
+    stop_in(3, workplace(**{"train.steps": 4, "train.checkpoint_every": 1}), monkeypatch)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    train_command.main(workplace(**{"train.steps": 4, "train.checkpoint_every": 1}))
+    assert "it was written with 1 threads, and here are 7" in caplog.text
+
+
+def test_lines_that_no_run_wrote_are_dropped(workplace, tmp_path, monkeypatch):
+    stop_in(3, workplace(**{"train.steps": 4, "train.checkpoint_every": 1}), monkeypatch)
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(b'5\n[1]\n{"step": "x"}\n\xff\n{"step": 9, "lo')
+    train_command.main(workplace(**{"train.steps": 4, "train.checkpoint_every": 1}))
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_going_back_needs_the_later_checkpoints_gone(refused, workplace, tmp_path):
+    """Nothing is touched before the refusal."""
+    train_command.main(workplace("long", **{"train.steps": 4, "train.checkpoint_every": 1}))
+    before = (tmp_path / "long" / "metrics.jsonl").read_text()
+    earlier = tmp_path / "long" / "checkpoints" / "step-00000003"
+    with pytest.raises(UserError, match="step-00000004: is later than step-00000003"):
+        train_command.main(workplace("long", **{"train.steps": 4, "train.resume": earlier}))
+    assert (tmp_path / "long" / "metrics.jsonl").read_text() == before
+    shutil.rmtree(earlier.with_name("step-00000004"))
+    shutil.rmtree(tmp_path / "long" / "adapter")
+    train_command.main(workplace("long", **{"train.steps": 4, "train.resume": earlier}))
+    assert [line["loss"] for line in lines_of(tmp_path / "long")] == [
+        json.loads(line)["loss"] for line in before.splitlines()
+    ]
+
+
+# --------------------------------------------------------------------------------------------------- damaged checkpoints
+
+
+def truncate(newest: Path, older: Path) -> Path:
+    path = newest / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    return path
+
+
+def flip(newest: Path, older: Path) -> Path:
+    path = newest / "optimizer.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-5] ^= 1
+    path.write_bytes(damaged)
+    return path
+
+
+def stale(newest: Path, older: Path) -> Path:
+    shutil.copy(older / "adapter_model.safetensors", newest)
+    return newest / "adapter_model.safetensors"
+
+
+def swap(newest: Path, older: Path) -> Path:
+    (newest / "optimizer.safetensors").rename(newest / "x")
+    (newest / "adapter_model.safetensors").rename(newest / "optimizer.safetensors")
+    (newest / "x").rename(newest / "adapter_model.safetensors")
+    return newest / "adapter_model.safetensors"
+
+
+def lose(newest: Path, older: Path) -> str:
+    (newest / "state.json").unlink()
+    return "names ['state.json'], which are not there"
+
+
+def add(newest: Path, older: Path) -> str:
+    (newest / "pytorch_model.bin").write_bytes(b"")
+    return "lacks ['pytorch_model.bin'], which are"
+
+
+def link_to_nothing(newest: Path, older: Path) -> str:
+    (newest / "state.json").unlink()
+    (newest / "state.json").symlink_to("gone")
+    return "state.json: is a link to nothing"
+
+
+def lose_the_manifest(newest: Path, older: Path) -> str:
+    (newest / "MANIFEST.json").unlink()
+    return "no MANIFEST.json"
+
+
+def empty_the_manifest(newest: Path, older: Path) -> str:
+    (newest / "MANIFEST.json").write_text("")
+    return "MANIFEST.json, line 1: not valid JSON"
+
+
+@pytest.fixture
+def damaged(workplace, tmp_path):
+    """damaged(how) -> what is said of a run whose newest checkpoint was damaged so; the run as it was meant lies in whole/."""
+
+    def damage(how) -> tuple[str, str]:
+        train_command.main(workplace(**settings))
+        newest, older = (tmp_path / "run" / "checkpoints" / f"step-0000000{n}" for n in (4, 2))
+        expected = how(newest, older)
+        with pytest.raises(UserError) as error:
+            train_command.main(workplace(**settings))
+        return str(error.value), str(expected)
+
+    settings = {"train.steps": 4, "train.checkpoint_every": 2}
+    damage.settings = settings
+    train_command.main(workplace("whole", **settings))
+    return damage
+
+
+@pytest.mark.parametrize(
+    "how", [truncate, flip, stale, swap, lose, add, link_to_nothing, lose_the_manifest, empty_the_manifest]
+)
+def test_a_damaged_checkpoint_is_named_and_fallen_back_from_only_when_asked(how, damaged, workplace, tmp_path):
+    message, expected = damaged(how)
+    assert expected in message and "set train.resume to last-good" in message
+    if expected.startswith("/"):
+        assert "is not what was saved (expected {'bytes': " in message and "found {'bytes': " in message
+    train_command.main(workplace(**damaged.settings, **{"train.resume": "last-good"}))
+    assert_same_bits(tmp_path / "whole", tmp_path / "run")
+    assert [path.name[:21] for path in (tmp_path / "run" / "checkpoints").glob("damaged-*")] == [
+        "damaged-step-00000004"
+    ]
+
+
+def test_where_none_is_undamaged_nothing_starts_over(damaged, workplace, tmp_path):
+    damaged(flip)
+    truncate(tmp_path / "run" / "checkpoints" / "step-00000002", None)
+    with pytest.raises(UserError, match="none of its 2 checkpoints is undamaged"):
+        train_command.main(workplace(**damaged.settings, **{"train.resume": "last-good"}))
+
+
+def test_of_two_hundred_flipped_bits_none_goes_unseen(workplace, tmp_path):
+    train_command.main(workplace(**{"train.steps": 1}))
+    (directory,) = checkpoint.published(tmp_path / "run" / "checkpoints")
+    checkpoint.verify(directory)
+    files, draw = sorted(directory.iterdir()), random.Random(0)
+    for n in range(200):
+        path = files[n % len(files)]
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        with pytest.raises(UserError, match=f"{directory}/"):
+            checkpoint.verify(directory)
+        path.write_bytes(whole)
+    checkpoint.verify(directory)
+
+
+def test_a_damaged_checkpoint_counts_for_none(workplace, tmp_path, caplog):
+    """`keep` counts what verifies: the last good one is not removed for the sake of a damaged one."""
+    settings = {"train.steps": 4, "train.checkpoint_every": 1, "train.keep": 9}
+    train_command.main(workplace(**settings))
+    directory = tmp_path / "run" / "checkpoints"
+    truncate(directory / "step-00000003", None)
+    checkpoint.prune(directory, keep=2)
+    assert steps_of(tmp_path / "run") == [2, 3, 4]
+    assert f"{directory / 'step-00000003' / 'optimizer.safetensors'}: is not what was saved" in caplog.text
+
+
+def test_an_older_one_goes_only_after_the_newer_is_verified(workplace, tmp_path, monkeypatch):
+    """A new checkpoint that the disk did not keep as it was written costs none of the older ones."""
+    publish, settings = checkpoint.publish, {"train.steps": 3, "train.checkpoint_every": 1, "train.keep": 1}
+
+    def forget(directory, write):
+        publish(directory, write)
+        truncate(directory, None)
+
+    train_command.main(workplace(**settings | {"train.steps": 3}))
+    assert steps_of(tmp_path / "run") == [3]
+    monkeypatch.setattr(checkpoint, "publish", forget)
+    train_command.main(workplace("bad", **settings))
+    assert steps_of(tmp_path / "bad") == [1, 2, 3]
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_the_deterministic_mode_resumes_to_the_same_bits(workplace, tmp_path, monkeypatch):
+    settings = STOPPED | {"train.deterministic": "true", "model.dtype": "bfloat16"}
+    try:
+        train_command.main(workplace("whole", **settings))
+        for step in (7, 10):
+            stop_in(step, workplace("stopped", **settings), monkeypatch)
+        train_command.main(workplace("stopped", **settings))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_bits(tmp_path / "whole", tmp_path / "stopped")

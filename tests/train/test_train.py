@@ -1,0 +1,176 @@
+"""The loop: against PEFT's numbers, and what a run leaves behind."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from minorca import UserError, load_model
+from minorca.config import config_parser, read_config
+from minorca.data.packing import make_batch, plan_epoch
+from minorca.model.lora import LoRASettings, add_adapters, init_adapters
+from minorca.train import __main__ as train_command
+from minorca.train import loop, parallel
+from minorca.train.optim import learning_rate
+from tests.helpers import SAME, Calls, lines_of, relative_error
+
+
+def config_of(options):
+    return read_config(*config_parser("test", "").parse_known_args(options))
+
+
+def test_fifty_steps_follow_pefts_losses(workplace, tmp_path, monkeypatch):
+    """From the same adapter, on the same rows, every step's loss is within 1e-3 of transformers + PEFT's."""
+    options = workplace(**{"train.steps": 50, "optim.lr": 0.003, "optim.warmup_steps": 5, "optim.weight_decay": 0.1})
+    config, started = config_of(options), {}
+    init = loop.init_adapters
+
+    def save_start(model, seed):
+        init(model, seed)
+        started.update({name: p.detach().clone() for name, p in loop.adapter_parameters(model).items()})
+
+    monkeypatch.setattr(loop, "init_adapters", save_start)
+    train_command.main(options)
+    ours = [line["loss"] for line in lines_of(tmp_path / "run")]
+
+    theirs = PeftModel.from_pretrained(workplace.model, tmp_path / "run" / "adapter", is_trainable=True).train()
+    trainable = {name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad}
+    assert trainable.keys() == started.keys()
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(started[name])
+    optimizer = torch.optim.AdamW(trainable.values(), betas=(0.9, 0.95), weight_decay=0.1)
+    store, _ = loop.read_data(config)
+    steps = [(epoch, step) for epoch in range(50) for step in plan_epoch(store.lengths, 128, 4, True, 0, epoch)][:50]
+    for n, (_, micro_batches) in enumerate(steps, 1):
+        rows = [store.row(row) for micro_batch in micro_batches for row in micro_batch]
+        trained, total = sum(mask.sum() for _, mask in rows), 0.0
+        for ids, mask in rows:  # one row at a time: nothing of packing, of the flat batch or of the chunked loss
+            labels = torch.where(torch.tensor(mask), torch.tensor(ids).long(), -100)
+            logits = theirs(torch.tensor(ids).long()[None]).logits[0]
+            loss = F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum") / trained
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(n, 50, config.optim)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert abs(total - ours[n - 1]) <= 1e-3, f"step {n}"
+    assert ours[-1] < 0.8 * ours[0]
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert max(relative_error(saved[name], p) for name, p in trainable.items()) < 0.05
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rates_are_those_of_transformers(schedule, workplace):
+    """Its schedules count from 0, with the first step's rate at 0; ours give the first step its share."""
+    import transformers
+
+    optim = config_of(workplace(**{"optim.schedule": schedule, "optim.warmup_steps": 3})).optim
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=optim.lr)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    theirs = transformers.get_scheduler(name, optimizer, 0, num_training_steps=17)
+    for step in range(4, 21):
+        assert learning_rate(step, 20, optim) == pytest.approx(theirs.get_last_lr()[0])
+        theirs.step()
+    assert [learning_rate(step, 20, optim) for step in (1, 2, 3)] == pytest.approx(
+        [optim.lr / 3, optim.lr * 2 / 3, optim.lr]
+    )
+
+
+def test_a_finished_run_says_so(workplace, tmp_path, caplog):
+    options = workplace(**{"train.steps": 2})
+    train_command.main(options)
+    files = {"config.yaml", "metrics.jsonl", "checkpoints", "adapter", "curves.png", "tensorboard"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == files | {".lock"}
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    caplog.set_level("INFO")
+    train_command.main(options)
+    assert "all 2 steps are done" in caplog.text
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    phases = {f"{phase}_seconds" for phase in loop.metrics.PHASES}
+    expected = {"step", *SAME, *phases, "seconds", "tokens_per_second", "mfu", "peak_memory_bytes"}
+    assert all(set(line) == expected and line["mfu"] is None for line in lines_of(tmp_path / "run"))
+
+
+def test_a_run_starts_from_an_adapter(workplace, tmp_path):
+    """The second run's first evaluation is the first run's last; an adapter of another rank is refused by name."""
+    settings = {"train.steps": 3, "data.eval": 0.1}
+    train_command.main(workplace("first", **settings))
+    init = {"lora.init": tmp_path / "first" / "adapter"}
+    train_command.main(workplace("second", **settings, **init))
+    assert lines_of(tmp_path / "second")[0]["eval_loss"] == lines_of(tmp_path / "first")[-1]["eval_loss"]
+    with pytest.raises(UserError, match="lora.rank is 5, and the adapter .* has 4"):
+        train_command.main(workplace("third", **settings, **init, **{"lora.rank": 5}))
+
+
+def test_starting_over_leaves_no_line_of_the_first_start(workplace, tmp_path, monkeypatch):
+    """Stopped before the first checkpoint: the evaluation before step 1 stands once."""
+    settings = {"train.steps": 2, "data.eval": 0.1}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "clip_gradients", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        train_command.main(workplace(**settings))
+    train_command.main(workplace(**settings))
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [0, 1, 2, 2]
+
+
+def test_an_output_that_cannot_be_made_is_named(workplace, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="train.output is .*file/run, but .*file is no directory"):
+        train_command.main(workplace("file/run"))
+
+
+def step_gradients(workplace, accumulate: bool = False, dropout: float = 0.0, recompute: str = "none"):
+    """The loss and adapter gradients of one step of 4 micro-batches, or the same rows as one."""
+    config = config_of(workplace(**{"parallel.activation_checkpointing": recompute, "lora.dropout": dropout}))
+    with parallel.joined(60) as world:
+        model, _ = loop.build(config, loop.open_base(config), world)
+    for parameter in loop.adapter_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
+    store, _ = loop.read_data(config)
+    micro_batches = plan_epoch(store.lengths, 128, 4, True, 0, 0)[0]
+    trained = loop.trained_tokens(store, micro_batches)
+    if not accumulate:
+        micro_batches = [np.concatenate(micro_batches)]
+    model.train()
+    loss = 0.0
+    for n, rows in enumerate(micro_batches):
+        loop.seed_dropout(model, 0, 1, n)
+        loss += loop.forward_backward(model, make_batch(store, rows), trained, last=True)
+    return loss, {name: p.grad for name, p in loop.adapter_parameters(model).items()}
+
+
+def test_accumulation_changes_nothing(workplace):
+    """Four micro-batches are one large one: the loss is divided by the whole step's trained tokens."""
+    (loss, gradients), (whole_loss, whole) = step_gradients(workplace, accumulate=True), step_gradients(workplace)
+    assert loss.item() == pytest.approx(whole_loss.item(), rel=1e-6)
+    assert all(relative_error(gradients[name], whole[name]) < 1e-5 for name in whole)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_changes_no_bit(recompute, dropout, workplace):
+    """Dropout masks are a function of their seed, so what is computed again is the same."""
+    (loss, plain), (again_loss, again) = (
+        step_gradients(workplace, dropout=dropout, recompute=r) for r in ("none", recompute)
+    )
+    assert loss == again_loss and all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.parametrize("recompute, again", [("none", 0), ("selective", 1), ("full", 4)])
+def test_what_backward_computes_again(recompute, again, save_mistral):
+    """Of a layer's four projections, and attention."""
+    model = load_model(save_mistral(num_hidden_layers=1)[0], torch.float32, "cpu")
+    add_adapters(model, LoRASettings(rank=4, alpha=8))
+    init_adapters(model, seed=0)
+    parallel.checkpoint_activations(model, recompute)
+    with Calls() as calls:
+        loss = model(torch.arange(40)).square().sum()
+        forward = [operator.name() for operator, _ in calls.made]
+        loss.backward()
+    backward = [operator.name() for operator, _ in calls.made[len(forward) :]]
+    assert forward.count("minorca::lora_linear") == 4 and backward.count("minorca::lora_linear") == again
+    assert forward.count("minorca::attention") == 1 and backward.count("minorca::attention") == (recompute == "full")
