@@ -1,8 +1,13 @@
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+version = re.search(r'__version__ = "(.+)"', (Path(__file__).parent / "minorca" / "__init__.py").read_text())[1]
 
 setup(
     name="minorca",
-    version="0.1.0",
+    version=version,
     description="A low-level PyTorch engine for Mistral models: fine-tuning with LoRA, generation, a server",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -166,25 +166,27 @@ def _projection(name: str, tokens: int, columns: int, rows: list[int], rank: int
             adapters.append(ours.Adapter(start, start + count, a, b))
             start += count
         w = normal(start, columns)
-        with_room = ours.pad_rows(w, rank * len(rows)).copy_(w)
-        return _gradient(normal(tokens, columns * (1 + of_swiglu), scale=1)), w, adapters, SCALE, with_room
+        dense = ours.DenseWeight(w)
+        padded = ours.PaddedWeight(w, rank * len(rows))
+        return _gradient(normal(tokens, columns * (1 + of_swiglu), scale=1)), dense, adapters, SCALE, padded
 
-    def by(way: str | None) -> Callable:
-        def call(x, w, adapters, scale, with_room):
-            chosen = way or ("augmented" if ours.padding_pays(w, of_swiglu) else None)  # as in minorca/lora.py
-            return ours.lora_linear(
-                x, with_room if chosen == "augmented" else w, adapters, scale, of_swiglu=of_swiglu, way=chosen
-            )
+    def lora_linear(strategy: str | None) -> Callable:
+        def call(x, dense, adapters, scale, padded):
+            # as in minorca/model/lora.py
+            default = "augmented" if ours.padding_pays(sum(rows), columns, of_swiglu) else None
+            chosen = strategy or default
+            weight = padded if chosen == "augmented" else dense
+            return ours.lora_linear(x, weight, adapters, scale, of_swiglu=of_swiglu, strategy=chosen)
 
         return call
 
     providers = {
-        "ours": by(None),
-        "plain": lambda x, w, adapters, scale, _: ours.lora_linear_definition(
-            x, w, adapters, scale, of_swiglu=of_swiglu
+        "ours": lora_linear(None),
+        "plain": lambda x, dense, adapters, scale, _: ours.lora_linear_definition(
+            x, dense.weight, adapters, scale, of_swiglu=of_swiglu
         ),
-        "base": lambda x, w, adapters, scale, _: F.linear(ours.swiglu(x) if of_swiglu else x, w),
-        **{way: by(way) for way in ours.STRATEGIES},
+        "base": lambda x, dense, adapters, scale, _: dense.linear(ours.swiglu(x) if of_swiglu else x),
+        **{strategy: lora_linear(strategy) for strategy in ours.STRATEGIES},
     }
     shape, total = f"{tokens} x {columns} -> {sum(rows)}, rank {rank}", sum(rows)
     forward_bytes = BYTES * (tokens * columns * (1 + of_swiglu) + total * columns + tokens * total)

@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from minorca.files.weights import huggingface_tensors
 from minorca.model.architecture import read_architecture
 from minorca.model.build import build_model, fast_dtype, load_model
+from minorca.model.layout import source_tensors
 from minorca.model.network import Mistral
+from minorca.model.projection import Projection
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,15 +91,20 @@ def peer(directory: Path, model: Mistral) -> nn.Module:
     """transformers' model of the directory's configuration, its weights views of minorca's: one copy in memory serves both."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config, ours = AutoConfig.from_pretrained(directory), dict(model.named_parameters())
+    def stacked(module: str) -> Tensor:
+        weight = model.get_submodule(module)
+        weight = weight.base if isinstance(weight, Projection) else weight
+        return weight.weight.detach()
+
+    config = AutoConfig.from_pretrained(directory)
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(
             config, dtype=model.embedding.weight.dtype, attn_implementation="sdpa"
         )
     views = {
-        piece.name: view
-        for name, pieces in huggingface_tensors(model.arch).items()
-        for piece, view in zip(pieces, ours[name].detach().split([piece.rows for piece in pieces]))
+        tensor.name: view
+        for module, tensors in source_tensors(model.arch, "huggingface").items()
+        for tensor, view in zip(tensors, stacked(module).split([tensor.rows for tensor in tensors]))
     }
     theirs.load_state_dict(views, strict=False, assign=True)
     theirs.tie_weights()

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.common import DEVICE, ROOT, SHAPES, clock, report, spread
-from minorca.files.weights import huggingface_tensors, load_weights, open_weights
+from minorca.files.weights import load_weights, open_model
 from minorca.model.architecture import read_architecture
 from minorca.model.build import build_model
+from minorca.model.layout import source_tensors
 
 CHUNK = 2**24
 
@@ -43,10 +44,9 @@ def read_and_keep(paths: list[Path]) -> None:
 
 
 def load(directory: Path) -> None:
-    arch = read_architecture(directory)
-    files, pieces = open_weights(directory, arch)
-    dtype = files.read(pieces["embedding.weight"][0].name, 0, 1).dtype
-    load_weights(build_model(arch, dtype).to_empty(device=DEVICE), files, pieces)
+    source = open_model(directory)
+    dtype = source.read(source.tensors["embedding"][0], 0, 1).dtype
+    load_weights(build_model(source.arch, dtype).to_empty(device=DEVICE), source)
 
 
 def drop(paths: list[Path]) -> None:
@@ -72,9 +72,9 @@ def directory_under_test(args: argparse.Namespace) -> Iterator[Path]:
         layers = max(1, round((args.gigabytes * 1e9 - rest) / layer))
         (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
         tensors = {
-            piece.name: torch.randn(piece.rows, *parameters[name].shape[1:], dtype=torch.bfloat16)
-            for name, pieces in huggingface_tensors(read_architecture(directory)).items()
-            for piece in pieces
+            tensor.name: torch.randn(tensor.shape, dtype=torch.bfloat16)
+            for stacked in source_tensors(read_architecture(directory), "huggingface").values()
+            for tensor in stacked
         }
         save_file(tensors, directory / "model.safetensors", {"format": "pt"})
         del tensors
@@ -96,8 +96,8 @@ def main() -> None:
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
     with directory_under_test(args) as directory:
-        arch = read_architecture(directory)
-        paths = sorted(set(open_weights(directory, arch)[0].files.values()))
+        source = open_model(directory)
+        paths = source.paths
         size = sum(path.stat().st_size for path in paths)
         ways = {
             "read": lambda: read(paths),
@@ -120,7 +120,7 @@ def main() -> None:
     }
     report(
         {
-            "model": f"{arch.layers} layers of 7b" if args.gigabytes else args.model.name,
+            "model": f"{source.arch.layers} layers of 7b" if args.gigabytes else args.model.name,
             "files": len(paths),
             "bytes": size,
             "gigabytes_per_second": speeds,

@@ -4,6 +4,8 @@ from minorca.data.chat_template import render_chat
 from minorca.data.tokenizer import load_tokenizer
 from minorca.errors import UserError
 
+__version__ = "0.2.0"
+
 __all__ = ["UserError", "load_model", "load_tokenizer", "render_chat"]
 
 

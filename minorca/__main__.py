@@ -1,9 +1,10 @@
 """`minorca NAME ...` is `python -m minorca.NAME ...`."""
 
+import difflib
 import importlib
 import sys
 
-from minorca import cli
+from minorca import __version__, cli
 from minorca.errors import UserError
 
 COMMANDS = ("train", "data", "generate", "serve", "export")
@@ -11,9 +12,14 @@ COMMANDS = ("train", "data", "generate", "serve", "export")
 
 def dispatch(argv: list[str]) -> None:
     if argv[:1] in (["-h"], ["--help"]):
-        print(f"usage: minorca {{{','.join(COMMANDS)}}} ...   (--help on each)")
+        print(f"usage: minorca [--version] {{{','.join(COMMANDS)}}} ...   (--help on each)")
+    elif argv == ["--version"]:
+        print(f"minorca {__version__}")
     elif not argv or argv[0] not in COMMANDS:
-        raise UserError(f"expected one of the commands {', '.join(COMMANDS)}; found {' '.join(argv[:1]) or 'none'}")
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1) if argv else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        given = f"unknown command {argv[0]}" if argv else "no command given"
+        raise UserError(f"{given}; expected one of {', '.join(COMMANDS)}{hint}")
     else:
         importlib.import_module(f"minorca.{argv[0]}.__main__").main(argv[1:])
 

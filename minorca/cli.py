@@ -1,14 +1,21 @@
-"""How every command parses its arguments, how it takes signals, and how it ends.
+"""How every command parses its arguments, and how it ends.
 
-Exit status: 0 done; 2 for what the user can mend, with one line on standard error; 130 and 143 after SIGINT and SIGTERM.
+Exit status: 0 done; 2 for what the user can fix, with a line for each problem on standard error; 130 and 143 after SIGINT
+and SIGTERM.
 """
 
 import argparse
+import dataclasses
+import difflib
 import os
 import signal
 import sys
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+from minorca.config import Config, Source
+from minorca.config_file import load_yaml, read_config, suggestion
 from minorca.errors import RunEnded, UserError, one_line
 from minorca.signals import Terminated, raise_terminated
 
@@ -20,14 +27,97 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def exit(self, status: int = 0, message: str | None = None):
-        sys.stdout.flush()  # the help, while `run` can still see that nobody reads it
+        # the help, while `run` can still see that nobody reads it
+        sys.stdout.flush()
         super().exit(status, message)
 
 
+# -------------------------------------------------------------------------------------------------- settings of a run
+
+
+def config_parser(prog: str, description: str) -> Parser:
+    """A parser of `--config FILE` and one `--section.key VALUE` a setting; commands may add their own options to it."""
+    usage = f"{prog} [--config FILE] [--section.key VALUE ...]"
+    parser = Parser(prog=prog, usage=usage, description=description, allow_abbrev=False)
+    help = "a YAML file of these settings, which options override; all others have the defaults below"
+    parser.add_argument("--config", metavar="FILE", help=help)
+    for section in dataclasses.fields(Config):
+        group = parser.add_argument_group(section.name)
+        hints = typing.get_type_hints(section.type, include_extras=True)
+        for key in dataclasses.fields(section.type):
+            value = key.default_factory() if callable(key.default_factory) else key.default
+            kind = hints[key.name].__origin__
+            choices = [choice for choice in typing.get_args(kind) if isinstance(choice, str)]
+            default = "" if value is dataclasses.MISSING else f" (default: {value})"
+            group.add_argument(
+                f"--{section.name}.{key.name}",
+                default=argparse.SUPPRESS,
+                type=_option_reader(kind),
+                metavar="|".join(choices) or "VALUE",
+                help=hints[key.name].__metadata__[0] + default,
+            )
+    return parser
+
+
+def parse_config(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, Config]:
+    """The arguments of a `config_parser`, and the settings that they give.
+
+    Raises:
+        UserError: every unknown option, and whatever is wrong with the settings.
+    """
+    args, surplus = parser.parse_known_args(argv)
+    options = {option: value for option, value in vars(args).items() if "." in option}
+    path = Path(args.config) if args.config else None
+    return args, read_config(path, options, _unknown_options(parser, surplus))
+
+
+def _unknown_options(parser: Parser, surplus: list[str]) -> Iterator[UserError]:
+    known = [option for action in parser._actions for option in action.option_strings]
+    after_option = False
+    for word in surplus:
+        if word.startswith("--"):
+            name = word.partition("=")[0]
+            hint = suggestion(name[2:])
+            if not hint and (near := difflib.get_close_matches(name, known, n=1)):
+                hint = f"; did you mean {near[0]}?"
+            yield UserError(f"is an unknown option{hint} (see {parser.prog} --help)", field=name)
+        elif not after_option:
+            yield UserError(f"unexpected argument {word} (see {parser.prog} --help)")
+        # the word after an unknown option is its value
+        after_option = word.startswith("--") and "=" not in word
+
+
+def _option_reader(kind) -> Callable[[str], object]:
+    """How an option's text becomes a value of `kind`: as YAML, but where only text is wanted as it stands (007 is a name)."""
+    import yaml
+
+    def read(text: str):
+        try:
+            return load_yaml(text)
+        # a path that starts with [ or @; where no text is wanted, the check of types says so
+        except yaml.YAMLError:
+            return text
+
+    def read_sources(text: str):
+        value = read(text)
+        if not isinstance(value, list) and text.lstrip().startswith(("[", "{")) and not Path(text).exists():
+            expected = "a path, a hub id or a list [{path: FILE, format: NAME, weight: NUMBER}, ...]"
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+        return value if isinstance(value, list) else text
+
+    def read_text_or_null(text: str):
+        return None if text == "null" else text
+
+    readers = {str: str, str | None: read_text_or_null, str | list[Source]: read_sources}
+    return readers.get(kind, read)
+
+
+# ------------------------------------------------------------------------------------------------------------- ending
+
+
 def _exit(status: int) -> None:
-    if (
-        int(os.environ.get("WORLD_SIZE", 1)) > 1
-    ):  # gloo's threads may abort a process that ends as Python does (pytorch#190489)
+    # gloo's threads may abort a process that ends as Python does (pytorch#190489)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -54,15 +144,13 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
         status = 130
     except Terminated:
         status = 143
-    except BrokenPipeError:  # the reader of our output has gone (`| head`): nobody is left to tell
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python tries once more on its way out, and complains
+    # the reader of our output has gone (`| head`): nobody is left to tell
+    except BrokenPipeError:
+        # or Python tries once more on its way out, and complains
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     if status in (130, 143):
-        for signum in (
-            signal.SIGINT,
-            signal.SIGTERM,
-        ):  # another one must not end the process in another way than it ends already
+        # another signal must not change how the process ends
+        for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_IGN)
     _exit(status)

@@ -12,16 +12,24 @@ class UserError(Exception):
         path: the file or directory that the message is about.
         where: the place in that file, as "line 3" or "row 7".
         field: the key, option, column or tensor that is wrong.
+        advice: what else may help, known to the caller of what raised it.
     """
 
     def __init__(
-        self, message: str, *, path: str | Path | None = None, where: str | None = None, field: str | None = None
+        self,
+        message: str,
+        *,
+        path: str | Path | None = None,
+        where: str | None = None,
+        field: str | None = None,
+        advice: str | None = None,
     ):
         super().__init__(message)
         self.message = message
         self.path = path
         self.where = where
         self.field = field
+        self.advice = advice
 
     @property
     def problems(self) -> list["UserError"]:
@@ -31,7 +39,8 @@ class UserError(Exception):
     @property
     def sentence(self) -> str:
         """The message with its field, without the file's name."""
-        return self.message if self.field is None else f"{self.field} {self.message}"
+        sentence = self.message if self.field is None else f"{self.field} {self.message}"
+        return sentence if self.advice is None else f"{sentence}; {self.advice}"
 
     def __str__(self) -> str:
         place = ", ".join(str(part) for part in (self.path, self.where) if part is not None)

@@ -8,13 +8,25 @@ suffix, which runs what suits the device through operators that torch knows (ope
 from minorca_kernels.attention import attention, attention_definition
 from minorca_kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_definition
 from minorca_kernels.decode_attention import decode_attention, decode_attention_definition, decode_groups
-from minorca_kernels.lora_linear import STRATEGIES, Adapter, lora_linear, lora_linear_definition, pad_rows, padding_pays
+from minorca_kernels.frozen_weight import (
+    DenseWeight,
+    FrozenWeight,
+    PaddedWeight,
+    PrepackedWeight,
+    fill_rows,
+    local_part,
+)
+from minorca_kernels.lora_linear import STRATEGIES, Adapter, lora_linear, lora_linear_definition, padding_pays
 from minorca_kernels.rms_norm import add_rms_norm, add_rms_norm_definition, rms_norm, rms_norm_definition
 from minorca_kernels.rope import rope, rope_definition, rope_tables
 from minorca_kernels.swiglu import swiglu, swiglu_definition
 
 __all__ = [
     "Adapter",
+    "DenseWeight",
+    "FrozenWeight",
+    "PaddedWeight",
+    "PrepackedWeight",
     "STRATEGIES",
     "add_rms_norm",
     "add_rms_norm_definition",
@@ -23,11 +35,12 @@ __all__ = [
     "decode_attention",
     "decode_attention_definition",
     "decode_groups",
+    "fill_rows",
     "linear_cross_entropy",
     "linear_cross_entropy_definition",
+    "local_part",
     "lora_linear",
     "lora_linear_definition",
-    "pad_rows",
     "rms_norm",
     "rms_norm_definition",
     "rope",

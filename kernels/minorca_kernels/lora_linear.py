@@ -1,9 +1,10 @@
 """A frozen projection and its low-rank adapters as one differentiable operation. Source: Hu et al. 2021 (arXiv:2106.09685).
 
-One projection may be several of the model's stacked by rows (q, k and v), each with an adapter of its own or none; and it may
-be one of SwiGLU's product, which is then made again in backward instead of being kept.
+A projection may stack several of the model's by rows (q, k and v), each with an adapter of its own or none. Its input may
+be the SwiGLU of a buffer, which is then recomputed in backward instead of being stored.
 
-Four ways to add the update are here (`STRATEGIES`), two of which touch the output once; `python -m benchmarks.kernels` compares them.
+There are four strategies to add the update (`STRATEGIES`), two of which touch the output once; `python -m
+benchmarks.kernels` compares them. Axes: T tokens, N out, K in, R ranks of all adapters side by side.
 """
 
 import functools
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minorca_kernels.frozen_weight import FrozenWeight
 from minorca_kernels.low_rank_gradients import low_rank_gradients
 from minorca_kernels.low_rank_matmul import low_rank_matmul
 from minorca_kernels.operator import operator, uses_triton
@@ -55,75 +57,116 @@ def lora_linear_definition(
     return y + sum(updates) if updates else y
 
 
-# ------------------------------------------------------------------------------- ways to add a low-rank product
-# x [T, K], w [N, K], s [T, R], b: a [N_i, R_i] for the rows from each of starts, side by side in s -> x w^T, scale * s b^T added
+# ------------------------------------------------------------------------------------------------------- strategies
+# x [T, K], W [N, K], s [T, R], b: an adapter's B [N_i, R_i] for the rows from each of starts, their columns side by side
+# in s -> x W^T + scale * s b^T
 
 
-def _beside(columns: Tensor, b: list[Tensor]) -> tuple[Tensor, ...]:
-    """Each adapter's own columns of a tensor [M, R]."""
-    return columns.split([b_i.shape[1] for b_i in b], dim=1)
+class _Factor(NamedTuple):
+    """W, or its transpose in backward, as the second factor of a product."""
+
+    storage: type[FrozenWeight]
+    tensors: list[Tensor]
+    transposed: bool
+    rows: int
+
+    def product(self, x: Tensor) -> Tensor:
+        product = self.storage.transposed_product if self.transposed else self.storage.product
+        return product(x, self.tensors)
+
+    def add_product(self, y: Tensor, x: Tensor) -> Tensor:
+        """Adds the product to y in place."""
+        add = self.storage.add_transposed_product if self.transposed else self.storage.add_product
+        return add(y, x, self.tensors)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The factor of a kind that is stored as a matrix."""
+        return self.tensors[0].t() if self.transposed else self.tensors[0]
 
 
-def _added(x: Tensor, w: Tensor, s: Tensor, b: list[Tensor], starts: list[int], scale: float) -> Tensor:
-    """The output is read and written once more: 13 % of the time of a product 4096 deep on an H100, by its bytes."""
-    y = F.linear(x, w)
-    for start, s_i, b_i in zip(starts, _beside(s, b), b):
+def _whole_rows(t: Tensor) -> Tensor:
+    """A slice of columns as an operand of a matrix product, whose rows must not be read past their end.
+
+    On CPUs with AMX, oneDNN reads bf16 rows in blocks of 32 elements and multiplies what lies behind a shorter row by
+    zero, which gives NaN where that is NaN or infinite (oneDNN#5717).
+    """
+    return t.contiguous() if t.device.type == "cpu" and t.shape[-1] % 32 else t
+
+
+def _own_columns(columns: Tensor, b: list[Tensor]) -> list[Tensor]:
+    """Each adapter's columns of a tensor [M, R]."""
+    return [_whole_rows(part) for part in columns.split([b_i.shape[1] for b_i in b], dim=1)]
+
+
+def _added(x: Tensor, weight: _Factor, s: Tensor, b: list[Tensor], starts: list[int], scale: float) -> Tensor:
+    """Reads and writes the output once more: 13% of the time of a product 4096 deep on an H100, by its bytes."""
+    y = weight.product(x)
+    for start, s_i, b_i in zip(starts, _own_columns(s, b), b):
         y[:, start : start + len(b_i)].addmm_(s_i, b_i.t(), alpha=scale)
     return y
 
 
-def _accumulated(x: Tensor, w: Tensor, s: Tensor, b: list[Tensor], starts: list[int], scale: float) -> Tensor:
-    """The update is written first, and the large product reads it where it is about to write: while others still multiply."""
-    y = x.new_empty(len(x), len(w)) if sum(map(len, b)) == len(w) else x.new_zeros(len(x), len(w))
-    for start, s_i, b_i in zip(starts, _beside(s, b), b):
+def _accumulated(x: Tensor, weight: _Factor, s: Tensor, b: list[Tensor], starts: list[int], scale: float) -> Tensor:
+    """Writes the update first, and lets the large product add to it where it is about to write."""
+    covered = sum(map(len, b)) == weight.rows
+    y = x.new_empty(len(x), weight.rows) if covered else x.new_zeros(len(x), weight.rows)
+    for start, s_i, b_i in zip(starts, _own_columns(s, b), b):
         y[:, start : start + len(b_i)].addmm_(s_i, b_i.t(), beta=0, alpha=scale)
-    return y.addmm_(x, w.t())
+    return weight.add_product(y, x)
 
 
-def _augmented(x: Tensor, w: Tensor, s: Tensor, b: list[Tensor], starts: list[int], scale: float) -> Tensor:
-    """[x | s] [w | scale b]^T, one product a little deeper, where x and w have room for s and b after each row."""
-    k, depth = w.shape[1], w.shape[1] + s.shape[1]
-    # .data: no element of w itself changes, so what autograd has kept of w stays valid
-    x, w = x.as_strided((len(x), depth), x.stride()), w.data.as_strided((len(w), depth), w.stride())
-    x[:, k:] = s
+def _augmented(x: Tensor, weight: _Factor, s: Tensor, b: list[Tensor], starts: list[int], scale: float) -> Tensor:
+    """[x | s] [W | scale b]^T, one product a little deeper: x and W have scratch columns after each row.
+
+    The product takes rows with all of their scratch columns, the unused ones zero, and so reads nothing that is not written.
+    """
+    # .data: no element of W itself changes, so what autograd has saved of it stays valid
+    w = weight.matrix.data
+    k, depth = w.shape[1], w.stride(0)
+    x, w = (t.as_strided((len(t), depth), (depth, 1)) for t in (x, w))
+    x[:, k : k + s.shape[1]] = s
+    x[:, k + s.shape[1] :] = 0
     _block_diagonal(b, starts, scale, w[:, k:])
     return F.linear(x, w)
 
 
-def _fused(x: Tensor, w: Tensor, s: Tensor, b: list[Tensor], starts: list[int], scale: float) -> Tensor:
+def _fused(x: Tensor, weight: _Factor, s: Tensor, b: list[Tensor], starts: list[int], scale: float) -> Tensor:
     """Triton's product, whose last step in depth is the update."""
-    return low_rank_matmul(x, w, s, _block_diagonal(b, starts, scale, w.new_empty(len(w), s.shape[1])))
+    update = weight.matrix.new_empty(weight.rows, s.shape[1])
+    return low_rank_matmul(x, weight.matrix, s, _block_diagonal(b, starts, scale, update))
 
 
 def _block_diagonal(b: list[Tensor], starts: list[int], scale: float, out: Tensor) -> Tensor:
-    """Writes every scale * B into its own rows and columns of out [N, R], and zeros elsewhere."""
+    """Writes every scale * B into its own rows and columns of out [N, R or more], and zeros elsewhere."""
     out.zero_()
-    for start, b_i, column in zip(starts, b, _beside(out, b)):
-        torch.mul(b_i, scale, out=column[start : start + len(b_i)])
+    column = 0
+    for start, b_i in zip(starts, b):
+        torch.mul(b_i, scale, out=out[start : start + len(b_i), column : column + b_i.shape[1]])
+        column += b_i.shape[1]
     return out
 
 
 STRATEGIES = {"added": _added, "accumulated": _accumulated, "augmented": _augmented, "fused": _fused}
-FEW = 256  # rows below which launches cost more than traffic: one token a sequence, while generating
+# Below so many tokens launches cost more than memory traffic: generation takes one token a sequence.
+MIN_TOKENS_AUGMENTED = 256
 
 
-def padding_pays(w_NK: Tensor, of_swiglu: bool) -> bool:
-    """Whether room is worth having: x must be copied next to its products, unless it is a SwiGLU, written there in the first
-    place; and that must move fewer bytes than writing and reading an update of the output's size."""
-    return of_swiglu or len(w_NK) > w_NK.shape[1]
+def padding_pays(out_features: int, in_features: int, of_swiglu: bool) -> bool:
+    """Whether the augmented strategy is faster on a GPU.
 
-
-def pad_rows(w_NK: Tensor, columns: int) -> Tensor:
-    """An empty [N, K] like w with at least so many scratch columns after each row, rows a multiple of 64 elements apart."""
-    (n, k), apart = w_NK.shape, -(w_NK.shape[1] + columns) % 64
-    return w_NK.new_empty(n, k + columns + apart)[:, :k]
+    x must be copied next to its products, unless it is a SwiGLU, which is written there in the first place; the copy must
+    move fewer bytes than writing and reading an update of the output's size.
+    """
+    return of_swiglu or out_features > in_features
 
 
 def _has_padding(w: Tensor, columns: int) -> bool:
-    """A copy made on the way here, by a compiler or a check, may have lost it."""
-    (n, k), apart = w.shape, w.stride(0)
-    end = w.storage_offset() + (n - 1) * apart + k + columns
-    return w.stride(1) == 1 and apart >= k + columns and end * w.element_size() <= w.untyped_storage().nbytes()
+    """Whether W still has its scratch columns: a copy made on the way here, by a compiler or a check, has none."""
+    n, stride = len(w), w.stride(0)
+    end = w.storage_offset() + n * stride
+    fits = stride >= w.shape[1] + columns and end * w.element_size() <= w.untyped_storage().nbytes()
+    return w.stride(1) == 1 and fits
 
 
 # -------------------------------------------------------------------------------------------- forward and backward
@@ -138,7 +181,9 @@ def _inner(x: Tensor, a: list[Tensor], dropout: float, seeds: list[int]) -> Tens
 
 def _forward(
     x: Tensor,
-    w: Tensor,
+    w: list[Tensor],
+    kind: str,
+    out_features: int,
     a: list[Tensor],
     b: list[Tensor],
     starts: list[int],
@@ -146,24 +191,29 @@ def _forward(
     dropout: float,
     seeds: list[int],
     of_swiglu: bool,
-    way: str,
+    strategy: str,
 ) -> tuple[Tensor, Tensor]:
-    if way == "augmented" and not _has_padding(w, sum(map(len, a))):
-        way = "accumulated"
-    if way == "augmented":
-        inputs, x = x, x.new_empty(len(x), w.stride(0))[:, : w.shape[1]]
-        swiglu_into(inputs, x) if of_swiglu else x.copy_(inputs)
+    weight = _Factor(FrozenWeight.kinds[kind], w, False, out_features)
+    if strategy == "augmented" and not _has_padding(w[0], sum(map(len, a))):
+        strategy = "accumulated"
+    if strategy == "augmented":
+        inputs, x = x, x.new_empty(len(x), w[0].stride(0))[:, : w[0].shape[1]]
+        if of_swiglu:
+            swiglu_into(inputs, x)
+        else:
+            x.copy_(inputs)
     elif of_swiglu:
         x = swiglu(x)
     s = _inner(x, a, dropout, seeds)
-    return STRATEGIES[way](x, w, s, b, starts, scale), s
+    return STRATEGIES[strategy](x, weight, s, b, starts, scale), s
 
 
 def _backward(
     gradients: Callable,
     dy: Tensor,
     x: Tensor,
-    w: Tensor,
+    w: list[Tensor],
+    kind: str,
     a: list[Tensor],
     b: list[Tensor],
     s: Tensor,
@@ -172,20 +222,24 @@ def _backward(
     dropout: float,
     seeds: list[int],
     of_swiglu: bool,
-    way: str,
+    strategy: str,
     x_gradient: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    of_b = [gradients(dy[:, start : start + len(b_i)], b_i, s_i) for start, b_i, s_i in zip(starts, b, _beside(s, b))]
+    dy_rows = [_whole_rows(dy[:, start : start + len(b_i)]) for start, b_i in zip(starts, b)]
+    of_b = [gradients(dy_i, b_i, s_i) for dy_i, b_i, s_i in zip(dy_rows, b, _own_columns(s, b))]
     ds = torch.cat([(ds_i * scale).to(dy.dtype) for ds_i, _ in of_b], dim=1)
     db = [(db_i * scale).to(b_i.dtype) for (_, db_i), b_i in zip(of_b, b)]
 
+    weight = _Factor(FrozenWeight.kinds[kind], w, True, a[0].shape[1])
     dx = x.new_empty(0)
     if x_gradient and dropout:
-        dx = dy @ w
-        for ds_i, a_i, seed in zip(_beside(ds, b), a, seeds):
+        dx = weight.product(dy)
+        for ds_i, a_i, seed in zip(_own_columns(ds, b), a, seeds):
             dx += _dropped(ds_i @ a_i, dropout, seed)
-    elif x_gradient:  # the same sum of two products as forward's; a transposed w has no room
-        dx = STRATEGIES["accumulated" if way == "augmented" else way](dy, w.t(), ds, [torch.cat(a).t()], [0], 1.0)
+    elif x_gradient:
+        # the same sum of two products as in forward; a transposed W has no scratch columns
+        strategy = "accumulated" if strategy == "augmented" else strategy
+        dx = STRATEGIES[strategy](dy, weight, ds, [torch.cat(a).t()], [0], 1.0)
     if of_swiglu and x_gradient:
         dx, x = swiglu_backward(dx, x, True)
     elif of_swiglu:
@@ -193,7 +247,7 @@ def _backward(
 
     if not dropout:
         return dx, ds.t() @ x, db
-    da = [ds_i.t() @ _dropped(x, dropout, seed) for ds_i, seed in zip(_beside(ds, b), seeds)]
+    da = [ds_i.t() @ _dropped(x, dropout, seed) for ds_i, seed in zip(_own_columns(ds, b), seeds)]
     return dx, torch.cat(da), db
 
 
@@ -202,65 +256,79 @@ def _gradients_torch(dy: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _lora_linear = operator(
-    "lora_linear(Tensor x, Tensor w, Tensor[] a, Tensor[] b, int[] starts, float scale, float dropout, int[] seeds, bool of_swiglu, str way)"
-    " -> (Tensor, Tensor)",
+    "lora_linear(Tensor x, Tensor[] w, str kind, int out_features, Tensor[] a, Tensor[] b, int[] starts, float scale,"
+    " float dropout, int[] seeds, bool of_swiglu, str strategy) -> (Tensor, Tensor)",
     cuda=_forward,
     cpu=_forward,
-    fake=lambda x, w, a, *_: (
-        x.new_empty(x.shape[0], w.shape[0]),
+    fake=lambda x, w, kind, out_features, a, *_: (
+        x.new_empty(x.shape[0], out_features),
         x.new_empty(x.shape[0], sum(a_i.shape[0] for a_i in a)),
     ),
 )
 _lora_linear_backward = operator(
-    "lora_linear_backward(Tensor dy, Tensor x, Tensor w, Tensor[] a, Tensor[] b, Tensor s, int[] starts, float scale, float dropout,"
-    " int[] seeds, bool of_swiglu, str way, bool x_gradient) -> (Tensor, Tensor, Tensor[])",
+    "lora_linear_backward(Tensor dy, Tensor x, Tensor[] w, str kind, Tensor[] a, Tensor[] b, Tensor s, int[] starts,"
+    " float scale, float dropout, int[] seeds, bool of_swiglu, str strategy, bool x_gradient)"
+    " -> (Tensor, Tensor, Tensor[])",
     cuda=functools.partial(_backward, low_rank_gradients),
     cpu=functools.partial(_backward, _gradients_torch),
-    fake=lambda dy, x, w, a, b, s, *rest: (
+    fake=lambda dy, x, w, kind, a, b, s, *rest: (
         x.new_empty(x.shape if rest[-1] else 0),
-        x.new_empty(s.shape[1], w.shape[1]),
+        x.new_empty(s.shape[1], a[0].shape[1]),
         [b_i.new_empty(b_i.shape) for b_i in b],
     ),
 )
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Keeps x once for the whole group and its [T, R] products; no gradient of the frozen weight exists."""
+    """Saves x once for the whole group and its [T, R] products; a frozen weight has no gradient."""
 
     @staticmethod
-    def forward(ctx, x, w, settings, *ab):
-        y, s = _lora_linear(x, w, ab[0::2], ab[1::2], *settings)
-        ctx.save_for_backward(x, w, s, *ab)
-        ctx.settings = settings
+    def forward(ctx, x, kind, out_features, settings, tensors, *w_ab):
+        w, ab = w_ab[:tensors], w_ab[tensors:]
+        y, s = _lora_linear(x, w, kind, out_features, ab[0::2], ab[1::2], *settings)
+        ctx.save_for_backward(x, s, *w_ab)
+        ctx.kind, ctx.settings, ctx.tensors = kind, settings, tensors
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, w, s, *ab = ctx.saved_tensors
-        a = ab[0::2]
-        dx, da, db = _lora_linear_backward(dy, x, w, a, ab[1::2], s, *ctx.settings, ctx.needs_input_grad[0])
+    def backward(ctx, *dys):
+        x, s, *w_ab = ctx.saved_tensors
+        w, ab = w_ab[: ctx.tensors], w_ab[ctx.tensors :]
+        a, b = ab[0::2], ab[1::2]
+        needs_dx = ctx.needs_input_grad[0]
+        dx, da, db = _lora_linear_backward(dys[0], x, w, ctx.kind, a, b, s, *ctx.settings, needs_dx)
         gradients = [g for pair in zip(da.split([len(a_i) for a_i in a]), db) for g in pair]
-        return dx if ctx.needs_input_grad[0] else None, None, None, *gradients
+        return dx if needs_dx else None, *(None for _ in range(4 + len(w))), *gradients
 
 
 def lora_linear(
     x_TK: Tensor,
-    w_NK: Tensor,
+    weight: FrozenWeight,
     adapters: list[Adapter],
     scale: float,
     dropout: float = 0.0,
     of_swiglu: bool = False,
-    way: str | None = None,
+    strategy: str | None = None,
 ) -> Tensor:
-    """`lora_linear_definition` for a frozen W and one adapter or more; A and B have x's dtype. Dropout 0 costs nothing.
+    """`lora_linear_definition` for a frozen weight of any kind and one adapter or more; A and B have x's dtype.
 
     Args:
-        way: one of `STRATEGIES`; by default what suits the device. "augmented" takes what lies after each row of W for its own: W must
-            be made by `pad_rows`. It is for many rows: fewer than FEW go the default way.
+        strategy: one of `STRATEGIES`, for benchmarks and tests; by default what suits the device, the weight and the number
+            of tokens. "augmented" needs a `PaddedWeight`, "fused" a dense one.
     """
-    if way is None or (way == "augmented" and len(x_TK) < FEW):
-        way = "accumulated" if uses_triton(x_TK) else "added"
-    starts, seeds = [adapter.start for adapter in adapters], [adapter.seed for adapter in adapters]
+    if strategy is None:
+        strategy = "accumulated" if uses_triton(x_TK) else "added"
+        if weight.kind == "padded" and len(x_TK) >= MIN_TOKENS_AUGMENTED:
+            strategy = "augmented"
+    settings = (
+        [adapter.start for adapter in adapters],
+        scale,
+        dropout,
+        [adapter.seed for adapter in adapters],
+        of_swiglu,
+        strategy,
+    )
+    tensors = weight.tensors()
     ab = [t for adapter in adapters for t in (adapter.a_RK, adapter.b_NR)]
-    return _LoRALinear.apply(x_TK, w_NK, (starts, scale, dropout, seeds, of_swiglu, way), *ab)
+    return _LoRALinear.apply(x_TK, weight.kind, weight.out_features, settings, len(tensors), *tensors, *ab)

@@ -6,7 +6,7 @@ from collections import Counter
 from itertools import groupby
 
 from minorca import cli
-from minorca.config import Config, config_parser, read_config
+from minorca.config import Config
 from minorca.data.chat_template import resolve_template
 from minorca.data.sources import open_source, read_rows
 from minorca.data.store import prepared, render_row
@@ -21,14 +21,13 @@ def _tokenizer(config: Config) -> tuple[Tokenizer, str]:
 
 
 def show(argv: list[str]) -> None:
-    parser = config_parser(
+    parser = cli.config_parser(
         "minorca.data show", "Prints rendered rows; «trained» tokens are marked (on a terminal, in green)."
     )
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to print, of each source (default: 3)")
-    args, surplus = parser.parse_known_args(argv)
+    args, config = cli.parse_config(parser, argv)
     if args.rows < 1:
-        raise UserError(f"--rows is {args.rows}; expected at least 1")
-    config = read_config(args, surplus)
+        raise UserError(f"is {args.rows}; expected at least 1", field="--rows")
     tok, template = _tokenizer(config)
     start, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("«", "»")
     for source in config.data.sources(config.data.train):
@@ -44,10 +43,10 @@ def show(argv: list[str]) -> None:
 
 
 def prepare(argv: list[str]) -> None:
-    parser = config_parser(
+    parser = cli.config_parser(
         "minorca.data prepare", "Renders data.train and data.eval into the token store, where training finds them."
     )
-    config = read_config(*parser.parse_known_args(argv))
+    _, config = cli.parse_config(parser, argv)
     tok, template = _tokenizer(config)
     for what in (config.data.train, config.data.eval):
         if sources := config.data.sources(what):

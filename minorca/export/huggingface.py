@@ -1,11 +1,12 @@
-"""Weights for others: a Hugging Face directory from a model in either layout, with an adapter merged in where given.
+"""A Hugging Face directory from a model in either layout, with an adapter merged in where given.
 
 One shard is in memory at a time, and the arithmetic of merging is fp32: W + scale B A, rounded once.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,14 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minorca.errors import UserError
+from minorca.files.adapters import open_adapter, read_adapter_settings
 from minorca.files.atomic import publish
 from minorca.files.safe_io import find_file
-from minorca.files.weights import huggingface_tensors, open_weights, read_source_tensor
-from minorca.model.architecture import Architecture, model_directory, read_architecture
+from minorca.files.weights import ModelFiles, open_model
+from minorca.model.architecture import Architecture
 from minorca.model.build import build_model
-from minorca.model.lora import adapter_parameters, add_adapters, open_adapter, read_adapter_settings
+from minorca.model.layout import SourceTensor, projections, source_tensors
+from minorca.model.lora import adapter_parameters, add_adapters
 
 SHARD_BYTES = 5 * 10**9
+# files beside the weights that are copied
 COPIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -32,83 +36,109 @@ COPIED = (
 )
 
 
+@dataclass(frozen=True)
+class ExportedTensor:
+    """A tensor to write: its name, its size, and what makes it."""
+
+    name: str
+    bytes: int
+    make: Callable[[], Tensor]
+
+
 def export(model: str | Path, adapter: str | Path | None, output: Path) -> None:
     """Writes config, tokenizer and weights to `output`, which appears when it is complete.
 
     Raises:
         UserError: what is wrong with which file, or that `output` exists.
     """
-    directory = model_directory(model)
     if output.exists():
-        raise UserError("exists already; give --output a new name", path=output)
-    arch = read_architecture(directory)
-    tensors = list(merged_tensors(directory, arch, adapter))
+        raise UserError("already exists; give --output a new name", path=output)
+    source = open_model(model)
+    tensors = merged_tensors(source, adapter)
+    directory = source.directory
     copied = [find_file(directory, file.name) for file in directory.iterdir() if any(map(file.match, COPIED))]
 
     def write(temporary: Path) -> None:
         if config := find_file(directory, "config.json"):
             shutil.copy(config, temporary)
         else:
-            embedding = tensors[0][2]()
-            (temporary / "config.json").write_text(json.dumps(hf_config(arch, embedding.dtype), indent=2) + "\n")
+            dtype = tensors[0].make().dtype
+            (temporary / "config.json").write_text(json.dumps(config_json(source.arch, dtype), indent=2) + "\n")
         for file in filter(None, copied):
             shutil.copy(file, temporary)
         _write_shards(temporary, tensors)
 
     publish(output, write)
-    print(f"{output}: {len(tensors)} tensors{f', {adapter} merged in' if adapter else ''}")
+    merged = f", {adapter} merged in" if adapter else ""
+    print(f"{output}: {len(tensors)} tensors{merged}")
 
 
-def merged_tensors(
-    directory: Path, arch: Architecture, adapter: str | Path | None
-) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
-    """Hugging Face's name, bytes, and a function that makes the tensor, for each of a model's tensors."""
-    files, pieces = open_weights(directory, arch)
-    updates = None
-    if adapter:
-        settings = read_adapter_settings(adapter)
-        model = build_model(arch, torch.float32)
-        add_adapters(model, settings)
-        updates = open_adapter(adapter, adapter_parameters(model))
+def merged_tensors(source: ModelFiles, adapter: str | Path | None) -> list[ExportedTensor]:
+    """All tensors of a model under Hugging Face's names, those that an adapter acts on with its update added."""
+    merge = _merge(source.arch, adapter) if adapter else lambda name, weight: weight
 
-    def merged(name: str, piece) -> Tensor:
-        weight = read_source_tensor(files, piece, 0, piece.rows)
-        a, b = (f"base_model.model.{name.removesuffix('.weight')}.lora_{x}.weight" for x in "AB")
-        if updates is None or a not in updates.keys():
+    def exported(name: str, tensor: SourceTensor) -> ExportedTensor:
+        def make() -> Tensor:
+            return merge(name, source.read(tensor, 0, tensor.rows))
+
+        return ExportedTensor(name, source.files.bytes(tensor.name), make)
+
+    return [
+        exported(wanted.name, tensor)
+        for module, stacked in source_tensors(source.arch, "huggingface").items()
+        for wanted, tensor in zip(stacked, source.tensors[module])
+    ]
+
+
+def _merge(arch: Architecture, adapter: str | Path) -> Callable[[str, Tensor], Tensor]:
+    """A function of a tensor's name and value that adds the adapter's update, if there is one for it."""
+    settings = read_adapter_settings(adapter)
+    model = build_model(arch, torch.float32)
+    add_adapters(model, settings)
+    file = open_adapter(adapter, adapter_parameters(model))
+    updates = {
+        f"model.layers.{layer}.{part.huggingface_name}.weight": (part.peft_name(layer, "A"), part.peft_name(layer, "B"))
+        for layer in range(arch.layers)
+        for parts in projections(arch).values()
+        for part in parts
+        if part.name in settings.targets
+    }
+
+    def merge(name: str, weight: Tensor) -> Tensor:
+        if name not in updates:
             return weight
-        update = updates.get_tensor(b).float() @ updates.get_tensor(a).float()
-        return weight.float().add_(update, alpha=settings.scale).to(weight.dtype)
+        a, b = (file.get_tensor(matrix).float() for matrix in updates[name])
+        return weight.float().add_(b @ a, alpha=settings.scale).to(weight.dtype)
 
-    for parameter, outside in huggingface_tensors(arch).items():
-        for theirs, piece in zip(outside, pieces[parameter]):
-            size = files.bytes(piece.name)
-            yield theirs.name, size, lambda name=theirs.name, piece=piece: merged(name, piece)
+    return merge
 
 
-def _write_shards(directory: Path, tensors: list[tuple[str, int, Callable[[], Tensor]]]) -> None:
-    shards: list[list[tuple[str, Callable[[], Tensor]]]] = [[]]
+def _write_shards(directory: Path, tensors: list[ExportedTensor]) -> None:
+    shards: list[list[ExportedTensor]] = [[]]
     room = SHARD_BYTES
-    for name, size, make in tensors:
-        if size > room and shards[-1]:
+    for tensor in tensors:
+        if tensor.bytes > room and shards[-1]:
             shards.append([])
             room = SHARD_BYTES
-        shards[-1].append((name, make))
-        room -= size
+        shards[-1].append(tensor)
+        room -= tensor.bytes
+
+    def write(file: str, shard: list[ExportedTensor]) -> None:
+        save_file({tensor.name: tensor.make().contiguous() for tensor in shard}, directory / file, {"format": "pt"})
+
     if len(shards) == 1:
-        save_file(
-            {name: make().contiguous() for name, make in shards[0]}, directory / "model.safetensors", {"format": "pt"}
-        )
+        write("model.safetensors", shards[0])
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: make().contiguous() for name, make in shard}, directory / file, {"format": "pt"})
-        weight_map |= {name: file for name, _ in shard}
-    index = {"metadata": {"total_size": sum(size for _, size, _ in tensors)}, "weight_map": weight_map}
+        write(file, shard)
+        weight_map |= {tensor.name: file for tensor in shard}
+    index = {"metadata": {"total_size": sum(tensor.bytes for tensor in tensors)}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def hf_config(arch: Architecture, dtype: torch.dtype) -> dict:
+def config_json(arch: Architecture, dtype: torch.dtype) -> dict:
     """config.json of a network that came with params.json, as transformers 4 and 5 both read it."""
     return {
         "architectures": ["MistralForCausalLM"],

@@ -13,7 +13,6 @@ from minorca.files.safe_io import find_file, quote, read_json
 
 log = logging.getLogger(__name__)
 
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # the projections of a layer, which adapters may have
 # transformers' MistralConfig and LlamaConfig, whose saved files may leave out what equals these
 HF_DEFAULTS = {
     "mistral": {"rms_norm_eps": 1e-6, "sliding_window": 4096, "num_key_value_heads": 8, "rope_theta": 10000.0},

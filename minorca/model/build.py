@@ -1,20 +1,19 @@
-"""From a model's directory to a model ready to run. Training builds in the same order, sharding before it loads (train.py)."""
+"""From a model's directory to a model ready to run.
+
+Training builds in the same order, and shards before it loads (train/run.py).
+"""
 
 from pathlib import Path
 
 import torch
 
-from minorca.files.weights import load_weights, open_weights
-from minorca.model.architecture import Architecture, model_directory, read_architecture
-from minorca.model.lora import (
-    adapter_parameters,
-    add_adapters,
-    load_adapter,
-    open_adapter,
-    read_adapter_settings,
-    room_for_adapters,
-)
+from minorca.errors import UserError
+from minorca.files.adapters import load_adapter, open_adapter, read_adapter_settings
+from minorca.files.weights import load_weights, open_model
+from minorca.model.architecture import Architecture
+from minorca.model.lora import AdapterChoice, LoRA, RowLoRA, adapter_parameters, add_adapters, pad_for_adapters
 from minorca.model.network import Mistral
+from minorca_kernels import PrepackedWeight
 
 
 def build_model(arch: Architecture, dtype: torch.dtype) -> Mistral:
@@ -43,19 +42,64 @@ def load_model(
         device: by default CUDA where there is one, else the CPU.
 
     Raises:
-        UserError: what is wrong with which file.
+        UserError: what is wrong with which file; found before memory is taken for the model.
     """
-    directory = model_directory(path)
-    arch = read_architecture(directory)
-    files, pieces = open_weights(directory, arch)  # checked before memory is taken
-    model = build_model(arch, dtype)
-    settings = None if adapter is None else read_adapter_settings(adapter)
-    if settings:
-        add_adapters(model, settings, dtype)
-        open_adapter(adapter, adapter_parameters(model))  # checked likewise
+    files = open_model(path)
+    model = build_model(files.arch, dtype)
+    if adapter is not None:
+        add_adapters(model, read_adapter_settings(adapter), dtype)
+        open_adapter(adapter, adapter_parameters(model))
     model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model.loaded = load_weights(model, files, pieces)
-    if settings:
-        room_for_adapters(model)
+    load_weights(model, files)
+    if adapter is not None:
+        pad_for_adapters(model)
         load_adapter(model, adapter)
     return model.eval()
+
+
+def load_adapters(model: Mistral, directories: dict[str, str | Path]) -> AdapterChoice:
+    """Puts several PEFT adapters, by name, beside a model's projections, in the model's dtype, for inference.
+
+    Returns:
+        The choice among them, which is made anew before each forward.
+
+    Raises:
+        UserError: what is wrong with which file.
+    """
+    weight = model.embedding.weight
+    choice = AdapterChoice(list(directories), weight.device)
+    loras: dict[int, list[tuple[int, LoRA]]] = {}
+    for index, directory in enumerate(directories.values()):
+        # a network without weights, which gives the adapter's matrices their places
+        shadow = build_model(model.arch, weight.dtype)
+        add_adapters(shadow, read_adapter_settings(directory), weight.dtype)
+        for place, (_, projection) in enumerate(shadow.projections()):
+            if projection.lora is not None:
+                projection.lora.to_empty(device=weight.device)
+                loras.setdefault(place, []).append((index, projection.lora))
+        load_adapter(shadow, directory)
+        for name, parameter in adapter_parameters(shadow).items():
+            # zero times NaN would reach the rows that do not use the adapter
+            if not parameter.isfinite().all():
+                raise UserError("contains NaN or infinite values; did training diverge?", path=directory, field=name)
+    for place, (_, projection) in enumerate(model.projections()):
+        if place in loras:
+            projection.row_lora = RowLoRA(projection.base.out_features, choice, loras[place])
+    return choice
+
+
+def prepack(model: Mistral) -> Mistral:
+    """Prepacks a model's weights in place, for inference alone, where this machine gains by it; returns the model.
+
+    Projections are done one at a time, so that the model is never in memory twice; of the head there are two copies where it
+    is also the embedding. Projections with trained adapters stay as they are.
+    """
+    if not PrepackedWeight.is_faster(model.embedding.weight):
+        return model
+    for _, projection in model.projections():
+        if projection.base.kind == "dense" and projection.lora is None:
+            projection.base = PrepackedWeight(projection.base.weight)
+    head = model.embedding if model.head is None else model.head
+    if head.kind == "dense":
+        model.head = PrepackedWeight(head.weight)
+    return model

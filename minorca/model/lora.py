@@ -1,30 +1,22 @@
-"""Low-rank adapters on a model's projections, and PEFT's files for them. Sources: Hu et al. 2021 (arXiv:2106.09685);
-Kalajdzievski 2023 (rsLoRA, arXiv:2312.03732); the format is that of PEFT's checkpoint guide.
+"""Low-rank adapters on a model's projections: trained ones, and several of which each row of a batch uses its own.
+
+Sources: Hu et al. 2021 (arXiv:2106.09685); Kalajdzievski 2023 (rsLoRA, arXiv:2312.03732); one batch for many adapters
+after Chen et al. 2023 (Punica, arXiv:2310.18547). Axes: T tokens, K in, N out, R ranks of all adapters side by side.
 """
 
 import hashlib
-import json
 import math
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from minorca.errors import UserError
-from minorca.files.safe_io import find_file, quote, read_json
-from minorca.files.weights import fill_rows, open_exactly, open_safetensors
-from minorca.model.architecture import LARGEST, TARGETS, Architecture
-from minorca.model.network import Mistral, SwiGLULinear
-from minorca_kernels import Adapter, lora_linear, pad_rows, padding_pays
+from minorca.model.layout import TARGETS, ProjectionSpec
+from minorca_kernels import Adapter, FrozenWeight, PaddedWeight, fill_rows, lora_linear, padding_pays
 from minorca_kernels.operator import uses_triton
-
-GROUPS = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
-PEFT_NAMES = {t: f"self_attn.{t}_proj" if t in "qkvo" else f"mlp.{t}_proj" for t in TARGETS}
-PEFT_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.lora_([AB])\.weight")
 
 
 @dataclass(frozen=True)
@@ -42,75 +34,76 @@ class LoRASettings:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-def _group_rows(arch: Architecture, target: str) -> tuple[int, int]:
-    """Where a target's rows lie in the projection its group stacks."""
-    attended, kv, inner = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim, arch.intermediate_size
-    ends = {
-        "q": (0, attended),
-        "k": (attended, attended + kv),
-        "v": (attended + kv, attended + 2 * kv),
-        "gate": (0, inner),
-        "up": (inner, 2 * inner),
-    }
-    return ends.get(target, (0, arch.hidden_size))
+# -------------------------------------------------------------------------------------------------- trained adapters
 
 
-class LoRALinear(nn.Module):
-    """A frozen projection with an adapter for each of its targets: A [r, in] and B [out, r], PEFT's shapes."""
+class LoRA(nn.Module):
+    """The trained adapters of a projection: A [r, K] and B [out, r], PEFT's shapes, for each of the parts that has one."""
 
-    def __init__(self, base: nn.Linear, rows: dict[str, tuple[int, int]], settings: LoRASettings, dtype: torch.dtype):
+    def __init__(
+        self, parts: list[ProjectionSpec], settings: LoRASettings, dtype: torch.dtype, device: torch.device | str
+    ):
         super().__init__()
-        self.weight, self.rows, self.scale, self.dropout = base.weight, rows, settings.scale, settings.dropout
-        like = {"dtype": dtype, "device": base.weight.device}
-        rank, width = settings.rank, base.in_features
-        self.a = nn.ParameterDict({t: nn.Parameter(torch.empty(rank, width, **like)) for t in rows})
-        self.b = nn.ParameterDict(
-            {t: nn.Parameter(torch.empty(stop - start, rank, **like)) for t, (start, stop) in rows.items()}
-        )
-        self.seeds = dict.fromkeys(rows, 0)
-        self.of_swiglu, self.way = isinstance(base, SwiGLULinear), None
 
-    def forward(self, x_TK: Tensor) -> Tensor:
+        def empty(rows: int, columns: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device))
+
+        self.parts = parts
+        self.scale = settings.scale
+        self.dropout = settings.dropout
+        self.a = nn.ParameterDict({part.name: empty(settings.rank, part.in_features) for part in parts})
+        self.b = nn.ParameterDict({part.name: empty(part.out_features, settings.rank) for part in parts})
+        # of the next forward's dropout
+        self.seeds = {part.name: 0 for part in parts}
+
+    def forward(self, x: Tensor, base: FrozenWeight, gated_input: bool) -> Tensor:
+        """x [T, K], or [T, 2K] with gated input -> [T, N]."""
         adapters = [
-            Adapter(start, stop, self.a[t].to(x_TK.dtype), self.b[t].to(x_TK.dtype), self.seeds[t])
-            for t, (start, stop) in self.rows.items()
+            Adapter(
+                part.start,
+                part.stop,
+                self.a[part.name].to(x.dtype),
+                self.b[part.name].to(x.dtype),
+                self.seeds[part.name],
+            )
+            for part in self.parts
         ]
         dropout = self.dropout if self.training else 0.0
-        return lora_linear(x_TK, self.weight, adapters, self.scale, dropout, self.of_swiglu, self.way)
+        return lora_linear(x, base, adapters, self.scale, dropout, gated_input)
 
 
-def add_adapters(model: Mistral, settings: LoRASettings, dtype: torch.dtype = torch.float32) -> None:
-    """Puts adapters, their values not yet set, in place of the targeted projections of every layer."""
-    for block in model.layers:
-        for group, members in GROUPS.items():
-            rows = {t: _group_rows(model.arch, t) for t in members if t in settings.targets}
-            if rows:
-                setattr(block, group, LoRALinear(getattr(block, group), rows, settings, dtype))
+def add_adapters(model: nn.Module, settings: LoRASettings, dtype: torch.dtype = torch.float32) -> None:
+    """Adds adapters, their values not yet set, to the targeted projections of every layer."""
+    device = model.embedding.weight.device
+    for _, projection in model.projections():
+        if parts := [part for part in projection.parts if part.name in settings.targets]:
+            projection.lora = LoRA(parts, settings, dtype, device)
 
 
-def _projections(model: Mistral):
-    for layer, block in enumerate(model.layers):
-        for group in GROUPS:
-            if isinstance(projection := getattr(block, group), LoRALinear):
-                yield layer, projection
+def adapters(model: nn.Module) -> Iterator[tuple[int, LoRA]]:
+    """The layer and the adapters of every projection that has some, in a fixed order."""
+    for layer, projection in model.projections():
+        if projection.lora is not None:
+            yield layer, projection.lora
 
 
-def room_for_adapters(model: Mistral) -> None:
-    """Gives weights that are whole on this rank, on CUDA, room for their adapters after each row, where that is faster."""
-    for _, projection in _projections(model):
-        weight = projection.weight
-        if not isinstance(weight, DTensor) and uses_triton(weight) and padding_pays(weight, projection.of_swiglu):
-            roomy = pad_rows(weight.detach(), sum(map(len, projection.a.values()))).copy_(weight.detach())
-            projection.weight, projection.way = nn.Parameter(roomy, requires_grad=False), "augmented"
+def pad_for_adapters(model: nn.Module) -> None:
+    """Gives weights that are whole on this rank, on CUDA, scratch columns for their adapters, where that is faster."""
+    for _, projection in model.projections():
+        base = projection.base
+        if projection.lora is None or base.kind != "dense" or isinstance(base.weight, DTensor):
+            continue
+        if uses_triton(base.weight) and padding_pays(base.out_features, base.in_features, projection.gated_input):
+            projection.base = PaddedWeight(base.weight.detach(), sum(map(len, projection.lora.a.values())))
 
 
-def adapter_parameters(model: Mistral) -> dict[str, nn.Parameter]:
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """PEFT's tensor name -> parameter, in a fixed order."""
     return {
-        f"base_model.model.model.layers.{layer}.{PEFT_NAMES[target]}.lora_{matrix}.weight": values[target]
-        for layer, projection in _projections(model)
-        for target in projection.rows
-        for matrix, values in (("A", projection.a), ("B", projection.b))
+        part.peft_name(layer, matrix): values[part.name]
+        for layer, lora in adapters(model)
+        for part in lora.parts
+        for matrix, values in (("A", lora.a), ("B", lora.b))
     }
 
 
@@ -119,9 +112,11 @@ def _seed(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def init_adapters(model: Mistral, seed: int) -> None:
-    """PEFT's initial values: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B zero. A function of seed and name
-    alone, so any sharding of one model starts from the same numbers."""
+def init_adapters(model: nn.Module, seed: int) -> None:
+    """PEFT's initial values: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B zero.
+
+    They are a function of seed and name alone, so any sharding of one model starts from the same numbers.
+    """
     for name, parameter in adapter_parameters(model).items():
         if "lora_B" in name:
             nn.init.zeros_(parameter)
@@ -129,124 +124,68 @@ def init_adapters(model: Mistral, seed: int) -> None:
         generator = torch.Generator().manual_seed(_seed(seed, name))
         bound = parameter.shape[1] ** -0.5
         whole = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-        fill_rows(parameter, lambda start, stop: whole[start:stop])
+        fill_rows(parameter, lambda start, stop, whole=whole: whole[start:stop])
 
 
-def seed_dropout(model: Mistral, *parts: int) -> None:
+def seed_dropout(model: nn.Module, *parts: int) -> None:
     """Fixes the next forward's dropout masks as a function of parts (seed, step, micro-batch), layer and projection."""
-    for layer, projection in _projections(model):
-        if projection.dropout:
-            projection.seeds = {target: _seed(*parts, layer, target) for target in projection.rows}
+    for layer, lora in adapters(model):
+        if lora.dropout:
+            lora.seeds = {part.name: _seed(*parts, layer, part.name) for part in lora.parts}
 
 
-# ----------------------------------------------------------------------------------------------------- PEFT's files
+# ------------------------------------------------------------------------------------------ adapters chosen by row
+
+NO_ADAPTER = -1  # the index of rows that use none
 
 
-def save_adapter(directory: Path, tensors: dict[str, Tensor], settings: LoRASettings, base_model: str) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json into an existing directory."""
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": settings.rank,
-        "lora_alpha": settings.alpha,
-        "lora_dropout": settings.dropout,
-        "use_rslora": settings.rslora,
-        "target_modules": [f"{t}_proj" for t in settings.targets],
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
-    save_file(
-        {name: t.contiguous() for name, t in tensors.items()}, directory / "adapter_model.safetensors", {"format": "pt"}
-    )
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+class AdapterChoice:
+    """Several adapters' names, and which of them the rows of the next forward use."""
+
+    def __init__(self, names: list[str], device: torch.device):
+        self.names = names
+        # whether any row uses one
+        self.in_use = False
+        self.index_T1 = torch.full((1, 1), NO_ADAPTER, device=device)
+
+    def index(self, name: str | None) -> int:
+        return NO_ADAPTER if name is None else self.names.index(name)
+
+    def choose(self, index_T: Tensor, in_use: bool) -> None:
+        """index [T], or [1] for all rows: what `index` gave. in_use: whether any row uses an adapter."""
+        self.index_T1 = index_T[:, None]
+        self.in_use = in_use
 
 
-def read_adapter_settings(directory: str | Path) -> LoRASettings:
-    """The settings of an adapter in PEFT's format; refuses what this engine would compute differently.
+class RowLoRA(nn.Module):
+    """Adds to each row of a projection's output the update of that row's own adapter.
 
-    Raises:
-        UserError: naming the file and field.
+    All adapters' A lie side by side in one product, what belongs to other adapters than a row's is set to zero, and B
+    gathers: two small products, whichever rows use which adapter. They are skipped while no row uses any.
+
+    Args:
+        loras: (index, adapters) of every adapter that acts on this projection.
     """
-    directory = Path(directory)
-    path = find_file(directory, "adapter_config.json")
-    if path is None:
-        raise UserError("no adapter_config.json; expected an adapter's directory in PEFT's format", path=directory)
-    config = read_json(path)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"field peft_type is {quote(config.get('peft_type'))}; expected LORA", path=path)
-    if config.get("bias", "none") != "none":
-        raise UserError(f"field bias is {quote(config['bias'])}; expected none", path=path)
-    for field in (
-        "use_dora",
-        "fan_in_fan_out",
-        "lora_bias",
-        "rank_pattern",
-        "alpha_pattern",
-        "modules_to_save",
-        "layers_to_transform",
-        "alora_invocation_tokens",
-    ):
-        if config.get(field):
-            raise UserError(f"field {field} is {quote(config[field])}, which this engine does not compute", path=path)
-    if config.get("init_lora_weights") not in (
-        None,
-        True,
-        False,
-        "gaussian",
-        "orthogonal",
-    ):  # the others change the base too
-        raise UserError(
-            f"field init_lora_weights is {quote(config['init_lora_weights'])}; convert it to a plain adapter with PEFT first",
-            path=path,
-        )
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or not 0 < rank <= LARGEST[int]:
-        raise UserError(
-            f"field r is {quote(rank)}; expected a positive whole number of at most {LARGEST[int]}", path=path
-        )
-    if type(alpha) not in (int, float) or not abs(alpha) <= LARGEST[float]:
-        raise UserError(f"field lora_alpha is {quote(alpha)}; expected a number of at most {LARGEST[float]}", path=path)
-    return LoRASettings(rank, alpha, _targets_in(directory), rslora=bool(config.get("use_rslora")))
 
+    def __init__(self, out_features: int, choice: AdapterChoice, loras: list[tuple[int, LoRA]]):
+        super().__init__()
+        self.choice = choice
+        matrices = [(index, lora.scale, part, lora) for index, lora in loras for part in lora.parts]
+        ranks = torch.tensor([len(lora.a[part.name]) for _, _, part, lora in matrices])
+        self.a_RK = torch.cat([lora.a[part.name].detach() for _, _, part, lora in matrices])
+        self.b_NR = self.a_RK.new_zeros(out_features, int(ranks.sum()))
+        for columns, (_, _, part, lora) in zip(self.b_NR.split(ranks.tolist(), dim=1), matrices):
+            columns[part.start : part.stop] = lora.b[part.name].detach()
 
-def adapter_file(directory: Path) -> Path:
-    """PEFT's tensor file in an adapter's directory."""
-    path = find_file(directory, "adapter_model.safetensors")
-    if path is None:
-        raise UserError("no adapter_model.safetensors", path=directory)
-    return path
+        def by_rank(values: list) -> Tensor:
+            return torch.tensor(values).repeat_interleave(ranks).to(self.a_RK.device)
 
+        self.index_R = by_rank([index for index, *_ in matrices])
+        self.scale_R = by_rank([scale for _, scale, *_ in matrices])
 
-def _targets_in(directory: Path) -> tuple[str, ...]:
-    """The targets an adapter's tensors name: what was trained, however target_modules spells it (list or pattern)."""
-    path, found = adapter_file(directory), set()
-    for key in open_safetensors(path).keys():
-        match = PEFT_KEY.fullmatch(key)
-        if not match or match[2] not in TARGETS:
-            raise UserError(f"holds {key}, which is no LoRA tensor of a Mistral projection", path=path)
-        found.add(match[2])
-    return tuple(t for t in TARGETS if t in found)
-
-
-def open_adapter(directory: str | Path, expected: dict[str, nn.Parameter]):
-    """PEFT's tensor file, opened, once it is sure to hold just the tensors of `expected` (`adapter_parameters`); errors as
-    `open_exactly`."""
-    return open_exactly(
-        adapter_file(Path(directory)), {name: tuple(parameter.shape) for name, parameter in expected.items()}
-    )
-
-
-def load_adapter(model: Mistral, directory: str | Path) -> None:
-    """Fills a model's adapters, sharded or not, from PEFT's file; errors as `open_adapter`."""
-    parameters = adapter_parameters(model)
-    file = open_adapter(directory, parameters)
-    for name, parameter in parameters.items():
-        rows = file.get_slice(name)
-        fill_rows(parameter, lambda start, stop: rows[start:stop])
+    def forward(self, x_TK: Tensor, y_TN: Tensor) -> Tensor:
+        """Adds to y [T, N] in place, and returns it."""
+        if not self.choice.in_use:
+            return y_TN
+        own_TR = torch.where(self.choice.index_T1 == self.index_R, self.scale_R, 0)
+        return y_TN.addmm_((F.linear(x_TK, self.a_RK) * own_TR).to(x_TK.dtype), self.b_NR.t())

@@ -1,11 +1,11 @@
 """The Mistral network, top to bottom. Source: Jiang et al. 2023 (arXiv:2310.06825).
 
 A batch is flat: T tokens, documents end to end, no padding and no batch axis. Axes in names: T tokens, H hidden, I
-intermediate, Hq and Hkv heads (K), D head size, V vocabulary. The file knows nothing of adapters or of sharding, which
-come from outside (lora.py, parallel.py).
+intermediate, Hq and Hkv heads (K), D head size, V vocabulary. The file knows nothing of adapters, of how
+weights are stored or of sharding, which come from outside (lora.py, projection.py, train/parallel.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from minorca.model.architecture import Architecture
 from minorca.model.attention import PackedAttention
-from minorca_kernels import add_rms_norm, rms_norm, rope, rope_tables, swiglu
+from minorca.model.layout import GROUPS, projections
+from minorca.model.projection import Projection
+from minorca_kernels import DenseWeight, FrozenWeight, add_rms_norm, rms_norm, rope, rope_tables
 
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -33,11 +36,15 @@ class AddRMSNorm(RMSNorm):
         return add_rms_norm(x, update, self.weight, self.eps)
 
 
-class SwiGLULinear(nn.Linear):
-    """A projection of its input's SwiGLU: gate and up side by side, [T, 2 in] -> [T, out]."""
+class Embedding(DenseWeight):
+    """A row [H] for each id of the vocabulary; where a model ties the two, also the weight of the head."""
 
-    def forward(self, gate_up_TI: Tensor) -> Tensor:
-        return super().forward(swiglu(gate_up_TI))
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        return F.embedding(tokens_T, self.weight)
+
+
+def logits(hidden_TH: Tensor, weight: FrozenWeight) -> Tensor:
+    return weight.linear(hidden_TH)
 
 
 class Block(nn.Module):
@@ -45,14 +52,15 @@ class Block(nn.Module):
 
     def __init__(self, arch: Architecture, layer: int):
         super().__init__()
-        self.arch, self.layer = arch, layer
-        hidden, attended, kv = arch.hidden_size, arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-        self.attention_norm = RMSNorm(hidden, arch.norm_eps)
-        self.qkv = nn.Linear(hidden, attended + 2 * kv, bias=False)
-        self.o = nn.Linear(attended, hidden, bias=False)
-        self.mlp_norm = AddRMSNorm(hidden, arch.norm_eps)
-        self.gate_up = nn.Linear(hidden, 2 * arch.intermediate_size, bias=False)
-        self.down = SwiGLULinear(arch.intermediate_size, hidden, bias=False)
+        self.arch = arch
+        self.layer = layer
+        stacked = projections(arch)
+        self.attention_norm = RMSNorm(arch.hidden_size, arch.norm_eps)
+        self.qkv = Projection(stacked["qkv"])
+        self.o = Projection(stacked["o"])
+        self.mlp_norm = AddRMSNorm(arch.hidden_size, arch.norm_eps)
+        self.gate_up = Projection(stacked["gate_up"])
+        self.down = Projection(stacked["down"], gated_input=True)
 
     def forward(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, attend) -> Tensor:
         qkv_TN = self.qkv(self.attention_norm(x_TH))
@@ -62,20 +70,34 @@ class Block(nn.Module):
 
 
 class Mistral(nn.Module):
+    """The whole network.
+
+    Attributes:
+        head: the weight that makes logits of the last hidden states; None where it is the embedding's.
+    """
+
     def __init__(self, arch: Architecture):
         super().__init__()
         self.arch = arch
-        self.embedding = nn.Embedding(arch.vocab_size, arch.hidden_size)
+        self.embedding = Embedding(torch.empty(arch.vocab_size, arch.hidden_size))
         self.layers = nn.ModuleList(Block(arch, layer) for layer in range(arch.layers))
         self.norm = RMSNorm(arch.hidden_size, arch.norm_eps)
-        self.head = None if arch.tied else nn.Linear(arch.hidden_size, arch.vocab_size, bias=False)
+        self.head: FrozenWeight | None = None
+        if not arch.tied:
+            self.head = DenseWeight(torch.empty(arch.vocab_size, arch.hidden_size))
+
+    def projections(self) -> Iterator[tuple[int, Projection]]:
+        """The layer and every projection of it, in order."""
+        for layer, block in enumerate(self.layers):
+            for group in GROUPS:
+                yield layer, getattr(block, group)
 
     def forward(
         self,
         tokens_T: Tensor,
         cu_seqlens: Tensor | None = None,
         attend=None,
-        head: Callable[[Tensor, Tensor], Any] = F.linear,
+        head: Callable[[Tensor, FrozenWeight], Any] = logits,
     ) -> Any:
         """tokens [T] int64 -> logits [T, V] in the weights' dtype.
 
@@ -91,4 +113,4 @@ class Mistral(nn.Module):
         x_TH = self.embedding(tokens_T)
         for block in self.layers:
             x_TH = block(x_TH, cos_TD, sin_TD, attend)
-        return head(self.norm(x_TH), (self.head or self.embedding).weight)
+        return head(self.norm(x_TH), self.embedding if self.head is None else self.head)

@@ -1,9 +1,9 @@
-"""Checkpoints: complete or absent, verified before they are read and before an older one goes, no code in them.
+"""Checkpoints: complete or absent, verified before they are read and before an older one is removed; no code in them.
 
-OUTPUT/checkpoints/step-00000100/ holds the adapter in PEFT's format, optimizer.safetensors (AdamW's moments under the same
-names), state.json (step, updates, what wrote it, and what defines the run) and, written last, MANIFEST.json with every file's
-size and SHA-256. It is written under another name and renamed; a published one is never written into again. There is no random
-state to keep: the order of the data and dropout are functions of the seed and the step.
+OUTPUT/checkpoints/step-00000100/ holds what is trained (adapters in PEFT's format), optimizer.safetensors (AdamW's moments
+under the same names), state.json (format, step, updates, what wrote it, and what defines the run) and, written last,
+MANIFEST.json with every file's size and SHA-256. It is written under another name and renamed; a published one is never
+written into again. There is no random state to store: the order of the data and dropout are functions of the seed and step.
 """
 
 import dataclasses
@@ -19,24 +19,29 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minorca.config import Config
+from minorca.config import Config, defaults
 from minorca.data.store import TokenStore
-from minorca.errors import UserError
+from minorca.errors import UserError, raise_problems
+from minorca.files.adapters import adapter_file
 from minorca.files.atomic import MANIFEST, publish, sha256, verify_manifest, write_manifest
 from minorca.files.safe_io import read_json
-from minorca.files.weights import fill_rows, open_exactly
+from minorca.files.tensor_files import open_exactly
 from minorca.model.architecture import Architecture
-from minorca.model.lora import LoRASettings, adapter_file, adapter_parameters, load_adapter, save_adapter
-from minorca.model.network import Mistral
-from minorca.train.parallel import World, whole
+from minorca.train.ranks import World
+from minorca.train.trainable import TrainableSet, whole
+from minorca_kernels import fill_rows
 
 log = logging.getLogger(__name__)
 
+# The format of a checkpoint's files and of the identity in it. A setting that a later version adds needs no new number:
+# a checkpoint without it means the default (`read_state`).
+FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
-STEP = re.compile(r"step-(\d{8})")
-# settings that no number of a run follows from: where and how often it writes, on what it runs, and what stands below by content
-FREE = {"model.path", "data.train", "data.eval", "data.store", "lora.init"}
-FREE |= {
+_NAME = re.compile(r"step-(\d{8})")
+# settings that no number of a run follows from: where and how often it writes, on what it runs, and what the identity holds
+# by its content
+_FREE = {"model.path", "data.train", "data.eval", "data.store", "lora.init"}
+_FREE |= {
     f"train.{key}"
     for key in (
         "output",
@@ -56,62 +61,69 @@ def identity(
     config: Config, arch: Architecture, weights: list[Path], store: TokenStore, held_out: TokenStore | None
 ) -> dict:
     """What a run's numbers follow from: its settings, its rows and its base model, files by their SHA-256 wherever they lie."""
-    values = {
-        f"{s}.{k}": v for s, keys in dataclasses.asdict(config).items() for k, v in keys.items() if s != "parallel"
-    }
-    values = {key: value for key, value in values.items() if key not in FREE}
-    sources = config.data.sources(config.data.train)
-    values["data.train's rows and weights"] = [
-        (last - first, source.weight) for (first, last), source in zip(store.sections, sources)
-    ]
+    sections = dataclasses.asdict(config).items()
+    values = {f"{s}.{k}": value for s, keys in sections for k, value in keys.items() if s != "parallel"}
+    values = {key: value for key, value in values.items() if key not in _FREE}
+    sources = zip(store.sections, config.data.sources(config.data.train))
+    values["data.train's rows and weights"] = [(stop - first, source.weight) for (first, stop), source in sources]
     values["data.eval's fraction"] = config.data.eval if isinstance(config.data.eval, float) else None
     values["the rows' sha256"] = store.sha256()
     values["the held-out rows' sha256"] = held_out.sha256() if held_out else None
-    values["the initial adapter's sha256"] = sha256(adapter_file(Path(config.lora.init))) if config.lora.init else None
+    init = config.lora.init
+    values["the initial adapter's sha256"] = sha256(adapter_file(Path(init))) if init else None
     values |= {f"the base's {key}": value for key, value in dataclasses.asdict(arch).items()}
     with ThreadPoolExecutor() as pool:
-        values |= {
-            f"the base's {path.name}'s sha256": digest for path, digest in zip(weights, pool.map(sha256, weights))
-        }
+        digests = pool.map(sha256, weights)
+        values |= {f"the base's {path.name}'s sha256": digest for path, digest in zip(weights, digests)}
     return json.loads(json.dumps(values))
 
 
 @dataclasses.dataclass
 class State:
-    """What a checkpoint holds beside tensors. `updates` counts the optimizer's: a skipped step makes none."""
+    """What a checkpoint holds beside tensors.
 
+    Attributes:
+        format: `FORMAT` of the version that wrote it.
+        updates: of the optimizer; a skipped step makes none.
+        threads: of each rank; on the CPU, sums depend on how they are split.
+        run: the run's identity.
+    """
+
+    format: int
     step: int
     updates: int
     ranks: int
-    threads: int  # of each rank: on the CPU, sums follow from how they are split
+    threads: int
     torch: str
     run: dict
 
 
 def save(
     directory: Path,
-    model: Mistral,
+    trainable: TrainableSet,
     optimizer: torch.optim.Optimizer,
     state: State,
-    config: Config,
-    settings: LoRASettings,
+    keep: int,
     world: World,
 ) -> None:
-    """Publishes the checkpoint of a finished step under `directory`, and then removes what is older than the newest
-    `train.keep` that verify. Every rank calls it."""
-    parameters = adapter_parameters(model)
-    adapter = {name: whole(p, world) for name, p in parameters.items()}
-    moments = {f"{m}.{name}": whole(_moment(optimizer, p, m), world) for m in MOMENTS for name, p in parameters.items()}
+    """Publishes the checkpoint of a finished step under `directory`, and then removes what is older than the newest `keep`
+    that verify. Every rank calls it."""
+    tensors = trainable.gather(world)
+    moments = {
+        f"{moment}.{name}": whole(_moment(optimizer, parameter, moment), world)
+        for moment in MOMENTS
+        for name, parameter in trainable.parameters.items()
+    }
 
     def write(temporary: Path) -> None:
-        save_adapter(temporary, adapter, settings, config.model.path)
+        trainable.save(temporary, tensors)
         save_file(moments, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
         write_manifest(temporary)
 
     if world.rank == 0:
         publish(directory / f"step-{state.step:08d}", write)
-        prune(directory, config.train.keep)
+        prune(directory, keep)
     torch.distributed.barrier()
 
 
@@ -147,7 +159,7 @@ def sweep(output: Path) -> None:
 
 def published(directory: Path) -> list[Path]:
     """A run's checkpoints, oldest first."""
-    return sorted(path for path in directory.glob("step-*") if STEP.fullmatch(path.name))
+    return sorted(path for path in directory.glob("step-*") if _NAME.fullmatch(path.name))
 
 
 def verify(directory: Path) -> State:
@@ -157,23 +169,30 @@ def verify(directory: Path) -> State:
         UserError: naming the file, what was expected and what was found.
     """
     if not (directory / MANIFEST).is_file():
-        raise UserError(f"no {MANIFEST}; expected a complete checkpoint", path=directory)
+        raise UserError(f"missing {MANIFEST}; expected a complete checkpoint", path=directory)
     verify_manifest(directory)
-    values = read_json(directory / "state.json")
+    path = directory / "state.json"
+    values = read_json(path)
+    if values.get("format") != FORMAT:
+        raise UserError(_other_format(values.get("format")), path=path)
     kinds = {field.name: field.type for field in dataclasses.fields(State)}
     if {name: type(value) for name, value in values.items()} != kinds:
         expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
-        raise UserError(
-            f"expected {expected}; found {', '.join(values)}; was it written by another version?",
-            path=directory / "state.json",
-        )
-    state, named = State(**values), STEP.fullmatch(directory.name)
+        raise UserError(f"expected {expected}; got {', '.join(values)}", path=path)
+    state = State(**values)
+    named = _NAME.fullmatch(directory.name)
     if not 0 <= state.updates <= state.step or (named and int(named[1]) != state.step):
         raise UserError(
-            f"says step {state.step} with {state.updates} updates, in {directory.name}; was it renamed?",
-            path=directory / "state.json",
+            f"says step {state.step} with {state.updates} updates, in {directory.name}; was it renamed?", path=path
         )
     return state
+
+
+def _other_format(found: object) -> str:
+    remedy = "finish the run with the version that began it, or choose another train.output"
+    if found is None:
+        return f"the checkpoint has no format number: an earlier version of minorca wrote it; {remedy}"
+    return f"the checkpoint has format {found!r}; this version of minorca reads format {FORMAT}; {remedy}"
 
 
 def find(config: Config) -> Path | None:
@@ -219,38 +238,46 @@ def read_state(directory: Path, now: dict, config: Config) -> State:
     """What a checkpoint says, once its files are verified and it is of this run (`now`, its identity).
 
     Raises:
-        UserError: a damaged file, what differs by name, or later checkpoints that going on would run into.
+        UserError: a damaged file, what differs by name, or later checkpoints that the run would collide with.
     """
     try:
         state = verify(directory)
     except UserError as error:
-        hint = "; to go on from the newest checkpoint that is undamaged, set train.resume to last-good" * (
-            config.train.resume == "auto"
-        )
-        raise UserError(f"{error}{hint}") from None
-    then = state.run
-    if differing := [
-        f"{key} was {then.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(now.keys() | then)
-        if now.get(key) != then.get(key)
-    ]:
+        if config.train.resume == "auto":
+            error.advice = "to resume from the newest undamaged checkpoint, set train.resume to last-good"
+        raise
+    raise_problems(_differences(directory, state.run, now))
+    if config.train.resume != "last-good" and (later := _later(state, config)):
         raise UserError(
-            f"made with other settings: {'; '.join(differing)}; set them back, or choose another train.output",
-            path=directory,
+            f"is later than {directory.name}; remove it to go back, or choose another train.output", path=later[0]
         )
-    if later := _later(state, config):
-        if config.train.resume != "last-good":
-            raise UserError(
-                f"is later than {directory.name}; remove it to go back, or choose another train.output", path=later[0]
-            )
     return state
+
+
+def _differences(directory: Path, then: dict, now: dict) -> list[UserError]:
+    """What this run would do otherwise than the one that wrote a checkpoint.
+
+    A key that the checkpoint lacks was added by a later version than wrote it, and had its default: that of a setting, or
+    None.
+    """
+    absent = defaults()
+    problems = []
+    for key in sorted(now.keys() | then.keys()):
+        before = then.get(key, absent.get(key))
+        if now.get(key) == before:
+            continue
+        message = f"was {before!r} when this checkpoint was written and is {now.get(key)!r}; set it back"
+        if key not in now:
+            message = f"was {before!r} when this checkpoint was written, and this version does not know it"
+        problems.append(UserError(f"{message}, or choose another train.output", path=directory, field=key))
+    return problems
 
 
 def _later(state: State, config: Config) -> list[Path]:
     return [
         path
         for path in published(Path(config.train.output) / "checkpoints")
-        if int(STEP.fullmatch(path.name)[1]) > state.step
+        if int(_NAME.fullmatch(path.name)[1]) > state.step
     ]
 
 
@@ -262,17 +289,15 @@ def set_damaged_aside(state: State, config: Config) -> None:
         log.warning("%s: now %s", path, aside.name)
 
 
-def load(directory: Path, state: State, model: Mistral, optimizer: torch.optim.Optimizer) -> None:
-    """Fills adapters and optimizer, sharded or not, from a checkpoint that `read_state` has verified."""
-    load_adapter(model, directory)
-    parameters = adapter_parameters(model)
-    moments = open_exactly(
-        directory / "optimizer.safetensors",
-        {f"{m}.{name}": tuple(p.shape) for m in MOMENTS for name, p in parameters.items()},
-    )
-    for name, parameter in parameters.items():
+def load(directory: Path, state: State, trainable: TrainableSet, optimizer: torch.optim.Optimizer) -> None:
+    """Fills what is trained and the optimizer, sharded or not, from a checkpoint that `read_state` has verified."""
+    trainable.load(directory)
+    shapes = {f"{m}.{name}": tuple(p.shape) for m in MOMENTS for name, p in trainable.parameters.items()}
+    moments = open_exactly(directory / "optimizer.safetensors", shapes)
+    for name, parameter in trainable.parameters.items():
         optimizer.state[parameter] = {"step": torch.tensor(float(state.updates), device=parameter.device)}
         for moment in MOMENTS:
-            values, rows = torch.zeros_like(parameter), moments.get_slice(f"{moment}.{name}")
-            fill_rows(values, lambda start, stop: rows[start:stop])
+            values = torch.zeros_like(parameter)
+            rows = moments.get_slice(f"{moment}.{name}")
+            fill_rows(values, lambda start, stop, rows=rows: rows[start:stop])
             optimizer.state[parameter][moment] = values

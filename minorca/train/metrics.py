@@ -14,6 +14,7 @@ import torch
 from minorca.config import Config
 from minorca.errors import UserError
 from minorca.model.architecture import Architecture
+from minorca.model.layout import projections
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +46,8 @@ def training_flops(arch: Architecture, adapter_parameters: int, lengths: list[in
     A token costs 4 FLOPs a frozen matrix parameter (forward, and the gradient of activations) and 6 an adapter parameter;
     attention 4 D a query head and visible key forward, and 2.5 times that backward. The head meets trained tokens alone.
     """
-    attended, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    block = arch.hidden_size * (2 * attended + 2 * kv + 3 * arch.intermediate_size)
+    block = sum(part.in_features * part.out_features for parts in projections(arch).values() for part in parts)
+    attended = arch.heads * arch.head_dim
     pairs = 0
     for n in lengths:
         w = min(n, arch.window or n)
@@ -130,9 +131,10 @@ class Record:
             loss = "skipped" if values["loss"] is None else f"{values['loss']:.4f}"
             self.bar.set_postfix(loss=loss, tokens_per_second=f"{values['tokens_per_second']:,.0f}")
 
-    def evaluation(self, step: int, eval_loss: float) -> None:
-        self._write(step, {"eval_loss": eval_loss})
-        self.bar.write(f"step {step}: held-out loss {eval_loss:.4f}")
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        """An evaluation after a step: eval_loss, and what else the objective measures."""
+        self._write(step, values)
+        self.bar.write(f"step {step}: held-out loss {values['eval_loss']:.4f}")
 
     def close(self, phases: dict[str, float], finished: bool) -> None:
         """Ends the record with a summary, `phases` those after the last step, and, of a finished run, with curves.png, drawn from

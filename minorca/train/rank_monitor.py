@@ -1,8 +1,8 @@
-"""Which ranks of a run are alive, and why one left: told through the store they met at (torchrun's, or rank 0's, whose loss is a sign
-too), so that none waits for the dead.
+"""Which ranks of a run are alive, and why one left, so that no rank waits for one that is gone.
 
-A thread of each rank says every second that it lives and what it is at. A rank that leaves early says why first. The others then
-find their collectives broken (gloo), or hanging (nccl): the first ask here whom to name, the second are ended from here.
+The ranks share a store: torchrun's, or rank 0's, whose loss is a sign too. A thread of each rank reports every second that
+it is alive and what it is doing, and a rank that leaves early reports why first. The others then find that their collectives
+fail (gloo), or never return (nccl): those that fail ask here which rank to name, those that hang are ended by the thread.
 """
 
 import hashlib
@@ -21,17 +21,26 @@ import torch.distributed as dist
 
 from minorca.errors import RunEnded
 
-PERIOD = 1.0  # seconds between signs of life
-GRACE = 10.0  # for a rank to leave by itself, once another has left
+# seconds between heartbeats
+PERIOD = 1.0
+# seconds that a rank has to leave by itself once another has left
+GRACE = 10.0
 
 
 class RankMonitor:
-    """One rank's side. `doing` is what this rank tells the others it is at."""
+    """One rank's side.
+
+    Args:
+        timeout: seconds without a heartbeat after which a rank counts as lost.
+
+    Attributes:
+        status: what this rank tells the others that it is doing.
+        noted: signals that this rank has received, where they are only noted.
+    """
 
     def __init__(self, rank: int, size: int, timeout: float, device: torch.device):
-        nonce = torch.tensor(
-            [secrets.randbits(62) if rank == 0 else 0], device=device
-        )  # a restarted run may find an old store
+        # a restarted run may find the store of the one before
+        nonce = torch.tensor([secrets.randbits(62) if rank == 0 else 0], device=device)
         dist.all_reduce(nonce)
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
@@ -40,62 +49,62 @@ class RankMonitor:
             wait_for_workers=False,
             timeout=timedelta(seconds=timeout),
         )
-        self.store = dist.PrefixStore(f"minorca-watch/{nonce.item()}", store)
-        self.rank, self.others, self.timeout, self.doing = (
-            rank,
-            [r for r in range(size) if r != rank],
-            timeout,
-            "starting",
-        )
-        self.noted: Sequence[int] = ()  # signals that this rank has been sent, where they are only noted
+        self.store = dist.PrefixStore(f"minorca-monitor/{nonce.item()}", store)
+        self.rank = rank
+        self.others = [other for other in range(size) if other != rank]
+        self.timeout = timeout
+        self.status = "starting"
+        self.noted: Sequence[int] = ()
         self._beats = 0
-        self._heard = {
-            other: ("", time.monotonic()) for other in self.others
-        }  # the last sign of life, and when it came
-        self._lock, self._over = (
-            threading.Lock(),
-            threading.Event(),
-        )  # a store's connection serves one question at a time
-        self._live()
+        # of each other rank, its last heartbeat and when it came
+        self._last_seen = {other: ("", time.monotonic()) for other in self.others}
+        # the store's connection serves one request at a time
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._beat()
         dist.barrier()
-        self._listen()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._exchange_beats()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
-    def _live(self) -> None:
-        self._beats += 1
-        life = {"beat": self._beats, "who": f"process {os.getpid()} on {socket.gethostname()}", "doing": self.doing}
-        self.store.set(f"alive/{self.rank}", json.dumps(life))
+    # --------------------------------------------------------------------------------------------------- heartbeats
 
-    def _listen(self) -> None:
+    def _beat(self) -> None:
+        self._beats += 1
+        process = f"process {os.getpid()} on {socket.gethostname()}"
+        heartbeat = {"beat": self._beats, "process": process, "status": self.status}
+        self.store.set(f"alive/{self.rank}", json.dumps(heartbeat))
+
+    def _exchange_beats(self) -> None:
         with self._lock:
-            self._live()
-            lives = self.store.multi_get([f"alive/{other}" for other in self.others])
-        for other, life in zip(self.others, lives):
-            if life != self._heard[other][0]:
-                self._heard[other] = (life, time.monotonic())
+            self._beat()
+            heartbeats = self.store.multi_get([f"alive/{other}" for other in self.others])
+        for other, heartbeat in zip(self.others, heartbeats):
+            if heartbeat != self._last_seen[other][0]:
+                self._last_seen[other] = (heartbeat, time.monotonic())
 
     def _silent(self, seconds: float) -> list[int]:
-        return [other for other, (_, heard) in self._heard.items() if time.monotonic() - heard > seconds]
+        return [other for other, (_, seen) in self._last_seen.items() if time.monotonic() - seen > seconds]
 
-    def _name(self, other: int) -> str:
-        life = json.loads(self._heard[other][0])
-        return f"rank {other} ({life['who']}; last heard at: {life['doing']})"
+    def _describe(self, other: int) -> str:
+        heartbeat = json.loads(self._last_seen[other][0])
+        return f"rank {other} ({heartbeat['process']}; last status: {heartbeat['status']})"
 
-    def _left(self) -> dict | None:
-        """What the first rank to leave said."""
+    def statuses(self) -> str:
+        """The last status of every other rank."""
+        return "; ".join(self._describe(other) for other in self.others)
+
+    # ------------------------------------------------------------------------------------------------------ leaving
+
+    def leave(self, status: int, reason: str) -> None:
+        """Reports that this rank leaves, and why, unless another rank has left before."""
+        departure = json.dumps({"rank": self.rank, "status": status, "reason": reason})
         with self._lock:
-            return json.loads(self.store.get("left")) if self.store.check(["left"]) else None
-
-    def leave(self, status: int, why: str) -> None:
-        """Says that this rank leaves, and why, unless another said so before."""
-        said = json.dumps({"rank": self.rank, "status": status, "why": why})
-        with self._lock:
-            self.store.compare_set("left", "", said)
+            self.store.compare_set("left", "", departure)
             self.store.add("leaving", 1)
 
-    def linger(self) -> None:
-        """On rank 0, whose process may hold the store: gives the others time to fail as it did, and to see that it has been said."""
+    def wait_for_others(self) -> None:
+        """On rank 0, whose process may hold the store: gives the others time to fail as it did, and to see why."""
         deadline = time.monotonic() + 5 * PERIOD
         while self.rank == 0 and time.monotonic() < deadline:
             with self._lock:
@@ -103,53 +112,52 @@ class RankMonitor:
                     return
             time.sleep(PERIOD / 10)
 
-    def first_to_say(self, words: str) -> bool:
-        """Whether no rank has said these words yet: what all complain of is printed once."""
+    def is_first_to_report(self, message: str) -> bool:
+        """Whether no rank has reported this message yet: an error that all ranks meet is printed once."""
         with self._lock:
-            return self.store.add(f"said/{hashlib.sha256(words.encode()).hexdigest()}", 1) == 1
+            return self.store.add(f"reported/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
 
-    def meet(self, where: str) -> None:
-        """Waits until every rank has come here, however long one of them takes: a collective would run out of time.
-
-        Raises:
-            RunEnded: another rank left.
-        """
+    def _departure(self) -> dict | None:
+        """What the first rank to leave reported."""
         with self._lock:
-            self.store.add(f"met/{where}", 1)
-        while True:
-            with self._lock:
-                if self.store.add(f"met/{where}", 0) > len(self.others):
-                    return
-            if left := self._left():
-                raise self._because_of(left)
-            time.sleep(PERIOD / 10)
+            return json.loads(self.store.get("left")) if self.store.check(["left"]) else None
 
-    def _because_of(self, left: dict) -> RunEnded:
+    def _ended_because(self, departure: dict) -> RunEnded:
+        if not departure["reason"]:
+            return RunEnded(departure["status"])
+        message = f"rank {self.rank} ends because rank {departure['rank']} did: {departure['reason']}"
+        return RunEnded(departure["status"], message)
+
+    def _store_lost(self, error: Exception) -> RunEnded:
+        reason = str(error).partition("\n")[0]
         return RunEnded(
-            left["status"],
-            f"rank {self.rank} ends because rank {left['rank']} did: {left['why']}" if left["why"] else "",
+            1, f"rank {self.rank} ends because it lost the run's store, on the machine of rank 0 ({reason})"
         )
 
-    def who_left(self, signalled: bool = False) -> RunEnded | None:
-        """Why a collective of this rank broke, or why it got a signal: another's own words, or its silence. None where all others are
-        well, or got a signal too."""
+    def cause_of_failure(self, signalled: bool = False) -> RunEnded | None:
+        """Why a collective of this rank failed, or why it got a signal: another rank's departure, or its silence.
+
+        None where all other ranks are alive, or got a signal too.
+        """
         if signalled:
             with self._lock:
                 self.store.add("signalled", 1)
         deadline = time.monotonic() + 5 * PERIOD
         while time.monotonic() < deadline:
             try:
-                if (left := self._left()) and left["rank"] != self.rank:
-                    return self._because_of(left)
+                departure = self._departure()
+                if departure and departure["rank"] != self.rank:
+                    return self._ended_because(departure)
                 if signalled and self._all_signalled():
                     return None
-                self._listen()
-            except RuntimeError as error:  # dist.DistError among them
-                return self._unreachable(error)
+                self._exchange_beats()
+            # dist.DistError among them
+            except RuntimeError as error:
+                return self._store_lost(error)
             if silent := self._silent(3.5 * PERIOD):
+                lost = self._describe(silent[0])
                 return RunEnded(
-                    1,
-                    f"rank {self.rank} ends because {self._name(silent[0])} is not heard of any more; was it killed, or out of memory?",
+                    1, f"rank {self.rank} ends because {lost} stopped responding; killed, or out of memory?"
                 )
             time.sleep(PERIOD / 4)
         return None
@@ -158,39 +166,46 @@ class RankMonitor:
         with self._lock:
             return self.store.add("signalled", 0) > len(self.others)
 
-    def whereabouts(self) -> str:
-        """What every other rank last said it is at."""
-        return "; ".join(self._name(other) for other in self.others)
+    # ------------------------------------------------------------------------------------------------------ waiting
 
-    def _unreachable(self, error: Exception) -> RunEnded:
-        reason = str(error).partition("\n")[0]
-        return RunEnded(
-            1, f"rank {self.rank} ends because it lost the run's store, on the machine of rank 0 ({reason})"
-        )
+    def rendezvous(self, name: str) -> None:
+        """Waits until every rank has come here, however long one of them takes: a collective would time out.
 
-    def _run(self) -> None:
-        while not self._over.wait(PERIOD):
-            ended = None
-            try:
-                if left := self._left():
-                    if not self._over.wait(GRACE):
-                        ended = self._because_of(left)
-                else:
-                    self._listen()
-                    patience = GRACE if self.noted else self.timeout  # torchrun signals the others when a rank has died
-                    if silent := self._silent(patience):
-                        ended = RunEnded(
-                            1,
-                            f"rank {self.rank} ends because {self._name(silent[0])} has been silent for {patience:.0f} seconds",
-                        )
-            except RuntimeError as error:
-                if not self._over.wait(GRACE):
-                    ended = self._unreachable(error)
-            if ended:  # the main thread is in a collective that may never end
+        Raises:
+            RunEnded: another rank left.
+        """
+        with self._lock:
+            self.store.add(f"rendezvous/{name}", 1)
+        while True:
+            with self._lock:
+                if self.store.add(f"rendezvous/{name}", 0) > len(self.others):
+                    return
+            if departure := self._departure():
+                raise self._ended_because(departure)
+            time.sleep(PERIOD / 10)
+
+    def _watch(self) -> None:
+        """The thread: heartbeats, and the end of a process whose main thread hangs in a collective."""
+        while not self._closed.wait(PERIOD):
+            if ended := self._reason_to_end():
                 if str(ended):
                     print(f"minorca: {ended}", file=sys.stderr, flush=True)
                 os._exit(ended.status)
 
+    def _reason_to_end(self) -> RunEnded | None:
+        try:
+            if departure := self._departure():
+                return None if self._closed.wait(GRACE) else self._ended_because(departure)
+            self._exchange_beats()
+        except RuntimeError as error:
+            return None if self._closed.wait(GRACE) else self._store_lost(error)
+        # torchrun signals the others when a rank has died
+        patience = GRACE if self.noted else self.timeout
+        if silent := self._silent(patience):
+            lost = self._describe(silent[0])
+            return RunEnded(1, f"rank {self.rank} ends because {lost} has been silent for {patience:.0f} seconds")
+        return None
+
     def close(self) -> None:
-        self._over.set()
+        self._closed.set()
         self._thread.join()

@@ -20,6 +20,7 @@ from minorca import UserError, load_model
 from minorca.files import weights
 from minorca.model.architecture import Architecture, read_architecture
 from minorca.model.build import build_model
+from minorca.model.layout import source_tensors
 from tests.helpers import random_mistral, relative_error
 
 TOKENS = torch.randint(128, (40,), generator=torch.Generator().manual_seed(0))
@@ -176,7 +177,7 @@ def test_files_of_any_float_type_are_rounded_once(held, loaded, save_mistral, tm
 @pytest.mark.parametrize("layout", [None, as_consolidated], ids=str)
 def test_ranks_copy_their_own_rows_in_blocks(layout, save_mistral, monkeypatch):
     """Five ranks' shards, put together, are the whole: neither they nor blocks of seven rows end where heads or tensors do."""
-    monkeypatch.setattr(weights, "ROWS", 7)
+    monkeypatch.setattr(weights, "BLOCK_ROWS", 7)
     directory, theirs = save_mistral(vocab_size=129)
     if layout:
         layout(directory)
@@ -192,12 +193,13 @@ def test_ranks_copy_their_own_rows_in_blocks(layout, save_mistral, monkeypatch):
         for place in range(5):
             mesh = DeviceMesh("cpu", torch.arange(5).roll(place))  # this process, rank 0, comes there
             model = distribute_module(build_model(arch, torch.float32), mesh, shard)
-            weights.load_weights(model.to_empty(device="cpu"), *weights.open_weights(directory, arch))
+            weights.load_weights(model.to_empty(device="cpu"), weights.open_model(directory))
             shards.append({name: parameter.to_local() for name, parameter in model.named_parameters()})
     finally:
         dist.destroy_process_group()
-    for name, pieces in weights.huggingface_tensors(arch).items():
-        whole = torch.cat([theirs.state_dict()[piece.name] for piece in pieces])
+    for module, tensors in source_tensors(arch, "huggingface").items():
+        whole = torch.cat([theirs.state_dict()[tensor.name] for tensor in tensors])
+        name = next(name for name in (f"{module}.base.weight", f"{module}.weight") if name in shards[0])
         assert torch.equal(torch.cat([shard[name] for shard in shards]), whole), name
 
 
@@ -231,14 +233,11 @@ def test_loading_takes_the_memory_of_the_model_alone(layout, tmp_path):
     }
     config_directory(tmp_path, MISTRAL | sizes | {"vocab_size": 128, "head_dim": 64})
     arch = read_architecture(tmp_path)
-    pieces = weights.mistral_tensors(arch) if layout == "native" else weights.huggingface_tensors(arch)
-    shapes = {name: parameter.shape for name, parameter in build_model(arch, torch.bfloat16).named_parameters()}
     header, size = {}, 0
-    for name, parts in pieces.items():
-        for piece in parts:
-            shape = [piece.rows, *shapes[name][1:]]
-            end = size + 2 * torch.Size(shape).numel()
-            header[piece.name] = {"dtype": "BF16", "shape": shape, "data_offsets": [size, end]}
+    for tensors in source_tensors(arch, "mistral" if layout == "native" else "huggingface").values():
+        for tensor in tensors:
+            end = size + 2 * torch.Size(tensor.shape).numel()
+            header[tensor.name] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": [size, end]}
             size = end
     text = json.dumps(header).encode()
     with (tmp_path / ("consolidated.safetensors" if layout == "native" else FILE)).open("wb") as file:

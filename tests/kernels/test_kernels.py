@@ -17,13 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minorca_kernels import (
     STRATEGIES,
     Adapter,
+    DenseWeight,
+    FrozenWeight,
+    PaddedWeight,
     add_rms_norm,
     add_rms_norm_definition,
     linear_cross_entropy,
     linear_cross_entropy_definition,
     lora_linear,
     lora_linear_definition,
-    pad_rows,
     rms_norm,
     rms_norm_definition,
     rope,
@@ -72,22 +74,29 @@ def adapters(ab: tuple[Tensor, ...], n: int, seed: int = 0) -> list[Adapter]:
     return [Adapter(0, len(ab[1]), ab[0], ab[1], seed + 1), Adapter(n - len(ab[3]), n, ab[2], ab[3], seed + 2)]
 
 
-def lora_case(way: str, dropout: float, of_swiglu: bool) -> Case:
-    def frozen(x: Tensor) -> Tensor:
+# made once: torch.compile does not trace the constructor of a parameter
+WEIGHTS: dict[tuple, FrozenWeight] = {}
+
+
+def lora_case(strategy: str, dropout: float, of_swiglu: bool) -> Case:
+    def frozen(x: Tensor) -> FrozenWeight:
         k = x.shape[1] // 2 if of_swiglu else x.shape[1]
-        w = torch.arange((k - 2) * k, device=x.device).view(k - 2, k).double().sin().to(x.dtype)
-        return pad_rows(w, 8).copy_(w) if way == "augmented" else w
+        key = (strategy, k, x.dtype, str(x.device))
+        if key not in WEIGHTS:
+            w = torch.arange((k - 2) * k, device=x.device).view(k - 2, k).double().sin().to(x.dtype)
+            WEIGHTS[key] = PaddedWeight(w, 8) if strategy == "augmented" else DenseWeight(w)
+        return WEIGHTS[key]
 
     def shapes(size: int) -> list[tuple[int, ...]]:
         k, first, second = HIDDEN[size], (2, 3, 3)[size], (1, 5, 16)[size]
         return [(TOKENS[size], 2 * k if of_swiglu else k), (first, k), (3, first), (second, k), (k - 7, second)]
 
     def operation(x: Tensor, *ab: Tensor) -> Tensor:
-        w = frozen(x)
-        return lora_linear(x, w, adapters(ab, len(w)), 0.7, dropout, of_swiglu, way)
+        weight = frozen(x)
+        return lora_linear(x, weight, adapters(ab, weight.out_features), 0.7, dropout, of_swiglu, strategy)
 
     def definition(x: Tensor, *ab: Tensor) -> Tensor:
-        w = frozen(x)
+        w = frozen(x).weight
         return lora_linear_definition(x, w, adapters(ab, len(w)), 0.7, dropout, of_swiglu)
 
     return Case(operation, definition, shapes)
@@ -115,8 +124,10 @@ CASES = {
         lambda n: [(TOKENS[n], HIDDEN[n]), (HIDDEN[n] * 2 + 1, HIDDEN[n])],
     ),
     **{
-        f"lora_linear, {way}, dropout {dropout}{', of swiglu' if of_swiglu else ''}": lora_case(way, dropout, of_swiglu)
-        for way in STRATEGIES
+        f"lora_linear, {strategy}, dropout {dropout}{', of swiglu' if of_swiglu else ''}": lora_case(
+            strategy, dropout, of_swiglu
+        )
+        for strategy in STRATEGIES
         for dropout in (0.0, 0.4)
         for of_swiglu in (False, True)
     },
@@ -128,7 +139,7 @@ NEEDS_TRITON = {name for name in CASES if "fused" in name or ("augmented" in nam
 def case(request, monkeypatch, poisoned) -> Case:
     if request.param in NEEDS_TRITON and not INTERPRETED and not torch.cuda.is_available():
         pytest.skip("has no plain PyTorch")
-    monkeypatch.setattr(lora_linear_module, "FEW", 0)
+    monkeypatch.setattr(lora_linear_module, "MIN_TOKENS_AUGMENTED", 0)
     monkeypatch.setattr(cross_entropy_module, "CHUNK", {"cuda": 16, "cpu": 16})  # several chunks, the last one short
     return CASES[request.param]
 
@@ -249,8 +260,10 @@ def test_operators_are_what_they_declare(case, layout):
         run(case.operation, inputs(case, 1, torch.float32))
 
     def laid_out(t: Tensor) -> Tensor:
-        if layout == "compact" and t.dim() == 2 and t.stride(0) > t.shape[1] and t.stride(1) == 1:  # W with its room
-            return pad_rows(t, t.stride(0) - t.shape[1]).copy_(t.detach()).requires_grad_()
+        if (
+            layout == "compact" and t.dim() == 2 and t.stride(0) > t.shape[1] and t.stride(1) == 1
+        ):  # W with its scratch columns
+            return PaddedWeight(t.detach(), t.stride(0) - t.shape[1]).weight.requires_grad_()
         t = t.detach().clone(memory_format=torch.preserve_format)
         t = t.mT.contiguous().mT if layout == "transposed" and t.dim() > 1 and t.is_contiguous() else t
         return t.requires_grad_(t.is_floating_point())
@@ -266,10 +279,9 @@ def test_operators_are_what_they_declare(case, layout):
 def test_compiles_without_a_break(name):
     torch.compiler.reset()
     case = CASES[name]
+    expected = run(case.operation, inputs(case, 1, torch.float32))
     compiled = torch.compile(case.operation, fullgraph=True, backend="aot_eager")
-    for mine, reference in zip(
-        run(compiled, inputs(case, 1, torch.float32)), run(case.operation, inputs(case, 1, torch.float32))
-    ):
+    for mine, reference in zip(run(compiled, inputs(case, 1, torch.float32)), expected):
         assert torch.equal(mine, reference)
 
 
@@ -341,20 +353,20 @@ def test_dropout_is_a_function_of_its_seed():
     case = CASES["lora_linear, added, dropout 0.4"]
     x, *ab = inputs(case, 1, torch.float32)
     w = torch.randn(121, 123)
-    first, again, other = (lora_linear(x, w, adapters(ab, 121, seed), 1.0, 0.5) for seed in (0, 0, 5))
+    first, again, other = (lora_linear(x, DenseWeight(w), adapters(ab, 121, seed), 1.0, 0.5) for seed in (0, 0, 5))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(first[:, 3:5], F.linear(x, w)[:, 3:5])  # rows of W without an adapter
 
 
-def test_room_is_all_that_is_written():
-    """Room after each row of W takes the adapters; W itself, and what autograd knows of it, stays as it was."""
+def test_only_scratch_columns_are_written():
+    """The columns after each row of W take the adapters; W itself, and what autograd knows of it, stays as it was."""
     monkey = pytest.MonkeyPatch()
-    monkey.setattr(lora_linear_module, "FEW", 0)
+    monkey.setattr(lora_linear_module, "MIN_TOKENS_AUGMENTED", 0)
     x, *ab = inputs(CASES["lora_linear, augmented, dropout 0.0"], 1, torch.float32)
-    w = pad_rows(torch.empty(121, 123), 8)
-    w.copy_(torch.randn(121, 123))
+    weight = PaddedWeight(torch.randn(121, 123), 8)
+    w = weight.weight
     before, version = w.clone(), w._version
-    lora_linear(x, w, adapters(ab, 121), 0.7, way="augmented")
+    lora_linear(x, weight, adapters(ab, 121), 0.7, strategy="augmented")
     monkey.undo()
     assert torch.equal(w, before) and w._version == version and w.stride(0) % 64 == 0
 

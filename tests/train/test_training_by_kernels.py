@@ -85,7 +85,7 @@ def test_twenty_steps(dtype, device, save_mistral, monkeypatch):
     """In fp32 to 1e-5; in bf16 the kernels' losses are at most twice as far from the fp32 ones as the definitions'."""
     if dtype == torch.bfloat16 and INTERPRETED:
         pytest.skip("bf16 is wrong in the interpreter")
-    monkeypatch.setattr(sys.modules["minorca_kernels.lora_linear"], "FEW", 0)  # so that few tokens go the way of many
+    monkeypatch.setattr(sys.modules["minorca_kernels.lora_linear"], "MIN_TOKENS_AUGMENTED", 0)
     directory, _ = save_mistral(sliding_window=16)
     steps = 2 if INTERPRETED else 20
     ours, _ = train(directory, dtype, device, steps)

@@ -1,0 +1,186 @@
+"""How a frozen weight is stored, and the two products that a projection needs of it: x W^T and, in backward, dy W.
+
+A kind of storage is one subclass of `FrozenWeight`. torch's operators take tensors and text, not modules: an operator gets
+the name of the kind and the tensors, and calls the kind's static products. Axes: T tokens, N out, K in.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+class FrozenWeight(nn.Module):
+    """A weight W [N, K] that is multiplied and not trained. `weight.linear(x)` is x W^T, differentiable in x.
+
+    A subclass sets `kind` and defines `tensors`, `product` and `transposed_product`; one that is filled while a model
+    loads also `local_rows` and `store_rows`.
+    """
+
+    kinds: ClassVar[dict[str, type["FrozenWeight"]]] = {}
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls):
+        if "kind" in cls.__dict__:
+            FrozenWeight.kinds[cls.kind] = cls
+
+    def __init__(self, out_features: int, in_features: int):
+        super().__init__()
+        self.out_features = out_features
+        self.in_features = in_features
+
+    def tensors(self) -> list[Tensor]:
+        """What the products below read."""
+        raise NotImplementedError
+
+    @staticmethod
+    def product(x_TK: Tensor, tensors: list[Tensor]) -> Tensor:
+        """x W^T [T, N]."""
+        raise NotImplementedError
+
+    @staticmethod
+    def transposed_product(dy_TN: Tensor, tensors: list[Tensor]) -> Tensor:
+        """dy W [T, K]."""
+        raise NotImplementedError
+
+    @classmethod
+    def add_product(cls, y_TN: Tensor, x_TK: Tensor, tensors: list[Tensor]) -> Tensor:
+        """Adds x W^T to y in place, and returns y."""
+        return y_TN.add_(cls.product(x_TK, tensors))
+
+    @classmethod
+    def add_transposed_product(cls, dx_TK: Tensor, dy_TN: Tensor, tensors: list[Tensor]) -> Tensor:
+        """Adds dy W to dx in place, and returns dx."""
+        return dx_TK.add_(cls.transposed_product(dy_TN, tensors))
+
+    def local_rows(self) -> tuple[int, int]:
+        """The rows [start, stop) of W that this rank stores."""
+        raise NotImplementedError
+
+    def store_rows(self, start: int, rows: Tensor) -> None:
+        """Stores rows of W, counted through the whole W, that are among `local_rows`."""
+        raise NotImplementedError
+
+    def linear(self, x_TK: Tensor) -> Tensor:
+        """x W^T [T, N], differentiable in x."""
+        return _Product.apply(x_TK, self.kind, *self.tensors())
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, kind, *tensors):
+        ctx.save_for_backward(*tensors)
+        ctx.kind = kind
+        return FrozenWeight.kinds[kind].product(x, list(tensors))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        tensors = list(ctx.saved_tensors)
+        dx = FrozenWeight.kinds[ctx.kind].transposed_product(gradients[0], tensors)
+        return dx, None, *(None for _ in tensors)
+
+
+def local_part(parameter: Tensor) -> tuple[Tensor, int]:
+    """The part of a parameter that this rank stores, of a DTensor maybe no rows, and which row of the whole is its first."""
+    if not isinstance(parameter, DTensor):
+        return parameter.detach(), 0
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.to_local().detach(), offset[0]
+
+
+def fill_rows(parameter: Tensor, read: Callable[[int, int], Tensor]) -> None:
+    """Copies rows into the part of a parameter that this rank stores. `read(start, stop)` gives rows of the whole."""
+    local, start = local_part(parameter)
+    if len(local):
+        local.copy_(read(start, start + len(local)))
+
+
+class DenseWeight(FrozenWeight):
+    """W as a matrix, whole or sharded by rows."""
+
+    kind = "dense"
+
+    def __init__(self, weight_NK: Tensor):
+        super().__init__(*weight_NK.shape)
+        self.weight = nn.Parameter(weight_NK, requires_grad=False)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.weight]
+
+    @staticmethod
+    def product(x_TK: Tensor, tensors: list[Tensor]) -> Tensor:
+        return F.linear(x_TK, tensors[0])
+
+    @staticmethod
+    def transposed_product(dy_TN: Tensor, tensors: list[Tensor]) -> Tensor:
+        return F.linear(dy_TN, tensors[0].t())
+
+    @classmethod
+    def add_product(cls, y_TN: Tensor, x_TK: Tensor, tensors: list[Tensor]) -> Tensor:
+        return y_TN.addmm_(x_TK, tensors[0].t())
+
+    @classmethod
+    def add_transposed_product(cls, dx_TK: Tensor, dy_TN: Tensor, tensors: list[Tensor]) -> Tensor:
+        return dx_TK.addmm_(dy_TN, tensors[0])
+
+    def local_rows(self) -> tuple[int, int]:
+        local, start = local_part(self.weight)
+        return start, start + len(local)
+
+    def store_rows(self, start: int, rows: Tensor) -> None:
+        local, first = local_part(self.weight)
+        local[start - first : start - first + len(rows)].copy_(rows)
+
+    def linear(self, x_TK: Tensor) -> Tensor:
+        return F.linear(x_TK, self.weight)
+
+
+class PaddedWeight(DenseWeight):
+    """W with scratch columns after each row, where a low-rank update finds its place beside W (see lora_linear.py)."""
+
+    kind = "padded"
+
+    def __init__(self, weight_NK: Tensor, columns: int):
+        """columns: how many there are at least; rows are a multiple of 64 elements apart."""
+        n, k = weight_NK.shape
+        padded = weight_NK.new_empty(n, k + columns + -(k + columns) % 64)
+        super().__init__(padded[:, :k].copy_(weight_NK))
+
+
+class PrepackedWeight(FrozenWeight):
+    """W laid out once as the CPU's matrix products read it, for inference alone: it can be multiplied by, and nothing else.
+
+    oneDNN multiplies a few rows by a weight in blocks of its own. Given a plain weight, torch has the blocks made again for
+    every product, or takes another library's slower one. `python -m benchmarks.decode` times both.
+    """
+
+    kind = "prepacked"
+    # The number of rows of x that the layout is chosen for. One layout serves all numbers, and this one served them best.
+    ROWS = 8
+
+    def __init__(self, weight_NK: Tensor):
+        super().__init__(*weight_NK.shape)
+        # an opaque tensor, which no conversion of the module may touch: not a buffer
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK.detach(), self.ROWS)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.packed]
+
+    @staticmethod
+    def product(x_TK: Tensor, tensors: list[Tensor]) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.default(x_TK, tensors[0], None, "none", [], "")
+
+    def linear(self, x_TK: Tensor) -> Tensor:
+        return self.product(x_TK, [self.packed])
+
+    @staticmethod
+    def is_faster(weight_NK: Tensor) -> bool:
+        """Whether this machine gains by it."""
+        if weight_NK.is_cuda or not torch.backends.mkldnn.is_available():
+            return False
+        return weight_NK.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,0 +1,136 @@
+"""The tensors of a Mistral network, one row each: their names here, in files and in adapters, and their shapes.
+
+Everything that names or measures a weight reads these tables: the network, adapters, the readers and writers of weights,
+the FLOP count and the export. The network stacks projections that share an input (q, k and v in one); files do not.
+"""
+
+import re
+from dataclasses import dataclass
+
+from minorca.model.architecture import Architecture
+
+# name: the stacked projection that it is part of, Hugging Face's name, Mistral's name
+_PROJECTIONS = {
+    "q": ("qkv", "self_attn.q_proj", "attention.wq"),
+    "k": ("qkv", "self_attn.k_proj", "attention.wk"),
+    "v": ("qkv", "self_attn.v_proj", "attention.wv"),
+    "o": ("o", "self_attn.o_proj", "attention.wo"),
+    "gate": ("gate_up", "mlp.gate_proj", "feed_forward.w1"),
+    "up": ("gate_up", "mlp.up_proj", "feed_forward.w3"),
+    "down": ("down", "mlp.down_proj", "feed_forward.w2"),
+}
+TARGETS = tuple(_PROJECTIONS)  # the projections that adapters may act on
+GROUPS = tuple(dict.fromkeys(group for group, _, _ in _PROJECTIONS.values()))
+
+# module: Hugging Face's name, Mistral's name
+_LAYER_NORMS = {
+    "attention_norm": ("input_layernorm", "attention_norm"),
+    "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
+}
+_OUTSIDE_LAYERS = {
+    "embedding": ("model.embed_tokens", "tok_embeddings"),
+    "norm": ("model.norm", "norm"),
+    "head": ("lm_head", "output"),
+}
+
+
+@dataclass(frozen=True)
+class ProjectionSpec:
+    """One projection of a layer, y [T, out] = x [T, in] W^T, as rows [start, stop) of a stacked one."""
+
+    name: str
+    group: str
+    start: int
+    stop: int
+    in_features: int
+    huggingface_name: str
+    mistral_name: str
+    # Mistral's files order the rows of a query or key head for rotary pairs (2i, 2i + 1); 0 for the other projections
+    rotary_heads: int
+
+    @property
+    def out_features(self) -> int:
+        return self.stop - self.start
+
+    def peft_name(self, layer: int, matrix: str) -> str:
+        """The name of the adapter's matrix "A" or "B" in PEFT's files."""
+        return f"base_model.model.model.layers.{layer}.{self.huggingface_name}.lora_{matrix}.weight"
+
+
+def target_of(peft_name: str) -> str | None:
+    """The projection that a tensor of PEFT's files belongs to; None for other tensors."""
+    match = re.fullmatch(r"base_model\.model\.model\.layers\.\d+\.(.+)\.lora_[AB]\.weight", peft_name)
+    names = {huggingface_name: name for name, (_, huggingface_name, _) in _PROJECTIONS.items()}
+    return names.get(match[1]) if match else None
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor of a model's files, [rows] or [rows, columns]."""
+
+    name: str
+    rows: int
+    columns: int | None = None
+    rotary_heads: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows,) if self.columns is None else (self.rows, self.columns)
+
+
+def projections(arch: Architecture) -> dict[str, tuple[ProjectionSpec, ...]]:
+    """The stacked projections of a layer, each with its parts in order."""
+    hidden, inner = arch.hidden_size, arch.intermediate_size
+    attended, kv = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    # in, out, heads with rotary embeddings
+    sizes = {
+        "q": (hidden, attended, arch.heads),
+        "k": (hidden, kv, arch.kv_heads),
+        "v": (hidden, kv, 0),
+        "o": (attended, hidden, 0),
+        "gate": (hidden, inner, 0),
+        "up": (hidden, inner, 0),
+        "down": (inner, hidden, 0),
+    }
+    stacked: dict[str, tuple[ProjectionSpec, ...]] = {group: () for group in GROUPS}
+    for name, (group, huggingface_name, mistral_name) in _PROJECTIONS.items():
+        in_features, out_features, rotary_heads = sizes[name]
+        start = stacked[group][-1].stop if stacked[group] else 0
+        stop = start + out_features
+        spec = ProjectionSpec(name, group, start, stop, in_features, huggingface_name, mistral_name, rotary_heads)
+        stacked[group] = (*stacked[group], spec)
+    return stacked
+
+
+def source_tensors(arch: Architecture, layout: str) -> dict[str, list[SourceTensor]]:
+    """Module of the network -> the tensors of the files that its weight stacks, in order.
+
+    Args:
+        layout: "huggingface" or "mistral", whose query and key rows are interleaved.
+    """
+    mistral = layout == "mistral"
+
+    def outside(module: str, rows: int, columns: int | None = None) -> dict[str, list[SourceTensor]]:
+        return {module: [SourceTensor(f"{_OUTSIDE_LAYERS[module][mistral]}.weight", rows, columns)]}
+
+    def norm(layer: int, module: str) -> dict[str, list[SourceTensor]]:
+        name = f"{prefix}.{layer}.{_LAYER_NORMS[module][mistral]}.weight"
+        return {f"layers.{layer}.{module}": [SourceTensor(name, arch.hidden_size)]}
+
+    def stacked(layer: int, *groups: str) -> dict[str, list[SourceTensor]]:
+        return {f"layers.{layer}.{group}": [projection(layer, spec) for spec in table[group]] for group in groups}
+
+    def projection(layer: int, spec: ProjectionSpec) -> SourceTensor:
+        name = f"{prefix}.{layer}.{spec.mistral_name if mistral else spec.huggingface_name}.weight"
+        return SourceTensor(name, spec.out_features, spec.in_features, spec.rotary_heads if mistral else 0)
+
+    prefix = "layers" if mistral else "model.layers"
+    table = projections(arch)
+    tensors = outside("embedding", arch.vocab_size, arch.hidden_size)
+    for layer in range(arch.layers):
+        tensors |= norm(layer, "attention_norm") | stacked(layer, "qkv", "o")
+        tensors |= norm(layer, "mlp_norm") | stacked(layer, "gate_up", "down")
+    tensors |= outside("norm", arch.hidden_size)
+    if not arch.tied:
+        tensors |= outside("head", arch.vocab_size, arch.hidden_size)
+    return tensors

@@ -1,0 +1,42 @@
+"""A layer's linear map: how its frozen weight is stored is the business of `base`, what is added to it of its adapters.
+
+Axes: T tokens, K in, N out.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from minorca.model.layout import ProjectionSpec
+from minorca.model.lora import LoRA, RowLoRA
+from minorca_kernels import DenseWeight, FrozenWeight, swiglu
+
+
+class Projection(nn.Module):
+    """One projection, or several that share an input stacked by rows: x W^T, plus what the adapters add.
+
+    Args:
+        parts: the projections that are stacked, in order.
+        gated_input: the input is a buffer [T, 2K] of gate and up, and W multiplies its SwiGLU.
+
+    Attributes:
+        base: how W is stored and multiplied; any kind may be put in the place of another.
+        lora: the trained adapters, or None.
+        row_lora: adapters of which each row of the input uses its own or none, for inference; or None.
+    """
+
+    def __init__(self, parts: tuple[ProjectionSpec, ...], gated_input: bool = False):
+        super().__init__()
+        self.parts = parts
+        self.gated_input = gated_input
+        self.base: FrozenWeight = DenseWeight(torch.empty(parts[-1].stop, parts[0].in_features))
+        self.lora: LoRA | None = None
+        self.row_lora: RowLoRA | None = None
+
+    def forward(self, x_TK: Tensor) -> Tensor:
+        if self.lora is not None:
+            # its operator takes the buffer, and recomputes the SwiGLU in backward instead of saving it
+            return self.lora(x_TK, self.base, self.gated_input)
+        if self.gated_input:
+            x_TK = swiglu(x_TK)
+        y_TN = self.base.linear(x_TK)
+        return y_TN if self.row_lora is None else self.row_lora(x_TK, y_TN)

@@ -1,0 +1,103 @@
+"""What a run starts from, read and checked before memory is taken: the base model's files, the rows, and their identity."""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from minorca.config import Config
+from minorca.data.chat_template import resolve_template
+from minorca.data.packing import Order
+from minorca.data.store import TokenStore, prepared
+from minorca.data.tokenizer import check_vocabulary, load_tokenizer
+from minorca.errors import UserError
+from minorca.files.weights import ModelFiles, open_model
+from minorca.model.architecture import model_directory, read_architecture
+from minorca.train import checkpoint
+from minorca.train.ranks import World
+
+log = logging.getLogger(__name__)
+
+# settings that may differ between ranks, where the content of what they name does not
+_PLACES = ("model.path", "data.train", "data.eval", "data.store", "lora.init", "train.output")
+# what the ranks must have read alike: in words, and the keys of the identity that say so
+_CONTENTS = {
+    "the base model": ("the base's",),
+    "the initial adapter": ("the initial",),
+    "the held-out rows": ("the held-out",),
+    "the rows": ("the rows'", "data.train's"),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The base model's files, the rows to train on, those held out, and what the run's numbers follow from."""
+
+    base: ModelFiles
+    store: TokenStore
+    held_out: TokenStore | None
+    identity: dict
+
+    def schedule(self, config: Config) -> Order:
+        """Which rows every step has."""
+        train, data = config.train, config.data
+        sections = zip(self.store.sections, data.sources(data.train))
+        sources = [(first, stop, source.weight) for (first, stop), source in sections]
+        micro_batches = train.batch_tokens // train.micro_batch_tokens
+        return Order(self.store.lengths, train.micro_batch_tokens, micro_batches, data.packing, train.seed, sources)
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Opens the base model's files and renders the rows.
+
+    Raises:
+        UserError: what is wrong with which file.
+    """
+    base = open_model(config.model.path)
+    store, held_out = read_data(config)
+    identity = checkpoint.identity(config, base.arch, base.paths, store, held_out)
+    return Inputs(base, store, held_out, identity)
+
+
+def read_data(config: Config) -> tuple[TokenStore, TokenStore | None]:
+    """The rows to train on and those held out, rendered; logs what became of every row."""
+    data = config.data
+    directory = model_directory(config.model.path)
+    tok = load_tokenizer(directory)
+    check_vocabulary(tok, read_architecture(directory).vocab_size, directory)
+    template = resolve_template(tok, data.template)
+    log.info("template: %s", template)
+    store = prepared(data.sources(data.train), tok, template, data)
+    store.report()
+    if isinstance(data.eval, float):
+        return _hold_out(store, data.eval, config.train.seed)
+    held_out = prepared(data.sources(data.eval), tok, template, data) if data.eval else None
+    if held_out:
+        held_out.report()
+    return store, held_out
+
+
+def _hold_out(store: TokenStore, fraction: float, seed: int) -> tuple[TokenStore, TokenStore]:
+    order = np.random.default_rng(seed).permutation(len(store))
+    count = round(len(store) * fraction)
+    if not 0 < count < len(store):
+        raise UserError(
+            f"is {fraction}: {count} of {len(store)} rows would be held out; give a path or another fraction",
+            field="data.eval",
+        )
+    log.info("%d of these rows are held out, %d are trained on", count, len(store) - count)
+    return store.select(np.sort(order[count:])), store.select(np.sort(order[:count]))
+
+
+def check_ranks_agree(config: Config, identity: dict, resumed: int, world: World) -> None:
+    """Raises UserError where the ranks were started with different settings, or read different files."""
+    values = {f"{section}.{key}": value for section, keys in config.nested().items() for key, value in keys.items()}
+    values = {key: value for key, value in values.items() if key not in _PLACES}
+    for name, beginnings in _CONTENTS.items():
+        values[name] = [item for item in identity.items() if item[0].startswith(beginnings)]
+    values["the step of the newest checkpoint"] = resumed
+    if differing := world.keys_that_differ(values):
+        raise UserError(
+            f"the ranks differ in {', '.join(differing)}; start all with the same settings on the same files, and one "
+            "output that they share"
+        )
