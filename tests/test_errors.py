@@ -147,7 +147,7 @@ GENERATING = {  # what breaks the directory, options, what is said
     ),
     "no tokens": (None, [*GENERATE, "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
     "no number": (None, [*GENERATE, "--max-new-tokens", "many"], "--max-new-tokens: invalid int value: 'many'"),
-    "over the limit": (None, [*GENERATE, "--max-new-tokens", "600"], "600 new ones are over the limit of 512"),
+    "over the limit": (None, [*GENERATE, "--max-new-tokens", "600"], "600 new tokens exceed the maximum length of 512"),
     "cold": (None, [*GENERATE, "--temperature", "-1"], "--temperature must be from 0 to 100"),
     "no temperature": (None, [*GENERATE, "--temperature", "nan"], "--temperature must be from 0 to 100"),
     "no mass": (None, [*GENERATE, "--top-p", "0"], "--top-p must be over 0"),

@@ -1,4 +1,4 @@
-"""Text from a model: the engine, its key/value cache, sampling, and the command."""
+"""Text generation: the engine, its key/value cache, sampling, and the command."""
 
 from minorca.generate.batch import generate
 

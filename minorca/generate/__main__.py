@@ -1,119 +1,167 @@
-"""`python -m minorca.generate`: text from a model."""
+"""`python -m minorca.generate`: generates text from a prompt, or chats in the terminal."""
 
+import argparse
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from minorca import cli
 from minorca.data.chat_template import TEMPLATES, render_chat
-from minorca.data.tokenizer import check_vocabulary, load_tokenizer
+from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.errors import UserError, raise_problems
-from minorca.generate.engine import Request, check, longest, open_engine
+from minorca.generate.engine import open_engine
+from minorca.generate.request import Request, check_request, default_max_length
 from minorca.generate.sampling import Sampling
-from minorca.generate.terminal_chat import talk
+from minorca.generate.terminal_chat import run_chat
 from minorca.generate.text_stream import TextStream
-from minorca.model.architecture import read_architecture
+from minorca.model.architecture import Architecture, read_architecture
 
-NEW_TOKENS = 512  # of an answer, at most, where nothing is said
+DEFAULT_NEW_TOKENS = 512
+# The name by which requests choose the adapter of --adapter.
+ADAPTER = "adapter"
 
 
-def _parser() -> cli.Parser:
-    parser = cli.Parser(prog="minorca.generate", description="Generates text; temperature 0, the default, is greedy.")
-    parser.add_argument("--model", required=True, metavar="DIR", help="a model's directory")
+def main(argv: list[str]) -> None:
+    args = _parse(argv)
+    sampling = _read_sampling(args)
+    tok = load_tokenizer(args.model)
+    arch = read_architecture(args.model)
+    check_vocabulary(tok, arch.vocab_size, args.model)
+    if args.chat:
+        _chat(args, tok, arch, sampling)
+    else:
+        _complete(args, tok, arch, sampling)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = cli.Parser(prog="minorca.generate", description="Generates text; greedy by default (temperature 0).")
+    parser.add_argument("--model", required=True, metavar="DIR", help="the model's directory")
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", metavar="TEXT", help="one user turn, or the bare text with --raw")
-    what.add_argument("--chat", action="store_true", help="a conversation in the terminal; /help tells its commands")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--prompt", metavar="TEXT", help="a user message; with --raw, the text to continue")
+    mode.add_argument("--chat", action="store_true", help="chat in the terminal; /help there lists the commands")
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
     parser.add_argument(
-        "--template", default="auto", choices=TEMPLATES, help="as data.template when the adapter was trained"
+        "--template",
+        default="auto",
+        choices=TEMPLATES,
+        help="the chat template: data.template of the adapter's training",
     )
-    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    parser.add_argument("--raw", action="store_true", help="continue the text of --prompt, without a chat template")
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help=f"default: {NEW_TOKENS}, or what the model has left"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"default: {DEFAULT_NEW_TOKENS}, or the rest of the model's maximum length",
     )
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="X")
-    parser.add_argument("--top-k", type=int, default=0, metavar="N")
-    parser.add_argument("--min-p", type=float, default=0.0, metavar="X")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="default: 1, off")
+    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="default: 0, off")
+    parser.add_argument("--min-p", type=float, default=0.0, metavar="X", help="default: 0, off")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1, off")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="of the sampling; without one, every run differs")
+    parser.add_argument("--seed", type=int, metavar="N", help="makes sampling reproducible; default: a random seed")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
-    return parser
+    args = parser.parse_args(argv)
+    raise_problems(_problems(args))
+    return args
 
 
-def _problems(args) -> Iterator[UserError]:
+def _problems(args: argparse.Namespace) -> Iterator[UserError]:
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         yield UserError("must be at least 1", field="--max-new-tokens")
     if args.raw and args.system is not None:
-        yield UserError("takes no --system", field="--raw")
+        yield UserError("cannot be combined with --system", field="--raw")
     if args.chat and (args.raw or args.json or args.stop):
-        yield UserError("takes none of --raw, --json and --stop", field="--chat")
+        yield UserError("cannot be combined with --raw, --json or --stop", field="--chat")
     if "" in args.stop:
         yield UserError("must not be empty", field="--stop")
 
 
 @contextlib.contextmanager
 def _fields_as_options() -> Iterator[None]:
-    """Errors about a field of a request name the option that sets it."""
+    """Errors about a field of a request or a sampling setting name the option that sets it."""
     try:
         yield
     except UserError as error:
-        for problem in error.problems:
-            if problem.field:
-                problem.field = f"--{problem.field.replace('_', '-')}"
-        raise
+        raise_problems(
+            UserError(problem.message, field=f"--{problem.field.replace('_', '-')}" if problem.field else None)
+            for problem in error.problems
+        )
 
 
-def main(argv: list[str]) -> None:
-    args = _parser().parse_args(argv)
-    raise_problems(_problems(args))
+def _read_sampling(args: argparse.Namespace) -> Sampling:
     with _fields_as_options():
-        sampling = Sampling(args.temperature, args.top_p, args.top_k, args.min_p, args.repetition_penalty, args.seed)
-    tok, arch = load_tokenizer(args.model), read_architecture(args.model)
-    check_vocabulary(tok, arch.vocab_size, args.model)
-    adapters = {"adapter": args.adapter} if args.adapter else {}
+        return Sampling(args.temperature, args.top_p, args.top_k, args.min_p, args.repetition_penalty, args.seed)
 
-    def request(ids: list[int]) -> Request:
-        new = args.max_new_tokens or max(1, min(NEW_TOKENS, longest(arch) - len(ids)))
-        return Request(ids, new, sampling, tok.stop_ids, next(iter(adapters), None))
 
-    if args.chat:
-        engine = open_engine(args.model, adapters, slots=1, reuse=True)
-        return talk(lambda ids: (token.id for token in engine.answer(request(ids))), tok, args.template, args.system)
+def _make_request(
+    args: argparse.Namespace, prompt: list[int], tok: Tokenizer, arch: Architecture, sampling: Sampling
+) -> Request:
+    rest = default_max_length(arch) - len(prompt)
+    new_tokens = args.max_new_tokens or max(1, min(DEFAULT_NEW_TOKENS, rest))
+    return Request(prompt, new_tokens, sampling, tok.stop_ids, ADAPTER if args.adapter else None)
 
-    messages = [{"role": "system", "content": args.system}] if args.system else []
-    prompt = (
-        tok.encode(args.prompt, bos=tok.adds_bos)
-        if args.raw
-        else render_chat(tok, [*messages, {"role": "user", "content": args.prompt}], template=args.template)
-    )
-    with _fields_as_options():  # before seconds or minutes of loading
-        check(request(prompt), arch.vocab_size, longest(arch), adapters)
-    engine = open_engine(args.model, adapters, slots=1)
-    stream, ids, started = TextStream(tok, args.stop), [], time.perf_counter()
-    show = (lambda text: None) if args.json else (lambda text: print(text, end="", flush=True))
-    for token in engine.answer(request(prompt)):
-        ids.append(token.id)
-        show(stream.push(token.id))
+
+def _adapters(args: argparse.Namespace) -> dict[str, str]:
+    return {ADAPTER: args.adapter} if args.adapter else {}
+
+
+def _chat(args: argparse.Namespace, tok: Tokenizer, arch: Architecture, sampling: Sampling) -> None:
+    engine = open_engine(args.model, _adapters(args), slots=1, reuse=True)
+
+    def answer(prompt: list[int]) -> Generator[int, None, None]:
+        with contextlib.closing(engine.stream(_make_request(args, prompt, tok, arch, sampling))) as tokens:
+            for token in tokens:
+                yield token.id
+
+    run_chat(answer, tok, args.template, args.system)
+
+
+def _complete(args: argparse.Namespace, tok: Tokenizer, arch: Architecture, sampling: Sampling) -> None:
+    """Streams the answer to one prompt, or prints it as JSON."""
+    prompt = _encode_prompt(args, tok)
+    request = _make_request(args, prompt, tok, arch, sampling)
+    # Before the model is loaded, which may take minutes.
+    with _fields_as_options():
+        check_request(request, arch.vocab_size, default_max_length(arch), _adapters(args))
+    engine = open_engine(args.model, _adapters(args), slots=1)
+
+    stream = TextStream(tok, args.stop)
+    tokens = 0
+    finish_reason = None
+    started = time.perf_counter()
+    for token in engine.stream(request):
+        tokens += 1
+        finish_reason = token.finish_reason
+        text = stream.push(token.id)
+        if not args.json:
+            print(text, end="", flush=True)
         if stream.stopped:
             break
-    show(stream.finish())
+    text = stream.finish()
     seconds = time.perf_counter() - started
     if not args.json:
-        return print()
-    reason = "stop" if stream.stopped else token.finish_reason
-    numbers = {
-        "tokens": len(ids),
+        print(text)
+        return
+    result = {
+        "text": stream.text,
+        "tokens": tokens,
         "prompt_tokens": len(prompt),
-        "finish_reason": reason,
-        "tokens_per_second": len(ids) / seconds,
+        "finish_reason": "stop" if stream.stopped else finish_reason,
+        "tokens_per_second": tokens / seconds,
     }
-    print(json.dumps({"text": stream.text} | numbers, ensure_ascii=False))
+    print(json.dumps(result, ensure_ascii=False))
+
+
+def _encode_prompt(args: argparse.Namespace, tok: Tokenizer) -> list[int]:
+    if args.raw:
+        return tok.encode(args.prompt, bos=tok.adds_bos)
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    return render_chat(tok, [*system, {"role": "user", "content": args.prompt}], template=args.template)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Continuations of several prompts together."""
+"""Continuations of a list of prompts."""
 
 from collections.abc import Collection
 
-from minorca.generate.engine import Engine, Request
+from minorca.generate.engine import Engine
+from minorca.generate.request import Request
 from minorca.generate.sampling import Sampling
 from minorca.model.network import Mistral
 
-ROWS = 32  # answers that grow together, at most
+# Prompts beyond this many wait until others are done.
+MAX_SLOTS = 32
 
 
 def generate(
@@ -21,23 +23,31 @@ def generate(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
 ) -> list[list[int]]:
-    """Continues prompts of any lengths together; returns the new ids of each, up to and with its first stop id.
+    """Continues prompts of any lengths together.
 
-    Equal prompts get different draws, and are read once. On a CPU `prepack(model)` (prepack.py) makes it faster.
+    Equal prompts are prefilled once and sampled independently. On a CPU, `prepack(model)` (prepack.py) makes it faster.
+
+    Args:
+        prompts: token ids of each prompt.
+        stop_ids: ids that end a continuation.
+        temperature, top_p, top_k, min_p, repetition_penalty, seed: as in `Sampling`; the default is greedy.
+
+    Returns:
+        The new ids of each prompt, up to and including the first stop id.
 
     Raises:
-        ValueError: a prompt without tokens.
-        UserError: an id that the model does not have, or a setting that makes no sense.
+        ValueError: there is no prompt, or one without tokens.
+        UserError: an id outside the vocabulary, or a setting out of range.
     """
     if not prompts or not all(prompts):
-        raise ValueError("every prompt needs at least one token")
+        raise ValueError("expected at least one prompt, and at least one token in each")
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     requests = [Request(prompt, max_new_tokens, sampling, stop_ids, sample=n) for n, prompt in enumerate(prompts)]
-    engine = Engine(model, min(len(prompts), ROWS), max(map(len, prompts)) + max_new_tokens)
+    engine = Engine(model, min(len(prompts), MAX_SLOTS), max(map(len, prompts)) + max_new_tokens)
     for request in requests:
         engine.add(request)
-    outs: dict[Request, list[int]] = {request: [] for request in requests}
+    outputs: dict[Request, list[int]] = {request: [] for request in requests}
     while engine.busy:
         for token in engine.step():
-            outs[token.request].append(token.id)
-    return list(outs.values())
+            outputs[token.request].append(token.id)
+    return list(outputs.values())

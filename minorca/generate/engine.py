@@ -1,175 +1,106 @@
-"""Requests in, tokens out: prompts are read in chunks, answers grow together, one token a step, and each leaves when it is done.
+"""A scheduler for generation with continuous batching (Yu et al. 2022, Orca).
 
-Continuous batching (Yu et al. 2022, Orca): a row of the batch that is free takes the next request at the next step. A prompt is
-read on its own in chunks of one size, and a step always has as many rows as there are, so what an answer is computed from, to
-the bit, depends on nothing but its request, the number of rows and the chunk.
+The batch has a fixed number of slots. A request takes a free slot, its prompt is prefilled in chunks, and then every
+step adds one token to each running sequence; a slot is free again when its sequence ends. Prompts are prefilled one by
+one, in chunks of one size, and a step always computes all slots, so that the bits of an answer depend on its request,
+the number of slots and the chunk size alone, not on the other requests.
 
-On CUDA a step, sampling included, is one captured graph, and its ids are read while the next one runs.
+On CUDA the sampled ids are copied to the host while the next step is already running.
+
+Axes in names: N slots, T tokens, H hidden, V vocabulary; 1V is the one row of logits after a prompt.
 """
 
-import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from minorca.errors import UserError, raise_problems
-from minorca.generate.kv_cache import KVCache
+from minorca.generate.decode_step import DecodeStep, compute_logits
+from minorca.generate.kv_cache import KVCache, check_memory
 from minorca.generate.prepack import prepack
-from minorca.generate.row_adapters import load_adapters
-from minorca.generate.sampling import Sampler, Sampling
-from minorca.model.architecture import Architecture
+from minorca.generate.request import Request, Sequence, Token, check_request, default_max_length
+from minorca.generate.results import PendingTokens
+from minorca.generate.row_adapters import Adapters, load_adapters
+from minorca.generate.sampling import Sampler
 from minorca.model.build import fast_dtype, load_model
 from minorca.model.network import Mistral
 from minorca.signals import signals_noted
 
-CHUNK = 512  # tokens of a prompt that are read at once, between two steps of the others
-
-
-@dataclass(eq=False)
-class Request:
-    """One answer to be generated."""
-
-    prompt: list[int]
-    max_new_tokens: int = 64
-    sampling: Sampling = field(default_factory=Sampling)
-    stop_ids: Collection[int] = ()
-    adapter: str | None = None
-    logprobs: int | None = (
-        None  # k: the log probability of each id and the k likeliest at its place, before any sampling
-    )
-    sample: int = 0  # which of several answers to one prompt; added one after another they share its reading
-
-
-@dataclass(frozen=True)
-class Token:
-    """The next id of an answer; the last one, a stop id or the most asked for, has the reason."""
-
-    request: Request
-    id: int
-    logprob: float | None
-    top: list[tuple[int, float]] | None
-    finish_reason: str | None  # None, "stop" or "length"
-
-
-@dataclass
-class _Answer:
-    row: int
-    launched: int = 0  # tokens under way or done
-    ids: list[int] = field(default_factory=list)
-
-
-@dataclass
-class _Result:
-    """Of one launch: where in its tensors which request's token is."""
-
-    places: list[tuple[int, Request, _Answer]]
-    ids: Tensor
-    chosen: Tensor | None
-    top: tuple[Tensor, Tensor] | None
-    done: torch.cuda.Event | None
-
-
-def longest(arch: Architecture) -> int:
-    """Tokens that a model was made for, where its files say."""
-    return arch.max_positions or 32768
-
-
-def check(request: Request, vocab_size: int, max_length: int, adapters: Collection[str]) -> None:
-    """Raises UserError: why the request cannot be served, by its field."""
-    raise_problems(_problems(request, vocab_size, max_length, adapters))
-
-
-def _problems(request: Request, vocab_size: int, max_length: int, adapters: Collection[str]) -> Iterator[UserError]:
-    prompt, new_tokens = len(request.prompt), request.max_new_tokens
-    if not request.prompt:
-        yield UserError("is empty; expected at least one token", field="prompt")
-    if any(not 0 <= i < vocab_size for i in request.prompt):
-        yield UserError(f"has ids outside the model's vocabulary of {vocab_size}", field="prompt")
-    if new_tokens < 1:
-        yield UserError(f"is {new_tokens}; expected at least 1", field="max_new_tokens")
-    if prompt + new_tokens > max_length:
-        yield UserError(
-            f"{prompt} prompt tokens and {new_tokens} new ones are over the limit of {max_length}; shorten one of them"
-        )
-    if request.adapter not in (None, *adapters):
-        yield UserError(f"is {request.adapter!r}; expected one of {list(adapters)}", field="adapter")
-    if not 0 <= (request.logprobs or 0) <= vocab_size:
-        yield UserError(f"is {request.logprobs}; expected 0 to {vocab_size}", field="logprobs")
+# Prompt tokens that are prefilled between two decoding steps.
+CHUNK = 512
 
 
 class Engine:
-    """A model, its key/value cache, and what is asked of them. Not thread-safe.
+    """Generates for up to `slots` requests at once. Not thread-safe.
 
     Args:
-        slots: rows of the batch: answers that grow together.
-        max_length: tokens of a prompt and its answer, at most; by default the model's positions.
-        adapters: PEFT directories by the name that requests choose them by.
-        reuse: the row, of which there must be one, keeps what it read, and the next request goes on from the longest common
-            beginning; its chunks then start elsewhere, so its bits depend on what came before.
-
-    With adapters the model is the engine's: its projections are replaced by ones that choose among them. `prepack` comes after.
+        model: on its device, in its dtype.
+        slots: the number of sequences that are generated at once.
+        max_length: the maximum number of tokens of a prompt and its continuation; by default the model's positions.
+        adapters: what `load_adapters` returned for this model; None: requests cannot name an adapter.
+        reuse: keep the cache of the last sequence, and prefill only what follows the longest common prefix with the
+            next prompt. Needs `slots=1`. Chunks then start at other positions, so the last bits may depend on the
+            history.
+        chunk: the number of prompt tokens that are prefilled at once.
 
     Raises:
-        UserError: an adapter's files are wrong, or the cache does not fit the memory.
+        UserError: the key/value cache does not fit in memory.
     """
 
-    def __init__(self, model: Mistral, slots: int = 8, max_length: int | None = None, adapters: dict[str, str | Path] | None = None,
-                 reuse: bool = False, chunk: int = CHUNK):  # fmt: skip
+    def __init__(
+        self,
+        model: Mistral,
+        slots: int = 8,
+        max_length: int | None = None,
+        adapters: Adapters | None = None,
+        reuse: bool = False,
+        chunk: int = CHUNK,
+    ):
         if reuse and slots > 1:
-            raise ValueError("reuse is for one slot: other rows' steps write into a row that waits")
-        weight, arch = model.embedding.weight, model.arch
-        self.model, self.slots, self.reuse, self.chunk = model, slots, reuse, chunk
-        self.device, self.vocab_size = weight.device, arch.vocab_size
-        self.max_length = max_length or longest(arch)
-        self.cache = KVCache(arch, slots, self.max_length, weight.dtype, self.device)
-        self._check_memory(2 * arch.layers * arch.kv_heads * arch.head_dim * weight.element_size())
-        self._adapters = load_adapters(model, adapters or {})
-        self._sampler = Sampler(slots, arch.vocab_size, self.device)
-        self._tokens_N, self._place_N = (torch.zeros(slots, dtype=torch.int64, device=self.device) for _ in range(2))
-        self._waiting: deque[Request] = deque()
-        self._answers: dict[Request, _Answer] = {}
-        self._reading: deque[Request] = deque()
-        self._free = list(range(slots))
-        self._read: list[tuple[str | None, list[int]]] = [
-            (None, [])
-        ] * slots  # what each row's cache is of: adapter and ids
-        self._logits_1V: dict[int, Tensor] = {}  # after the prompt of each row
-        self._results: deque[_Result] = deque()
-        self._whole = True  # no step was cut short by an error, which would leave layers that know less than others
-        self._graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Tensor] | None] = {}
-        self._captured_slots = 0
+            raise ValueError("reuse needs slots=1: decoding writes into the buffers of inactive slots")
+        weight = model.embedding.weight
+        self.model = model
+        self.slots = slots
+        self.reuse = reuse
+        self.chunk = chunk
+        self.device = weight.device
+        self.vocab_size = model.arch.vocab_size
+        self.max_length = max_length or default_max_length(model.arch)
+        self.cache = KVCache(model.arch, slots, self.max_length, weight.dtype, self.device)
+        check_memory(self.cache, model)
+        self._adapters = adapters or Adapters([], self.device)
+        self._sampler = Sampler(slots, self.vocab_size, self.device)
+        self._decode_step = DecodeStep(model, self.cache, self._sampler, self._adapters)
+        # Each slot's adapter, as `Adapters.place` numbers them.
+        self._adapter_N = torch.zeros(slots, dtype=torch.int64, device=self.device)
 
-    def _check_memory(self, token_bytes: int) -> None:
-        """Buffers grow when they are needed, but must be able to: an answer under way has nowhere to go."""
-        needed = self.slots * self.cache.limit * token_bytes
-        if self.device.type == "cuda":
-            there = torch.cuda.mem_get_info(self.device)[0]
-        else:
-            there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - sum(
-                p.nbytes for p in self.model.parameters()
-            )
-        if needed > 0.9 * there:  # the rest is for what a step computes
-            raise UserError(
-                f"{self.slots} slots of {self.cache.limit} tokens take {needed / 1e9:.1f} GB of keys and values, and {there / 1e9:.1f} GB "
-                "are there beside the weights; give fewer slots or a smaller maximal length"
-            )
+        self._waiting: deque[Request] = deque()
+        self._running: dict[Request, Sequence] = {}
+        self._prefilling: deque[Sequence] = deque()
+        self._pending: deque[PendingTokens] = deque()
+        self._free_slots = list(range(slots))
+        # What each slot's cache was computed from: an adapter and token ids.
+        self._cached: list[tuple[str | None, list[int]]] = [(None, [])] * slots
+        # The logits after the prompt of each slot that decodes.
+        self._prompt_logits: dict[int, Tensor] = {}
+        # False during a step, and after one that an error interrupted: some layers may have cached more tokens than
+        # others.
+        self._consistent = True
 
     # ----------------------------------------------------------------------------------------------- requests
 
     @property
     def adapters(self) -> list[str]:
+        """The names that `Request.adapter` may have."""
         return self._adapters.names
 
     @property
     def running(self) -> int:
-        return len(self._answers)
+        return len(self._running)
 
     @property
     def waiting(self) -> int:
@@ -177,28 +108,31 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._answers or self._waiting)
+        return bool(self._running or self._waiting)
 
     def check(self, request: Request) -> None:
-        """Raises UserError: why the request cannot be served, by its field."""
-        check(request, self.vocab_size, self.max_length, self.adapters)
+        """Raises UserError for every invalid field of a request."""
+        check_request(request, self.vocab_size, self.max_length, self.adapters)
 
     def add(self, request: Request) -> None:
-        """Queues a request; errors as `check`."""
+        """Queues a request. Raises UserError as `check` does."""
         self.check(request)
         self._waiting.append(request)
 
     def cancel(self, request: Request) -> None:
-        """Ends a request wherever it is; no token of it comes any more."""
-        if request in self._answers:
-            self._release(request)
+        """Removes a request, waiting or running; `step` returns no more tokens of it. Does nothing if it has ended."""
+        if request in self._running:
+            self._release(self._running[request])
         elif request in self._waiting:
             self._waiting.remove(request)
 
-    def answer(self, request: Request) -> Iterator[Token]:
-        """The tokens of a request that is alone; it ends when the iterator is closed. Errors as `check`.
+    def stream(self, request: Request) -> Generator[Token, None, None]:
+        """The tokens of a single request, as they are generated; closing the iterator cancels it.
 
-        A signal waits for the step's end: one cut short would leave a cache of which some layers know a token more than others.
+        SIGINT and SIGTERM are deferred to the end of a step, so that all layers of the cache hold the same tokens.
+
+        Raises:
+            UserError: as `check` does.
         """
         self.add(request)
         try:
@@ -212,193 +146,167 @@ class Engine:
             with signals_noted():
                 self.cancel(request)
 
-    def _release(self, request: Request) -> None:
-        answer = self._answers.pop(request)
-        if request in self._reading:
-            self._reading.remove(request)
-        row = answer.row
-        self.cache.activate(row, False)
-        self._sampler.clear(row)
-        self._logits_1V.pop(row, None)
-        if self.reuse and self._whole:
-            self._read[row] = (request.adapter, (request.prompt + answer.ids)[: self.cache.lengths[row]])
-        else:
-            self._read[row] = (None, [])
-            self.cache.truncate(row, 0)
-        self._free.append(row)
-
     # --------------------------------------------------------------------------------------------------- steps
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        """Reads prompts, in order, until they come to a chunk's length; then adds a token to every answer. Returns the tokens that are
-        known by now."""
-        self._whole = False
-        while self._waiting and self._free:
-            self._admit(self._waiting.popleft(), self._free.pop(0))
-        budget = self.chunk
-        while self._reading and budget > 0:
-            budget -= self._read_on(self._reading[0])
+        """Prefills up to one chunk, then adds a token to every running sequence.
+
+        Returns:
+            The tokens that have reached the host. On CUDA the newest ones follow with the next call.
+        """
+        self._consistent = False
+        self._admit()
+        self._prefill()
         if any(self.cache.active):
             self._decode()
-        self._whole, self._adapters.in_use = True, False
-        ahead = self.device.type == "cuda" and any(self.cache.active)  # the newest results are still being computed
-        tokens: list[Token] = []
-        while len(self._results) > ahead:
-            tokens += self._tokens(self._results.popleft())
-        return tokens
+        self._consistent = True
+        # The model's own forward, outside of the engine, is the base model's.
+        self._adapters.in_use = False
+        return self._collect()
 
-    def _admit(self, request: Request, row: int) -> None:
-        self._answers[request] = _Answer(row)
-        self._reading.append(request)
-        self._place_N[row] = self._adapters.place(request.adapter)
-        if self.reuse:
-            adapter, ids = self._read[row]
-            before = (
-                request.prompt[:-1] if adapter == request.adapter else []
-            )  # the last token is read again: for its logits
-            same = next((i for i, (a, b) in enumerate(zip(ids, before)) if a != b), min(len(ids), len(before)))
-            self.cache.truncate(row, same if self.cache.holds(row, same) else 0)
+    def _admit(self) -> None:
+        while self._waiting and self._free_slots:
+            request = self._waiting.popleft()
+            sequence = Sequence(request, self._free_slots.pop(0))
+            self._running[request] = sequence
+            self._prefilling.append(sequence)
+            self._adapter_N[sequence.slot] = self._adapters.place(request.adapter)
+            if self.reuse:
+                self._keep_common_prefix(sequence)
 
-    def _read_on(self, request: Request) -> int:
-        """Reads the next chunk of a prompt; with its end, the answer's first token is drawn. Returns how many tokens it read."""
-        row, prompt = self._answers[request].row, request.prompt
-        logits_1V, read = self._copied(request), 0
-        if logits_1V is None:
-            start = self.cache.lengths[row]
-            ids = torch.tensor(prompt[start : start + self.chunk], device=self.device)
-            read, last = len(ids), start + len(ids) == len(prompt)
-            self._adapters.choose(self._place_N[row : row + 1], request.adapter is not None)
-            head = (lambda hidden, weight: self._head(hidden[-1:], weight)) if last else (lambda hidden, weight: None)
-            logits_1V = self.model(ids, attend=self.cache.chunk(row, read), head=head)
-        if logits_1V is not None:
-            self._reading.popleft()
-            self._read[row], self._logits_1V[row] = (request.adapter, prompt), logits_1V
-            self._begin(request, logits_1V)
-        return read
+    def _keep_common_prefix(self, sequence: Sequence) -> None:
+        request, slot = sequence.request, sequence.slot
+        adapter, cached = self._cached[slot]
+        # Without the last token, which is computed again for its logits.
+        prompt = request.prompt[:-1] if adapter == request.adapter else []
+        shorter = min(len(cached), len(prompt))
+        common = next((i for i in range(shorter) if cached[i] != prompt[i]), shorter)
+        self.cache.set_length(slot, common if self.cache.holds(slot, common) else 0)
 
-    def _copied(self, request: Request) -> Tensor | None:
-        """The logits after a prompt that another row has read, whose keys and values become this row's too."""
-        row = self._answers[request].row
-        for other, logits_1V in self._logits_1V.items():
-            if self._read[other] == (request.adapter, request.prompt) and self.cache.holds(other, len(request.prompt)):
-                self.cache.copy(other, row, len(request.prompt))
+    def _prefill(self) -> None:
+        """Prefills prompts in their order of arrival until a chunk's number of tokens is reached."""
+        budget = self.chunk
+        while self._prefilling and budget > 0:
+            budget -= self._prefill_chunk(self._prefilling[0])
+
+    def _prefill_chunk(self, sequence: Sequence) -> int:
+        """Prefills a prompt's next chunk; after the last one, samples the first token. Returns the chunk's length."""
+        request, slot = sequence.request, sequence.slot
+        shared_1V = self._copy_prefilled(sequence)
+        if shared_1V is not None:
+            self._start_decoding(sequence, shared_1V)
+            return 0
+        start = self.cache.lengths[slot]
+        ids_T = torch.tensor(request.prompt[start : start + self.chunk], device=self.device)
+        is_last = start + len(ids_T) == len(request.prompt)
+        self._adapters.choose(self._adapter_N[slot : slot + 1], request.adapter is not None)
+        head = self._last_logits if is_last else self._no_logits
+        logits_1V = self.model(ids_T, attend=self.cache.prefill(slot, len(ids_T)), head=head)
+        if is_last:
+            self._start_decoding(sequence, logits_1V)
+        return len(ids_T)
+
+    def _last_logits(self, hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
+        return compute_logits(self.model, hidden_TH[-1:], weight_VH)
+
+    def _no_logits(self, hidden_TH: Tensor, weight_VH: Tensor) -> None:
+        return None
+
+    def _copy_prefilled(self, sequence: Sequence) -> Tensor | None:
+        """Copies the cache of a slot that has the same prompt and adapter; returns the logits after the prompt."""
+        request = sequence.request
+        length = len(request.prompt)
+        for other, logits_1V in self._prompt_logits.items():
+            if self._cached[other] == (request.adapter, request.prompt) and self.cache.holds(other, length):
+                self.cache.copy_prefix(other, sequence.slot, length)
                 return logits_1V
         return None
 
-    def _begin(self, request: Request, logits_1V: Tensor) -> None:
-        row = self._answers[request].row
-        only = slice(row, row + 1)
-        self._sampler.set(row, request.sampling, request.sample, request.prompt)
-        ids = self._sampler(logits_1V, self.cache.lengths_N[only], only, self._sampler.kind(only))
-        self._tokens_N[only] = ids
-        self._results.append(self._result([(0, request, self._answers[request])], ids, logits_1V))
-        self.cache.activate(row, True)
-        self._launched([request])
+    def _start_decoding(self, sequence: Sequence, logits_1V: Tensor) -> None:
+        """Samples the first token of a prompt that is prefilled, and activates its slot."""
+        request, slot = sequence.request, sequence.slot
+        self._prefilling.popleft()
+        self._cached[slot] = (request.adapter, request.prompt)
+        self._prompt_logits[slot] = logits_1V
+        own = slice(slot, slot + 1)
+        self._sampler.set(slot, request.sampling, request.sample, request.prompt)
+        ids_1 = self._sampler(logits_1V, self.cache.lengths_N[own], own, self._sampler.ops(own))
+        self._decode_step.tokens_N[own] = ids_1
+        self._pending.append(PendingTokens([(0, sequence)], ids_1, logits_1V))
+        self.cache.set_active(slot, True)
+        self._count_scheduled(sequence)
 
     def _decode(self) -> None:
-        places = [
-            (answer.row, request, answer) for request, answer in self._answers.items() if self.cache.active[answer.row]
-        ]
+        decoding = [sequence for sequence in self._running.values() if self.cache.active[sequence.slot]]
         self.cache.advance()
-        self._adapters.choose(self._place_N, any(request.adapter is not None for request in self._answers))
-        logits_NV = self._launch()
-        self._results.append(self._result(places, self._tokens_N, logits_NV))
-        self._launched([request for _, request, _ in places])
+        self._adapters.choose(self._adapter_N, any(request.adapter is not None for request in self._running))
+        logits_NV = self._decode_step.run()
+        rows = [(sequence.slot, sequence) for sequence in decoding]
+        self._pending.append(PendingTokens(rows, self._decode_step.tokens_N, logits_NV))
+        for sequence in decoding:
+            self._count_scheduled(sequence)
 
-    def _launched(self, requests: list[Request]) -> None:
-        for request in requests:
-            answer = self._answers[request]
-            answer.launched += 1
-            if answer.launched == request.max_new_tokens:
-                self.cache.activate(answer.row, False)
-
-    def _head(self, hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
-        return (
-            self.model.prepacked_head(hidden_TH)
-            if hasattr(self.model, "prepacked_head")
-            else F.linear(hidden_TH, weight_VH)
-        )
-
-    def _compute(self, kind: tuple[bool, bool, bool]) -> Tensor:
-        """One step of all rows, on the device alone: from each one's last token to its next. Returns the logits."""
-        logits_NV = self.model(self._tokens_N, attend=self.cache.step(), head=self._head)
-        self._tokens_N.copy_(self._sampler(logits_NV, self.cache.lengths_N, slice(None), kind))
-        return logits_NV
-
-    def _launch(self) -> Tensor:
-        """`_compute`; on CUDA as it is the first time, for kernels are compiled and chosen then, and from then on as one graph."""
-        kind = self._sampler.kind(slice(None))
-        if self.device.type != "cuda":
-            return self._compute(kind)
-        if self._captured_slots != self.cache.slots:  # the buffers are others
-            self._graphs.clear()
-            self._captured_slots = self.cache.slots
-        key = (kind, self._adapters.in_use)
-        if key not in self._graphs:
-            self._graphs[key] = None
-            return self._compute(kind)
-        if self._graphs[key] is None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits_NV = self._compute(kind)
-            self._graphs[key] = graph, logits_NV
-        graph, logits_NV = self._graphs[key]
-        graph.replay()
-        return logits_NV
+    def _count_scheduled(self, sequence: Sequence) -> None:
+        sequence.scheduled += 1
+        if sequence.scheduled == sequence.request.max_new_tokens:
+            self.cache.set_active(sequence.slot, False)
 
     # ------------------------------------------------------------------------------------------------- results
 
-    def _result(self, places: list[tuple[int, Request, _Answer]], ids: Tensor, logits: Tensor) -> _Result:
-        """Starts the way of a launch's results to the host."""
-        chosen = top = done = None
-        if wanted := [request.logprobs for _, request, _ in places if request.logprobs is not None]:
-            logprobs = logits.float().log_softmax(-1)
-            chosen = self._to_host(logprobs.gather(-1, ids[:, None])[:, 0])
-            top = tuple(self._to_host(t) for t in logprobs.topk(max(wanted)))
-        ids = self._to_host(ids)
-        if self.device.type == "cuda":
-            done = torch.cuda.Event()
-            done.record()
-        return _Result(places, ids, chosen, top, done)
-
-    def _to_host(self, t: Tensor) -> Tensor:
-        if self.device.type != "cuda":
-            return t.clone()
-        return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
-
-    def _tokens(self, result: _Result) -> list[Token]:
-        if result.done:
-            result.done.synchronize()
-        ids, tokens = result.ids.tolist(), []
-        for place, request, answer in result.places:
-            if self._answers.get(request) is not answer:  # it ended while this was computed
-                continue
-            answer.ids.append(token := ids[place])
-            stopped, full = token in request.stop_ids, len(answer.ids) == request.max_new_tokens
-            logprob = top = None
-            if request.logprobs is not None:
-                logprob = result.chosen[place].item()
-                values, likeliest = (t[place, : request.logprobs].tolist() for t in result.top)
-                top = list(zip(likeliest, values))
-            tokens.append(Token(request, token, logprob, top, "stop" if stopped else "length" if full else None))
-            if stopped or full:
-                self._release(request)
+    def _collect(self) -> list[Token]:
+        """The tokens that are on the host by now; sequences that have ended release their slots."""
+        in_flight = 1 if self.device.type == "cuda" and any(self.cache.active) else 0
+        tokens: list[Token] = []
+        while len(self._pending) > in_flight:
+            for sequence, token, logprob, top in self._pending.popleft().wait():
+                request = sequence.request
+                # Cancelled, or ended by a stop id, while this token was being computed.
+                if self._running.get(request) is not sequence:
+                    continue
+                finish_reason = sequence.append(token)
+                tokens.append(Token(request, token, logprob, top, finish_reason))
+                if finish_reason:
+                    self._release(sequence)
         return tokens
 
+    def _release(self, sequence: Sequence) -> None:
+        request, slot = sequence.request, sequence.slot
+        del self._running[request]
+        if sequence in self._prefilling:
+            self._prefilling.remove(sequence)
+        self.cache.set_active(slot, False)
+        self._sampler.clear(slot)
+        self._prompt_logits.pop(slot, None)
+        if self.reuse and self._consistent:
+            self._cached[slot] = (request.adapter, (request.prompt + sequence.ids)[: self.cache.lengths[slot]])
+        else:
+            self._cached[slot] = (None, [])
+            self.cache.set_length(slot, 0)
+        self._free_slots.append(slot)
 
-def open_engine(path: str | Path, adapters: dict[str, str | Path], **options) -> Engine:
-    """What the commands generate with: a model in its fastest form on this machine, which is for nothing else. Once all is well,
-    tells on standard error how fast the weights came.
+
+def open_engine(
+    path: str | Path,
+    adapters: Mapping[str, str | Path],
+    slots: int,
+    max_length: int | None = None,
+    reuse: bool = False,
+) -> Engine:
+    """Loads a model in its fastest form on this machine, and reports on standard error how fast the weights were read.
+
+    The engine takes over the model, whose weights are prepacked: it can be used for generation only.
 
     Args:
-        options: as `Engine` takes them.
+        path: the model's directory.
+        adapters: PEFT adapters' directories by the names that requests use.
+        slots, max_length, reuse: as `Engine` takes them.
 
     Raises:
-        UserError: what is wrong with which file.
+        UserError: a file is missing or invalid, or the key/value cache does not fit in memory.
     """
     model = load_model(path, fast_dtype())
-    engine = Engine(model, adapters=adapters, **options)
+    engine = Engine(model, slots, max_length, load_adapters(model, dict(adapters)), reuse)
     prepack(model)
     print(f"{path}: {model.loaded}", file=sys.stderr, flush=True)
     return engine

@@ -1,138 +1,210 @@
-"""The rolling key/value buffer: at most as many slots a sequence as its window has keys, position p in slot p mod slots.
+"""The rolling key/value cache.
 
-Keys are kept rotated, so their order in the buffer does not matter, and what a full buffer holds is exactly what the next
-query may see (mistral-inference's rolling buffer; Jiang et al. 2023, arXiv:2310.06825). The buffers of all rows grow together,
-as the longest one needs, up to the window; without a window, up to the length the cache was made for.
+The batch has N slots, each for one sequence. A slot's buffer has `capacity` positions: at most as many as the attention
+window has keys, and position p of the sequence is stored at p mod capacity. Keys are stored after RoPE, so their order
+in the buffer does not matter, and a full buffer holds exactly what the next query may see (mistral-inference's rolling
+buffer; Jiang et al. 2023, arXiv:2310.06825). The buffers of all slots grow together, as far as the longest sequence
+needs.
+
+Axes in names: L layers, N slots, S positions of a buffer, P some of these positions, T tokens,
+H query heads, K key/value heads, D head size.
 """
+
+import os
 
 import torch
 from torch import Tensor
 
+from minorca.errors import UserError
 from minorca.model.architecture import Architecture
 from minorca.model.attention import PackedAttention
+from minorca.model.network import Mistral
 from minorca_kernels import decode_attention, decode_groups
 
-SLOTS = 64  # by a multiple of which buffers grow
+# Buffers grow to a multiple of this many positions.
+CAPACITY_MULTIPLE = 64
+# The share of the free memory that the cache may take; the rest is for activations.
+MAX_MEMORY_SHARE = 0.9
 
 
 class KVCache:
-    """Keys and values of N sequences, one a row: [layer][N, slots, Hkv, D].
+    """Keys and values of N sequences: one buffer [N, S, K, D] of each for every layer.
 
-    `chunk` and `step` return an attend object for `Mistral.forward`: for the next tokens of one row, or for the next token of
-    every row that is `active`. `lengths` counts the tokens of each row since its start.
+    `prefill` and `decode` return an attend object for `Mistral.forward`: for the next tokens of one slot, or for the
+    next token of every active slot. `lengths` counts the tokens of each slot's sequence, including those that the
+    window has passed; `active` says which slots take part in decoding. Both are kept on the host and, as `lengths_N`
+    and `active_N`, on the device.
+
+    Args:
+        max_length: the maximum number of tokens of a sequence. With a window sequences may be longer.
+        dtype: of keys and values.
     """
 
-    def __init__(self, arch: Architecture, rows: int, max_length: int, dtype: torch.dtype, device: torch.device):
-        self.window, self.max_length = arch.window, max_length
-        self.limit = min(max_length, arch.window or max_length)
-        self.slots, self.lengths, self.active = 0, [0] * rows, [False] * rows
-        self.lengths_N, self.active_N = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
-        self.rows_N = torch.arange(rows, device=device)
-        self._shape, self.dtype, self.device = (arch.kv_heads, arch.head_dim), dtype, device
-        self.k_LNSKD, self.v_LNSKD = ([self._buffer(0) for _ in range(arch.layers)] for _ in range(2))
+    def __init__(self, arch: Architecture, slots: int, max_length: int, dtype: torch.dtype, device: torch.device):
+        self.window = arch.window
+        self.max_length = max_length
+        self.max_capacity = min(max_length, arch.window or max_length)
+        self.capacity = 0
+        self.dtype = dtype
+        self.device = device
+        self.lengths = [0] * slots
+        self.active = [False] * slots
+        self.lengths_N = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.active_N = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.slots_N = torch.arange(slots, device=device)
+        self._head_shape = (arch.kv_heads, arch.head_dim)
+        self.k_LNSKD = [self._buffer(0) for _ in range(arch.layers)]
+        self.v_LNSKD = [self._buffer(0) for _ in range(arch.layers)]
 
-    def _buffer(self, slots: int) -> Tensor:
-        return torch.zeros(len(self.lengths), slots, *self._shape, dtype=self.dtype, device=self.device)
+    def _buffer(self, capacity: int) -> Tensor:
+        return torch.zeros(len(self.lengths), capacity, *self._head_shape, dtype=self.dtype, device=self.device)
+
+    @property
+    def max_bytes(self) -> int:
+        """The size of all buffers once they have grown to `max_capacity`."""
+        kv_heads, head_dim = self._head_shape
+        token_bytes = 2 * len(self.k_LNSKD) * kv_heads * head_dim * self.dtype.itemsize
+        return len(self.lengths) * self.max_capacity * token_bytes
 
     def reserve(self, length: int) -> None:
-        """Makes room for rows of `length` tokens.
+        """Grows the buffers for sequences of `length` tokens.
 
         Raises:
-            ValueError: more than the cache was made for, where old keys are still seen.
+            ValueError: `length` exceeds `max_length`, and there is no window that would let old keys be overwritten.
         """
-        if length > self.max_length and self.limit != self.window:
-            raise ValueError(f"the cache was made for {self.max_length} tokens a sequence")
-        if min(length, self.limit) <= self.slots:
+        if length > self.max_length and self.max_capacity != self.window:
+            raise ValueError(f"the cache was created for at most {self.max_length} tokens a sequence, got {length}")
+        if min(length, self.max_capacity) <= self.capacity:
             return
-        wanted = max(length, 2 * self.slots)
-        slots = min(wanted + -wanted % SLOTS, self.limit)
-        for buffers in (self.k_LNSKD, self.v_LNSKD):  # a layer at a time: little is there twice
+        wanted = max(length, 2 * self.capacity)
+        capacity = min(wanted + -wanted % CAPACITY_MULTIPLE, self.max_capacity)
+        # One layer at a time, so that only one buffer exists twice.
+        for buffers in (self.k_LNSKD, self.v_LNSKD):
             for layer, buffer in enumerate(buffers):
-                buffers[layer] = self._buffer(slots)
+                buffers[layer] = self._buffer(capacity)
                 buffers[layer][:, : buffer.shape[1]] = buffer
-        self.slots = slots  # once all have grown: what ran out of memory can be tried again
+        # Last, so that growing can be retried after it ran out of memory.
+        self.capacity = capacity
 
-    def reserve_behind(self, length: int) -> None:
-        """Room for rows of `length` tokens and, where there can be one, a slot behind them: there a step writes the key of a row that
-        is not active, where its next token's will be."""
+    def reserve_next(self, length: int) -> None:
+        """Grows the buffers for `length` tokens and, within `max_length`, for one more.
+
+        A decoding step writes a key for inactive slots too: at the position of their next token, where it will be
+        overwritten.
+        """
         self.reserve(min(length + 1, max(length, self.max_length)))
 
-    def holds(self, row: int, length: int) -> bool:
-        """Whether a sequence could go on from the row's first `length` tokens: they are all it has, or it has not come round yet."""
-        return length == self.lengths[row] or length < self.lengths[row] < self.slots
+    def holds(self, slot: int, length: int) -> bool:
+        """Whether a sequence can continue from the slot's first `length` tokens: all of them, or a part if none was
+        overwritten."""
+        return length == self.lengths[slot] or length < self.lengths[slot] < self.capacity
 
-    def truncate(self, row: int, length: int) -> None:
-        """Forgets all but the row's first `length` tokens, which it must hold; 0 is always held."""
-        self.lengths[row] = length
-        self.lengths_N[row] = length
+    def set_length(self, slot: int, length: int) -> None:
+        """Declares the slot's first `length` tokens, which its buffer must hold, to be its sequence; 0 empties it."""
+        self.lengths[slot] = length
+        self.lengths_N[slot] = length
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """A row begins with another's first `length` tokens, which that one must hold."""
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Makes the first `length` tokens of slot `source`, which must hold them, the sequence of slot `target`."""
         for buffer in (*self.k_LNSKD, *self.v_LNSKD):
             buffer[target, :length] = buffer[source, :length]
-        self.truncate(target, length)
+        self.set_length(target, length)
 
-    def activate(self, row: int, active: bool) -> None:
-        self.active[row] = active
-        self.active_N[row] = int(active)
+    def set_active(self, slot: int, active: bool) -> None:
+        """Includes a slot in decoding, or excludes it."""
+        self.active[slot] = active
+        self.active_N[slot] = int(active)
 
-    def chunk(self, row: int, tokens: int) -> "_Chunk":
-        """For the next `tokens` tokens of a row."""
-        return _Chunk(self, row, tokens)
+    def prefill(self, slot: int, tokens: int) -> "_PrefillAttention":
+        """The attend object for the next `tokens` tokens of a slot, which count as part of its sequence from now on."""
+        start = self.lengths[slot]
+        self.reserve_next(start + tokens)
+        attend = _PrefillAttention(self, slot, start, tokens)
+        self.set_length(slot, start + tokens)
+        return attend
 
     def advance(self) -> None:
-        """What the host has to do before a step: room for one more token a row, and count it."""
-        self.reserve_behind(1 + max((length for length, active in zip(self.lengths, self.active) if active), default=0))
+        """The host's part of a decoding step: reserves and counts one more token for every active slot."""
+        active_lengths = [length for length, active in zip(self.lengths, self.active) if active]
+        self.reserve_next(1 + max(active_lengths, default=0))
         self.lengths = [length + active for length, active in zip(self.lengths, self.active)]
 
-    def step(self) -> "_Step":
-        """After `advance`, for tokens [N], the next one of each active row; what other rows compute is not to be used. On the
-        device alone, so that a CUDA graph can hold it."""
-        return _Step(self)
+    def decode(self) -> "_DecodeAttention":
+        """The attend object for the next token of every slot, [N], after `advance`.
+
+        It works on the device alone, so that a CUDA graph can capture it. The output for inactive slots is meaningless.
+        """
+        positions_N = self.lengths_N.clone()
+        self.lengths_N += self.active_N
+        return _DecodeAttention(self, positions_N)
 
 
-class _Chunk(PackedAttention):
-    """Attention of a row's next tokens to themselves and to what the cache holds of the tokens before."""
+def check_memory(cache: KVCache, model: Mistral) -> None:
+    """Checks that a fully grown cache fits beside the weights: a running sequence could not be moved elsewhere.
 
-    def __init__(self, cache: KVCache, row: int, tokens: int):
-        start = cache.lengths[row]
-        self.cache, self.row, self.start, self.stop = cache, row, start, start + tokens
-        cache.reserve_behind(self.stop)
+    Raises:
+        UserError: it does not fit.
+    """
+    if cache.device.type == "cuda":
+        free = torch.cuda.mem_get_info(cache.device)[0]
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = total - sum(parameter.nbytes for parameter in model.parameters())
+    if cache.max_bytes > MAX_MEMORY_SHARE * free:
+        raise UserError(
+            f"the KV cache needs {cache.max_bytes / 1e9:.1f} GB for {len(cache.lengths)} slots of {cache.max_capacity} "
+            f"tokens, {free / 1e9:.1f} GB are free after loading; use fewer slots or a smaller maximum length"
+        )
+
+
+class _PrefillAttention(PackedAttention):
+    """Attention of a slot's next T tokens to themselves and to the cached tokens before them."""
+
+    def __init__(self, cache: KVCache, slot: int, start: int, tokens: int):
         past = start if cache.window is None else min(start, cache.window - 1)
         super().__init__(None, tokens, cache.window, cache.device, past)
         self.positions = self.positions + (start - past)
-        cache.truncate(row, self.stop)
+        self.cache = cache
+        self.slot = slot
+        self.start = start
+        self.stop = start + tokens
 
     def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        buffers = self.cache.k_LNSKD[layer][self.row], self.cache.v_LNSKD[layer][self.row]
-        slots, first = self.cache.slots, self.start - self.past
-        if self.stop <= slots:  # not rolled: the buffer is the sequence
-            for buffer_SKD, new in zip(buffers, (k_TKD, v_TKD)):
-                buffer_SKD[self.start : self.stop] = new
-            return super().__call__(layer, q_THD, *(buffer_SKD[first : self.stop] for buffer_SKD in buffers))
-        old = torch.arange(first, self.start, device=q_THD.device) % slots
-        out = super().__call__(layer, q_THD, *(torch.cat((b[old], new)) for b, new in zip(buffers, (k_TKD, v_TKD))))
-        kept = torch.arange(max(self.start, self.stop - slots), self.stop, device=q_THD.device) % slots
-        for buffer_SKD, new in zip(buffers, (k_TKD, v_TKD)):
-            buffer_SKD[kept] = new[-slots:]
-        return out
+        buffers_SKD = self.cache.k_LNSKD[layer][self.slot], self.cache.v_LNSKD[layer][self.slot]
+        capacity = self.cache.capacity
+        first = self.start - self.past
+        if self.stop <= capacity:
+            # Nothing is overwritten: the buffer is the sequence.
+            for buffer_SKD, new_TKD in zip(buffers_SKD, (k_TKD, v_TKD)):
+                buffer_SKD[self.start : self.stop] = new_TKD
+            return super().__call__(layer, q_THD, *(buffer_SKD[first : self.stop] for buffer_SKD in buffers_SKD))
+        past_P = torch.arange(first, self.start, device=q_THD.device) % capacity
+        k_SKD, v_SKD = (torch.cat((old[past_P], new)) for old, new in zip(buffers_SKD, (k_TKD, v_TKD)))
+        out_THD = super().__call__(layer, q_THD, k_SKD, v_SKD)
+        kept_P = torch.arange(max(self.start, self.stop - capacity), self.stop, device=q_THD.device) % capacity
+        for buffer_SKD, new_TKD in zip(buffers_SKD, (k_TKD, v_TKD)):
+            buffer_SKD[kept_P] = new_TKD[-capacity:]
+        return out_THD
 
 
-class _Step:
-    """One token a row: its key replaces the one that has just left the window."""
+class _DecodeAttention:
+    """Attention of one token a slot; in a full buffer its key replaces the one that has just left the window."""
 
-    def __init__(self, cache: KVCache):
-        self.cache, slots = cache, cache.slots
-        self.positions = cache.lengths_N.clone()
-        cache.lengths_N += cache.active_N
-        self.slot_N = cache.rows_N * slots + self.positions % slots
-        self.filled_N, self.groups = (self.positions + 1).clamp(max=slots) * cache.active_N, None
+    def __init__(self, cache: KVCache, positions_N: Tensor):
+        capacity = cache.capacity
+        self.cache = cache
+        self.positions = positions_N
+        # Where the new keys and values go, counted through the buffers of all slots.
+        self.index_N = cache.slots_N * capacity + self.positions % capacity
+        self.filled_N = (self.positions + 1).clamp(max=capacity) * cache.active_N
+        self.groups = None
         if cache.device.type == "cpu":
-            filled = [min(length, slots) * active for length, active in zip(cache.lengths, cache.active)]
-            self.groups = decode_groups(filled, slots)
+            filled = [min(length, capacity) * active for length, active in zip(cache.lengths, cache.active)]
+            self.groups = decode_groups(filled, capacity)
 
     def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
-        k_NSKD, v_NSKD = self.cache.k_LNSKD[layer], self.cache.v_LNSKD[layer]
-        k_NSKD.flatten(0, 1).index_copy_(0, self.slot_N, k_NKD)
-        v_NSKD.flatten(0, 1).index_copy_(0, self.slot_N, v_NKD)
+        k_NSKD = self.cache.k_LNSKD[layer]
+        v_NSKD = self.cache.v_LNSKD[layer]
+        k_NSKD.flatten(0, 1).index_copy_(0, self.index_N, k_NKD)
+        v_NSKD.flatten(0, 1).index_copy_(0, self.index_N, v_NKD)
         return decode_attention(q_NHD, k_NSKD, v_NSKD, self.filled_N, self.groups)

@@ -8,9 +8,11 @@ from safetensors.torch import load_file, save_file
 
 from minorca import load_model
 from minorca.errors import UserError
-from minorca.generate.engine import Engine, Request
+from minorca.generate.engine import Engine
 from minorca.generate.kv_cache import KVCache
 from minorca.generate.prepack import prepack
+from minorca.generate.request import Request, Token
+from minorca.generate.row_adapters import load_adapters
 from minorca.generate.sampling import Sampling
 from tests.helpers import random_adapter, relative_error
 
@@ -165,20 +167,20 @@ def test_without_a_window_the_cache_grows_as_it_is_needed(save_mistral):
     model = load_model(save_mistral(sliding_window=None)[0], torch.float32, "cpu")
     engine = Engine(model, 1, 400)
     run(engine, Request(prompt(20), 5))
-    assert engine.cache.slots == 64
+    assert engine.cache.capacity == 64
     run(engine, Request(prompt(20), 100))
-    assert engine.cache.slots == 128
+    assert engine.cache.capacity == 128
     run(engine, Request(prompt(300), 100))
-    assert engine.cache.slots == 400
+    assert engine.cache.capacity == 400
 
 
 def test_a_cache_without_a_window_does_not_roll(save_mistral):
     """Past the length it was made for it would overwrite keys that are still seen."""
     arch = load_model(save_mistral(sliding_window=64)[0], torch.float32, "cpu").arch
     cache = KVCache(arch, 1, 6, torch.float32, torch.device("cpu"))
-    cache.chunk(0, 6)
-    cache.activate(0, True)
-    with pytest.raises(ValueError, match="made for 6 tokens"):
+    cache.prefill(0, 6)
+    cache.set_active(0, True)
+    with pytest.raises(ValueError, match="created for at most 6 tokens"):
         cache.advance()
 
 
@@ -232,7 +234,7 @@ def test_ctrl_c_within_a_step_leaves_a_cache_that_can_go_on(model):
     hook = model.layers[1].register_forward_pre_hook(interrupt)
     heard = []
     with pytest.raises(KeyboardInterrupt):
-        for token in engine.answer(Request(said, 100)):
+        for token in engine.stream(Request(said, 100)):
             heard.append(token.id)
     hook.remove()
     assert 15 < len(heard) < 20 and not engine.busy
@@ -252,11 +254,11 @@ def test_an_error_within_a_step_is_not_gone_on_from(model, fails_at):
 
     hook = model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(torch.OutOfMemoryError):
-        list(engine.answer(Request(said, 100)))
+        list(engine.stream(Request(said, 100)))
     hook.remove()
     assert not engine.busy
     assert ids(run(engine, Request(said, 30))[0]) == ids(run(Engine(model, 1, 300), Request(said, 30))[0])
-    with pytest.raises(ValueError, match="reuse is for one slot"):
+    with pytest.raises(ValueError, match="reuse needs slots=1"):
         Engine(model, 2, reuse=True)
 
 
@@ -274,14 +276,13 @@ def test_an_adapter_that_is_no_number_is_refused(model, save_mistral, tmp_path):
     tensors[name := sorted(tensors)[1]][2, 1] = torch.inf
     save_file(tensors, file)
     with pytest.raises(UserError, match=f"{tmp_path / 'adapter'}: {name} holds numbers that are infinite"):
-        Engine(load_model(directory, torch.float32, "cpu"), 1, 100, adapters={"one": tmp_path / "adapter"})
+        load_adapters(load_model(directory, torch.float32, "cpu"), {"one": tmp_path / "adapter"})
 
 
 def test_what_does_not_fit_the_memory_is_said_before(save_mistral):
     model = load_model(save_mistral(sliding_window=None)[0], torch.float32, "cpu")
-    with pytest.raises(
-        UserError, match="8 slots of 1000000000 tokens take .* GB of keys and values, .* give fewer slots"
-    ):
+    message = "the KV cache needs .* GB for 8 slots of 1000000000 tokens, .* GB are free .* use fewer slots"
+    with pytest.raises(UserError, match=message):
         Engine(model, 8, 10**9)
 
 
@@ -295,7 +296,7 @@ def test_adapters_are_chosen_by_row(save_mistral, tmp_path):
     for name, (targets, config) in settings.items():
         random_adapter(load_base(directory), tmp_path / name, targets, **config)
     model = load_model(directory, torch.float32, "cpu")
-    engine = Engine(model, 3, 200, adapters={name: tmp_path / name for name in settings})
+    engine = Engine(model, 3, 200, load_adapters(model, {name: tmp_path / name for name in settings}))
     for packed in (False, True):
         model = prepack(model) if packed else model
         requests = [Request(prompt(40), 30, adapter=name, logprobs=128) for name in (None, "one", "two")]
@@ -340,7 +341,7 @@ def test_what_cannot_be_served_is_named(model):
         "prompt is empty": Request([]),
         "outside the model's vocabulary of 128": Request([1, 128]),
         "max_new_tokens is 0": Request([1], 0),
-        "40 prompt tokens and 11 new ones are over the limit of 50": Request([1] * 40, 11),
+        "40 prompt tokens and 11 new tokens exceed the maximum length of 50": Request([1] * 40, 11),
         "adapter is 'x'; expected one of": Request([1], 1, adapter="x"),
         "logprobs is -1": Request([1], 1, logprobs=-1),
     }

@@ -23,13 +23,13 @@ def draws(logits_V: torch.Tensor, sampling: Sampling, rows: int = DRAWS, prompt=
     sampler = Sampler(1, VOCABULARY, torch.device("cpu"))
     wide = Sampler(rows, VOCABULARY, torch.device("cpu"))
     sampler.set(0, sampling, 0, list(prompt))
-    wide.settings, wide.values_6N, wide.had_NV = (
+    wide.settings, wide.values_6N, wide.seen_NV = (
         sampler.settings * rows,
         sampler.values_6N.repeat(1, rows),
-        sampler.had_NV.repeat(rows, 1),
+        sampler.seen_NV.repeat(rows, 1),
     )
     wide.seed_N = torch.arange(rows) * 7919
-    return wide(logits_V.repeat(rows, 1), torch.full((rows,), position), slice(None), wide.kind(slice(None)))
+    return wide(logits_V.repeat(rows, 1), torch.full((rows,), position), slice(None), wide.ops(slice(None)))
 
 
 CASES = {
@@ -66,7 +66,7 @@ def test_temperature_zero_is_the_likeliest_and_a_penalty_counts_what_was_drawn()
     sampler.set(0, Sampling(repetition_penalty=100.0), 0, [LOGITS_V.argmin().item()])
     logits_NV, seen = LOGITS_V.clamp(min=0.1).repeat(2, 1), []
     for position in range(4):
-        seen.append(sampler(logits_NV, torch.tensor([position] * 2), slice(None), sampler.kind(slice(None))).tolist())
+        seen.append(sampler(logits_NV, torch.tensor([position] * 2), slice(None), sampler.ops(slice(None))).tolist())
     likeliest = LOGITS_V.topk(4).indices.tolist()
     assert [row[0] for row in seen] == likeliest and [row[1] for row in seen] == likeliest[:1] * 4
 
@@ -88,7 +88,7 @@ def test_a_draw_depends_on_seed_sample_and_position_alone():
                 sampler.set(n + (n >= row), other, 0, [1])
             sampler.set(row, asked, 2, [1])
             ids = [
-                sampler(logits_V.repeat(4, 1), torch.full((4,), t), slice(None), sampler.kind(slice(None)))[row].item()
+                sampler(logits_V.repeat(4, 1), torch.full((4,), t), slice(None), sampler.ops(slice(None)))[row].item()
                 for t, logits_V in enumerate(logits_TV)
             ]
             found[row, bool(beside)] = tuple(ids)

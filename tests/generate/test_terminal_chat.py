@@ -20,7 +20,7 @@ from minorca import UserError, load_tokenizer, render_chat
 from minorca.config import Source
 from minorca.data.chat_template import render
 from minorca.data.sources import open_source, read_rows
-from minorca.generate.terminal_chat import talk
+from minorca.generate.terminal_chat import run_chat
 from tests.data.test_tokenizer import V3, sentencepiece_directory
 from tests.helpers import ROOT, save_tokenizer
 
@@ -62,7 +62,7 @@ def converse(monkeypatch, capsys):
     def run(script, lines: str | bytes, template: str = "auto", **options):
         data = lines if isinstance(lines, bytes) else lines.encode()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-        talk(script, script.tok, template, **options)
+        run_chat(script, script.tok, template, **options)
         return capsys.readouterr()
 
     return run
@@ -104,7 +104,7 @@ def test_system_prompts_where_history_is_no_prefix(v3, converse):
 def test_reset_keeps_the_system_prompt(tok, converse):
     script = Script(tok, ["1"], ["2"])
     _, err = converse(script, "one\n/reset\ntwo\n", system="Count.")
-    assert script.prompts[1] == render_chat(tok, turns("two", system="Count.")) and "forgotten" in err
+    assert script.prompts[1] == render_chat(tok, turns("two", system="Count.")) and "was reset" in err
 
 
 def test_commands_are_not_sent(tok, converse):
@@ -118,9 +118,9 @@ def test_commands_are_not_sent(tok, converse):
         "/save",
         "Ctrl-C",
         "Ctrl-D",
-        "/quit is no command",
-        "/ is no command",
-        "/Reset\\x1b[2J is no",
+        "unknown command /quit;",
+        "unknown command /;",
+        "unknown command /Reset\\x1b[2J;",
     ):
         assert name in err
 
@@ -134,7 +134,7 @@ def test_a_saved_conversation_can_be_trained_on(tok, converse, tmp_path):
         {"role": "assistant", "content": "begun", "weight": 0}
     ]
     assert saved(second) == saved(first) + turns("c", "whole")
-    assert ["nothing was said yet", "the answer was cut short", f"{first}: 5 messages", f"{second}: 7 messages"] == [
+    assert ["there is nothing to save yet", "the answer was interrupted", f"{first}: 5 messages", f"{second}: 7 messages"] == [
         line for line in err.splitlines() if "File exists" not in line
     ] and err.count("File exists") == 1
     rendered = render(tok, saved(second))
@@ -150,7 +150,7 @@ def test_names_that_cannot_be_saved_to(name, tok, converse, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     before = list(tmp_path.rglob("*"))
     out, err = converse(Script(tok, ["1"], ["2"]), f"one\n/save {name}\ntwo\n")
-    assert out == "1\n2\n" and len(err.splitlines()) == 1 and ("needs the name" in err or "cannot be written" in err)
+    assert out == "1\n2\n" and len(err.splitlines()) == 1 and ("expects the name" in err or "cannot be written" in err)
     assert list(tmp_path.rglob("*")) == before
 
 
@@ -162,8 +162,8 @@ def test_a_turn_that_fails_is_not_added(tok, converse):
     assert out == "1\n2\n3\n4\n" and script.closed == 5
     assert err.splitlines() == [
         f"{full}; this turn was not added",
-        f"{full}; this turn was not added; /reset forgets the others",
-        "RuntimeError: out of memory; this turn was not added; /reset forgets the others",
+        f"{full}; this turn was not added; /reset starts a new conversation",
+        "RuntimeError: out of memory; this turn was not added; /reset starts a new conversation",
     ]
     assert script.prompts[-1] == render_chat(tok, turns("one", "1", "four"))
 
@@ -178,7 +178,7 @@ def test_ctrl_c_stops_an_answer(tok, converse):
     script = Script(tok, ["Well", tok.encode("é")[:1], KeyboardInterrupt()], [KeyboardInterrupt()], ["ok"])
     out, err = converse(script, "one\ntwo\nthree\n")
     assert out == "Well\ufffd\n\nok\n" and script.closed == 3
-    assert err.splitlines() == ["the answer was cut short", "nothing was said; this turn was not added"]
+    assert err.splitlines() == ["the answer was interrupted", "the answer is empty; this turn was not added"]
     assert script.prompts[2] == render_chat(tok, turns("one", "Well\ufffd", "three"))
 
 
@@ -199,7 +199,7 @@ def test_ctrl_c_anywhere_closes_the_answer(tok, converse, monkeypatch):
 def test_an_answer_has_an_end(tok, converse, tmp_path):
     script = Script(tok, itertools.repeat("ab"), ["c"])
     out, err = converse(script, f"one\ntwo\n/save {tmp_path}/x.jsonl\n", max_new_tokens=5)
-    assert out == "ababa\nc\n" and script.closed == 2 and "cut after 5 tokens; --max-new-tokens" in err
+    assert out == "ababa\nc\n" and script.closed == 2 and "cut off after 5 tokens; --max-new-tokens" in err
     assert [message.get("weight") for message in saved(tmp_path / "x.jsonl")] == [None, 0, None, None]
 
 
@@ -237,7 +237,7 @@ def test_a_terminal_obeys_no_model(tok, converse, tmp_path):
 def test_lines_that_are_no_text_are_refused(tok, converse):
     script = Script(tok, ["1"])
     out, err = converse(script, b"caf\xe9\n/save \xff.jsonl\nna\xc3\xafve\n")
-    assert out == "1\n" and err.count("not UTF-8; nothing was sent") == 2
+    assert out == "1\n" and err.count("not valid UTF-8 and was not sent") == 2
     assert script.prompts == [render_chat(tok, turns("naïve"))]
 
 
@@ -261,7 +261,7 @@ def test_a_reader_that_has_gone_ends_it(tok, converse, monkeypatch):
 PROGRAM = """
 import itertools, sys, time
 from minorca import cli, load_tokenizer
-from minorca.generate.terminal_chat import talk
+from minorca.generate.terminal_chat import run_chat
 
 tok = load_tokenizer(sys.argv[1])
 
@@ -271,7 +271,7 @@ def counting():
         time.sleep(0.01)
 
 answers = iter([counting(), iter(tok.encode("done") + [tok.eos_id])])
-cli.run(lambda argv: talk(lambda ids: (yield from next(answers)), tok, "auto", max_new_tokens=10**6))
+cli.run(lambda argv: run_chat(lambda ids: (yield from next(answers)), tok, "auto", max_new_tokens=10**6))
 """
 
 
@@ -314,7 +314,7 @@ def test_sigint_in_a_pipe(tok, tmp_path):
 
 
 def test_keys_at_a_terminal(tok):
-    """Ctrl-C stops an answer, and tells how to leave where there is none; Ctrl-D leaves."""
+    """Ctrl-C stops an answer, and tells how to leave where there is none; Ctrl-D exits."""
     terminal, theirs = pty.openpty()
     process = start(
         tok,
@@ -328,9 +328,9 @@ def test_keys_at_a_terminal(tok):
     try:
         shown = read_until(terminal, "> ")
         for keys, reply in (
-            (b"half a line\x03", "\nCtrl-D leaves\r\n> "),
+            (b"half a line\x03", "\nCtrl-D exits\r\n> "),
             (b"count\r", "5 6 "),
-            (b"\x03", "\nthe answer was cut short\r\n> "),
+            (b"\x03", "\nthe answer was interrupted\r\n> "),
             (b"go on\r", "done\r\n> "),
         ):
             os.write(terminal, keys)

@@ -15,7 +15,9 @@ from benchmarks.cases import cases
 from benchmarks.kernels import drawn, error, exact, prepared
 from minorca import load_model
 from minorca.generate import generate
-from minorca.generate.engine import Engine, Request
+from minorca.generate.engine import Engine
+from minorca.generate.request import Request
+from minorca.generate.row_adapters import load_adapters
 from minorca.generate.sampling import Sampling
 from minorca.model.attention import PackedAttention, varlen_attn, visible
 from minorca_kernels import attention, attention_definition, decode_attention, decode_attention_definition
@@ -243,7 +245,8 @@ def test_adapters_by_row_equal_the_cpu(save_mistral, tmp_path):
     random_adapter(base, tmp_path / "one", ("q", "v", "down"))
     found = []
     for device in (DEVICE, "cpu"):
-        engine = Engine(load_model(directory, torch.float32, device), 2, 100, adapters={"one": tmp_path / "one"})
+        model = load_model(directory, torch.float32, device)
+        engine = Engine(model, 2, 100, load_adapters(model, {"one": tmp_path / "one"}))
         found.append(
             [
                 [id for id, *_ in answer]

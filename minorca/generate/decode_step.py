@@ -1,0 +1,79 @@
+"""One decoding step of the whole batch, captured as CUDA graphs.
+
+Axes in names: N slots of the batch, T tokens, H hidden, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minorca.generate.kv_cache import KVCache
+from minorca.generate.row_adapters import Adapters
+from minorca.generate.sampling import Sampler, SamplingOps
+from minorca.model.network import Mistral
+
+
+def compute_logits(model: Mistral, hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
+    """The output head: hidden [T, H] -> logits [T, V], by the prepacked weight where there is one."""
+    prepacked_head = getattr(model, "prepacked_head", None)
+    if prepacked_head is not None:
+        return prepacked_head(hidden_TH)
+    return F.linear(hidden_TH, weight_VH)
+
+
+class DecodeStep:
+    """From the last token of every slot to its next one.
+
+    A step, sampling included, runs on the device alone. On CUDA its first run is eager, because kernels are compiled
+    and chosen then; later ones replay a CUDA graph. There is one graph for each set of sampling operations, with and
+    without adapters, and graphs are captured anew when the buffers of the cache grow.
+
+    `tokens_N` holds the last token of each slot.
+    """
+
+    def __init__(self, model: Mistral, cache: KVCache, sampler: Sampler, adapters: Adapters):
+        self._model = model
+        self._cache = cache
+        self._sampler = sampler
+        self._adapters = adapters
+        self.tokens_N = torch.zeros(len(cache.lengths), dtype=torch.int64, device=cache.device)
+        self._warmed_up: set[tuple[SamplingOps, bool]] = set()
+        self._graphs: dict[tuple[SamplingOps, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._captured_capacity = 0
+
+    def run(self) -> Tensor:
+        """Advances every active slot by one token, after `KVCache.advance` and `Adapters.choose`.
+
+        Returns:
+            The logits [N, V], valid until the next call; rows of inactive slots are meaningless.
+        """
+        ops = self._sampler.ops(slice(None))
+        if self._cache.device.type != "cuda":
+            return self._compute(ops)
+        if self._captured_capacity != self._cache.capacity:
+            self._warmed_up.clear()
+            self._graphs.clear()
+            self._captured_capacity = self._cache.capacity
+        key = (ops, self._adapters.in_use)
+        if key not in self._warmed_up:
+            self._warmed_up.add(key)
+            return self._compute(ops)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(ops)
+        graph, logits_NV = self._graphs[key]
+        graph.replay()
+        return logits_NV
+
+    def _capture(self, ops: SamplingOps) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits_NV = self._compute(ops)
+        return graph, logits_NV
+
+    def _compute(self, ops: SamplingOps) -> Tensor:
+        logits_NV = self._model(self.tokens_N, attend=self._cache.decode(), head=self._head)
+        self.tokens_N.copy_(self._sampler(logits_NV, self._cache.lengths_N, slice(None), ops))
+        return logits_NV
+
+    def _head(self, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
+        return compute_logits(self._model, hidden_NH, weight_VH)

@@ -1,0 +1,112 @@
+"""What the engine is asked for, and the tokens that it returns."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+from minorca.errors import UserError, raise_problems
+from minorca.generate.sampling import Sampling
+from minorca.model.architecture import Architecture
+
+DEFAULT_MAX_LENGTH = 32768
+
+
+# Compared and hashed by identity: equal requests are different sequences.
+@dataclass(eq=False)
+class Request:
+    """One sequence to generate.
+
+    Args:
+        prompt: token ids.
+        max_new_tokens: the maximum number of tokens to generate.
+        sampling: how each token is chosen; greedy by default.
+        stop_ids: ids that end the sequence; the one that does is part of it.
+        adapter: the name of a LoRA adapter that the engine has, or None for the base model.
+        logprobs: k: return the log-probability of every token and the k most likely tokens at its position, by the
+            model's own distribution, before temperature, filters and penalties. None: return none.
+        sample: an index that makes several samples of one prompt and seed differ. Added one after another, they share
+            one prefill of the prompt.
+    """
+
+    prompt: list[int]
+    max_new_tokens: int = 64
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: Collection[int] = ()
+    adapter: str | None = None
+    logprobs: int | None = None
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token.
+
+    Args:
+        top: (id, log-probability) of the most likely tokens, where `Request.logprobs` asked for them.
+        finish_reason: None, or why this token is the request's last: "stop" (a stop id) or "length".
+    """
+
+    request: Request
+    id: int
+    logprob: float | None
+    top: list[tuple[int, float]] | None
+    finish_reason: str | None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request that runs in a slot.
+
+    Args:
+        scheduled: generated tokens, including those still being computed.
+        ids: generated tokens that have reached the host.
+    """
+
+    request: Request
+    slot: int
+    scheduled: int = 0
+    ids: list[int] = field(default_factory=list)
+
+    def append(self, token: int) -> str | None:
+        """Adds the next token; returns the finish reason if it is the last one."""
+        self.ids.append(token)
+        if token in self.request.stop_ids:
+            return "stop"
+        return "length" if len(self.ids) == self.request.max_new_tokens else None
+
+
+def default_max_length(arch: Architecture) -> int:
+    """The number of positions that the model was trained for, or 32768 where its files do not say."""
+    return arch.max_positions or DEFAULT_MAX_LENGTH
+
+
+def check_request(request: Request, vocab_size: int, max_length: int, adapters: Collection[str]) -> None:
+    """Checks that a request can be served.
+
+    Args:
+        max_length: the maximum number of tokens of a prompt and its continuation.
+        adapters: the names of the adapters that the engine has.
+
+    Raises:
+        UserError: every invalid field of the request.
+    """
+    raise_problems(_problems(request, vocab_size, max_length, adapters))
+
+
+def _problems(request: Request, vocab_size: int, max_length: int, adapters: Collection[str]) -> Iterator[UserError]:
+    prompt_tokens = len(request.prompt)
+    new_tokens = request.max_new_tokens
+    if not request.prompt:
+        yield UserError("is empty; expected at least one token", field="prompt")
+    if any(not 0 <= token < vocab_size for token in request.prompt):
+        yield UserError(f"has ids outside the model's vocabulary of {vocab_size}", field="prompt")
+    if new_tokens < 1:
+        yield UserError(f"is {new_tokens}; expected at least 1", field="max_new_tokens")
+    if prompt_tokens + new_tokens > max_length:
+        yield UserError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new tokens exceed the maximum length of {max_length}; "
+            "shorten the prompt or generate fewer tokens"
+        )
+    if request.adapter not in (None, *adapters):
+        yield UserError(f"is {request.adapter!r}; expected one of {list(adapters)}", field="adapter")
+    if not 0 <= (request.logprobs or 0) <= vocab_size:
+        yield UserError(f"is {request.logprobs}; expected 0 to {vocab_size}", field="logprobs")
