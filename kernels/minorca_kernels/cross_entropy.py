@@ -1,7 +1,10 @@
 """The last projection and the cross-entropy of its logits, in chunks of rows: the whole logits matrix never exists.
 
-The gradient of the hidden rows is made while the chunk's logits are at hand (as in Liger-Kernel's fused linear
-cross-entropy, arXiv:2410.10989), so backward only scales it.
+The gradient of the hidden states is computed while a chunk's logits are at hand (as in Liger-Kernel's fused linear
+cross-entropy, arXiv:2410.10989), so backward only scales its rows. The gradient of a trained weight is a sum over rows,
+weighted by the gradient of each row's loss, so backward computes the logits again; a frozen weight costs nothing.
+
+Axes: M rows (tokens that have a target), H hidden size, V vocabulary.
 """
 
 import torch
@@ -12,60 +15,78 @@ from torch import Tensor
 
 from minorca_kernels.operator import operator, wide
 
-# rows; on CUDA, 1024 fill its processors in both products of a chunk (of 132: 7.8 waves of logits, 1 of gradients)
-CHUNK = {"cuda": 1024, "cpu": 256}
-LONGEST = 8192  # logits a pass holds in registers, 16 a thread: three programs share a processor, and one computes while others load
+# Rows of a chunk. On CUDA, 1024 rows fill 132 processors in both products: 7.8 waves for logits, 1 for gradients.
+CHUNK_ROWS = {"cuda": 1024, "cpu": 256}
+# Logits that a program holds in registers, 16 a thread: three programs fit a processor, so one computes while others load.
+MAX_BLOCK_V = 8192
 
 
 def linear_cross_entropy_definition(x_MH: Tensor, weight_VH: Tensor, targets_M: Tensor) -> Tensor:
-    """x [M, H], weight [V, H], targets [M] int64 -> the sum over rows of -log softmax(x W^T)[target], fp32 (fp64 for fp64).
+    """The cross-entropy of each row, -log softmax(x W^T)[target].
 
-    Every target is an id: rows without one are left out by the caller.
+    Args:
+        x_MH: hidden states [M, H].
+        weight_VH: the head's weight [V, H] in x's dtype.
+        targets_M: token ids [M], int64, all valid: the caller leaves out rows without a target.
+
+    Returns:
+        Losses [M] in fp32 (fp64 for fp64).
     """
-    logits = F.linear(x_MH, weight_VH)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets_M, reduction="sum")
+    logits_MV = F.linear(x_MH, weight_VH)
+    logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
+    return F.cross_entropy(logits_MV, targets_M, reduction="none")
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton
 
 
 @triton.jit
-def _softmax(logits, targets, losses, V: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    # one row a program, in two passes: 64 KiB of bf16 are still in the processor's own cache in the second
+def _cross_entropy_kernel(
+    logits_ptr,
+    targets_ptr,
+    losses_ptr,
+    V: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    # One program a row, in two passes: the second finds the row's 64 KiB of bf16 in the processor's own cache.
     row = tl.program_id(0).to(tl.int64)
-    logits += row * V
-    target = tl.load(targets + row)
-    dtype = logits.dtype.element_ty
-    wide = tl.float64 if dtype == tl.float64 else tl.float32
-    # all threads have it before the first maximum, and so before one overwrites it; a target that is none makes the loss NaN
-    aim = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(wide)
-    top = tl.full([], -float("inf"), wide)
-    total = tl.zeros([], wide)
-    for start in range(0, V, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + column, mask=column < V, other=-float("inf")).to(wide)
-        higher = tl.maximum(top, tl.max(z, 0))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), 0)
-        top = higher
+    logits_ptr += row * V
+    target = tl.load(targets_ptr + row)
+    dtype = logits_ptr.dtype.element_ty
+    acc_dtype = tl.float64 if dtype == tl.float64 else tl.float32
+    # Loaded before the first reduction, which synchronises the threads, and so before any thread overwrites the logit.
+    # An invalid target makes the loss NaN.
+    in_vocabulary = (target >= 0) & (target < V)
+    target_logit = tl.load(logits_ptr + target, mask=in_vocabulary, other=float("nan")).to(acc_dtype)
+    row_max = tl.full([], -float("inf"), acc_dtype)
+    row_sum = tl.zeros([], acc_dtype)
+    for start in range(0, V, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)
+        logits = tl.load(logits_ptr + column, mask=column < V, other=-float("inf")).to(acc_dtype)
+        new_max = tl.maximum(row_max, tl.max(logits, 0))
+        row_sum = row_sum * tl.exp(row_max - new_max) + tl.sum(tl.exp(logits - new_max), 0)
+        row_max = new_max
     if GRADIENT:
-        for start in range(0, V, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            z = tl.load(logits + column, mask=column < V, other=-float("inf")).to(wide)
-            # softmax - 1 at the target, in fp32, rounded once: (p - 1) cancels badly in bf16
-            tl.store(logits + column, tl.exp(z - top) / total - tl.where(column == target, 1.0, 0.0), mask=column < V)
-    tl.store(losses + row, top + tl.log(total) - aim)
+        for start in range(0, V, BLOCK_V):
+            column = start + tl.arange(0, BLOCK_V)
+            logits = tl.load(logits_ptr + column, mask=column < V, other=-float("inf")).to(acc_dtype)
+            # softmax minus the one-hot target in fp32, rounded once: p - 1 cancels badly in bf16
+            gradient = tl.exp(logits - row_max) / row_sum - tl.where(column == target, 1.0, 0.0)
+            tl.store(logits_ptr + column, gradient, mask=column < V)
+    tl.store(losses_ptr + row, row_max + tl.log(row_sum) - target_logit)
 
 
-def _softmax_triton(logits: Tensor, targets: Tensor, losses: Tensor, gradient: bool) -> None:
-    sizes = {"V": logits.shape[1], "BLOCK": min(triton.next_power_of_2(logits.shape[1]), LONGEST)}
-    warps = max(sizes["BLOCK"] // 512, 1)
-    _softmax[(len(logits),)](logits, targets.contiguous(), losses, GRADIENT=gradient, **sizes, num_warps=warps)
+def _cross_entropy_triton(logits: Tensor, targets: Tensor, losses: Tensor, gradient: bool) -> None:
+    block = min(triton.next_power_of_2(logits.shape[1]), MAX_BLOCK_V)
+    constants = {"V": logits.shape[1], "GRADIENT": gradient, "BLOCK_V": block, "num_warps": max(block // 512, 1)}
+    _cross_entropy_kernel[(len(logits),)](logits, targets.contiguous(), losses, **constants)
 
 
 # ----------------------------------------------------------------------------------------------------- plain PyTorch
 
 
-def _softmax_torch(logits: Tensor, targets: Tensor, losses: Tensor, gradient: bool) -> None:
+def _cross_entropy_torch(logits: Tensor, targets: Tensor, losses: Tensor, gradient: bool) -> None:
     z = logits.to(losses.dtype, copy=True)
     lse = torch.logsumexp(z, dim=-1)
     torch.sub(lse, z.gather(1, targets[:, None])[:, 0], out=losses)
@@ -76,60 +97,81 @@ def _softmax_torch(logits: Tensor, targets: Tensor, losses: Tensor, gradient: bo
 
 # ------------------------------------------------------------------------------------------- operators and autograd
 
+# Both loops take a function of (logits, targets, losses, gradient) that writes a chunk's losses and, if `gradient` is
+# true, overwrites its logits by the gradient of each row's own loss.
 
-def _chunked(
-    softmax, chunk, x: Tensor, weight: Tensor, targets: Tensor, x_gradient: bool, weight_gradient: bool
-) -> tuple[Tensor, ...]:
-    """`softmax` takes a chunk of logits to losses and, in place, to gradients."""
+
+def _forward(
+    cross_entropy, chunk_rows: int, x: Tensor, weight: Tensor, targets: Tensor, x_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses [M], and the gradient of each row's own loss with respect to its x: [M, H], or [0] where not needed."""
     losses = x.new_empty(len(x), dtype=wide(x.dtype))
     dx = torch.empty_like(x) if x_gradient else x.new_empty(0)
-    dweight = torch.zeros_like(weight, dtype=losses.dtype) if weight_gradient else weight.new_empty(0)
-    for start in range(0, len(x), chunk):
-        part = slice(start, start + chunk)
-        logits = F.linear(x[part], weight)
-        softmax(logits, targets[part], losses[part], x_gradient or weight_gradient)
+    for start in range(0, len(x), chunk_rows):
+        rows = slice(start, start + chunk_rows)
+        logits = F.linear(x[rows], weight)
+        cross_entropy(logits, targets[rows], losses[rows], x_gradient)
         if x_gradient:
-            torch.mm(logits, weight, out=dx[part])
-        if weight_gradient:
-            dweight += logits.t() @ x[part]
-    return losses.sum(), dx, dweight
+            torch.mm(logits, weight, out=dx[rows])
+    return losses, dx
 
 
-def _shapes(
-    x: Tensor, weight: Tensor, targets: Tensor, x_gradient: bool, weight_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx = torch.empty_like(x) if x_gradient else x.new_empty(0)
-    dweight = torch.empty_like(weight, dtype=wide(x.dtype)) if weight_gradient else weight.new_empty(0)
-    return x.new_empty((), dtype=wide(x.dtype)), dx, dweight
+def _weight_gradient(
+    cross_entropy, chunk_rows: int, dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor
+) -> Tensor:
+    """The weight's gradient [V, H], summed in fp32, from the gradient of each row's loss [M]."""
+    dweight = torch.zeros_like(weight, dtype=dlosses.dtype)
+    losses = torch.empty_like(dlosses)
+    for start in range(0, len(x), chunk_rows):
+        rows = slice(start, start + chunk_rows)
+        logits = F.linear(x[rows], weight)
+        cross_entropy(logits, targets[rows], losses[rows], True)
+        # scales x, not the logits' gradients: H numbers a row, not V
+        dweight += logits.t() @ (x[rows] * dlosses[rows, None]).to(x.dtype)
+    return dweight.to(weight.dtype)
 
 
 _linear_cross_entropy = operator(
-    "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, bool x_gradient, bool weight_gradient) -> (Tensor, Tensor, Tensor)",
-    cuda=lambda *arguments: _chunked(_softmax_triton, CHUNK["cuda"], *arguments),
-    cpu=lambda *arguments: _chunked(_softmax_torch, CHUNK["cpu"], *arguments),
-    fake=_shapes,
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, bool x_gradient) -> (Tensor, Tensor)",
+    cuda=lambda *arguments: _forward(_cross_entropy_triton, CHUNK_ROWS["cuda"], *arguments),
+    cpu=lambda *arguments: _forward(_cross_entropy_torch, CHUNK_ROWS["cpu"], *arguments),
+    fake=lambda x, weight, targets, x_gradient: (
+        x.new_empty(x.shape[0], dtype=wide(x.dtype)),
+        torch.empty_like(x) if x_gradient else x.new_empty(0),
+    ),
+)
+_linear_cross_entropy_weight_gradient = operator(
+    "linear_cross_entropy_weight_gradient(Tensor dlosses, Tensor x, Tensor weight, Tensor targets) -> Tensor",
+    cuda=lambda *arguments: _weight_gradient(_cross_entropy_triton, CHUNK_ROWS["cuda"], *arguments),
+    cpu=lambda *arguments: _weight_gradient(_cross_entropy_torch, CHUNK_ROWS["cpu"], *arguments),
+    fake=lambda dlosses, x, weight, targets: torch.empty_like(weight),
 )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are made in the forward pass, and only scaled here."""
+    """Keeps the gradient of x from the forward pass, and x itself only for a trained weight."""
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        loss, dx, dweight = _linear_cross_entropy(x, weight, targets, *ctx.needs_input_grad[:2])
-        ctx.save_for_backward(dx, dweight)
-        ctx.weight_dtype = weight.dtype
-        return loss
+        x_gradient, weight_gradient, _ = ctx.needs_input_grad
+        losses, dx = _linear_cross_entropy(x, weight, targets, x_gradient)
+        ctx.save_for_backward(dx, *((x, weight, targets) if weight_gradient else ()))
+        return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss):
-        dx, dweight = ctx.saved_tensors
-        # dloss as a vector: a tensor of no axes would be rounded to dx's dtype first
-        dx = torch.mul(dx, dloss.expand(1), out=torch.empty_like(dx)) if ctx.needs_input_grad[0] else None
-        return dx, (dweight * dloss).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None, None
+    def backward(ctx, dlosses):
+        x_gradient, weight_gradient, _ = ctx.needs_input_grad
+        dx, *inputs = ctx.saved_tensors
+        dweight = _linear_cross_entropy_weight_gradient(dlosses, *inputs) if weight_gradient else None
+        # dlosses is fp32: the product is rounded once
+        dx = torch.mul(dx, dlosses[:, None], out=torch.empty_like(dx)) if x_gradient else None
+        return dx, dweight, None
 
 
 def linear_cross_entropy(x_MH: Tensor, weight_VH: Tensor, targets_M: Tensor) -> Tensor:
-    """`linear_cross_entropy_definition`; beside the gradient of x, memory is one chunk of logits, whatever M is."""
+    """`linear_cross_entropy_definition`, holding one chunk of logits at a time and, until backward, the gradient of x.
+
+    A trained weight takes one more product in backward, to compute the logits again, and its gradient's sum in fp32.
+    """
     return _LinearCrossEntropy.apply(x_MH, weight_VH, targets_M)

@@ -35,7 +35,7 @@ from minorca_kernels import (
     swiglu_definition,
 )
 from minorca_kernels.operator import INTERPRETED
-from tests.helpers import Calls
+from tests.helpers import Calls, relative_error
 
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -54,6 +54,7 @@ class Case(NamedTuple):
 
 
 TOKENS, HIDDEN = (3, 33, 70), (9, 123, 320)  # one row block or several
+SHORT_CHUNKS = {"cuda": 16, "cpu": 16}  # rows of the cross-entropy's chunks: several, the last one incomplete
 
 
 def both(function: Callable, definition: Callable, arguments: Callable, shapes: Callable) -> Case:
@@ -140,7 +141,7 @@ def case(request, monkeypatch, poisoned) -> Case:
     if request.param in NEEDS_TRITON and not INTERPRETED and not torch.cuda.is_available():
         pytest.skip("has no plain PyTorch")
     monkeypatch.setattr(lora_linear_module, "MIN_TOKENS_AUGMENTED", 0)
-    monkeypatch.setattr(cross_entropy_module, "CHUNK", {"cuda": 16, "cpu": 16})  # several chunks, the last one short
+    monkeypatch.setattr(cross_entropy_module, "CHUNK_ROWS", SHORT_CHUNKS)
     return CASES[request.param]
 
 
@@ -154,11 +155,13 @@ def run(function: Callable, leaves: list[Tensor]) -> list[Tensor]:
     """Outputs, then the gradients of a weighted sum of them all."""
     out = function(*leaves)
     outs = out if isinstance(out, tuple) else (out,)
-    weights = [
-        torch.linspace(-1, 2, o.numel(), dtype=torch.float64, device=o.device).reshape(o.shape).to(o.dtype)
-        for o in outs
-    ]
-    return [*outs, *torch.autograd.grad(outs, leaves, weights if outs[0].dim() else [o / 257 for o in weights])]
+    return [*outs, *torch.autograd.grad(outs, leaves, [output_gradient(o) for o in outs])]
+
+
+def output_gradient(out: Tensor) -> Tensor:
+    """Another number for each element of an output."""
+    gradient = torch.linspace(-1, 2, out.numel(), dtype=torch.float64, device=out.device)
+    return gradient.reshape(out.shape).to(out.dtype)
 
 
 def assert_as_close(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
@@ -291,40 +294,76 @@ def test_repeats_to_the_bit(case, device):
     assert all(map(torch.equal, first, again))
 
 
-def test_no_gradient_where_it_is_not_needed(monkeypatch):
-    """A frozen norm weight, head or input gets no gradient and costs no memory for one; what is left is right."""
-    for name, frozen in (
-        ("rms_norm", 1),
-        ("add_rms_norm", 2),
-        ("linear_cross_entropy", 1),
-        ("linear_cross_entropy", 0),
-    ):
-        case = CASES[name]
-        leaves = inputs(case, 1, torch.float32)
-        expected = run(case.operation, leaves)
-        leaves[frozen].requires_grad_(False)
-        with Calls() as calls:
-            out = case.operation(*leaves)
-            outs = out if isinstance(out, tuple) else (out,)
-            weights = [torch.linspace(-1, 2, o.numel(), dtype=torch.float64).reshape(o.shape).to(o.dtype) for o in outs]
-            needed = [t for t in leaves if t.requires_grad]
-            gradients = torch.autograd.grad(outs, needed, weights if outs[0].dim() else [o / 257 for o in weights])
-        kept = [g for index, g in enumerate(expected[len(outs) :]) if index != frozen]
-        assert all(torch.allclose(mine, reference, rtol=1e-6) for mine, reference in zip(gradients, kept))
-        operator, arguments = calls.made[-1]
-        sizes = [
-            t.numel()
-            for t in operator(*arguments)
-            if t.dim() and t.shape != leaves[1 - frozen if frozen < 2 else 0].shape
-        ]
-        assert leaves[frozen].numel() not in sizes
+@pytest.mark.parametrize(
+    "name, frozen",
+    [("rms_norm", 1), ("add_rms_norm", 2), ("linear_cross_entropy", 1), ("linear_cross_entropy", 0)],
+)
+def test_no_gradient_where_it_is_not_needed(name, frozen):
+    """A frozen norm weight, head or input gets no gradient and no memory for one; the other gradients stay the same."""
+    case = CASES[name]
+    leaves = inputs(case, 1, torch.float32)
+    outs_and_gradients = run(case.operation, leaves)
+    expected = outs_and_gradients[-len(leaves) :]
+    del expected[frozen]
+    leaves[frozen].requires_grad_(False)
+    trained = [t for t in leaves if t.requires_grad]
+    with Calls() as calls:
+        out = case.operation(*leaves)
+        outs = out if isinstance(out, tuple) else (out,)
+        gradients = torch.autograd.grad(outs, trained, [output_gradient(o) for o in outs])
+    assert all(torch.allclose(mine, reference, rtol=1e-6) for mine, reference in zip(gradients, expected, strict=True))
+    # a norm's forward returns tensors of the frozen weight's size by chance: its backward alone is examined
+    examined = calls.made if name == "linear_cross_entropy" else calls.made[-1:]
+    results = torch.utils._pytree.tree_leaves([operator(*arguments) for operator, arguments in examined])
+    sizes = [t.numel() for t in results if t.shape not in [t.shape for t in trained]]
+    assert leaves[frozen].numel() not in sizes
 
 
-def test_a_batch_without_targets_has_loss_and_gradient_zero():
+WEIGHT_DTYPES = [torch.float64, torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=str)
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)], ids=["both", "x", "weight"])
+def test_each_row_has_a_loss_and_a_gradient_of_its_own(trained, dtype, device, monkeypatch, poisoned):
+    """Losses by row, and the gradients of their sum with random weights, some of them zero, as the definition's."""
+    monkeypatch.setattr(cross_entropy_module, "CHUNK_ROWS", SHORT_CHUNKS)
+    tensors = inputs(CASES["linear_cross_entropy"], 2, dtype, device)
+    ids = torch.randint(len(tensors[1]), (len(tensors[0]),), generator=torch.Generator().manual_seed(1)).to(device)
+    row_weights = torch.randn(len(ids), generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(device)
+    row_weights[3::5] = 0
+
+    def losses_and_gradients(function: Callable, dtype: torch.dtype) -> list[Tensor]:
+        x, weight = (t.detach().to(dtype).requires_grad_(needed) for t, needed in zip(tensors, trained))
+        losses = function(x, weight, ids)
+        leaves = [t for t in (x, weight) if t.requires_grad]
+        return [losses, *torch.autograd.grad(losses, leaves, row_weights.to(losses.dtype))]
+
+    ours = losses_and_gradients(linear_cross_entropy, dtype)
+    assert ours[0].shape == ids.shape and ours[0].dtype == torch.promote_types(dtype, torch.float32)
+    exact = losses_and_gradients(linear_cross_entropy_definition, torch.float64)
+    if dtype == torch.float64:
+        assert all(relative_error(mine, reference) < 1e-13 for mine, reference in zip(ours, exact, strict=True))
+    else:
+        assert_as_close(ours, losses_and_gradients(linear_cross_entropy_definition, dtype), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *([] if INTERPRETED else [torch.bfloat16])], ids=str)
+def test_equal_weights_scale_the_gradient_as_one_number(dtype):
+    """A mean over the rows, say: to the bit the unit gradient times that number, in fp32 and rounded once."""
+    x, weight = inputs(CASES["linear_cross_entropy"], 2, dtype)
+    unit, scaled = (
+        torch.autograd.grad(linear_cross_entropy(x, weight.detach(), targets(x, len(weight))).sum() * factor, x)[0]
+        for factor in (1.0, 1 / 257)
+    )
+    assert torch.equal(scaled, (unit.float() * torch.tensor(1 / 257)).to(dtype))
+
+
+def test_no_rows_have_a_sum_and_a_gradient_of_zero():
     x, w = (torch.randn(shape, requires_grad=True) for shape in ((0, 12), (19, 12)))
-    loss = linear_cross_entropy(x, w.detach(), targets(x, 19))
+    loss = linear_cross_entropy(x, w, targets(x, 19)).sum()
     loss.backward()
-    assert loss.item() == 0 and x.grad.shape == (0, 12)
+    assert loss.item() == 0 and x.grad.shape == (0, 12) and not w.grad.any()
 
 
 def test_the_loss_never_holds_more_than_a_chunk_of_logits():
@@ -340,11 +379,12 @@ def test_the_loss_never_holds_more_than_a_chunk_of_logits():
             return out
 
     sizes, module = [], cross_entropy_module
-    softmax = module._softmax_triton if INTERPRETED else module._softmax_torch
+    cross_entropy = module._cross_entropy_triton if INTERPRETED else module._cross_entropy_torch
     for tokens in (64, 512):
         x, w = torch.randn(tokens, 8), torch.randn(1000, 8)  # fp32
         with Largest() as largest:
-            module._chunked(softmax, 16, x, w, targets(x, 1000), True, False)
+            losses, _ = module._forward(cross_entropy, 16, x, w, targets(x, 1000), True)
+            module._weight_gradient(cross_entropy, 16, losses, x, w, targets(x, 1000))
         sizes.append(largest.size)
     assert sizes == 2 * [16 * 1000 * 4]
 
