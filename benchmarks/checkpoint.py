@@ -19,9 +19,11 @@ from benchmarks.common import SHAPES, parser, report, spread
 from minorca.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from minorca.model.architecture import Architecture, read_architecture
 from minorca.model.build import build_model
-from minorca.model.lora import LoRASettings, adapter_parameters, add_adapters
-from minorca.train import checkpoint, parallel
+from minorca.model.lora import LoRASettings, add_adapters
+from minorca.train import checkpoint
 from minorca.train.optim import adamw
+from minorca.train.ranks import init_distributed
+from minorca.train.trainable import Adapters, TrainableSet
 
 
 def adapted(arch: Architecture, settings: LoRASettings) -> nn.Module:
@@ -55,7 +57,7 @@ def main() -> None:
     args = options.parse_args()
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.output) as folder, parallel.joined(300) as world:
+    with tempfile.TemporaryDirectory(dir=args.output) as folder, init_distributed(300) as world:
         output = Path(folder)
         config = Config(ModelConfig(str(args.model)), DataConfig(""), train=TrainConfig(output=folder))
         if args.shape:
@@ -65,16 +67,17 @@ def main() -> None:
             LoRASettings(args.rank, 2.0 * args.rank),
         )
         model = adapted(arch, settings)
-        parameters = adapter_parameters(model)
-        optimizer = adamw(parameters.values(), OptimConfig())
-        for parameter in parameters.values():
+        trainable = TrainableSet([Adapters(model, settings, str(args.model))])
+        optimizer = adamw(trainable.parameters.values(), OptimConfig())
+        for parameter in trainable.parameters.values():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
         stalls, limits, directory = [], [], output / "checkpoints"
         for step in range(1, args.saves + 3):  # the first two remove none
             started = time.perf_counter()
-            state = checkpoint.State(step, step, world.size, torch.get_num_threads(), torch.__version__, {})
-            checkpoint.save(directory, model, optimizer, state, config, settings, world)
+            threads = torch.get_num_threads()
+            state = checkpoint.State(checkpoint.FORMAT, step, step, world.size, threads, torch.__version__, {})
+            checkpoint.save(directory, trainable, optimizer, state, config.train.keep, world)
             stalls.append(time.perf_counter() - started)
             size = sum(path.stat().st_size for path in checkpoint.published(directory)[-1].iterdir())
             limits.append(written(output, size))
@@ -83,7 +86,7 @@ def main() -> None:
         {
             "model": args.shape or args.model.name,
             "rank": args.rank,
-            "adapter_parameters": sum(p.numel() for p in parameters.values()),
+            "adapter_parameters": trainable.count,
             "bytes": size,
             "stall_seconds": stall,
             "write_and_sync_seconds": spread(limits[2:]),

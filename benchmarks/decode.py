@@ -15,13 +15,12 @@ import statistics
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import DEVICE, clock, model_under_test, parser, peer, report, spread
 from benchmarks.device import copy_bandwidth
 from minorca.generate.engine import Engine, Request
-from minorca.generate.prepack import Prepacked, prepack
+from minorca.model.build import prepack
 from minorca.model.network import Mistral
 
 ROUNDS = 5
@@ -36,19 +35,11 @@ def step_bytes(model: Mistral, weights: int, batch: int, length: float) -> float
 
 def products(model: Mistral, rows: int) -> list[Callable[[], Tensor]]:
     """Each of the engine's products with a weight, once: as it calls them, on random rows."""
-    projections = [getattr(block, name) for block in model.layers for name in ("qkv", "o", "gate_up", "down")]
-    head = getattr(model, "prepacked_head", None) or model.head or model.embedding
-    widths = [
-        model.arch.hidden_size,
-        model.arch.heads * model.arch.head_dim,
-        model.arch.hidden_size,
-        model.arch.intermediate_size,
-    ]
+    head = model.embedding if model.head is None else model.head
     calls = []
-    for module, width in zip((*projections, head), (*widths * model.arch.layers, model.arch.hidden_size)):
-        x = torch.randn(rows, width, device=DEVICE).to(model.embedding.weight.dtype)
-        by = module.product if isinstance(module, Prepacked) else functools.partial(F.linear, weight=module.weight)
-        calls.append(functools.partial(by, x))
+    for weight in (*(projection.base for _, projection in model.projections()), head):
+        x = torch.randn(rows, weight.in_features, device=DEVICE).to(model.embedding.weight.dtype)
+        calls.append(functools.partial(weight.linear, x))
     return calls
 
 

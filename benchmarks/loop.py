@@ -12,7 +12,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import report, spread
+from benchmarks.common import ROOT, report, spread
 from minorca.train import __main__ as train_command
 from minorca.train.metrics import PHASES
 
@@ -26,6 +26,7 @@ def main() -> None:
         run = Path(folder, "run")
         train_command.main(
             [
+                f"--config={ROOT / 'configs' / 'quickstart.yaml'}",
                 f"--train.steps={args.steps}",
                 "--data.eval=null",
                 "--train.eval_every=0",

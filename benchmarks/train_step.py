@@ -27,10 +27,10 @@ from benchmarks.common import DEVICE, clock, model_under_test, parser, peer, rep
 from minorca.config import OptimConfig
 from minorca.data.packing import make_batch, plan_epoch
 from minorca.data.store import TokenStore
-from minorca.model.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters, room_for_adapters
+from minorca.model.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters, pad_for_adapters
 from minorca.model.network import Mistral
 from minorca.train.metrics import peak_flops, peak_memory_bytes, training_flops
-from minorca.train.objectives import next_token_loss
+from minorca.train.objectives import NextToken
 from minorca.train.optim import adamw, clip_gradients
 
 SETTINGS, OPTIM = LoRASettings(rank=16, alpha=32), OptimConfig()
@@ -81,7 +81,8 @@ class Ours:
     def step(self) -> Iterator[str]:
         self.loss = 0.0
         for batch in self.batches:
-            loss = self.model(batch.tokens, batch.cu_seqlens, head=next_token_loss(batch)) / self.trained
+            head = NextToken().head(batch, self.trained)
+            loss = self.model(batch.tokens, batch.cu_seqlens, head=head).loss
             self.loss += loss.detach()
             yield "forward"
             loss.backward()
@@ -182,7 +183,7 @@ def measure(args, names: list[str]) -> dict:
         store = draw_rows(args.rows, model.arch.vocab_size, args.tokens)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         add_adapters(model, SETTINGS)
-        room_for_adapters(model)
+        pad_for_adapters(model)
         init_adapters(model, seed=0)
         adapter = {name: p.detach().cpu().clone() for name, p in adapter_parameters(model).items()}
         sides, results = {}, {}

@@ -40,7 +40,18 @@ def main(argv: list[str]) -> None:
     before = answers(rows, None)
     print(f"before: {score(rows, before)} of {QUESTIONS} held-out answers right", flush=True)
     dtype = str(fast_dtype()).removeprefix("torch.")
-    train_command.main(["--model.path", str(MODEL), "--model.dtype", dtype, "--train.output", str(RUN)])
+    train_command.main(
+        [
+            "--config",
+            str(HERE.parent / "configs" / "quickstart.yaml"),
+            "--model.path",
+            str(MODEL),
+            "--model.dtype",
+            dtype,
+            "--train.output",
+            str(RUN),
+        ]
+    )
     after = answers(rows, RUN / "adapter")
     losses = [line["eval_loss"] for line in map(json.loads, (RUN / "metrics.jsonl").open()) if "eval_loss" in line]
 

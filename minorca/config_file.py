@@ -152,15 +152,16 @@ def _read_yaml(path: Path) -> tuple[dict[str, dict], list[UserError]]:
     if not isinstance(values, dict):
         raise UserError("expected sections (model:, data:, ...) with keys", path=path)
     names = [section.name for section in dataclasses.fields(Config)]
-    outside = [
-        UserError(
-            f"is not a section; expected {', '.join(names)}, with keys in them{suggestion(key)}", path=path, field=key
-        )
-        for key, value in values.items()
-        if not isinstance(value, dict | None) or (value is None and key not in names)
-    ]
-    wrong = {error.field for error in outside}
-    return {section: keys or {} for section, keys in values.items() if section not in wrong}, outside
+    sections, outside = {}, []
+    for key, value in values.items():
+        if isinstance(value, dict) or (value is None and key in names):
+            sections[key] = value or {}
+        elif key in names:
+            outside.append(UserError(f"is {value!r}; expected a section with keys", path=path, field=key))
+        else:
+            message = f"is outside of a section; expected {', '.join(names)}, with keys in them{suggestion(key)}"
+            outside.append(UserError(message, path=path, field=key))
+    return sections, outside
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -188,6 +189,8 @@ def read_config(path: Path | None, options: dict[str, object], unknown: Iterable
     for option, value in options.items():
         section, key = option.split(".")
         values.setdefault(section, {})[key] = value
+    # so that what is missing is a key, not a section
+    values = {"model": {}, "data": {}} | values
     _expand_paths(values, path)
 
     config, wrong = _checked(values)

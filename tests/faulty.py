@@ -16,7 +16,8 @@ import torch
 from minorca import cli
 from minorca.files import atomic as files
 from minorca.train import __main__ as train_command
-from minorca.train import checkpoint, loop
+from minorca.train import build, checkpoint, inputs, step
+from minorca.train.trainable import TrainableSet
 
 
 def die(*_, **__):
@@ -58,8 +59,8 @@ def of_what_is_there(path, *_, **__):
 
 save_file = checkpoint.save_file
 POINTS = {  # name -> (owner, attribute, what is called in its place, which calls count)
-    "before forward": (loop, "batch_loss", die, always),
-    "after backward": (loop, "clip_gradients", die, always),
+    "before forward": (step, "batch_outcome", die, always),
+    "after backward": (TrainableSet, "clip_gradients", die, always),
     "in a write": (checkpoint, "save_file", half_written, always),
     "before the manifest": (checkpoint, "write_manifest", die, always),
     "after the manifest": (checkpoint, "write_manifest", after(files.write_manifest), always),
@@ -87,39 +88,39 @@ def inject(point: str, count: int) -> None:
 
 
 def slow_reading(seconds: int) -> None:
-    read_data = loop.read_data
+    read_data = inputs.read_data
 
     def slow(config):
         time.sleep(seconds if os.environ["RANK"] == "1" else 0)
         return read_data(config)
 
-    loop.read_data = slow
+    inputs.read_data = slow
 
 
 def killed_while_loading(rank: int) -> None:
-    load_weights = loop.load_weights
-    loop.load_weights = die if os.environ["RANK"] == str(rank) else load_weights
+    load_weights = build.load_weights
+    build.load_weights = die if os.environ["RANK"] == str(rank) else load_weights
 
 
 def other_settings(rank: int) -> None:
-    read_config = train_command.read_config
+    parse_config = cli.parse_config
 
     def another(*arguments):
-        config = read_config(*arguments)
+        args, config = parse_config(*arguments)
         config.optim.lr *= 1 + (os.environ["RANK"] == str(rank))
-        return config
+        return args, config
 
-    train_command.read_config = another
+    cli.parse_config = another
 
 
 def other_rows(rank: int) -> None:
-    read_data = loop.read_data
+    read_data = inputs.read_data
 
     def fewer(config):
         store, held_out = read_data(config)
         return (store.select(range(len(store) - 1)) if os.environ["RANK"] == str(rank) else store), held_out
 
-    loop.read_data = fewer
+    inputs.read_data = fewer
 
 
 ODD = {
@@ -131,7 +132,7 @@ ODD = {
 
 
 def spoil(point: str, row: int) -> None:
-    make_batch, batch_loss, spoilt = loop.make_batch, loop.batch_loss, set()
+    make_batch, batch_outcome, spoilt = step.make_batch, step.batch_outcome, set()
 
     def noting(store, rows):
         batch = make_batch(store, rows)
@@ -139,14 +140,15 @@ def spoil(point: str, row: int) -> None:
             spoilt.add(batch.tokens.numpy().tobytes())
         return batch
 
-    def loss_of(model, batch):
-        loss = batch_loss(model, batch)
-        if batch.tokens.cpu().numpy().tobytes() not in spoilt or not len(batch.targets):
-            return loss
-        # the square root of 0 has a value and no finite slope
-        return loss * torch.nan if point == "nan loss" else loss + (loss - loss.detach()).sqrt()
+    def spoilt_outcome(model, objective, batch, normalizer):
+        outcome = batch_outcome(model, objective, batch, normalizer)
+        loss = outcome.loss
+        if batch.tokens.cpu().numpy().tobytes() in spoilt and len(batch.targets):
+            # the square root of 0 has a value and no finite slope
+            outcome.loss = loss * torch.nan if point == "nan loss" else loss + (loss - loss.detach()).sqrt()
+        return outcome
 
-    loop.make_batch, loop.batch_loss = noting, loss_of
+    step.make_batch, step.batch_outcome = noting, spoilt_outcome
 
 
 if __name__ == "__main__":

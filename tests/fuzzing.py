@@ -149,8 +149,8 @@ def _tokenize(directory: Path) -> None:
 
 
 def _resume(directory: Path) -> None:
-    from minorca.files.weights import open_safetensors
-    from minorca.model.lora import read_adapter_settings
+    from minorca.files.adapters import read_adapter_settings
+    from minorca.files.tensor_files import open_safetensors
     from minorca.train import checkpoint
 
     checkpoint.verify(directory)

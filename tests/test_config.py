@@ -2,13 +2,15 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 
 from minorca import UserError
-from minorca.config import Config, config_parser, read_config, write_config
+from minorca.cli import config_parser, parse_config
+from minorca.config import Config, defaults
+from minorca.config_file import _ELSEWHERE, settings, write_config
+from tests.helpers import ROOT
 
 # every setting with its documented default, but for the two that must be given and the output's name
 SETTINGS = """
@@ -32,7 +34,7 @@ def read(tmp_path):
     def read(text: str, *options: str) -> Config:
         (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
         parser = config_parser("minorca.train", "")
-        return read_config(*parser.parse_known_args(["--config", str(tmp_path / "run.yaml"), *options]))
+        return parse_config(parser, ["--config", str(tmp_path / "run.yaml"), *options])[1]
 
     return read
 
@@ -44,12 +46,15 @@ def plain(config: Config) -> dict:
 
 
 def complaints(read, text: str, *options: str) -> list[str]:
-    """What a file and options are refused for, one string each."""
+    """What a file and options are refused for, one string each; each names the file, or the option."""
     with pytest.raises(UserError) as caught:
         read(text, *options)
-    place, rest = re.fullmatch(r"(\S+/run.yaml(?: and the command line)?): (.*)", str(caught.value)).groups()
-    assert place.endswith("command line") == bool(options)
-    return re.split(r"; (?=\S+ (?:is|needs) )", rest)
+    problems = caught.value.problems
+    for problem in problems:
+        of_option = problem.path is None
+        assert of_option == (problem.field is None or problem.field.startswith("--")), problem
+        assert of_option or str(problem).startswith(f"{problem.path}: ")
+    return [problem.sentence for problem in problems]
 
 
 def test_the_documented_settings_are_all_there_are_with_their_defaults(read):
@@ -82,10 +87,10 @@ extra: {key: 1}
 """
     found = complaints(read, text, "--lora.rang=8", "--optim.eps", "0", "stray")
     starts = [
-        "--lora.rang=8 is no option",
-        "stray is no option",
-        "model.colour is no setting",
-        "extra is no setting",
+        "--lora.rang is an unknown option; did you mean lora.rank?",
+        "unexpected argument stray",
+        "model.colour is an unknown setting",
+        "extra is an unknown setting",
         "model.dtype is 'float16'",
         "lora.targets is 'x'",
         "lora.rslora is 3",
@@ -99,7 +104,7 @@ extra: {key: 1}
         "optim.betas is [0.9, 1.0]",
         "optim.weight_decay is -0.1",
         "optim.max_grad_norm is nan",
-        "optim.eps is 0",
+        "--optim.eps is 0",
         "train.batch_tokens is 5000",
         "train.eval_every is -1",
         "train.steps is 2.5",
@@ -116,13 +121,17 @@ extra: {key: 1}
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("", ["model is missing", "data is missing"]),
+        ("", ["model.path is missing", "data.train is missing"]),
         ("model: {}\ndata: {}", ["model.path is missing", "data.train is missing"]),
         ("model: {path: null}\ndata: {train: [1]}", ["model.path is None", "data.train[0] is 1"]),
         ("model: {path: 7}\ndata: {train: PATH}", ["model.path is 7"]),
         (
             "model: {path: DIR}\ndata: {train: [{path: a, weight: x, colour: 1}, {}]}",
-            ["data.train[0].weight is 'x'", "data.train[0].colour is no", "data.train[1].path is missing"],
+            [
+                "data.train[0].weight is 'x'",
+                "data.train[0].colour is an unknown setting",
+                "data.train[1].path is missing",
+            ],
         ),
         ("model: {path: DIR}\ndata: {train: [{path: a, weight: 0}]}", ["data.train gives a the weight 0.0"]),
         (
@@ -131,13 +140,13 @@ extra: {key: 1}
         ),
         (
             "model: {path: DIR}\ndata: {train: PATH, eval: [{path: a, weight: 0.5}]}",
-            ["data.eval gives a the weight 0.5; rows held out"],
+            ["data.eval gives a the weight 0.5; held-out rows"],
         ),
         (MINIMAL + "parallel: {timeout: 1}", ["parallel.timeout is 1; expected 10"]),
         (MINIMAL + "train: {output: ' '}", ["train.output is empty"]),
         ("model: {path: DIR}\ndata: {train: PATH, format: text}", ["data.train reads PATH as plain text"]),
-        (MINIMAL + "1: {a: b}", ["1 is no setting"]),
-        (MINIMAL + "lora: {2024-01-01: 1}", ["lora.2024-01-01 is no setting"]),
+        (MINIMAL + "1: {a: b}", ["1 is an unknown setting"]),
+        (MINIMAL + "lora: {2024-01-01: 1}", ["lora.2024-01-01 is an unknown setting"]),
         (MINIMAL + "lora: {rank: '16'}", ["lora.rank is '16'"]),
         (MINIMAL + "lora: {rank: true}", ["lora.rank is True"]),
         (MINIMAL + "lora: {rank: 16.5}", ["lora.rank is 16.5"]),
@@ -165,7 +174,7 @@ def test_what_was_complained_of_is_no_part_of_a_contradiction(read):
         ("model: {path: DIR, quantize: nf4}\ndata: {train: PATH}", "model.quantize is 'nf4'"),
         ("model: {path: DIR}\ndata: {train: PATH, format: preference}", "data.format is 'preference'"),
         (MINIMAL + "train: {objective: dpo}", "train.objective is 'dpo'"),
-        (MINIMAL + "dpo: {beta: 0.1}", "dpo is no setting"),
+        (MINIMAL + "dpo: {beta: 0.1}", "dpo is an unknown setting"),
     ],
 )
 def test_what_does_not_exist_yet_is_refused(addition, key, read):
@@ -187,7 +196,7 @@ def test_a_broken_file_is_named_with_the_line(text, line, complaint, read, tmp_p
         read(text)
 
 
-@pytest.mark.parametrize("text", ["- model\n- data\n", "model: DIR\n", "just text", "7"])
+@pytest.mark.parametrize("text", ["- model\n- data\n", "just text", "7"])
 def test_a_file_without_sections(text, read, tmp_path):
     with pytest.raises(UserError, match=f"^{tmp_path}/run.yaml: expected sections"):
         read(text)
@@ -196,7 +205,7 @@ def test_a_file_without_sections(text, read, tmp_path):
 def test_a_missing_file(tmp_path):
     parser = config_parser("minorca.train", "")
     with pytest.raises(UserError, match="nowhere.yaml: no such configuration file"):
-        read_config(*parser.parse_known_args(["--config", str(tmp_path / "nowhere.yaml")]))
+        parse_config(parser, ["--config", str(tmp_path / "nowhere.yaml")])
 
 
 OVERRIDES = [
@@ -234,7 +243,7 @@ def test_options_override_the_file(options, section, key, expected, read):
 @pytest.mark.parametrize("option, value", [("--lora.targets", "[q"), ("--lora.rank", "{"), ("--data.limit", "@")])
 def test_an_option_that_is_no_yaml_is_a_wrong_type(option, value, read):
     (complaint, *_) = complaints(read, MINIMAL, option, value)
-    assert complaint.startswith(f"{option[2:]} is {value!r}")
+    assert complaint.startswith(f"{option} is {value!r}")
 
 
 def test_numbers_with_an_exponent_are_numbers(read):
@@ -259,13 +268,79 @@ def test_numbers_with_an_exponent_are_numbers(read):
 def test_what_is_written_reads_back_equal(text, read, tmp_path):
     config, file = read(text), tmp_path / "written.yaml"
     write_config(config, file)
-    assert read_config(*config_parser("minorca.train", "").parse_known_args(["--config", str(file)])) == config
+    assert parse_config(config_parser("minorca.train", ""), ["--config", str(file)])[1] == config
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml", "written.yaml"]
 
 
-def test_the_quickstart_is_a_right_configuration():
-    config = read_config(*config_parser("minorca.train", "").parse_known_args([]))
-    assert (Path(__file__).parent.parent / config.data.train).is_file()
+def test_the_quickstart_is_a_valid_configuration():
+    quickstart = ROOT / "configs" / "quickstart.yaml"
+    _, config = parse_config(config_parser("minorca.train", ""), ["--config", str(quickstart)])
+    assert (ROOT / config.data.train).is_file()
+
+
+def test_without_a_file_all_settings_have_the_defaults_of_the_help():
+    parser = config_parser("minorca.train", "")
+    _, config = parse_config(parser, ["--model.path", "M", "--data.train", "F"])
+    assert {key: value for key, value in flat(config).items() if key in defaults()} == defaults() | {
+        "train.output": "runs/default"
+    }
+    help = re.sub(r"\s+", "", parser.format_help())
+    for key, value in defaults().items():
+        option = help.index(f"--{key}")
+        assert f"(default:{value})".replace(" ", "") in help[option : option + 1000] or key == "optim.betas", key
+    with pytest.raises(UserError) as caught:
+        parse_config(parser, [])
+    assert [problem.sentence for problem in caught.value.problems] == ["model.path is missing", "data.train is missing"]
+
+
+def flat(config: Config) -> dict:
+    return {f"{section}.{key}": value for section, keys in plain(config).items() for key, value in keys.items()}
+
+
+@pytest.mark.parametrize(
+    "addition, expected",
+    [
+        ("lora: {rang: 8}", "lora.rang is an unknown setting; did you mean lora.rank?"),
+        ("train: {lr: 1}", "train.lr is an unknown setting; here it is optim.lr"),
+        ("train: {learning_rate: 1}", "train.learning_rate is an unknown setting; here it is optim.lr"),
+        ("optimizer: {lr: 1}", "optimizer is an unknown setting; did you mean optim?"),
+        ("zzz: {key: 1}", "zzz is an unknown setting"),
+        ("lora_r: 8", "lora_r is outside of a section; expected .*; here it is lora.rank"),
+        ("sequence_len: 8", "sequence_len is outside of a section; .*; here it is data.seq_len"),
+        ("per_device_train_batch_size: 8", "per_device_train_batch_size is .*; here it is train.micro_batch_tokens"),
+        ("num_train_epochs: 8", "num_train_epochs is outside of a section; .*; here it is train.epochs"),
+        ("seq_len: 8", "seq_len is outside of a section; .*; here it is data.seq_len"),
+        ("batch_tokns: 8", "batch_tokns is outside of a section; .*; did you mean train.batch_tokens?"),
+        ("train: 5", "train is 5; expected a section with keys"),
+        ("strange: 8", "strange is outside of a section; expected model, data, lora, optim, train, parallel"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest(addition, expected, read):
+    (found,) = complaints(read, MINIMAL + addition)
+    assert re.match(expected.replace("?", r"\?"), found), found
+
+
+def test_a_flat_file_of_another_tool_is_told_where_each_key_lives(read):
+    found = complaints(read, "base_model: M\nlearning_rate: 2e-4\nlora_alpha: 3\ndatasets: [x]\n")
+    assert [complaint.rpartition(" ")[2] for complaint in found] == [
+        "model.path",
+        "optim.lr",
+        "lora.alpha",
+        "data.train",
+        "missing",
+        "missing",
+    ]
+
+
+def test_the_places_that_other_tools_keys_have_here_exist():
+    assert set(_ELSEWHERE.values()) <= set(settings())
+
+
+def test_a_range_is_reported_beside_an_unknown_section(read):
+    """Whatever the section's name has in common with the message."""
+    for name in ("e", "is", "lr", "expected"):
+        found = complaints(read, MINIMAL + f"optim: {{lr: -1.0}}\n{name}: {{}}")
+        assert len(found) == 2 and found[1] == "optim.lr is -1.0; expected a positive number"
 
 
 @pytest.mark.parametrize("name", ["1e5", "a: b", "[x]", "null", "ünïcode", "two words", "007"])
@@ -282,7 +357,7 @@ def test_a_list_that_is_none_is_no_hub_id(text, read):
 
 
 def test_options_that_are_no_text(read):
-    with pytest.raises(UserError, match="--train.output: .* holds bytes that are no UTF-8"):
+    with pytest.raises(UserError, match="--train.output .* is not valid UTF-8"):
         read(MINIMAL, "--train.output", "a\udcffb")
 
 

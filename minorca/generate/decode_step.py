@@ -1,24 +1,15 @@
 """One decoding step of the whole batch, captured as CUDA graphs.
 
-Axes in names: N slots of the batch, T tokens, H hidden, V vocabulary.
+Axes in names: N slots of the batch, V vocabulary.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minorca.generate.kv_cache import KVCache
-from minorca.generate.row_adapters import Adapters
 from minorca.generate.sampling import Sampler, SamplingOps
+from minorca.model.lora import AdapterChoice
 from minorca.model.network import Mistral
-
-
-def compute_logits(model: Mistral, hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
-    """The output head: hidden [T, H] -> logits [T, V], by the prepacked weight where there is one."""
-    prepacked_head = getattr(model, "prepacked_head", None)
-    if prepacked_head is not None:
-        return prepacked_head(hidden_TH)
-    return F.linear(hidden_TH, weight_VH)
 
 
 class DecodeStep:
@@ -31,7 +22,7 @@ class DecodeStep:
     `tokens_N` holds the last token of each slot.
     """
 
-    def __init__(self, model: Mistral, cache: KVCache, sampler: Sampler, adapters: Adapters):
+    def __init__(self, model: Mistral, cache: KVCache, sampler: Sampler, adapters: AdapterChoice):
         self._model = model
         self._cache = cache
         self._sampler = sampler
@@ -42,7 +33,7 @@ class DecodeStep:
         self._captured_capacity = 0
 
     def run(self) -> Tensor:
-        """Advances every active slot by one token, after `KVCache.advance` and `Adapters.choose`.
+        """Advances every active slot by one token, after `KVCache.advance` and `AdapterChoice.choose`.
 
         Returns:
             The logits [N, V], valid until the next call; rows of inactive slots are meaningless.
@@ -71,9 +62,6 @@ class DecodeStep:
         return graph, logits_NV
 
     def _compute(self, ops: SamplingOps) -> Tensor:
-        logits_NV = self._model(self.tokens_N, attend=self._cache.decode(), head=self._head)
+        logits_NV = self._model(self.tokens_N, attend=self._cache.decode())
         self.tokens_N.copy_(self._sampler(logits_NV, self._cache.lengths_N, slice(None), ops))
         return logits_NV
-
-    def _head(self, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
-        return compute_logits(self._model, hidden_NH, weight_VH)

@@ -12,6 +12,7 @@ Axes in names: N slots, T tokens, H hidden, V vocabulary; 1V is the one row of l
 
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Generator, Mapping
 from pathlib import Path
@@ -19,16 +20,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minorca.generate.decode_step import DecodeStep, compute_logits
+from minorca.generate.decode_step import DecodeStep
 from minorca.generate.kv_cache import KVCache, check_memory
-from minorca.generate.prepack import prepack
 from minorca.generate.request import Request, Sequence, Token, check_request, default_max_length
 from minorca.generate.results import PendingTokens
-from minorca.generate.row_adapters import Adapters, load_adapters
 from minorca.generate.sampling import Sampler
-from minorca.model.build import fast_dtype, load_model
+from minorca.model.build import fast_dtype, load_adapters, load_model, prepack
+from minorca.model.lora import AdapterChoice
 from minorca.model.network import Mistral
 from minorca.signals import signals_noted
+from minorca_kernels import FrozenWeight
 
 # Prompt tokens that are prefilled between two decoding steps.
 CHUNK = 512
@@ -56,7 +57,7 @@ class Engine:
         model: Mistral,
         slots: int = 8,
         max_length: int | None = None,
-        adapters: Adapters | None = None,
+        adapters: AdapterChoice | None = None,
         reuse: bool = False,
         chunk: int = CHUNK,
     ):
@@ -72,10 +73,10 @@ class Engine:
         self.max_length = max_length or default_max_length(model.arch)
         self.cache = KVCache(model.arch, slots, self.max_length, weight.dtype, self.device)
         check_memory(self.cache, model)
-        self._adapters = adapters or Adapters([], self.device)
+        self._adapters = adapters or AdapterChoice([], self.device)
         self._sampler = Sampler(slots, self.vocab_size, self.device)
         self._decode_step = DecodeStep(model, self.cache, self._sampler, self._adapters)
-        # Each slot's adapter, as `Adapters.place` numbers them.
+        # Each slot's adapter, as `AdapterChoice.index` numbers them.
         self._adapter_N = torch.zeros(slots, dtype=torch.int64, device=self.device)
 
         self._waiting: deque[Request] = deque()
@@ -171,7 +172,7 @@ class Engine:
             sequence = Sequence(request, self._free_slots.pop(0))
             self._running[request] = sequence
             self._prefilling.append(sequence)
-            self._adapter_N[sequence.slot] = self._adapters.place(request.adapter)
+            self._adapter_N[sequence.slot] = self._adapters.index(request.adapter)
             if self.reuse:
                 self._keep_common_prefix(sequence)
 
@@ -207,10 +208,12 @@ class Engine:
             self._start_decoding(sequence, logits_1V)
         return len(ids_T)
 
-    def _last_logits(self, hidden_TH: Tensor, weight_VH: Tensor) -> Tensor:
-        return compute_logits(self.model, hidden_TH[-1:], weight_VH)
+    @staticmethod
+    def _last_logits(hidden_TH: Tensor, head: FrozenWeight) -> Tensor:
+        return head.linear(hidden_TH[-1:])
 
-    def _no_logits(self, hidden_TH: Tensor, weight_VH: Tensor) -> None:
+    @staticmethod
+    def _no_logits(hidden_TH: Tensor, head: FrozenWeight) -> None:
         return None
 
     def _copy_prefilled(self, sequence: Sequence) -> Tensor | None:
@@ -305,8 +308,12 @@ def open_engine(
     Raises:
         UserError: a file is missing or invalid, or the key/value cache does not fit in memory.
     """
+    started = time.perf_counter()
     model = load_model(path, fast_dtype())
+    seconds = time.perf_counter() - started
+    gigabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
     engine = Engine(model, slots, max_length, load_adapters(model, dict(adapters)), reuse)
     prepack(model)
-    print(f"{path}: {model.loaded}", file=sys.stderr, flush=True)
+    speed = f"{gigabytes:.2f} GB in {seconds:.2f} s, {gigabytes / seconds:.1f} GB/s"
+    print(f"{path}: {speed}", file=sys.stderr, flush=True)
     return engine

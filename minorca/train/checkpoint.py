@@ -266,9 +266,9 @@ def _differences(directory: Path, then: dict, now: dict) -> list[UserError]:
         before = then.get(key, absent.get(key))
         if now.get(key) == before:
             continue
-        message = f"was {before!r} when this checkpoint was written and is {now.get(key)!r}; set it back"
+        message = f"was {before!r} in the checkpoint and is {now.get(key)!r} now; set it back"
         if key not in now:
-            message = f"was {before!r} when this checkpoint was written, and this version does not know it"
+            message = f"was {before!r} in the checkpoint and is unknown to this version; use the one that wrote it"
         problems.append(UserError(f"{message}, or choose another train.output", path=directory, field=key))
     return problems
 

@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from minorca import UserError, load_model, load_tokenizer, render_chat
 from minorca.data import sandbox
 from minorca.export.__main__ import export
+from minorca.files.adapters import read_adapter_settings
 from minorca.files.safe_io import read_json
 from minorca.model.architecture import read_architecture
-from minorca.model.lora import read_adapter_settings
 from tests import fuzzing
 from tests.data.test_chat_template import CHATML, turns, with_template
 from tests.data.test_tokenizer import byte_level, orca

@@ -10,10 +10,9 @@ from minorca import load_model
 from minorca.errors import UserError
 from minorca.generate.engine import Engine
 from minorca.generate.kv_cache import KVCache
-from minorca.generate.prepack import prepack
-from minorca.generate.request import Request, Token
-from minorca.generate.row_adapters import load_adapters
+from minorca.generate.request import Request
 from minorca.generate.sampling import Sampling
+from minorca.model.build import load_adapters, prepack
 from tests.helpers import random_adapter, relative_error
 
 WINDOW = 32
@@ -275,7 +274,7 @@ def test_an_adapter_that_is_no_number_is_refused(model, save_mistral, tmp_path):
     tensors = load_file(file)
     tensors[name := sorted(tensors)[1]][2, 1] = torch.inf
     save_file(tensors, file)
-    with pytest.raises(UserError, match=f"{tmp_path / 'adapter'}: {name} holds numbers that are infinite"):
+    with pytest.raises(UserError, match=f"{tmp_path / 'adapter'}: {name} contains NaN or infinite values"):
         load_adapters(load_model(directory, torch.float32, "cpu"), {"one": tmp_path / "adapter"})
 
 

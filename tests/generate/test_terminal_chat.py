@@ -134,9 +134,12 @@ def test_a_saved_conversation_can_be_trained_on(tok, converse, tmp_path):
         {"role": "assistant", "content": "begun", "weight": 0}
     ]
     assert saved(second) == saved(first) + turns("c", "whole")
-    assert ["there is nothing to save yet", "the answer was interrupted", f"{first}: 5 messages", f"{second}: 7 messages"] == [
-        line for line in err.splitlines() if "File exists" not in line
-    ] and err.count("File exists") == 1
+    assert [
+        "there is nothing to save yet",
+        "the answer was interrupted",
+        f"{first}: 5 messages",
+        f"{second}: 7 messages",
+    ] == [line for line in err.splitlines() if "File exists" not in line] and err.count("File exists") == 1
     rendered = render(tok, saved(second))
     assert tok.decode([i for i, trained in zip(rendered.ids, rendered.trained) if trained]) == "é\n\u2028\x1b[1mwhole"
     assert script.prompts[2] == render_chat(tok, saved(first) + turns("c"))

@@ -17,9 +17,9 @@ from minorca import load_model
 from minorca.generate import generate
 from minorca.generate.engine import Engine
 from minorca.generate.request import Request
-from minorca.generate.row_adapters import load_adapters
 from minorca.generate.sampling import Sampling
 from minorca.model.attention import PackedAttention, varlen_attn, visible
+from minorca.model.build import load_adapters
 from minorca_kernels import attention, attention_definition, decode_attention, decode_attention_definition
 from tests.helpers import random_adapter, relative_error
 from tests.model.test_attention import plain_attention

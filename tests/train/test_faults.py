@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from minorca import UserError
+from minorca import UserError, cli
 from minorca.signals import Terminated, raise_terminated
 from minorca.train import __main__ as train_command
-from minorca.train import checkpoint, loop
+from minorca.train import build, checkpoint, inputs, loop, metrics, step
+from minorca.train.trainable import TrainableSet
 from tests import faulty
 from tests.helpers import assert_same_bits, lines_of, torchrun, training, wait_until
 
@@ -168,8 +169,8 @@ SIGNALLED = {
     "lora.dropout": 0.1,
 }
 MOMENTS = {  # when the signal comes -> (owner, name, which call), the step that is saved
-    "in a forward": ((loop, "batch_loss", 3 + 4 * 2 + 2), 3),
-    "in an update": ((loop, "clip_gradients", 6), 6),
+    "in a forward": ((step, "batch_outcome", 3 + 4 * 2 + 2), 3),
+    "in an update": ((TrainableSet, "clip_gradients", 6), 6),
     "in an evaluation": ((loop, "evaluate", 2), 4),
     "in a save": ((checkpoint, "save_file", 1), 12),
 }
@@ -194,7 +195,7 @@ def test_a_signal_is_heard_at_any_moment(moment, signum, workplace, tmp_path, mo
     assert_same_bits(tmp_path / "whole", tmp_path / "stopped")
 
 
-@pytest.mark.parametrize("owner, name", [(loop, "load_weights"), (checkpoint, "sha256"), (loop, "prepared")])
+@pytest.mark.parametrize("owner, name", [(build, "load_weights"), (checkpoint, "sha256"), (inputs, "prepared")])
 def test_a_signal_while_loading_ends_at_once(owner, name, workplace, tmp_path, monkeypatch):
     """There is nothing to save."""
     on_call(monkeypatch, owner, name, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -234,7 +235,7 @@ def test_a_rank_that_dies_is_named_by_the_others(workplace, tmp_path):
     _, err = process.communicate(timeout=60)
     assert time.monotonic() - started < 30 and process.returncode == 1
     assert re.search(
-        rf"minorca: rank 0 ends because rank 1 \(process {victim} on .*; last heard at: .*\) is not heard of any more",
+        rf"minorca: rank 0 ends because rank 1 \(process {victim} on .*; last status: .*\) stopped responding",
         err,
     ), err
 
@@ -266,7 +267,7 @@ def test_a_rank_that_dies_while_loading_is_named_by_the_others(workplace, tmp_pa
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert re.search(
-        r"minorca: rank 0 ends because rank 1 \(process \d+ on .*; last heard at: .*\) is not heard of any more", err
+        r"minorca: rank 0 ends because rank 1 \(process \d+ on .*; last status: .*\) stopped responding", err
     ), err
 
 
@@ -333,7 +334,7 @@ def test_a_disk_that_is_full_between_saves(workplace, tmp_path):
     """Whichever file a step writes to first: one line, and the same command goes on."""
     settings = {"train.steps": 6, "train.checkpoint_every": 2}
     train_command.main(workplace("whole", **settings))
-    limits, step = resource.getrlimit(resource.RLIMIT_FSIZE), loop.metrics.Record.step
+    limits, step = resource.getrlimit(resource.RLIMIT_FSIZE), metrics.Record.step
 
     def starved(record, number, *rest):
         if number == 3:
@@ -341,7 +342,7 @@ def test_a_disk_that_is_full_between_saves(workplace, tmp_path):
         step(record, number, *rest)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="run: .*what was saved stands"):
-        patch.setattr(loop.metrics.Record, "step", starved)
+        patch.setattr(metrics.Record, "step", starved)
         try:
             train_command.main(workplace(**settings))
         finally:
@@ -358,8 +359,8 @@ def spoilt(monkeypatch):
     """spoilt(kind, row): within it, the row's loss or gradient is a NaN."""
 
     def spoil(kind: str, row: int) -> None:
-        monkeypatch.setattr(loop, "make_batch", loop.make_batch)
-        monkeypatch.setattr(loop, "batch_loss", loop.batch_loss)
+        monkeypatch.setattr(step, "make_batch", step.make_batch)
+        monkeypatch.setattr(step, "batch_outcome", step.batch_outcome)
         faulty.spoil(kind, row)
 
     return spoil
@@ -391,7 +392,7 @@ def test_what_is_no_number_can_be_skipped(spoilt, workplace, tmp_path, monkeypat
     (skipped,) = [n for n, line in enumerate(run) if line.get("skipped")]
     assert run[skipped]["grad_norm"] is None and len(run) == 6 and skipped + 1 < 6
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        on_call(patch, loop.metrics.Record, "step", skipped + 2, lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+        on_call(patch, metrics.Record, "step", skipped + 2, lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
         train_command.main(workplace("stopped", **settings))
     assert checkpoint.verify(checkpoint.published(tmp_path / "stopped" / "checkpoints")[-1]).updates == skipped
     train_command.main(workplace("stopped", **settings))
@@ -404,7 +405,7 @@ def test_of_two_ranks_the_one_with_the_nan_is_named(workplace, tmp_path):
     _, err = process.communicate(timeout=60)
     assert err.count("minorca: error: ") == 1
     rank = re.search(r"minorca: error: step \d: the loss is nan .*from rank (\d), .*line 8\b", err)[1]
-    config = train_command.read_config(*train_command.config_parser("", "").parse_known_args(workplace(**NONFINITE)))
+    config = cli.parse_config(cli.config_parser("", ""), workplace(**NONFINITE))[1]
     store, _ = loop.read_data(config)
     steps = loop.plan_epoch(store.lengths, 128, 4, True, 0, 0)
     (place,) = [index for step in steps for index, rows in enumerate(step) if 7 in rows]

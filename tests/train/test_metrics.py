@@ -40,7 +40,7 @@ def test_tensorboard_has_the_lines(workplace, tmp_path):
 
 def test_an_evaluation_that_is_no_number_is_null(workplace, tmp_path, monkeypatch):
     """JSON has no NaN."""
-    monkeypatch.setattr(loop, "evaluate", lambda *_: float("nan"))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: {"eval_loss": float("nan")})
     train_command.main(workplace(**SHORT))
     assert [line["eval_loss"] for line in lines_of(tmp_path / "run") if "eval_loss" in line] == [None] * 3
 

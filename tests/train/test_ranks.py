@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from minorca import cli
 from minorca.train import __main__ as train_command
 from minorca.train import checkpoint
 from tests.helpers import ROOT, assert_same_bits, assert_same_run, lines_of, torchrun, wait_until
@@ -156,7 +157,7 @@ def test_the_examples_of_clusters():
     }
     parsed = parse_args([numbers.get(word, word) for word in arguments])
     assert (parsed.nnodes, parsed.max_restarts, parsed.training_script) == ("2", 3, "minorca.train")
-    train_command.config_parser("", "").parse_args(parsed.training_script_args)
+    cli.config_parser("", "").parse_args(parsed.training_script_args)
 
     job = yaml.safe_load((ROOT / "examples" / "pytorchjob.yaml").read_text())
     assert job["kind"] == "PyTorchJob" and job["spec"]["elasticPolicy"]["maxRestarts"] == 3

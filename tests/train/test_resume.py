@@ -11,7 +11,7 @@ import torch
 
 from minorca import UserError
 from minorca.train import __main__ as train_command
-from minorca.train import checkpoint, loop
+from minorca.train import checkpoint, metrics
 from tests.helpers import assert_same_bits, lines_of
 
 STOPPED = {"train.steps": 16, "train.checkpoint_every": 4, "lora.dropout": 0.1, "data.eval": 0.1, "train.eval_every": 6}
@@ -19,7 +19,7 @@ STOPPED = {"train.steps": 16, "train.checkpoint_every": 4, "lora.dropout": 0.1, 
 
 def stop_in(step: int, options: list[str], monkeypatch) -> None:
     """A run that ends without a word while it notes this step."""
-    note = loop.metrics.Record.step
+    note = metrics.Record.step
 
     def stop(record, number, *rest):
         if number == step:
@@ -27,7 +27,7 @@ def stop_in(step: int, options: list[str], monkeypatch) -> None:
         note(record, number, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.metrics.Record, "step", stop)
+        patch.setattr(metrics.Record, "step", stop)
         train_command.main(options)
 
 
@@ -85,7 +85,8 @@ def refused(workplace):
 
 def test_other_settings_do_not_resume(refused):
     message = refused(**{"optim.lr": 0.02, "train.seed": 3})
-    assert "optim.lr was 0.01 and is 0.02" in message and "train.seed was 0 and is 3" in message
+    assert "optim.lr was 0.01 in the checkpoint and is 0.02" in message
+    assert "train.seed was 0 in the checkpoint and is 3" in message
     assert "holds checkpoints and train.resume is never" in refused(**{"train.resume": "never"})
 
 
@@ -118,7 +119,7 @@ def other_tokenizer(directory: Path) -> None:
     [
         (other_rows, "the rows' sha256 was"),
         (other_weights, "the base's model.safetensors's sha256 was"),
-        (other_network, "the base's window was 24 and is 25"),
+        (other_network, "the base's window was 24 in the checkpoint and is 25"),
         (other_tokenizer, "the rows' sha256 was"),
     ],
 )
@@ -180,7 +181,7 @@ def test_other_threads_are_told(workplace, tmp_path, monkeypatch, caplog):
     stop_in(3, workplace(**{"train.steps": 4, "train.checkpoint_every": 1}), monkeypatch)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     train_command.main(workplace(**{"train.steps": 4, "train.checkpoint_every": 1}))
-    assert "it was written with 1 threads, and here are 7" in caplog.text
+    assert "it was written with 1 threads, this process has 7" in caplog.text
 
 
 def test_lines_that_no_run_wrote_are_dropped(workplace, tmp_path, monkeypatch):
@@ -254,7 +255,7 @@ def link_to_nothing(newest: Path, older: Path) -> str:
 
 def lose_the_manifest(newest: Path, older: Path) -> str:
     (newest / "MANIFEST.json").unlink()
-    return "no MANIFEST.json"
+    return "missing MANIFEST.json"
 
 
 def empty_the_manifest(newest: Path, older: Path) -> str:

@@ -8,30 +8,35 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from minorca import UserError, load_model
-from minorca.config import config_parser, read_config
+from minorca.cli import config_parser, parse_config
 from minorca.data.packing import make_batch, plan_epoch
-from minorca.model.lora import LoRASettings, add_adapters, init_adapters
+from minorca.files.weights import open_model
+from minorca.model.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters, seed_dropout
 from minorca.train import __main__ as train_command
-from minorca.train import loop, parallel
+from minorca.train import build, metrics, parallel
+from minorca.train.inputs import read_data
 from minorca.train.optim import learning_rate
+from minorca.train.ranks import init_distributed
+from minorca.train.step import forward_backward
+from minorca.train.trainable import TrainableSet
 from tests.helpers import SAME, Calls, lines_of, relative_error
 
 
 def config_of(options):
-    return read_config(*config_parser("test", "").parse_known_args(options))
+    return parse_config(config_parser("test", ""), options)[1]
 
 
 def test_fifty_steps_follow_pefts_losses(workplace, tmp_path, monkeypatch):
     """From the same adapter, on the same rows, every step's loss is within 1e-3 of transformers + PEFT's."""
     options = workplace(**{"train.steps": 50, "optim.lr": 0.003, "optim.warmup_steps": 5, "optim.weight_decay": 0.1})
     config, started = config_of(options), {}
-    init = loop.init_adapters
+    init = build.init_adapters
 
     def save_start(model, seed):
         init(model, seed)
-        started.update({name: p.detach().clone() for name, p in loop.adapter_parameters(model).items()})
+        started.update({name: p.detach().clone() for name, p in adapter_parameters(model).items()})
 
-    monkeypatch.setattr(loop, "init_adapters", save_start)
+    monkeypatch.setattr(build, "init_adapters", save_start)
     train_command.main(options)
     ours = [line["loss"] for line in lines_of(tmp_path / "run")]
 
@@ -42,7 +47,7 @@ def test_fifty_steps_follow_pefts_losses(workplace, tmp_path, monkeypatch):
         for name, parameter in trainable.items():
             parameter.copy_(started[name])
     optimizer = torch.optim.AdamW(trainable.values(), betas=(0.9, 0.95), weight_decay=0.1)
-    store, _ = loop.read_data(config)
+    store, _ = read_data(config)
     steps = [(epoch, step) for epoch in range(50) for step in plan_epoch(store.lengths, 128, 4, True, 0, epoch)][:50]
     for n, (_, micro_batches) in enumerate(steps, 1):
         rows = [store.row(row) for micro_batch in micro_batches for row in micro_batch]
@@ -91,7 +96,7 @@ def test_a_finished_run_says_so(workplace, tmp_path, caplog):
     train_command.main(options)
     assert "all 2 steps are done" in caplog.text
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
-    phases = {f"{phase}_seconds" for phase in loop.metrics.PHASES}
+    phases = {f"{phase}_seconds" for phase in metrics.PHASES}
     expected = {"step", *SAME, *phases, "seconds", "tokens_per_second", "mfu", "peak_memory_bytes"}
     assert all(set(line) == expected and line["mfu"] is None for line in lines_of(tmp_path / "run"))
 
@@ -111,7 +116,7 @@ def test_starting_over_leaves_no_line_of_the_first_start(workplace, tmp_path, mo
     """Stopped before the first checkpoint: the evaluation before step 1 stands once."""
     settings = {"train.steps": 2, "data.eval": 0.1}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "clip_gradients", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(TrainableSet, "clip_gradients", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         train_command.main(workplace(**settings))
     train_command.main(workplace(**settings))
     assert [line["step"] for line in lines_of(tmp_path / "run")] == [0, 1, 2, 2]
@@ -119,28 +124,28 @@ def test_starting_over_leaves_no_line_of_the_first_start(workplace, tmp_path, mo
 
 def test_an_output_that_cannot_be_made_is_named(workplace, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="train.output is .*file/run, but .*file is no directory"):
+    with pytest.raises(UserError, match="train.output is .*file/run, but .*file is not a writable directory"):
         train_command.main(workplace("file/run"))
 
 
 def step_gradients(workplace, accumulate: bool = False, dropout: float = 0.0, recompute: str = "none"):
     """The loss and adapter gradients of one step of 4 micro-batches, or the same rows as one."""
     config = config_of(workplace(**{"parallel.activation_checkpointing": recompute, "lora.dropout": dropout}))
-    with parallel.joined(60) as world:
-        model, _ = loop.build(config, loop.open_base(config), world)
-    for parameter in loop.adapter_parameters(model).values():
+    with init_distributed(60) as world:
+        learner = build.build(config, open_model(config.model.path), world)
+    for parameter in learner.trainable.parameters.values():
         torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
-    store, _ = loop.read_data(config)
+    store, _ = read_data(config)
     micro_batches = plan_epoch(store.lengths, 128, 4, True, 0, 0)[0]
-    trained = loop.trained_tokens(store, micro_batches)
+    trained = learner.objective.normalizer(store, np.concatenate(micro_batches))
     if not accumulate:
         micro_batches = [np.concatenate(micro_batches)]
-    model.train()
-    loss = 0.0
+    learner.model.train()
+    loss = torch.zeros(())
     for n, rows in enumerate(micro_batches):
-        loop.seed_dropout(model, 0, 1, n)
-        loss += loop.forward_backward(model, make_batch(store, rows), trained, last=True)
-    return loss, {name: p.grad for name, p in loop.adapter_parameters(model).items()}
+        seed_dropout(learner.model, 0, 1, n)
+        loss += forward_backward(learner, make_batch(store, rows), trained, last=True).loss
+    return loss, {name: p.grad for name, p in learner.trainable.parameters.items()}
 
 
 def test_accumulation_changes_nothing(workplace):

@@ -10,17 +10,17 @@ import torch
 
 import minorca.model.lora
 import minorca.model.network
+import minorca.model.projection
 import minorca.train.objectives
 import minorca_kernels
 from minorca.config import OptimConfig
 from minorca.data.packing import make_batch
 from minorca.data.store import TokenStore
-from minorca.files.weights import load_weights, open_weights
-from minorca.model.architecture import read_architecture
+from minorca.files.weights import load_weights, open_model
 from minorca.model.attention import PackedAttention
 from minorca.model.build import build_model
-from minorca.model.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters, room_for_adapters
-from minorca.train.objectives import next_token_loss
+from minorca.model.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters, pad_for_adapters
+from minorca.train.objectives import NextToken
 from minorca.train.optim import adamw, clip_gradients
 from minorca_kernels.operator import INTERPRETED
 
@@ -37,20 +37,21 @@ def train(directory, dtype: torch.dtype, device: str, steps: int) -> tuple[list[
         np.concatenate([np.arange(length) >= length // 3 for length in lengths]),
         np.array([0, *itertools.accumulate(lengths)]),
     )
-    arch = read_architecture(directory)
-    model = build_model(arch, dtype)
+    source = open_model(directory)
+    model = build_model(source.arch, dtype)
     add_adapters(model, LoRASettings(rank=4, alpha=8))
     model.to_empty(device=device)
-    load_weights(model, *open_weights(directory, arch))
-    room_for_adapters(model)
+    load_weights(model, source)
+    pad_for_adapters(model)
     init_adapters(model, seed=0)
     adapters = adapter_parameters(model.train())
+    head = NextToken().head
     optimizer, losses = adamw(adapters.values(), OptimConfig(lr=1e-3)), []
     for _ in range(steps):
         step = 0.0
         for rows in ([0, 1], [2, 3]):
             batch = make_batch(store, rows).to(torch.device(device))
-            loss = model(batch.tokens, batch.cu_seqlens, head=next_token_loss(batch)) / int(store.trained.sum())
+            loss = model(batch.tokens, batch.cu_seqlens, head=head(batch, int(store.trained.sum()))).loss
             loss.backward()
             step += loss.item()
         clip_gradients(adapters.values(), 1.0)
@@ -62,14 +63,15 @@ def train(directory, dtype: torch.dtype, device: str, steps: int) -> tuple[list[
 
 def use_definitions(monkeypatch) -> None:
     for module, names in (
-        (minorca.model.network, ("rms_norm", "add_rms_norm", "rope", "swiglu")),
+        (minorca.model.network, ("rms_norm", "add_rms_norm", "rope")),
+        (minorca.model.projection, ("swiglu",)),
         (minorca.train.objectives, ("linear_cross_entropy",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, getattr(minorca_kernels, f"{name}_definition"))
 
-    def lora_linear(x, w, adapters, scale, dropout, of_swiglu, way):
-        return minorca_kernels.lora_linear_definition(x, w, adapters, scale, dropout, of_swiglu)
+    def lora_linear(x, weight, adapters, scale, dropout, of_swiglu):
+        return minorca_kernels.lora_linear_definition(x, weight.weight, adapters, scale, dropout, of_swiglu)
 
     monkeypatch.setattr(minorca.model.lora, "lora_linear", lora_linear)
     monkeypatch.setattr(
