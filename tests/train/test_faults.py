@@ -341,7 +341,7 @@ def test_a_disk_that_is_full_between_saves(workplace, tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         step(record, number, *rest)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="run: .*what was saved stands"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="run: .*what was saved is intact"):
         patch.setattr(metrics.Record, "step", starved)
         try:
             train_command.main(workplace(**settings))
