@@ -204,7 +204,11 @@ TRAINING = {
     "no checkpoint": (None, [*RUN, "--train.resume", "adapter"], "adapter: missing MANIFEST.json"),
 }
 SHOWING = {
-    "unknown key": (None, ["show", *RUN, "--data.trian=x"], "--data.trian is an unknown option; did you mean data.train"),
+    "unknown key": (
+        None,
+        ["show", *RUN, "--data.trian=x"],
+        "--data.trian is an unknown option; did you mean data.train",
+    ),
     "no tokenizer": (lambda: os.remove("model/tokenizer.json"), ["show", *RUN], "model: no tokenizer here"),
     "template": (
         None,
