@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from minorca.data.chat_template import render_chat
-from minorca.data.tokenizer import HALF, Tokenizer
+from minorca.data.tokenizer import SURROGATE, Tokenizer
 from minorca.errors import UserError, one_line
 from minorca.generate.text_stream import TextStream
 
@@ -68,7 +68,7 @@ class Conversation:
         return [{"role": "system", "content": self.system}] * bool(self.system) + self.turns
 
     def take(self, line: str) -> None:
-        if HALF.search(line):
+        if SURROGATE.search(line):
             _note("that line is not UTF-8; nothing was sent")
         elif line.startswith("/") and not line.startswith("//"):
             self._obey(*line.split(maxsplit=1))

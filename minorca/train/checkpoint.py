@@ -62,7 +62,7 @@ def identity(
     values = {key: value for key, value in values.items() if key not in FREE}
     sources = config.data.sources(config.data.train)
     values["data.train's rows and weights"] = [
-        (last - first, source.weight) for (first, last), source in zip(store.sections, sources)
+        (end - start, source.weight) for (start, end), source in zip(store.source_ranges, sources)
     ]
     values["data.eval's fraction"] = config.data.eval if isinstance(config.data.eval, float) else None
     values["the rows' sha256"] = store.sha256()

@@ -19,8 +19,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from minorca.config import Config, write_config
 from minorca.data.chat_template import resolve_template
-from minorca.data.packing import Batch, Order, make_batch, plan_epoch, trained_tokens
-from minorca.data.store import TokenStore, prepared
+from minorca.data.packing import Batch, BatchSchedule, make_batch, plan_epoch, trained_tokens
+from minorca.data.prepare import prepare_store
+from minorca.data.store import TokenStore
 from minorca.data.tokenizer import check_vocabulary, load_tokenizer
 from minorca.errors import UserError
 from minorca.files.atomic import lock, publish
@@ -70,10 +71,10 @@ def read_data(config: Config) -> tuple[TokenStore, TokenStore | None]:
     check_vocabulary(tok, read_architecture(directory).vocab_size, directory)
     template = resolve_template(tok, data.template)
     log.info("template: %s", template)
-    store = prepared(data.sources(data.train), tok, template, data)
+    store = prepare_store(data.sources(data.train), tok, template, data)
     store.report()
     if not isinstance(data.eval, float):
-        held_out = prepared(data.sources(data.eval), tok, template, data) if data.eval else None
+        held_out = prepare_store(data.sources(data.eval), tok, template, data) if data.eval else None
         if held_out:
             held_out.report()
         return store, held_out
@@ -194,7 +195,7 @@ def blame(
         parallel.sum_gradients(adapters, world)
         norm = clip_gradients(adapters, config.optim.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            found.append(f"rank {rank}, loss {loss}, gradient norm {norm}, rows {', '.join(map(store.where, rows))}")
+            found.append(f"rank {rank}, loss {loss}, gradient norm {norm}, rows {', '.join(map(store.locate, rows))}")
     return "; ".join(found) or "no micro-batch gives it again, alone: a fault of the hardware, or of their sum"
 
 
@@ -250,13 +251,17 @@ def _train(config: Config, profile: bool, world: parallel.World, stack: contextl
             path=output,
         )
     c = config.train
-    parts = [
-        (*section, source.weight) for section, source in zip(store.sections, config.data.sources(config.data.train))
-    ]
-    order = Order(
-        store.lengths, c.micro_batch_tokens, c.batch_tokens // c.micro_batch_tokens, config.data.packing, c.seed, parts
+    train_sources = config.data.sources(config.data.train)
+    sources = [(start, end, source.weight) for (start, end), source in zip(store.source_ranges, train_sources)]
+    schedule = BatchSchedule(
+        store.lengths,
+        c.micro_batch_tokens,
+        c.batch_tokens // c.micro_batch_tokens,
+        config.data.packing,
+        c.seed,
+        sources,
     )
-    steps = c.steps or order.steps(c.epochs)
+    steps = c.steps or schedule.steps(c.epochs)
     if resumed >= steps and (output / "adapter").is_dir():
         log.info("%s: all %d steps are done; nothing to do", output, steps)
         return None
@@ -325,7 +330,7 @@ def _train(config: Config, profile: bool, world: parallel.World, stack: contextl
     while step < steps and not stopped_by:
         step, started = step + 1, time.perf_counter()
         world.doing(f"step {step}")
-        micro_batches = order.step(step)
+        micro_batches = schedule.step(step)
         trained = trained_tokens(store, micro_batches)
         loss = torch.zeros((), device=world.device)
         for first in range(0, len(micro_batches), world.size):
