@@ -1,9 +1,9 @@
 """`python fuzzing.py DIRECTORY FIRST COUNT [READER...]`: reads broken files, COUNT cases from seed FIRST on.
 
 Each case is a copy of a reader's valid files with one of them changed. The reader must succeed or raise UserError,
-soon, in little memory, and without opening anything outside the directory; whatever else it does is printed and makes exit
-status 1. test_hostile.py runs this in processes of its own, so that a native crash is noticed: the last line names the
-case that was running.
+soon, in little memory, and without opening anything outside the directory; whatever else it does is printed and makes
+exit status 1. test_hostile.py runs this in processes of its own, so that a native crash is noticed: the last line names
+the case that was running.
 """
 
 import csv

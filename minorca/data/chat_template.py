@@ -47,10 +47,14 @@ class Rendered:
 
 
 def render_chat(
-    tok: Tokenizer, messages: list[dict], add_generation_prompt: bool = True, template: str = "auto", most: float = inf
+    tok: Tokenizer,
+    messages: list[dict],
+    add_generation_prompt: bool = True,
+    template: str = "auto",
+    max_ids: float = inf,
 ) -> list[int]:
     """The ids of a conversation, by default with the header that asks for an answer. Arguments and errors: `render`."""
-    return render(tok, messages, template, add_generation_prompt, masked=False, most=most).ids
+    return render(tok, messages, template, add_generation_prompt, masked=False, max_ids=max_ids).ids
 
 
 def render(
@@ -59,13 +63,13 @@ def render(
     template: str = "auto",
     add_generation_prompt: bool = False,
     masked: bool = True,
-    most: float = inf,
+    max_ids: float = inf,
 ) -> Rendered:
     """The ids of a conversation and its loss mask.
 
     Args:
         masked: False if the mask will not be used; a Jinja template that allows no mask is then accepted.
-        most: without a mask, the number of ids above which the caller rejects the conversation. A longer one is not
+        max_ids: without a mask, the number of ids above which the caller rejects the conversation. A longer one is not
             rendered answer by answer, so its ids may differ where answers start.
 
     Raises:
@@ -75,7 +79,7 @@ def render(
     template = resolve_template(tok, template)
     _check_messages(messages, template)
     if template == "jinja":
-        return _jinja(tok, messages, add_generation_prompt, masked, most)
+        return _jinja(tok, messages, add_generation_prompt, masked, max_ids)
     if template == "chatml":
         pieces = _chatml(tok, messages, add_generation_prompt)
     else:
@@ -258,13 +262,13 @@ def _mistral(tok: Tokenizer, messages: list[dict], template: str) -> Pieces:
     return pieces
 
 
-def _jinja(tok: Tokenizer, messages: list[dict], add_generation_prompt: bool, masked: bool, most: float) -> Rendered:
+def _jinja(tok: Tokenizer, messages: list[dict], add_generation_prompt: bool, masked: bool, max_ids: float) -> Rendered:
     """The shipped template's text, encoded as a whole as transformers does, except where a token would cross a border.
 
     What precedes a border between prompt and answer keeps its ids: where a token reaches across it (into an answer's
     leading newline, say), it is split there, or the generation prompt would not be a prefix of the training row.
     """
-    spans, encode = _spans(tok, messages, add_generation_prompt, masked, most)
+    spans, encode = _spans(tok, messages, add_generation_prompt, masked, max_ids)
     encode_prefix = _incremental_encoder(tok, encode)
     ids = []
     trained = []
@@ -322,7 +326,7 @@ def _incremental_encoder(tok: Tokenizer, encode: Callable[[str], list[int]]) -> 
 
 
 def _spans(
-    tok: Tokenizer, messages: list[dict], add_generation_prompt: bool, masked: bool, most: float = inf
+    tok: Tokenizer, messages: list[dict], add_generation_prompt: bool, masked: bool, max_ids: float = inf
 ) -> tuple[list[tuple[str, bool]], Callable[[str], list[int]]]:
     """The shipped template's text in spans (text, trained), and the function that encodes such text.
 
@@ -333,7 +337,7 @@ def _spans(
     stops = [re.escape(token) for token, i in tok.control_ids.items() if i in tok.stop_ids]
     stop = re.compile("|".join(stops) or "(?!)")
     full = _render_text(tok, messages, add_generation_prompt)
-    if not masked and most < inf and len(encode(full)) > most:
+    if not masked and max_ids < inf and len(encode(full)) > max_ids:
         return [(full, False)], encode
     spans = []
     done = 0

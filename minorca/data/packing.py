@@ -29,7 +29,7 @@ class BatchSchedule:
     endless repetition of shuffles of them: with weight 1 every row once an epoch, with 0.5 half of them and in the next
     epoch the others, with 2 every row twice.
 
-    Packing fills each micro-batch with the longest row left that fits into `capacity` tokens, then with the longest that
+    Packing fills each micro-batch with the longest row left that fits into `capacity` tokens, then the longest that
     fits into the rest, and so on, equal lengths in shuffled order; without packing, each micro-batch is one row. A step
     is `micro_batches` of them in shuffled order; the last step of an epoch may have fewer. The number of micro-batches
     in an epoch follows from the lengths: with integer weights, it is the same in all epochs.

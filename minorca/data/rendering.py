@@ -24,7 +24,7 @@ from minorca.errors import UserError
 
 # Token stores are found again by this number, so raise it with every change that gives any row other ids, another loss
 # mask or another outcome (kept, truncated, dropped), in whichever module. Do not raise it for changes that affect no
-# row: it makes every user render again. tests/data/test_rendering.py fails if rendering changes and the number does not.
+# row: it makes every user render again. tests/data/test_rendering.py fails if rendering changes and this does not.
 RENDERER_VERSION = 1
 
 # Rows are passed to rendering processes in chunks.

@@ -200,7 +200,7 @@ def test_long_conversations_are_encoded_once(make, tmp_path, monkeypatch):
     rendered = render(tok, messages, "jinja")
     assert rendered.ids == encode(texts[0]) and sum(encoded) < 6 * len(texts[0])
     texts.clear()
-    ids = render_chat(tok, messages, template="jinja", most=len(rendered.ids))
+    ids = render_chat(tok, messages, template="jinja", max_ids=len(rendered.ids))
     assert len(ids) > len(rendered.ids) and len(texts) == 1
 
 
