@@ -38,6 +38,8 @@ class BatchSchedule:
         lengths: [N] int64, the tokens of each row.
         capacity: the most tokens in a micro-batch, at least the longest row.
         micro_batches: how many micro-batches a step has.
+        packing: whether micro-batches are filled with several rows.
+        seed: of all random numbers.
         sources: (start, end, weight) of each source's rows, `end` exclusive; by default one source of weight 1.
     """
 
