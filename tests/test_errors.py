@@ -122,7 +122,7 @@ GENERATING = {  # what breaks the directory, options, what is said
         GENERATE,
         "model/config.json: field model_type",
     ),
-    "no tokenizer": (lambda: os.remove("model/tokenizer.json"), GENERATE, "model: no tokenizer here"),
+    "no tokenizer": (lambda: os.remove("model/tokenizer.json"), GENERATE, "model: no tokenizer found"),
     "truncated tokenizer": (lambda: cut("model/tokenizer.json"), GENERATE, "model/tokenizer.json: cannot be read"),
     "another tokenizer": (
         shrink_vocabulary,
@@ -209,7 +209,7 @@ SHOWING = {
         ["show", *RUN, "--data.trian=x"],
         "--data.trian is an unknown option; did you mean data.train",
     ),
-    "no tokenizer": (lambda: os.remove("model/tokenizer.json"), ["show", *RUN], "model: no tokenizer here"),
+    "no tokenizer": (lambda: os.remove("model/tokenizer.json"), ["show", *RUN], "model: no tokenizer found"),
     "template": (
         None,
         ["show", *RUN, "--data.template", "mistral-v3"],

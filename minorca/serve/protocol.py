@@ -233,7 +233,7 @@ class ChatRequest(Generation):
         roles = {"developer": "system"}  # OpenAI's newer name
         return [
             render_chat(
-                tok, [{"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages], most=most
+                tok, [{"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages], max_ids=most
             )
         ]
 

@@ -74,7 +74,7 @@ def turns(*contents: str, system: str = "") -> list[dict]:
 
 
 def saved(path) -> list[dict]:
-    [row] = read_rows(open_source(Source(str(path)), None), "messages", None, Counter())
+    [row] = read_rows(open_source(Source(str(path), "messages"), None), None, Counter())
     return row.content
 
 

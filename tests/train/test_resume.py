@@ -294,18 +294,18 @@ def swap(newest: Path, older: Path) -> Path:
 
 def lose(newest: Path, older: Path) -> str:
     (newest / "state.json").unlink()
-    return "names ['state.json'], which are not there"
+    return "MANIFEST.json: missing files: ['state.json']"
 
 
 def add(newest: Path, older: Path) -> str:
     (newest / "pytorch_model.bin").write_bytes(b"")
-    return "lacks ['pytorch_model.bin'], which are"
+    return "MANIFEST.json: unexpected files: ['pytorch_model.bin']"
 
 
 def link_to_nothing(newest: Path, older: Path) -> str:
     (newest / "state.json").unlink()
     (newest / "state.json").symlink_to("gone")
-    return "state.json: is a link to nothing"
+    return "state.json: broken symbolic link"
 
 
 def lose_the_manifest(newest: Path, older: Path) -> str:
@@ -343,7 +343,7 @@ def test_a_damaged_checkpoint_is_named_and_fallen_back_from_only_when_asked(how,
     message, expected = damaged(how)
     assert expected in message and "set train.resume to last-good" in message
     if expected.startswith("/"):
-        assert "is not what was saved (expected {'bytes': " in message and "found {'bytes': " in message
+        assert "does not match the manifest (expected {'bytes': " in message and "got {'bytes': " in message
     train_command.main(workplace(**damaged.settings, **{"train.resume": "last-good"}))
     assert_same_bits(tmp_path / "whole", tmp_path / "run")
     assert [path.name[:21] for path in (tmp_path / "run" / "checkpoints").glob("damaged-*")] == [
@@ -383,7 +383,7 @@ def test_a_damaged_checkpoint_counts_for_none(workplace, tmp_path, caplog):
     truncate(directory / "step-00000003", None)
     checkpoint.prune(directory, keep=2)
     assert steps_of(tmp_path / "run") == [2, 3, 4]
-    assert f"{directory / 'step-00000003' / 'optimizer.safetensors'}: is not what was saved" in caplog.text
+    assert f"{directory / 'step-00000003' / 'optimizer.safetensors'}: does not match the manifest" in caplog.text
 
 
 def test_an_older_one_goes_only_after_the_newer_is_verified(workplace, tmp_path, monkeypatch):
