@@ -99,7 +99,7 @@ def test_what_goes_wrong_is_told(page):
     """And the question comes back to be asked again."""
     page.get_by_label("API key").fill("wrong")
     ask(page, "Hello?")
-    sync_api.expect(page.get_by_role("alert")).to_contain_text("API key is missing or wrong")
+    sync_api.expect(page.get_by_role("alert")).to_contain_text("missing or invalid API key")
     sync_api.expect(page.get_by_label("Message")).to_have_value("Hello?")
     page.get_by_label("API key").fill("secret")
     page.get_by_label("Temperature").fill("7")

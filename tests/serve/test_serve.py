@@ -22,16 +22,32 @@ from minorca import load_model, load_tokenizer, render_chat
 from minorca.errors import UserError
 from minorca.generate import generate
 from minorca.serve import __main__ as serve_command
-from minorca.serve import app as app_module
+from minorca.serve import http
+from minorca.serve.app import make_app
 from minorca.serve.engine_thread import EngineThread
-from minorca.serve.protocol import ChatRequest, Problem
+from minorca.serve.errors import ErrorResponse
+from minorca.serve.protocol import ChatRequest
+from minorca.serve.service import Service
 from tests.helpers import ROOT, random_adapter, random_mistral, save_tokenizer, wait_until
 
 ASK = [{"role": "user", "content": "hi"}]
 SAYS = "tick-é€😀 "  # no byte twice
 COMMAND = ("-m", "minorca.serve")
-IN_FP32 = "import torch; from minorca import cli; from minorca.generate import engine; from minorca.serve import __main__ as serve; engine.fast_dtype = lambda: torch.float32; cli.run(serve.main)"
-FAILING = "from minorca import cli; from minorca.generate import engine; from minorca.serve import __main__ as serve; engine.Engine.step = lambda self: 1 / 0; cli.run(serve.main)"
+IN_FP32 = """
+import torch
+from minorca import cli
+from minorca.generate import engine
+from minorca.serve import __main__ as serve
+engine.fast_dtype = lambda: torch.float32
+cli.run(serve.main)
+"""
+FAILING = """
+from minorca import cli
+from minorca.generate import engine
+from minorca.serve import __main__ as serve
+engine.Engine.step = lambda self: 1 / 0
+cli.run(serve.main)
+"""
 
 
 class Server:
@@ -334,7 +350,7 @@ def test_no_limit_means_what_is_left(server, client, directory):
 
 def assert_refused(response: httpx.Response, status: int = 400) -> dict:
     assert response.status_code == status, response.text
-    return Problem.model_validate_json(response.content).model_dump()["error"]
+    return ErrorResponse.model_validate_json(response.content).model_dump()["error"]
 
 
 HUGE = 9 * 10**4299  # has as many digits as are read; what is computed from it may have more than can be written
@@ -545,7 +561,7 @@ def test_a_client_that_leaves_frees_its_slot(talking):
 
 
 def test_a_reader_that_no_longer_reads_gives_its_place_back(monkeypatch):
-    monkeypatch.setattr(app_module, "PATIENCE", 0.05)
+    monkeypatch.setattr(http, "SEND_TIMEOUT", 0.05)
     sent, freed = [], []
 
     async def events():
@@ -563,7 +579,7 @@ def test_a_reader_that_no_longer_reads_gives_its_place_back(monkeypatch):
         held = contextlib.ExitStack()
         held.callback(freed.append, True)
         scope = {"type": "http", "asgi": {"spec_version": "2.3"}}  # uvicorn's
-        await asyncio.wait_for(app_module.EventStream(events(), held)(scope, for_ever, send), 5)
+        await asyncio.wait_for(http.EventStream(events(), held)(scope, for_ever, send), 5)
 
     asyncio.run(stream())
     assert freed and sent == ["http.response.start", "http.response.body"]
@@ -629,7 +645,7 @@ def test_the_health_of_a_dead_engine(talker):
 
     async def statuses():
         thread = EngineThread(Dead(), 0)
-        app = app_module.make_app(app_module.Service(thread, load_tokenizer(talker), {"talker": None}))
+        app = make_app(Service(thread, load_tokenizer(talker), {"talker": None}))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             thread.start()
             thread.join()
@@ -640,7 +656,7 @@ def test_the_health_of_a_dead_engine(talker):
     assert asyncio.run(statuses()) == (503, 503)
 
 
-def test_what_a_user_can_mend(talker):
+def test_what_a_user_can_fix(talker):
     def complaint(*options):
         with pytest.raises(UserError) as error:
             serve_command.main([str(option) for option in options])
@@ -698,7 +714,7 @@ def check_random_calls(server, examples: int) -> None:
             statuses.add(response.status_code)
             assert response.status_code < 500, (case.body, response.text)
             if response.status_code != 200:
-                Problem.model_validate_json(response.content)
+                ErrorResponse.model_validate_json(response.content)
 
         check()
     assert statuses >= {200, 400}
