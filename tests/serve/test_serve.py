@@ -512,7 +512,7 @@ def test_a_key(talker):
                 response = httpx.get(url + path, headers={} if key is None else {"Authorization": key.encode()})
                 assert assert_refused(response, 401)["code"] == "invalid_api_key"
         for path in ("/v1/models", "/metrics", "/openapi.json"):
-            assert httpx.get(url + path, headers={"Authorization": "bearer sesame".encode()}).status_code == 200
+            assert httpx.get(url + path, headers={"Authorization": b"bearer sesame"}).status_code == 200
         assert (
             httpx.get(f"{url}/").status_code
             == httpx.get(f"{url}/health", headers={"Host": "other.example"}).status_code
