@@ -31,7 +31,8 @@ ROUNDS = 5
 
 def step_bytes(model: Mistral, weights: int, batch: int, length: float) -> float:
     """Bytes that a decoding step reads, if each of `batch` sequences has `length` tokens."""
-    arch, element = model.arch, model.embedding.weight.element_size()
+    arch = model.arch
+    element = model.embedding.weight.element_size()
     keys = min(length, arch.window or length)
     return element * (weights + 2 * batch * keys * arch.layers * arch.kv_heads * arch.head_dim)
 

@@ -306,7 +306,9 @@ def open_engine(
         UserError: a file is missing or invalid, or the key/value cache does not fit in memory.
     """
     model = load_model(path, fast_dtype())
-    engine = Engine(model, slots, max_length, load_adapters(model, dict(adapters)), reuse)
+    row_adapters = load_adapters(model, dict(adapters))
+    engine = Engine(model, slots, max_length, row_adapters, reuse)
+    # After the engine has checked the memory beside the model's parameters, which this replaces.
     prepack(model)
     print(f"{path}: {model.loaded}", file=sys.stderr, flush=True)
     return engine

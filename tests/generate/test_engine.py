@@ -84,7 +84,8 @@ def two_threads():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("packed, heads", [(False, 4), (True, 6)])  # two and three query heads a key head
+# Two and three query heads a key head.
+@pytest.mark.parametrize("packed, heads", [(False, 4), (True, 6)])
 def test_no_bit_depends_on_the_neighbours(dtype, packed, heads, two_threads, save_mistral):
     """With the same slots and chunk: whatever the other requests are and ask for; greedy and sampled."""
     model = load_model(save_mistral(sliding_window=WINDOW, num_attention_heads=heads, head_dim=16)[0], dtype, "cpu")
@@ -95,7 +96,8 @@ def test_no_bit_depends_on_the_neighbours(dtype, packed, heads, two_threads, sav
     ]
     others = [
         lambda: [Request(prompt(n, n), 30 - n // 2) for n in (5, 20, 40)],
-        lambda: [Request(prompt(45, n), 25) for n in range(3)],  # as long, step by step
+        # Of the same length in every step.
+        lambda: [Request(prompt(45, n), 25) for n in range(3)],
         lambda: [Request(prompt(50), 3, Sampling(temperature=2.0, repetition_penalty=2.0))],
     ]
     for sampling, expected in zip(asked, alone):
@@ -130,11 +132,9 @@ def test_a_request_can_be_cancelled_at_any_time(model):
     """Waiting, during prefill, while decoding; other answers are unchanged."""
     (expected,) = run(Engine(model, 2, 200, chunk=8), Request(prompt(20), 30))
     for steps in range(8):
-        engine, going, ended = (
-            Engine(model, 2, 200, chunk=8),
-            Request(prompt(20), 30),
-            [Request(prompt(40, n), 50) for n in range(3)],
-        )
+        engine = Engine(model, 2, 200, chunk=8)
+        going = Request(prompt(20), 30)
+        ended = [Request(prompt(40, n), 50) for n in range(3)]
         tokens = []
         for request in (going, *ended):
             engine.add(request)
@@ -145,14 +145,16 @@ def test_a_request_can_be_cancelled_at_any_time(model):
             engine.cancel(request)
         assert engine.running + engine.waiting == 1
         while engine.busy:
-            tokens += (new := engine.step())
+            new = engine.step()
+            tokens += new
             assert all(token.request is going for token in new)
         assert ids([token for token in tokens if token.request is going]) == ids(expected)
 
 
 def test_memory_stays_within_the_window(model):
     """At most W positions a sequence, in the model's dtype; a short answer takes fewer, and past W nothing grows."""
-    engine, arch = Engine(model, 2, 4000), model.arch
+    engine = Engine(model, 2, 4000)
+    arch = model.arch
     token_bytes = 2 * arch.layers * arch.kv_heads * arch.head_dim * 4
     engine.add(Request(prompt(10), 3 * WINDOW))
     engine.add(Request(prompt(500), 20))
@@ -205,10 +207,14 @@ def test_samples_of_one_prompt_share_its_prefill(model):
 def test_a_conversation_is_prefilled_once(window, save_mistral):
     """Each turn prefills only what follows the longest common prefix; all of it if the window has moved past that."""
     model = load_model(save_mistral(sliding_window=window)[0], torch.float32, "cpu")
-    engine, counted, said, held = Engine(model, 1, 500, reuse=True), Counted(model), [], []
+    engine = Engine(model, 1, 500, reuse=True)
+    counted = Counted(model)
+    said = []
+    held = []
     for turn, change in enumerate((None, None, 30, None)):
         said += prompt(20, turn)
-        if change is not None:  # as by a template that moves the system prompt
+        # As by a template that moves the system prompt.
+        if change is not None:
             said[change] += 1
         same = next((i for i, (a, b) in enumerate(zip(held, said)) if a != b), len(held))
         if window == WINDOW and same < len(held):
@@ -219,12 +225,15 @@ def test_a_conversation_is_prefilled_once(window, save_mistral):
         (cold,) = run(Engine(model, 1, 500), Request(list(said), 10))
         assert ids(tokens) == ids(cold)
         said += ids(tokens)
-        held = said[:-1]  # the newest id was never shown to the model
+        # Without the newest id, which is not in the cache.
+        held = said[:-1]
 
 
 def test_ctrl_c_within_a_step_leaves_a_consistent_cache(model):
     """The signal comes between two layers; the step is completed first, and the next turn reuses what was cached."""
-    engine, said, layers = Engine(model, 1, 300, reuse=True), prompt(40), []
+    engine = Engine(model, 1, 300, reuse=True)
+    said = prompt(40)
+    layers = []
 
     def interrupt(module, arguments):
         layers.append(module)
@@ -242,10 +251,13 @@ def test_ctrl_c_within_a_step_leaves_a_consistent_cache(model):
     assert ids(run(engine, Request(said, 30))[0]) == ids(run(Engine(model, 1, 300), Request(said, 30))[0])
 
 
-@pytest.mark.parametrize("fails_at", [3, 4, 11])  # while the prompt is read, and in a step
+# During prefill, and in a decoding step.
+@pytest.mark.parametrize("fails_at", [3, 4, 11])
 def test_a_cache_is_not_reused_after_an_error_within_a_step(model, fails_at):
     """Some layers have cached more tokens than others then: the next turn prefills everything."""
-    engine, said, calls = Engine(model, 1, 300, reuse=True, chunk=16), prompt(40), []
+    engine = Engine(model, 1, 300, reuse=True, chunk=16)
+    said = prompt(40)
+    calls = []
 
     def fail(module, arguments):
         calls.append(module)
@@ -263,7 +275,8 @@ def test_a_cache_is_not_reused_after_an_error_within_a_step(model, fails_at):
 
 
 def test_a_request_can_be_added_again(model):
-    engine, request = Engine(model, 2, 100), Request(prompt(20), 10)
+    engine = Engine(model, 2, 100)
+    request = Request(prompt(20), 10)
     assert ids(run(engine, request)[0]) == ids(run(engine, request)[0])
 
 
@@ -273,7 +286,8 @@ def test_an_adapter_with_infinite_values_is_refused(model, save_mistral, tmp_pat
     random_adapter(base, tmp_path / "adapter", ("q", "down"))
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
-    tensors[name := sorted(tensors)[1]][2, 1] = torch.inf
+    name = sorted(tensors)[1]
+    tensors[name][2, 1] = torch.inf
     save_file(tensors, file)
     with pytest.raises(UserError, match=f"{tmp_path / 'adapter'}: {name} holds numbers that are infinite"):
         load_adapters(load_model(directory, torch.float32, "cpu"), {"one": tmp_path / "adapter"})
@@ -306,7 +320,8 @@ def test_each_request_chooses_its_adapter(save_mistral, tmp_path):
                 logits = theirs(torch.tensor([request.prompt + ids(tokens)])).logits[0, len(request.prompt) - 1 : -1]
             assert relative_error(logprobs(tokens), logits.log_softmax(-1)) < 1e-5
             assert ids(tokens) == logits.argmax(-1).tolist()
-        with torch.no_grad():  # outside the engine the model's forward is the base model's
+        # Outside the engine the model's forward is the base model's.
+        with torch.no_grad():
             assert relative_error(model(torch.tensor(prompt(40))), base(torch.tensor([prompt(40)])).logits[0]) < 1e-5
 
 
@@ -325,14 +340,14 @@ def with_adapter(directory, adapter):
 def test_prepacked_is_the_same_model(save_mistral):
     for tied in (False, True):
         directory, _ = save_mistral(tie_word_embeddings=tied)
-        model, tokens = load_model(directory, torch.float32, "cpu"), torch.tensor(prompt(30))
+        model = load_model(directory, torch.float32, "cpu")
+        tokens = torch.tensor(prompt(30))
         with torch.inference_mode():
             plain = model(tokens)
             assert prepack(prepack(model)) is model
             assert relative_error(model(tokens), plain) < 1e-6
-        assert (
-            sum(p.numel() for p in model.layers.parameters()) == 2 * 2 * 64
-        )  # the norms: no second copy of a projection
+        # Of the norms alone: there is no second copy of a projection.
+        assert sum(p.numel() for p in model.layers.parameters()) == 2 * 2 * 64
 
 
 def test_invalid_requests_are_named(model):

@@ -14,7 +14,8 @@ from transformers import (
 from minorca.errors import UserError
 from minorca.generate.sampling import Sampler, Sampling, _uniform
 
-VOCABULARY, DRAWS = 12, 40_000
+VOCABULARY = 12
+DRAWS = 40_000
 LOGITS_V = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(0)) * 2
 
 
@@ -63,7 +64,8 @@ def test_frequencies_are_those_of_transformers_filters(case):
 def test_temperature_zero_is_the_likeliest_and_a_penalty_counts_what_was_drawn():
     sampler = Sampler(2, VOCABULARY, torch.device("cpu"))
     sampler.set(0, Sampling(repetition_penalty=100.0), 0, [int(LOGITS_V.argmin())])
-    logits_NV, seen = LOGITS_V.clamp(min=0.1).repeat(2, 1), []
+    logits_NV = LOGITS_V.clamp(min=0.1).repeat(2, 1)
+    seen = []
     for position in range(4):
         seen.append(sampler(logits_NV, torch.tensor([position] * 2), slice(None), sampler.ops(slice(None))).tolist())
     likeliest = LOGITS_V.topk(4).indices.tolist()
@@ -78,7 +80,8 @@ def test_a_draw_depends_on_seed_sample_and_position_alone():
         Sampling(temperature=2.0, top_p=0.5),
         Sampling(temperature=1.0, repetition_penalty=2.0, min_p=0.1),
     ]
-    generator, found = torch.Generator().manual_seed(1), {}
+    generator = torch.Generator().manual_seed(1)
+    found = {}
     logits_TV = torch.randn(50, 500, generator=generator)
     ids = []
     for slot in range(4):
@@ -101,7 +104,8 @@ def test_uniform_numbers_are_uniform_and_independent():
     assert u.min() >= 0 and u.max() < 1
     assert torch.allclose(torch.histc(u, 20, 0, 1) / len(u), torch.tensor(0.05, dtype=torch.float64), atol=0.004)
     u = u.view(300, 300)
-    for one, other in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1])):  # neighbouring positions, other seeds
+    # Neighbouring positions, and other seeds.
+    for one, other in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1])):
         assert abs(torch.corrcoef(torch.stack((one.flatten(), other.flatten())))[0, 1]) < 0.015
 
 

@@ -42,7 +42,10 @@ class Script:
     """A model with fixed answers, each ended by a stop id. The pieces of an answer are text, ids, or exceptions."""
 
     def __init__(self, tok, *answers):
-        self.tok, self.answers, self.prompts, self.closed = tok, iter(answers), [], 0
+        self.tok = tok
+        self.answers = iter(answers)
+        self.prompts = []
+        self.closed = 0
 
     def __call__(self, ids):
         self.prompts.append(ids)
@@ -129,7 +132,8 @@ def test_commands_are_not_sent(tok, converse):
 
 def test_a_saved_conversation_can_be_trained_on(tok, converse, tmp_path):
     """As it was said, with the system prompt; an answer that was cut is there and not trained."""
-    first, second = tmp_path / "first one.jsonl", tmp_path / "second.jsonl"
+    first = tmp_path / "first one.jsonl"
+    second = tmp_path / "second.jsonl"
     script = Script(tok, ["é\n\u2028\x1b[1m"], ["begun", KeyboardInterrupt()], ["whole"])
     _, err = converse(script, f"/save {first}\na\nb\n/save {first}\nc\n/save {first}\n/save {second}\n", system="S")
     assert saved(first) == turns("a", "é\n\u2028\x1b[1m", "b", system="S") + [
@@ -189,7 +193,9 @@ def test_ctrl_c_stops_an_answer(tok, converse):
 
 def test_ctrl_c_anywhere_closes_the_answer(tok, converse, monkeypatch):
     """It may come while text is being printed, not only while the model computes."""
-    script, plain, raised = Script(tok, itertools.repeat("x"), ["2"]), print, iter([KeyboardInterrupt()])
+    script = Script(tok, itertools.repeat("x"), ["2"])
+    plain = print
+    raised = iter([KeyboardInterrupt()])
 
     def show(*args, **options):
         plain(*args, **options)
@@ -210,7 +216,8 @@ def test_an_answer_has_an_end(tok, converse, tmp_path):
 
 def test_whole_characters_are_shown_as_they_come(tok, converse, monkeypatch, capsys):
     """Each as soon as its last byte has come; the tokens are single bytes."""
-    seen, shown = [], ""
+    seen = []
+    shown = ""
 
     def answer(ids):
         nonlocal shown
@@ -293,7 +300,8 @@ def start(tok, prepare=lambda: None, **streams) -> subprocess.Popen:
 
 
 def read_until(descriptor: int, text: str, again=lambda: None) -> str:
-    found, deadline = "", time.monotonic() + 60
+    found = ""
+    deadline = time.monotonic() + 60
     while text not in found:
         assert time.monotonic() < deadline, found
         if select.select([descriptor], [], [], 1)[0]:

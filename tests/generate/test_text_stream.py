@@ -15,13 +15,8 @@ from tests.data.test_tokenizer import V1, V3, byte_level, orca, sentencepiece_di
 from tests.helpers import save_tokenizer
 
 PIECES = ["😀", "日", "é", " ", "  ", "a", "\n", "\ufffd", "hello", " world", "👩‍🚀"]
-STABLE = [
-    "bytes",
-    "merges",
-    "v1",
-    "v3",
-    "orca",
-]  # whose decoded bytes never depend on bytes that follow a whole character
+# Tokenizers whose decoded bytes never depend on bytes after a whole character.
+STABLE = ["bytes", "merges", "v1", "v3", "orca"]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +88,9 @@ def test_byte_fallback_of_tokenizer_json(toks):
 def test_text_ends_before_the_stop_string_that_starts_first(name, toks):
     """Stop strings over few letters, so that they overlap, contain one another and come in parts."""
     tok, one_byte = toks[name]
-    draw, found, within = random.Random(name), 0, 0
+    draw = random.Random(name)
+    found = 0
+    within = 0
     for _ in range(1000):
         letters = ["a", "b", "é", "😀", " ", "\ufffd"][: draw.randint(2, 6)]
         stop = ["".join(draw.choices(letters, k=draw.randint(1, 5))) for _ in range(draw.randint(0, 4))]
@@ -116,7 +113,8 @@ def test_no_more_is_withheld_than_necessary(toks):
         stop = ["".join(draw.choices("abé😀", k=draw.randint(2, 4))) for _ in range(2)]
         if any(string in text for string in stop):
             continue
-        stream, ids = TextStream(tok, stop), tok.encode(text)
+        stream = TextStream(tok, stop)
+        ids = tok.encode(text)
         for n, token in enumerate(ids):
             stream.push(token)
             whole = text.encode()[: n + 1].decode(errors="ignore")
@@ -152,7 +150,8 @@ class Counting:
     """A tokenizer that records the number of ids of each decode."""
 
     def __init__(self, tok):
-        self._tok, self.lengths = tok, []
+        self._tok = tok
+        self.lengths = []
 
     def __getattr__(self, name):
         return getattr(self._tok, name)
@@ -166,7 +165,8 @@ class Counting:
 @pytest.mark.parametrize("of", ["text", "wrong bytes", "any bytes", "lead bytes", "ids without text"])
 def test_few_ids_are_decoded_however_long_the_text(of, name, toks):
     tok, one_byte = toks[name]
-    draw, tok = random.Random(0), Counting(tok)
+    draw = random.Random(0)
+    tok = Counting(tok)
     lead = [i for i in one_byte if tok.decode([i, i]) == "\ufffd\ufffd"]
     ids = {
         "text": lambda: tok.encode("".join(draw.choices(PIECES, k=1000))),
