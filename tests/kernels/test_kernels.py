@@ -433,8 +433,10 @@ def test_rope_depends_on_distance_alone():
 
 
 class ReadsWrittenMemory(TorchDispatchMode):
-    """Checks what oneDNN may read of the operands of a matrix product on CPUs with AMX (oneDNN#5717): each row up to the
-    next multiple of 32 elements. Where new memory holds NaN, all of it must have been written."""
+    """Checks that all memory which oneDNN may read in a matrix product has been written: new memory holds NaN.
+
+    On CPUs with AMX it reads each row of an operand up to the next multiple of 32 elements (oneDNN#5717).
+    """
 
     products = 0
 
@@ -475,4 +477,4 @@ def test_no_product_reads_memory_that_nobody_wrote(k, n, ranks, strategy, dropou
         y, s = module._forward(x, tensors, weight.kind, n, a, b, *settings)
         results = module._backward(module._gradients_torch, dy, x, tensors, weight.kind, a, b, s, *settings, True)
     assert mode.products >= 6 and y.isfinite().all()
-    assert all(result.isfinite().all() for result in torch.utils._pytree.tree_leaves(results))
+    assert all(result.isfinite().all() for result in tree_leaves(results))
