@@ -1,8 +1,13 @@
 """minorca: a low-level PyTorch engine for Mistral models."""
 
+from typing import TYPE_CHECKING
+
 from minorca.data.chat_template import render_chat
 from minorca.data.tokenizer import load_tokenizer
 from minorca.errors import UserError
+
+if TYPE_CHECKING:
+    from minorca.model.build import load_model
 
 __version__ = "0.2.0"
 
@@ -10,7 +15,7 @@ __all__ = ["UserError", "load_model", "load_tokenizer", "render_chat"]
 
 
 def __getattr__(name: str):
-    """`load_model` when it is asked for: torch takes seconds to import, and `minorca.data` and its processes need none."""
+    """Imports `load_model` when it is asked for: torch takes seconds to import, and rendering rows needs none."""
     if name == "load_model":
         from minorca.model.build import load_model
 

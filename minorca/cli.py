@@ -1,7 +1,7 @@
 """How every command parses its arguments, and how it ends.
 
-Exit status: 0 done; 2 for what the user can fix, with a line for each problem on standard error; 130 and 143 after SIGINT
-and SIGTERM.
+Exit status: 0 done; 2 for what the user can fix, with a line for each problem on standard error; 130 and 143 after
+SIGINT and SIGTERM.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from minorca.config import Config, Source
+from minorca.config import Config, Source, default_of, fields
 from minorca.config_file import load_yaml, read_config, suggestion
 from minorca.errors import RunEnded, UserError, one_line
 from minorca.signals import Terminated, raise_terminated
@@ -41,21 +41,21 @@ def config_parser(prog: str, description: str) -> Parser:
     parser = Parser(prog=prog, usage=usage, description=description, allow_abbrev=False)
     help = "a YAML file of these settings, which options override; all others have the defaults below"
     parser.add_argument("--config", metavar="FILE", help=help)
-    for section in dataclasses.fields(Config):
-        group = parser.add_argument_group(section.name)
-        hints = typing.get_type_hints(section.type, include_extras=True)
-        for key in dataclasses.fields(section.type):
-            value = key.default_factory() if callable(key.default_factory) else key.default
-            kind = hints[key.name].__origin__
-            choices = [choice for choice in typing.get_args(kind) if isinstance(choice, str)]
-            default = "" if value is dataclasses.MISSING else f" (default: {value})"
-            group.add_argument(
-                f"--{section.name}.{key.name}",
-                default=argparse.SUPPRESS,
-                type=_option_reader(kind),
-                metavar="|".join(choices) or "VALUE",
-                help=hints[key.name].__metadata__[0] + default,
-            )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for section, key, hint in fields():
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        kind, description = typing.get_args(hint)
+        choices = [choice for choice in typing.get_args(kind) if isinstance(choice, str)]
+        value = default_of(key)
+        default = "" if value is dataclasses.MISSING else f" (default: {value})"
+        groups[section].add_argument(
+            f"--{section}.{key.name}",
+            default=argparse.SUPPRESS,
+            type=_option_reader(kind),
+            metavar="|".join(choices) or "VALUE",
+            help=description + default,
+        )
     return parser
 
 
@@ -88,7 +88,9 @@ def _unknown_options(parser: Parser, surplus: list[str]) -> Iterator[UserError]:
 
 
 def _option_reader(kind) -> Callable[[str], object]:
-    """How an option's text becomes a value of `kind`: as YAML, but where only text is wanted as it stands (007 is a name)."""
+    """How an option's text becomes a value of `kind`: as YAML, but where only text is wanted as it stands (007 is a
+    name).
+    """
     import yaml
 
     def read(text: str):

@@ -4,12 +4,14 @@ Types are checked where settings are read (config_file.py).
 """
 
 import dataclasses
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from minorca.errors import UserError
-from minorca.model.layout import TARGETS
+from minorca.model.layout import TARGETS, Target
 
 # pydantic's: an unknown key is an error, and a boolean is not a number
 _STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
@@ -31,9 +33,7 @@ class LoRAConfig:
     rank: Annotated[int, "of every adapter"] = 16
     alpha: Annotated[float, "the update is scaled by alpha / rank"] = 32
     dropout: Annotated[float, "of an adapter's input"] = 0.0
-    targets: Annotated[list[Literal["q", "k", "v", "o", "gate", "up", "down"]], "the projections with an adapter"] = (
-        field(default_factory=lambda: list(TARGETS))
-    )
+    targets: Annotated[list[Target], "the projections with an adapter"] = field(default_factory=lambda: list(TARGETS))
     rslora: Annotated[bool, "scale by alpha / sqrt(rank) instead"] = False
     init: Annotated[str | None, "a PEFT adapter to start from"] = None
 
@@ -143,6 +143,11 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
+    @property
+    def output(self) -> Path:
+        """The run's directory."""
+        return Path(self.train.output or "runs/default")
+
     def nested(self) -> dict[str, dict]:
         """As plain values, in the form that YAML has."""
         values = dataclasses.asdict(self)
@@ -150,16 +155,26 @@ class Config:
         return values
 
 
+def fields() -> Iterator[tuple[str, dataclasses.Field, object]]:
+    """The section, the field and the annotated type of every setting."""
+    for section, kind in typing.get_type_hints(Config).items():
+        hints = typing.get_type_hints(kind, include_extras=True)
+        for key in dataclasses.fields(kind):
+            yield section, key, hints[key.name]
+
+
+def default_of(key: dataclasses.Field) -> object:
+    """A setting's default; dataclasses.MISSING where it has none."""
+    return key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
+
+
 def defaults() -> dict[str, object]:
     """section.key -> default, of every setting that has one, in the form that JSON has."""
     found = {}
-    for section in dataclasses.fields(Config):
-        for key in dataclasses.fields(section.type):
-            value = key.default
-            if key.default_factory is not dataclasses.MISSING:
-                value = key.default_factory()
-            if value is not dataclasses.MISSING:
-                found[f"{section.name}.{key.name}"] = list(value) if isinstance(value, tuple) else value
+    for section, key, _ in fields():
+        value = default_of(key)
+        if value is not dataclasses.MISSING:
+            found[f"{section}.{key.name}"] = list(value) if isinstance(value, tuple) else value
     return found
 
 
@@ -229,7 +244,7 @@ def problems(config: Config) -> Iterator[Problem]:
         )
     if not 10 <= parallel.timeout <= 10**6:
         yield problem(f"is {parallel.timeout}; expected 10 to 1000000 seconds", "parallel.timeout")
-    if not train.output.strip():
+    if not (train.output or "").strip():
         yield problem("is empty; expected a directory's name", "train.output")
     if parallel.shard == "none" and parallel.replicate > 1:
         yield problem("is over 1, which needs parallel.shard fsdp, not none", "parallel.replicate", "parallel.shard")

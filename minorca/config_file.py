@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from minorca.config import Config, problems
+from minorca.config import Config, fields, problems
 from minorca.errors import UserError, raise_problems
 
 _NUMBER = "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 
-# keys of other tools (axolotl, TRL and transformers, LLaMA-Factory, mistral-finetune, torchtune), and where they are here
+# keys of other tools (axolotl, TRL and transformers, LLaMA-Factory, mistral-finetune, torchtune), and where they are
+# here
 _ELSEWHERE = {
     "base_model": "model.path",
     "model_id_or_path": "model.path",
@@ -96,8 +97,7 @@ _ELSEWHERE = {
 
 def settings() -> list[str]:
     """Every setting, as section.key."""
-    sections = dataclasses.fields(Config)
-    return [f"{section.name}.{key.name}" for section in sections for key in dataclasses.fields(section.type)]
+    return [f"{section}.{key.name}" for section, key, _ in fields()]
 
 
 def suggestion(name: str) -> str:
@@ -119,7 +119,9 @@ def suggestion(name: str) -> str:
 
 
 def load_yaml(text: str):
-    """What PyYAML loads safely, but a repeated key is an error, every key is text, and 2e-4 is a number (not in YAML 1.1)."""
+    """What PyYAML loads safely, but a repeated key is an error, every key is text, and 2e-4 is a number (not in YAML
+    1.1).
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -240,8 +242,11 @@ def _checked(values: dict[str, dict]) -> tuple[Config, list[UserError]]:
         details = error.errors()
     errors = list(_type_errors(details, values))
     for detail in details:
-        section, *key = detail["loc"]
-        (values.get(section, {}) if key else values).pop(key[0] if key else section, None)
+        section, *key = map(str, detail["loc"])
+        if key:
+            values.get(section, {}).pop(key[0], None)
+        else:
+            values.pop(section, None)
     # the rest, so that its problems are reported too, but not those of the defaults
     for section, key in (("model", "path"), ("data", "train")):
         values.setdefault(section, {}).setdefault(key, "")
@@ -249,7 +254,9 @@ def _checked(values: dict[str, dict]) -> tuple[Config, list[UserError]]:
 
 
 def _type_errors(details: list, values: dict[str, dict]) -> Iterator[UserError]:
-    """What pydantic says of each setting, in our words; of a value that may be of several kinds, of the one that was meant."""
+    """What pydantic says of each setting, in our words; of a value that may be of several kinds, of the one that was
+    meant.
+    """
     seen = set()
     for detail in details:
         name = ".".join(str(part) for part in detail["loc"][:2])

@@ -16,8 +16,9 @@ def raise_terminated(signum, frame):
 
 @contextlib.contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """Within it SIGINT and SIGTERM only add themselves to a list, so that what is under way can be finished. Repeated ones too:
-    at Ctrl-C a process of torchrun gets SIGINT from the terminal and again from torchrun."""
+    """Within it SIGINT and SIGTERM only add themselves to a list, so that what is under way can be finished. Repeated
+    ones too: at Ctrl-C a process of torchrun gets SIGINT from the terminal and again from torchrun.
+    """
     noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # which alone is told of signals
         yield noted

@@ -1,7 +1,7 @@
 """How a frozen weight is stored, and the two products that a projection needs of it: x W^T and, in backward, dy W.
 
-A kind of storage is one subclass of `FrozenWeight`. torch's operators take tensors and text, not modules: an operator gets
-the name of the kind and the tensors, and calls the kind's static products. Axes: T tokens, N out, K in.
+A kind of storage is one subclass of `FrozenWeight`. torch's operators take tensors and text, not modules: an operator
+gets the name of the kind and the tensors, and calls the kind's static products. Axes: T tokens, N out, K in.
 """
 
 from collections.abc import Callable
@@ -86,7 +86,9 @@ class _Product(torch.autograd.Function):
 
 
 def local_part(parameter: Tensor) -> tuple[Tensor, int]:
-    """The part of a parameter that this rank stores, of a DTensor maybe no rows, and which row of the whole is its first."""
+    """The part of a parameter that this rank stores, of a DTensor maybe no rows, and which row of the whole is its
+    first.
+    """
     if not isinstance(parameter, DTensor):
         return parameter.detach(), 0
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
@@ -153,14 +155,16 @@ class PaddedWeight(DenseWeight):
 
 
 class PrepackedWeight(FrozenWeight):
-    """W laid out once as the CPU's matrix products read it, for inference alone: it can be multiplied by, and nothing else.
+    """W laid out once as the CPU's matrix products read it, for inference alone: it can be multiplied by, and nothing
+    else.
 
-    oneDNN multiplies a few rows by a weight in blocks of its own. Given a plain weight, torch has the blocks made again for
-    every product, or takes another library's slower one. `python -m benchmarks.decode` times both.
+    oneDNN multiplies a few rows by a weight in blocks of its own. Given a plain weight, torch has the blocks made again
+    for every product, or takes another library's slower one. `python -m benchmarks.decode` times both.
     """
 
     kind = "prepacked"
-    # The number of rows of x that the layout is chosen for. One layout serves all numbers, and this one served them best.
+    # The number of rows of x that the layout is chosen for. One layout serves all numbers, and this one served them
+    # best.
     ROWS = 8
 
     def __init__(self, weight_NK: Tensor):

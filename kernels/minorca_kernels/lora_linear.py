@@ -1,7 +1,8 @@
-"""A frozen projection and its low-rank adapters as one differentiable operation. Source: Hu et al. 2021 (arXiv:2106.09685).
+"""A frozen projection and its low-rank adapters as one differentiable operation. Source: Hu et al. 2021
+(arXiv:2106.09685).
 
-A projection may stack several of the model's by rows (q, k and v), each with an adapter of its own or none. Its input may
-be the SwiGLU of a buffer, which is then recomputed in backward instead of being stored.
+A projection may stack several of the model's by rows (q, k and v), each with an adapter of its own or none. Its input
+may be the SwiGLU of a buffer, which is then recomputed in backward instead of being stored.
 
 There are four strategies to add the update (`STRATEGIES`), two of which touch the output once; `python -m
 benchmarks.kernels` compares them. Axes: T tokens, N out, K in, R ranks of all adapters side by side.
@@ -33,7 +34,9 @@ class Adapter(NamedTuple):
 
 
 def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """Inverted dropout of x by a mask that is a function of (seed, shape, device), so that backward can make it again."""
+    """Inverted dropout of x by a mask that is a function of (seed, shape, device), so that backward can make it
+    again.
+    """
     if not dropout:
         return x
     generator = torch.Generator(x.device).manual_seed(seed)
@@ -58,8 +61,8 @@ def lora_linear_definition(
 
 
 # ------------------------------------------------------------------------------------------------------- strategies
-# x [T, K], W [N, K], s [T, R], b: an adapter's B [N_i, R_i] for the rows from each of starts, their columns side by side
-# in s -> x W^T + scale * s b^T
+# x [T, K], W [N, K], s [T, R], b: an adapter's B [N_i, R_i] for the rows from each of starts, their columns side by
+# side in s -> x W^T + scale * s b^T
 
 
 class _Factor(NamedTuple):
@@ -119,7 +122,8 @@ def _accumulated(x: Tensor, weight: _Factor, s: Tensor, b: list[Tensor], starts:
 def _augmented(x: Tensor, weight: _Factor, s: Tensor, b: list[Tensor], starts: list[int], scale: float) -> Tensor:
     """[x | s] [W | scale b]^T, one product a little deeper: x and W have scratch columns after each row.
 
-    The product takes rows with all of their scratch columns, the unused ones zero: it reads nothing that is not written.
+    The product takes rows with all of their scratch columns, the unused ones zero: it reads nothing that is not
+    written.
     """
     # .data: no element of W itself changes, so what autograd has saved of it stays valid
     w = weight.matrix.data
@@ -154,8 +158,8 @@ MIN_TOKENS_AUGMENTED = 256
 def padding_pays(out_features: int, in_features: int, of_swiglu: bool) -> bool:
     """Whether the augmented strategy is faster on a GPU.
 
-    x must be copied next to its products, unless it is a SwiGLU, which is written there in the first place; the copy must
-    move fewer bytes than writing and reading an update of the output's size.
+    x must be copied next to its products, unless it is a SwiGLU, which is written there in the first place; the copy
+    must move fewer bytes than writing and reading an update of the output's size.
     """
     return of_swiglu or out_features > in_features
 
@@ -321,7 +325,8 @@ def lora_linear(
     """`lora_linear_definition` for a frozen weight of any kind and one adapter or more; A and B have x's dtype.
 
     Args:
-        strategy: one of `STRATEGIES`, for benchmarks and tests; by default what suits the device, the weight and the number
+        strategy: one of `STRATEGIES`, for benchmarks and tests; by default what suits the device, the weight and the
+        number
             of tokens. "augmented" needs a `PaddedWeight`, "fused" a dense one.
     """
     if strategy is None:

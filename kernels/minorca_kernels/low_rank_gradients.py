@@ -1,5 +1,5 @@
-"""Both products that an adapter's gradients need of the output gradient, which is the largest tensor of a backward pass: one
-pass over it, no atomics.
+"""Both products that an adapter's gradients need of the output gradient, which is the largest tensor of a backward
+pass: one pass over it, no atomics.
 
 Splitting the rows among programs and summing their shares afterwards makes LoRAFusion's single pass (arXiv:2510.00206,
 section 4) deterministic.
@@ -54,7 +54,9 @@ def _pass(
 
 
 def low_rank_gradients(dy_TN: Tensor, b_NR: Tensor, inner_TR: Tensor) -> tuple[Tensor, Tensor]:
-    """dy [T, N], B [N, R], S = drop(x) A^T [T, R] -> dy B [T, R] and dy^T S [N, R], both fp32 (fp64 for fp64), unscaled."""
+    """dy [T, N], B [N, R], S = drop(x) A^T [T, R] -> dy B [T, R] and dy^T S [N, R], both fp32 (fp64 for fp64),
+    unscaled.
+    """
     (tokens, columns), rank = dy_TN.shape, b_NR.shape[1]
     padded = max(triton.next_power_of_2(rank), 16)
     # a tile of 32 KiB; for every number read, R / BM + R / columns_a_program more are written, and read again

@@ -63,7 +63,9 @@ def _product(
 
 
 def low_rank_matmul(x_MK: Tensor, w_NK: Tensor, s_MR: Tensor, b_NR: Tensor) -> Tensor:
-    """x [M, K], w [N, K], s [M, R], b [N, R] -> x w^T + s b^T [M, N], summed in fp32 (fp64 for fp64). w and b may be transposed."""
+    """x [M, K], w [N, K], s [M, R], b [N, R] -> x w^T + s b^T [M, N], summed in fp32 (fp64 for fp64). w and b may be
+    transposed.
+    """
     (m, depth), n, rank = x_MK.shape, w_NK.shape[0], s_MR.shape[1]
     x_MK, y = as_rows(x_MK), x_MK.new_empty(m, n)
     bm, bn, bk = (128, 256, 64) if x_MK.element_size() == 2 else (64, 64, 32)

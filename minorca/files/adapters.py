@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NoReturn
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from minorca.errors import UserError
 from minorca.files.safe_io import find_file, quote, read_json
 from minorca.files.tensor_files import open_exactly, open_safetensors
-from minorca.model.architecture import LARGEST
+from minorca.model.architecture import MAX_NUMBER, MAX_SIZE
 from minorca.model.layout import TARGETS, target_of
 from minorca.model.lora import LoRASettings, adapter_parameters
 from minorca.model.network import Mistral
@@ -67,7 +68,7 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
         raise UserError("no adapter_config.json; expected an adapter's directory in PEFT's format", path=directory)
     config = read_json(path)
 
-    def refuse(field: str, expected: str):
+    def refuse(field: str, expected: str) -> NoReturn:
         raise UserError(f"is {quote(config.get(field))}; {expected}", path=path, field=field)
 
     if config.get("peft_type") != "LORA":
@@ -82,10 +83,10 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
         refuse("init_lora_weights", "convert the adapter to a plain one with PEFT first")
     rank = config.get("r")
     alpha = config.get("lora_alpha")
-    if type(rank) is not int or not 0 < rank <= LARGEST[int]:
-        refuse("r", f"expected a positive integer of at most {LARGEST[int]}")
-    if type(alpha) not in (int, float) or not abs(alpha) <= LARGEST[float]:
-        refuse("lora_alpha", f"expected a number of at most {LARGEST[float]}")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= MAX_SIZE:
+        refuse("r", f"expected a positive integer of at most {MAX_SIZE}")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= MAX_NUMBER:
+        refuse("lora_alpha", f"expected a number of at most {MAX_NUMBER}")
     return LoRASettings(rank, alpha, _targets_in(directory), rslora=bool(config.get("use_rslora")))
 
 
@@ -98,15 +99,16 @@ def adapter_file(directory: Path) -> Path:
 
 
 def _targets_in(directory: Path) -> tuple[str, ...]:
-    """The targets that an adapter's tensors name: what was trained, however target_modules spells it (list or pattern)."""
+    """The targets that an adapter's tensors name: what was trained, however target_modules spells it (list or
+    pattern).
+    """
     path = adapter_file(directory)
     found = set()
     for key in open_safetensors(path).keys():  # noqa: SIM118  (a file, not a dict)
         target = target_of(key)
         if target is None:
-            raise UserError(
-                f"unexpected tensor {key}; expected LoRA tensors of a Mistral network's projections", path=path
-            )
+            expected = "LoRA tensors of a Mistral network's projections"
+            raise UserError(f"unexpected tensor {key}; expected {expected}", path=path)
         found.add(target)
     return tuple(target for target in TARGETS if target in found)
 

@@ -16,7 +16,8 @@ from minorca.errors import UserError
 from minorca.files.safe_io import find_file, parse_json, quote, read_json
 
 FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
-# The header of a file with 1,200 tensors has 150 thousand bytes, the pickle of one 250 thousand. Parsed they take up to 60 times as much.
+# The header of a file with 1,200 tensors has 150 thousand bytes, the pickle of one 250 thousand. Parsed they take up to
+# 60 times as much.
 HEADER_BYTES = 10 * 10**6
 # all that a state dict of plain tensors needs, as `torch.save` writes it
 PICKLED = {
@@ -31,14 +32,18 @@ PICKLED |= {"torch.storage UntypedStorage", "torch float8_e4m3fn", "torch float8
 
 
 def _check_names(path: Path, names) -> None:
-    """UserError for a tensor's name that cannot be shown: messages hold names, and terminals obey control characters."""
+    """UserError for a tensor's name that cannot be shown: messages hold names, and terminals obey control
+    characters.
+    """
     for name in names:
         if not isinstance(name, str) or len(name) > 500 or not name.isprintable():
             raise UserError(f"names a tensor {quote(name)}; expected at most 500 printable characters", path=path)
 
 
 def _shard(directory: Path, name: str, index: Path, suffix: str) -> Path:
-    """The path of a shard that an index names: a file in the index's own directory, of the kind that the index is for."""
+    """The path of a shard that an index names: a file in the index's own directory, of the kind that the index is
+    for.
+    """
     try:
         path = find_file(directory, name)
     except UserError as error:
@@ -127,8 +132,9 @@ def _refuse_what_is_no_weights(path: Path) -> None:
 
 
 def _refuse_surprises(path: Path) -> None:
-    """UnpicklingError where a .bin asks for more than a dictionary of plain tensors. PyTorch runs no code either, but takes
-    what memory the pickle asks for (bytearray(10**12), or a record that unpacks to a thousand times its size)."""
+    """UnpicklingError where a .bin asks for more than a dictionary of plain tensors. PyTorch runs no code either, but
+    takes what memory the pickle asks for (bytearray(10**12), or a record that unpacks to a thousand times its size).
+    """
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
             is_pickle = record.filename.endswith("data.pkl")
@@ -178,7 +184,7 @@ class TensorFiles:
         self._handles = {path: _open_bin(path) if path.suffix == ".bin" else open_safetensors(path) for path in files}
         self.files: dict[str, Path] = {}
         for path, handle in self._handles.items():
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118  (a file, not a dict)
                 if name in self.files:
                     raise UserError(
                         f"holds {name}, which {self.files[name].name} holds too; expected it once", path=path

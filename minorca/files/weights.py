@@ -16,6 +16,7 @@ from minorca.errors import UserError
 from minorca.files.tensor_files import FLOATS, TensorFiles
 from minorca.model.architecture import Architecture, model_directory, read_architecture
 from minorca.model.layout import SourceTensor, source_tensors
+from minorca.model.network import RMSNorm
 from minorca.model.projection import Projection
 from minorca_kernels import FrozenWeight, fill_rows
 
@@ -55,7 +56,8 @@ def open_model(path: str | Path) -> ModelFiles:
     """Opens a model's directory and checks its tensors, before any memory is taken for them.
 
     Raises:
-        UserError: a configuration that is invalid; a tensor that is missing, unexpected, of another shape, or not floating
+        UserError: a configuration that is invalid; a tensor that is missing, unexpected, of another shape, or not
+        floating
             point; names file and key.
     """
     directory = model_directory(path)
@@ -106,8 +108,8 @@ def _check_unexpected(files: TensorFiles, name: str, arch: Architecture, layout:
 def load_weights(model: nn.Module, source: ModelFiles) -> None:
     """Fills a model's weights, sharded or not; adapters are left alone. Logs how much was read, and how fast.
 
-    No tensor is made whole on the host beside the weight: a block of rows is, where the device wants another dtype or the
-    rows another order.
+    No tensor is made whole on the host beside the weight: a block of rows is, where the device wants another dtype or
+    the rows another order.
     """
     started = time.perf_counter()
     size = 0
@@ -116,8 +118,7 @@ def load_weights(model: nn.Module, source: ModelFiles) -> None:
         weight = module.base if isinstance(module, Projection) else module
         if isinstance(weight, FrozenWeight):
             size += _store_rows(weight, source, tensors)
-        else:
-            # a norm
+        elif isinstance(weight, RMSNorm):
             fill_rows(weight.weight, lambda start, stop, tensor=tensors[0]: source.read(tensor, start, stop))
             size += source.files.bytes(tensors[0].name)
     seconds = time.perf_counter() - started

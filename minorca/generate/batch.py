@@ -25,7 +25,8 @@ def generate(
 ) -> list[list[int]]:
     """Continues prompts of any lengths together.
 
-    Equal prompts are prefilled once and sampled independently. On a CPU, `minorca.model.build.prepack(model)` makes it faster.
+    Equal prompts are prefilled once and sampled independently. On a CPU, `minorca.model.build.prepack(model)` makes it
+    faster.
 
     Args:
         prompts: token ids of each prompt.

@@ -13,7 +13,7 @@ from minorca.files.weights import load_weights, open_model
 from minorca.model.architecture import Architecture
 from minorca.model.lora import AdapterChoice, LoRA, RowLoRA, adapter_parameters, add_adapters, pad_for_adapters
 from minorca.model.network import Mistral
-from minorca_kernels import PrepackedWeight
+from minorca_kernels import DenseWeight, PrepackedWeight
 
 
 def build_model(arch: Architecture, dtype: torch.dtype) -> Mistral:
@@ -91,15 +91,15 @@ def load_adapters(model: Mistral, directories: dict[str, str | Path]) -> Adapter
 def prepack(model: Mistral) -> Mistral:
     """Prepacks a model's weights in place, for inference alone, where this machine gains by it; returns the model.
 
-    Projections are done one at a time, so that the model is never in memory twice; of the head there are two copies where it
-    is also the embedding. Projections with trained adapters stay as they are.
+    Projections are done one at a time, so that the model is never in memory twice; of the head there are two copies
+    where it is also the embedding. Projections with trained adapters stay as they are.
     """
     if not PrepackedWeight.is_faster(model.embedding.weight):
         return model
     for _, projection in model.projections():
-        if projection.base.kind == "dense" and projection.lora is None:
+        if isinstance(projection.base, DenseWeight) and projection.lora is None:
             projection.base = PrepackedWeight(projection.base.weight)
     head = model.embedding if model.head is None else model.head
-    if head.kind == "dense":
+    if isinstance(head, DenseWeight):
         model.head = PrepackedWeight(head.weight)
     return model

@@ -1,16 +1,19 @@
 """The tensors of a Mistral network, one row each: their names here, in files and in adapters, and their shapes.
 
-Everything that names or measures a weight reads these tables: the network, adapters, the readers and writers of weights,
-the FLOP count and the export. The network stacks projections that share an input (q, k and v in one); files do not.
+Everything that names or measures a weight reads these tables: the network, adapters, the readers and writers of
+weights, the FLOP count and the export. The network stacks projections that share an input (q, k and v in one); files do
+not.
 """
 
 import re
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from minorca.model.architecture import Architecture
 
+Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
 # name: the stacked projection that it is part of, Hugging Face's name, Mistral's name
-_PROJECTIONS = {
+_PROJECTIONS: dict[Target, tuple[str, str, str]] = {
     "q": ("qkv", "self_attn.q_proj", "attention.wq"),
     "k": ("qkv", "self_attn.k_proj", "attention.wk"),
     "v": ("qkv", "self_attn.v_proj", "attention.wv"),
@@ -19,7 +22,8 @@ _PROJECTIONS = {
     "up": ("gate_up", "mlp.up_proj", "feed_forward.w3"),
     "down": ("down", "mlp.down_proj", "feed_forward.w2"),
 }
-TARGETS = tuple(_PROJECTIONS)  # the projections that adapters may act on
+# the projections that adapters may act on
+TARGETS: tuple[Target, ...] = get_args(Target)
 GROUPS = tuple(dict.fromkeys(group for group, _, _ in _PROJECTIONS.values()))
 
 # module: Hugging Face's name, Mistral's name
@@ -92,7 +96,7 @@ def projections(arch: Architecture) -> dict[str, tuple[ProjectionSpec, ...]]:
         "up": (hidden, inner, 0),
         "down": (inner, hidden, 0),
     }
-    stacked: dict[str, tuple[ProjectionSpec, ...]] = {group: () for group in GROUPS}
+    stacked: dict[str, tuple[ProjectionSpec, ...]] = dict.fromkeys(GROUPS, ())
     for name, (group, huggingface_name, mistral_name) in _PROJECTIONS.items():
         in_features, out_features, rotary_heads = sizes[name]
         start = stacked[group][-1].stop if stacked[group] else 0

@@ -4,10 +4,13 @@ Sources: Hu et al. 2021 (arXiv:2106.09685); Kalajdzievski 2023 (rsLoRA, arXiv:23
 after Chen et al. 2023 (Punica, arXiv:2310.18547). Axes: T tokens, K in, N out, R ranks of all adapters side by side.
 """
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from minorca.model.layout import TARGETS, ProjectionSpec
-from minorca_kernels import Adapter, FrozenWeight, PaddedWeight, fill_rows, lora_linear, padding_pays
+from minorca_kernels import Adapter, DenseWeight, FrozenWeight, PaddedWeight, fill_rows, lora_linear, padding_pays
 from minorca_kernels.operator import uses_triton
+
+# the network imports this file
+if TYPE_CHECKING:
+    from minorca.model.network import Mistral
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,9 @@ class LoRASettings:
 
 
 class LoRA(nn.Module):
-    """The trained adapters of a projection: A [r, K] and B [out, r], PEFT's shapes, for each of the parts that has one."""
+    """The trained adapters of a projection: A [r, K] and B [out, r], PEFT's shapes, for each of the parts that has
+    one.
+    """
 
     def __init__(
         self, parts: list[ProjectionSpec], settings: LoRASettings, dtype: torch.dtype, device: torch.device | str
@@ -72,7 +81,7 @@ class LoRA(nn.Module):
         return lora_linear(x, base, adapters, self.scale, dropout, gated_input)
 
 
-def add_adapters(model: nn.Module, settings: LoRASettings, dtype: torch.dtype = torch.float32) -> None:
+def add_adapters(model: Mistral, settings: LoRASettings, dtype: torch.dtype = torch.float32) -> None:
     """Adds adapters, their values not yet set, to the targeted projections of every layer."""
     device = model.embedding.weight.device
     for _, projection in model.projections():
@@ -80,24 +89,24 @@ def add_adapters(model: nn.Module, settings: LoRASettings, dtype: torch.dtype = 
             projection.lora = LoRA(parts, settings, dtype, device)
 
 
-def adapters(model: nn.Module) -> Iterator[tuple[int, LoRA]]:
+def adapters(model: Mistral) -> Iterator[tuple[int, LoRA]]:
     """The layer and the adapters of every projection that has some, in a fixed order."""
     for layer, projection in model.projections():
         if projection.lora is not None:
             yield layer, projection.lora
 
 
-def pad_for_adapters(model: nn.Module) -> None:
+def pad_for_adapters(model: Mistral) -> None:
     """Gives weights that are whole on this rank, on CUDA, scratch columns for their adapters, where that is faster."""
     for _, projection in model.projections():
         base = projection.base
-        if projection.lora is None or base.kind != "dense" or isinstance(base.weight, DTensor):
+        if projection.lora is None or not isinstance(base, DenseWeight) or isinstance(base.weight, DTensor):
             continue
         if uses_triton(base.weight) and padding_pays(base.out_features, base.in_features, projection.gated_input):
             projection.base = PaddedWeight(base.weight.detach(), sum(map(len, projection.lora.a.values())))
 
 
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def adapter_parameters(model: Mistral) -> dict[str, nn.Parameter]:
     """PEFT's tensor name -> parameter, in a fixed order."""
     return {
         part.peft_name(layer, matrix): values[part.name]
@@ -112,7 +121,7 @@ def _seed(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def init_adapters(model: nn.Module, seed: int) -> None:
+def init_adapters(model: Mistral, seed: int) -> None:
     """PEFT's initial values: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B zero.
 
     They are a function of seed and name alone, so any sharding of one model starts from the same numbers.
@@ -127,7 +136,7 @@ def init_adapters(model: nn.Module, seed: int) -> None:
         fill_rows(parameter, lambda start, stop, whole=whole: whole[start:stop])
 
 
-def seed_dropout(model: nn.Module, *parts: int) -> None:
+def seed_dropout(model: Mistral, *parts: int) -> None:
     """Fixes the next forward's dropout masks as a function of parts (seed, step, micro-batch), layer and projection."""
     for layer, lora in adapters(model):
         if lora.dropout:

@@ -1,9 +1,10 @@
 """Checkpoints: complete or absent, verified before they are read and before an older one is removed; no code in them.
 
-OUTPUT/checkpoints/step-00000100/ holds what is trained (adapters in PEFT's format), optimizer.safetensors (AdamW's moments
-under the same names), state.json (format, step, updates, what wrote it, and what defines the run) and, written last,
-MANIFEST.json with every file's size and SHA-256. It is written under another name and renamed; a published one is never
-written into again. There is no random state to store: the order of the data and dropout are functions of the seed and step.
+OUTPUT/checkpoints/step-00000100/ holds what is trained (adapters in PEFT's format), optimizer.safetensors (AdamW's
+moments under the same names), state.json (format, step, updates, what wrote it, and what defines the run) and, written
+last, MANIFEST.json with every file's size and SHA-256. It is written under another name and renamed; a published one is
+never written into again. There is no random state to store: the order of the data and dropout are functions of the seed
+and step.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import json
 import logging
 import re
 import shutil
+import typing
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,18 +30,18 @@ from minorca.files.safe_io import read_json
 from minorca.files.tensor_files import open_exactly
 from minorca.model.architecture import Architecture
 from minorca.train.ranks import World
-from minorca.train.trainable import TrainableSet, whole
+from minorca.train.trainable import TrainableSet, gather
 from minorca_kernels import fill_rows
 
 log = logging.getLogger(__name__)
 
 # The format of a checkpoint's files and of the identity in it. A setting that a later version adds needs no new number:
-# a checkpoint without it means the default (`read_state`).
+# a checkpoint without it means the default (`_differences`). A version that changes a setting's default does need one.
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _NAME = re.compile(r"step-(\d{8})")
-# settings that no number of a run follows from: where and how often it writes, on what it runs, and what the identity holds
-# by its content
+# settings that no number of a run follows from: where and how often it writes, on what it runs, and what the identity
+# holds by its content
 _FREE = {"model.path", "data.train", "data.eval", "data.store", "lora.init"}
 _FREE |= {
     f"train.{key}"
@@ -60,7 +62,9 @@ _FREE |= {
 def identity(
     config: Config, arch: Architecture, weights: list[Path], store: TokenStore, held_out: TokenStore | None
 ) -> dict:
-    """What a run's numbers follow from: its settings, its rows and its base model, files by their SHA-256 wherever they lie."""
+    """What a run's numbers follow from: its settings, its rows and its base model, files by their SHA-256 wherever they
+    lie.
+    """
     sections = dataclasses.asdict(config).items()
     values = {f"{s}.{k}": value for s, keys in sections for k, value in keys.items() if s != "parallel"}
     values = {key: value for key, value in values.items() if key not in _FREE}
@@ -106,14 +110,16 @@ def save(
     keep: int,
     world: World,
 ) -> None:
-    """Publishes the checkpoint of a finished step under `directory`, and then removes what is older than the newest `keep`
-    that verify. Every rank calls it."""
+    """Publishes the checkpoint of a finished step under `directory`, and then removes what is older than the newest
+    `keep` that verify. Every rank calls it.
+    """
     tensors = trainable.gather(world)
     moments = {
-        f"{moment}.{name}": whole(_moment(optimizer, parameter, moment), world)
+        f"{moment}.{name}": _moment(optimizer, parameter, moment)
         for moment in MOMENTS
         for name, parameter in trainable.parameters.items()
     }
+    moments = gather(moments, world)
 
     def write(temporary: Path) -> None:
         trainable.save(temporary, tensors)
@@ -134,7 +140,9 @@ def _moment(optimizer: torch.optim.Optimizer, parameter: Tensor, moment: str) ->
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Removes the checkpoints older than the newest `keep` whose files verify; a damaged one counts for none, and is reported."""
+    """Removes the checkpoints older than the newest `keep` whose files verify; a damaged one counts for none, and is
+    reported.
+    """
     verified = 0
     for path in reversed(published(directory)):
         if verified == keep:
@@ -162,6 +170,12 @@ def published(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if _NAME.fullmatch(path.name))
 
 
+def _step_of(path: Path) -> int | None:
+    """The step that a checkpoint's name says; None where it has another name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
 def verify(directory: Path) -> State:
     """What a checkpoint says of itself, after every file has the size and SHA-256 its manifest says.
 
@@ -175,13 +189,12 @@ def verify(directory: Path) -> State:
     values = read_json(path)
     if values.get("format") != FORMAT:
         raise UserError(_other_format(values.get("format")), path=path)
-    kinds = {field.name: field.type for field in dataclasses.fields(State)}
+    kinds = typing.get_type_hints(State)
     if {name: type(value) for name, value in values.items()} != kinds:
         expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
         raise UserError(f"expected {expected}; got {', '.join(values)}", path=path)
     state = State(**values)
-    named = _NAME.fullmatch(directory.name)
-    if not 0 <= state.updates <= state.step or (named and int(named[1]) != state.step):
+    if not 0 <= state.updates <= state.step or _step_of(directory) not in (None, state.step):
         raise UserError(
             f"says step {state.step} with {state.updates} updates, in {directory.name}; was it renamed?", path=path
         )
@@ -196,42 +209,48 @@ def _other_format(found: object) -> str:
 
 
 def find(config: Config) -> Path | None:
-    """The checkpoint `train.resume` asks for, or None to start afresh.
+    """The checkpoint that `train.resume` asks for, or None to start afresh.
 
     Raises:
-        UserError: there are some and none is to be used, or none can be; nothing is fallen back to unasked.
+        UserError: there are some and none is to be used, or none can be; there is no fallback unless asked for.
     """
-    directory, wanted = Path(config.train.output) / "checkpoints", config.train.resume
-    there = published(directory)
-    if wanted == "never":
-        if there:
-            raise UserError(
-                "holds checkpoints and train.resume is never; remove them, or choose another train.output",
-                path=directory,
-            )
+    directory = config.output / "checkpoints"
+    resume = config.train.resume
+    existing = published(directory)
+    if resume == "never":
+        if existing:
+            message = "holds checkpoints and train.resume is never; remove them, or choose another train.output"
+            raise UserError(message, path=directory)
         return None
-    if wanted == "auto":
-        return (there or [None])[-1]
-    if wanted == "last-good":
-        for path in reversed(there):
-            try:
-                verify(path)
-                return path
-            except UserError as error:
-                log.warning("passed over: %s", error)
-        if there:
-            raise UserError(
-                f"none of its {len(there)} checkpoints is undamaged; remove them to start over, or choose another train.output",
-                path=directory,
-            )
-        return None
-    path = Path(wanted).expanduser()
-    if there and path.resolve().parent != directory.resolve():  # it started this run, which has gone on since
+    if resume == "auto":
+        return existing[-1] if existing else None
+    if resume == "last-good":
+        return _last_undamaged(directory, existing)
+    path = Path(resume).expanduser()
+    # it started this run, which has checkpoints of its own since
+    if existing and path.resolve().parent != directory.resolve():
         log.info("%s: has checkpoints of its own; %s was their start", directory, path)
-        return there[-1]
+        return existing[-1]
     if not path.is_dir():
-        raise UserError(f"train.resume is {wanted}; expected auto, last-good, never, or a checkpoint's directory")
+        message = f"is {resume}; expected auto, last-good, never, or a checkpoint's directory"
+        raise UserError(message, field="train.resume")
     return path
+
+
+def _last_undamaged(directory: Path, existing: list[Path]) -> Path | None:
+    for path in reversed(existing):
+        try:
+            verify(path)
+            return path
+        except UserError as error:
+            log.warning("skipped: %s", error)
+    if existing:
+        raise UserError(
+            f"none of its {len(existing)} checkpoints is undamaged; remove them to start over, or choose another "
+            "train.output",
+            path=directory,
+        )
+    return None
 
 
 def read_state(directory: Path, now: dict, config: Config) -> State:
@@ -255,10 +274,10 @@ def read_state(directory: Path, now: dict, config: Config) -> State:
 
 
 def _differences(directory: Path, then: dict, now: dict) -> list[UserError]:
-    """What this run would do otherwise than the one that wrote a checkpoint.
+    """In what this run differs from the one that wrote a checkpoint.
 
-    A key that the checkpoint lacks was added by a later version than wrote it, and had its default: that of a setting, or
-    None.
+    A key that the checkpoint lacks was added by a later version than wrote it, and had its default: that of a setting,
+    or None.
     """
     absent = defaults()
     problems = []
@@ -274,11 +293,7 @@ def _differences(directory: Path, then: dict, now: dict) -> list[UserError]:
 
 
 def _later(state: State, config: Config) -> list[Path]:
-    return [
-        path
-        for path in published(Path(config.train.output) / "checkpoints")
-        if int(_NAME.fullmatch(path.name)[1]) > state.step
-    ]
+    return [path for path in published(config.output / "checkpoints") if (_step_of(path) or 0) > state.step]
 
 
 def set_damaged_aside(state: State, config: Config) -> None:

@@ -1,4 +1,6 @@
-"""What a run starts from, read and checked before memory is taken: the base model's files, the rows, and their identity."""
+"""What a run starts from, read and checked before memory is taken: the base model's files, the rows, and their
+identity.
+"""
 
 import logging
 from dataclasses import dataclass

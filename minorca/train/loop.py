@@ -56,7 +56,8 @@ def train(config: Config, profile: bool = False) -> None:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        # documented, but missing from torch's annotations
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     with init_distributed(config.parallel.timeout) as world, contextlib.ExitStack() as stack:
         try:
             signum = _train(config, profile, world, stack)
@@ -64,7 +65,7 @@ def train(config: Config, profile: bool = False) -> None:
             if error.errno not in DISK_ERRORS:
                 raise
             raise UserError(
-                f"{error}; what was saved is intact, and the same command resumes from there", path=config.train.output
+                f"{error}; what was saved is intact, and the same command resumes from there", path=config.output
             ) from error
     if signum:
         raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
@@ -75,7 +76,7 @@ def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitSt
     # 1. everything that can be refused, before memory is taken
     world.set_status("reading the base model's files and the data")
     metrics.import_wandb(config)
-    output = Path(config.train.output)
+    output = config.output
     _check_writable(output)
     # a new output is created once nothing more can be refused
     new_output = not output.is_dir()
@@ -256,7 +257,9 @@ class Run:
             self.record.step(self.step, values | self._measured(rows, normalizer, sums, seconds), phases)
 
     def _gradients(self, micro_batches: Step, normalizer: int) -> tuple[float, dict[str, float]]:
-        """Adds the gradients of this rank's micro-batches; returns its share of the step's loss, and of further sums."""
+        """Adds the gradients of this rank's micro-batches; returns its share of the step's loss, and of further
+        sums.
+        """
         world = self.world
         loss = torch.zeros((), device=world.device)
         sums: dict[str, torch.Tensor] = {}
@@ -273,7 +276,8 @@ class Run:
         return loss.item(), {name: value.item() for name, value in sums.items()}
 
     def _update(self, micro_batches: Step, lr: float, loss: float, grad_norm: float) -> dict:
-        """Updates the parameters, unless the loss or gradient is NaN or infinite; returns what changes in the step's line.
+        """Updates the parameters, unless the loss or gradient is NaN or infinite; returns what changes in the step's
+        line.
 
         Raises:
             UserError: where train.nonfinite is stop.
@@ -289,8 +293,8 @@ class Run:
         fault = f"step {self.step}: the loss is {loss} and the gradient norm {grad_norm}; from {cause}"
         if self.config.train.nonfinite == "stop":
             raise UserError(
-                f"{fault}. The last checkpoint is intact; set train.nonfinite to skip to resume from it, or fix the rows "
-                "or lower optim.lr in a run with another train.output"
+                f"{fault}. The last checkpoint is intact; set train.nonfinite to skip to resume from it, or fix the "
+                "rows or lower optim.lr in a run with another train.output"
             )
         log.warning("%s; skipped", fault)
         values = {"loss": loss, "grad_norm": grad_norm}
@@ -338,7 +342,7 @@ class Run:
             torch.__version__,
             self.inputs.identity,
         )
-        directory = Path(self.config.train.output) / "checkpoints"
+        directory = self.config.output / "checkpoints"
         checkpoint.save(
             directory, self.learner.trainable, self.learner.optimizer, state, self.config.train.keep, self.world
         )

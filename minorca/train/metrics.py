@@ -1,5 +1,8 @@
-"""What a run tells: metrics.jsonl, TensorBoard, Weights & Biases, curves.png, where its time goes, and the FLOPs behind its MFU."""
+"""What a run records: metrics.jsonl, TensorBoard, Weights & Biases, curves.png, seconds by phase, and the FLOPs behind
+its MFU.
+"""
 
+import itertools
 import json
 import logging
 import math
@@ -18,7 +21,7 @@ from minorca.model.layout import projections
 
 log = logging.getLogger(__name__)
 
-PHASES = ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "other")
+PHASES: tuple[str, ...] = ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "other")
 
 # dense bf16 matrix FLOP/s, from NVIDIA's data sheets; a device not here has no MFU rather than a guessed one
 PEAK_FLOPS = {
@@ -40,11 +43,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def training_flops(arch: Architecture, adapter_parameters: int, lengths: list[int], trained: int) -> float:
-    """FLOPs of one forward and backward over documents of these lengths, `trained` tokens of them in the loss; recomputation
-    not counted. MFU is this by a step's seconds, its ranks and the device's dense bf16 peak.
+    """FLOPs of one forward and backward over documents of these lengths, `trained` tokens of them in the loss;
+    recomputation not counted. MFU is this by a step's seconds, its ranks and the device's dense bf16 peak.
 
-    A token costs 4 FLOPs a frozen matrix parameter (forward, and the gradient of activations) and 6 an adapter parameter;
-    attention 4 D a query head and visible key forward, and 2.5 times that backward. The head meets trained tokens alone.
+    A token costs 4 FLOPs a frozen matrix parameter (forward, and the gradient of activations) and 6 an adapter
+    parameter; attention 4 D a query head and visible key forward, and 2.5 times that backward. The head meets trained
+    tokens alone.
     """
     block = sum(part.in_features * part.out_features for parts in projections(arch).values() for part in parts)
     attended = arch.heads * arch.head_dim
@@ -64,50 +68,64 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Clock:
-    """Seconds by phase. Calling it with a phase's name ends the phase before; on CUDA the marks are events in the stream, so that
-    work counts where it is computed and `data` is the time the GPU waits for a batch."""
+    """Seconds by phase: calling it with a phase's name ends the phase before.
+
+    On CUDA the marks are events in the stream, so that work counts where it is computed, and `data` is the time that
+    the GPU waits for a batch.
+    """
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
-        self.marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self.phases: list[str] = []
+        # of each phase its start: seconds, or on CUDA an event
+        self.seconds: list[float] = []
+        self.events: list[torch.cuda.Event] = []
 
     def __call__(self, phase: str) -> None:
-        mark = time.perf_counter()
+        self.phases.append(phase)
         if self.cuda:
-            mark = torch.cuda.Event(enable_timing=True)
-            mark.record()
-        self.marks.append((phase, mark))
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.events.append(event)
+        else:
+            self.seconds.append(time.perf_counter())
 
     def read(self) -> dict[str, float]:
-        """The seconds of every phase since the last reading; the phase under way goes on."""
-        self(self.marks[-1][0])
+        """The seconds of every phase since the last reading; the current phase continues."""
+        self(self.phases[-1])
         if self.cuda:
-            self.marks[-1][1].synchronize()
-        seconds = dict.fromkeys(PHASES, 0.0)
-        for (phase, start), (_, end) in zip(self.marks, self.marks[1:]):
-            seconds[phase] += start.elapsed_time(end) / 1000 if self.cuda else end - start
-        del self.marks[:-1]
-        return seconds
+            self.events[-1].synchronize()
+            durations = [start.elapsed_time(end) / 1000 for start, end in itertools.pairwise(self.events)]
+        else:
+            durations = [end - start for start, end in itertools.pairwise(self.seconds)]
+        totals: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        for phase, duration in zip(self.phases, durations):
+            totals[phase] += duration
+        del self.phases[:-1], self.seconds[:-1], self.events[:-1]
+        return totals
 
 
 class Record:
-    """A run's record, kept by rank 0: metrics.jsonl (a line a step, flushed at once), TensorBoard, a progress bar, and Weights &
-    Biases where `train.wandb` names a project."""
+    """A run's record, kept by rank 0: metrics.jsonl (a line a step, flushed at once), TensorBoard, a progress bar, and
+    Weights & Biases where `train.wandb` names a project.
+    """
 
     def __init__(self, config: Config, resumed: int, steps: int):
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
-        output = Path(config.train.output)
-        self.path, self.log_every = output / "metrics.jsonl", config.train.log_every
-        self.evaluated = _drop_lines_past(
-            self.path, resumed or -1
-        )  # starting over, the evaluation before step 1 goes too
+        output = config.output
+        self.path = output / "metrics.jsonl"
+        self.log_every = config.train.log_every
+        # starting over, the evaluation before step 1 goes too
+        self.evaluated = _drop_lines_past(self.path, resumed or -1)
         self.file = self.path.open("a")
         self.board = SummaryWriter(output / "tensorboard", purge_step=resumed + 1 if resumed else 0)
         self.wandb = _start_wandb(config, output, resumed)
         self.bar = tqdm(total=steps, initial=resumed, unit="step", desc="training")
-        self.seconds, self.tokens, self.phases = 0.0, 0, dict.fromkeys(PHASES, 0.0)
+        self.seconds = 0.0
+        self.tokens = 0
+        self.phases = dict.fromkeys(PHASES, 0.0)
 
     def _write(self, step: int, values: dict) -> None:
         values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
@@ -120,11 +138,13 @@ class Record:
             self.wandb.log(known, step=step)
 
     def step(self, step: int, values: dict, phases: dict[str, float]) -> None:
-        """A step of all ranks together: its loss per trained token, its own tokens, its wall-clock seconds; and of those on rank 0
-        the seconds of each phase: data, forward, backward and optimizer are its own, evaluation, checkpoint and other are what came
-        between the step before and this one."""
+        """A step of all ranks together: its loss per trained token, its own tokens, its wall-clock seconds; and of
+        those on rank 0 the seconds of each phase: data, forward, backward and optimizer are its own, evaluation,
+        checkpoint and other are what came between the step before and this one.
+        """
         self._write(step, values | {f"{phase}_seconds": seconds for phase, seconds in phases.items()})
-        self.seconds, self.tokens = self.seconds + values["seconds"], self.tokens + values["tokens"]
+        self.seconds += values["seconds"]
+        self.tokens += values["tokens"]
         self.phases = {phase: self.phases[phase] + seconds for phase, seconds in phases.items()}
         self.bar.update()
         if step % self.log_every == 0 or step == self.bar.total:
@@ -137,8 +157,9 @@ class Record:
         self.bar.write(f"step {step}: held-out loss {values['eval_loss']:.4f}")
 
     def close(self, phases: dict[str, float], finished: bool) -> None:
-        """Ends the record with a summary, `phases` those after the last step, and, of a finished run, with curves.png, drawn from
-        the whole of metrics.jsonl."""
+        """Ends the record with a summary, `phases` those after the last step, and, of a finished run, with curves.png,
+        drawn from the whole of metrics.jsonl.
+        """
         self.bar.close()
         self.file.close()
         self.board.close()
@@ -146,9 +167,9 @@ class Record:
             self.wandb.finish()
         if self.seconds:
             spent = {phase: seconds + phases[phase] for phase, seconds in self.phases.items()}
-            whole = sum(spent.values())
-            shares = ", ".join(f"{phase} {seconds / whole:.1%}" for phase, seconds in spent.items())
-            log.info("%.0f seconds, %.0f tokens/s; %s", whole, self.tokens / self.seconds, shares)
+            total = sum(spent.values())
+            shares = ", ".join(f"{phase} {seconds / total:.1%}" for phase, seconds in spent.items())
+            log.info("%.0f seconds, %.0f tokens/s; %s", total, self.tokens / self.seconds, shares)
         if finished:
             draw_curves(self.path, self.path.with_name("curves.png"))
 
@@ -158,17 +179,18 @@ def import_wandb(config: Config):
     if not config.train.wandb:
         return None
     try:
-        import wandb
+        # not among the requirements
+        import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise UserError(
-            f"train.wandb is {config.train.wandb}, and the package is not installed; pip install wandb, or leave the key out"
-        ) from None
+        message = f"is {config.train.wandb}, and the package is not installed; pip install wandb, or leave the key out"
+        raise UserError(message, field="train.wandb") from None
     return wandb
 
 
 def _start_wandb(config: Config, output: Path, resumed: int):
-    """The run there, the same one after a resume: its id lies beside the metrics."""
-    wandb, path = import_wandb(config), output / "wandb-id"
+    """The run of Weights & Biases, the same one after a resume: its id lies beside the metrics."""
+    wandb = import_wandb(config)
+    path = output / "wandb-id"
     if not wandb:
         return None
     if not resumed or not path.exists():
@@ -184,9 +206,12 @@ def _start_wandb(config: Config, output: Path, resumed: int):
 
 
 def _drop_lines_past(path: Path, step: int) -> bool:
-    """Removes what an interrupted run wrote after its last checkpoint, a torn last line included. Whether the evaluation after
-    `step`, if one is due then, is there."""
-    kept, evaluated = [], False
+    """Removes what an interrupted run wrote after its last checkpoint, an incomplete last line included.
+
+    Returns whether the evaluation after `step`, if one is due then, is there.
+    """
+    kept = []
+    evaluated = False
     for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
         try:
             values = json.loads(line)

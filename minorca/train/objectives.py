@@ -1,7 +1,7 @@
 """What a run minimizes: the only code that knows what a batch is worth.
 
-The loop asks an objective for a step's normalizer, for a head that turns the last hidden states of a micro-batch into its
-share of the step's loss, and for the metrics that a step's or an evaluation's line gets besides the loss.
+The loop asks an objective for a step's normalizer, for a head that turns the last hidden states of a micro-batch into
+its share of the step's loss, and for the metrics that a step's or an evaluation's line gets besides the loss.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,9 @@ class Objective(Protocol):
         ...
 
     def head(self, batch: Batch, normalizer: float) -> Head:
-        """The head of a forward over `batch` (`Mistral.forward`): hidden states [T, H] and the weight [V, H] -> Outcome."""
+        """The head of a forward over `batch` (`Mistral.forward`): hidden states [T, H] and the weight [V, H] ->
+        Outcome.
+        """
         ...
 
     def metrics(self, sums: dict[str, float], normalizer: float) -> dict[str, float]:
@@ -50,7 +52,9 @@ class Objective(Protocol):
 
 
 class NextToken:
-    """Cross-entropy of each trained token, averaged over them: supervised fine-tuning. Only their rows meet the head."""
+    """Cross-entropy of each trained token, averaged over them: supervised fine-tuning. Only their rows meet the
+    head.
+    """
 
     def normalizer(self, store: TokenStore, rows: np.ndarray) -> int:
         return int(store.trained_counts[rows].sum())

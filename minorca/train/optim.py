@@ -1,4 +1,4 @@
-"""AdamW on the adapters, the learning rate as a function of the step, and clipping."""
+"""AdamW, the learning rate as a function of the step, and clipping."""
 
 import math
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from minorca.config import OptimConfig
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, config.lr, tuple(config.betas), config.eps, config.weight_decay, fused=True)
+    return torch.optim.AdamW(parameters, config.lr, config.betas, config.eps, config.weight_decay, fused=True)
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

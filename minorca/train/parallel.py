@@ -1,7 +1,8 @@
 """How a model is spread over the ranks, and which activations are computed again. Applied to a model from outside.
 
-`none` keeps the model whole on each rank, unwrapped, and sums the trained gradients in one all-reduce a step: FSDP2 on an
-(N, 1) mesh would do the same, but copies every frozen weight twice a micro-batch even where there is nothing to gather.
+`none` keeps the model whole on each rank, unwrapped, and sums the trained gradients in one all-reduce a step: FSDP2 on
+an (N, 1) mesh would do the same, but copies every frozen weight twice a micro-batch even where there is nothing to
+gather.
 `fsdp` shards every block, and the root with embedding, final norm and head, over a named (replicate, shard) mesh.
 """
 
@@ -29,72 +30,80 @@ def _memory_per_rank(device: torch.device) -> int:
 
 
 def shards(model: nn.Module, config: ParallelConfig, world: World) -> bool:
-    """Whether the model is to be sharded; `auto`: where its weights take half of a rank's memory, or an option needs it."""
+    """Whether the model is to be sharded; `auto`: where its weights take half of a rank's memory, or an option needs
+    it.
+    """
     if config.shard != "auto":
         return config.shard == "fsdp"
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     needed = config.replicate > 1 or config.cpu_offload or 2 * weights >= _memory_per_rank(world.device)
-    return world.sum([needed])[0] > 0  # ranks may differ in memory, and must not differ in this
+    # ranks may differ in memory, and must not differ in this
+    return world.sum([needed])[0] > 0
 
 
 def shard(model: Mistral, config: ParallelConfig, world: World) -> None:
-    """FSDP2 on a model on the meta device: frozen weights in their dtype, adapters fp32, reductions fp32, sums not means."""
+    """FSDP2 on a model on the meta device: frozen weights in their dtype, adapters fp32, reductions fp32, sums not
+    means.
+    """
     if world.size % config.replicate:
-        raise UserError(
-            f"parallel.replicate is {config.replicate}; expected a divisor of the number of ranks, {world.size}"
-        )
-    names, sizes = ("replicate", "shard"), (config.replicate, world.size // config.replicate)
-    mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=names)
+        message = f"is {config.replicate}; expected a divisor of the number of ranks, {world.size}"
+        raise UserError(message, field="parallel.replicate")
+    sizes = (config.replicate, world.size // config.replicate)
+    mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=("replicate", "shard"))
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.cpu_offload else OffloadPolicy()
     # RoPE's tables are inputs of a block and stay fp32, so inputs are not cast
     precision = MixedPrecisionPolicy(model.embedding.weight.dtype, torch.float32, cast_forward_inputs=False)
+    mesh = mesh if config.replicate > 1 else mesh["shard"]
     for module in (*model.layers, model):
-        fully_shard(
-            module, mesh=mesh if config.replicate > 1 else mesh["shard"], mp_policy=precision, offload_policy=offload
-        )
+        sharded = fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
         # the loss is already divided by the step's global token count; gloo has no pre-multiplied sum
-        module.set_force_sum_reduction_for_comms(True)
-        module.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+        sharded.set_gradient_divide_factor(1.0)
 
 
 def describe(model: Mistral, world: World) -> str:
-    """What a run holds, in words: parameters, trained ones, and the weights' bytes on this rank beside its memory."""
+    """Parameters, trained ones, and the weights' bytes on this rank beside its memory, in words."""
     parameters = list(model.parameters())
-    whole, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-    here = sum(
-        p.numel() * p.element_size() for p in (p.to_local() if isinstance(p, DTensor) else p for p in parameters)
-    )
+    count = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    gigabytes = sum(p.numel() * p.element_size() for p in local) / 1e9
     how = "sharded" if isinstance(parameters[0], DTensor) else "whole"
-    ranks = f"{world.size} rank{'s' * (world.size > 1)} on {world.device.type}"
-    return f"{whole:,} parameters, {trained:,} trained; {ranks}, each with {here / 1e9:.2f} GB of weights ({how}) in {_memory_per_rank(world.device) / 1e9:.0f} GB"
+    ranks = f"{world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}"
+    memory = f"{gigabytes:.2f} GB of weights ({how}) in {_memory_per_rank(world.device) / 1e9:.0f} GB"
+    return f"{count:,} parameters, {trained:,} trained; {ranks}, each with {memory}"
 
 
 def checkpoint_activations(model: Mistral, kind: str) -> None:
-    """`full`: a block keeps its input and computes the rest again in backward. `selective`: it also keeps attention's output and
-    those of the adapted projections that are not much wider than their input; of products with adapters, gate_up alone is made
-    again."""
+    """Has blocks recompute activations in backward instead of saving them.
+
+    `full`: a block saves its input alone. `selective`: it also saves attention's output and those of the adapted
+    projections that are not much wider than their input; of these products, gate_up alone is recomputed.
+    """
     if kind == "none":
         return
-    aten, ours = torch.ops.aten, torch.ops.minorca
-    attention = {
-        getattr(aten, f"_scaled_dot_product_{name}").default
-        for name in ("flash_attention", "efficient_attention", "cudnn_attention")
-    }
-    attention.add(ours.attention.default)
-    if hasattr(torch.ops.torch_attn, "_varlen_attn"):
-        attention.add(torch.ops.torch_attn._varlen_attn.default)
-
-    def policy(_, operator, *arguments, **options) -> CheckpointPolicy:
-        keep = operator in attention
-        if operator == ours.lora_linear.default:
-            out_features, a = arguments[3], arguments[4]
-            keep = out_features <= 2 * a[0].shape[1]
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-    options = (
-        {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)} if kind == "selective" else {}
-    )
+    options = {}
+    if kind == "selective":
+        options = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _selective_policy)}
     for block in model.layers:
         block.forward = functools.partial(
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options
         )
+
+
+@functools.cache
+def _attention_operators() -> set:
+    names = ("flash_attention", "efficient_attention", "cudnn_attention")
+    operators = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names}
+    operators.add(torch.ops.minorca.attention.default)
+    if hasattr(torch.ops.torch_attn, "_varlen_attn"):
+        operators.add(torch.ops.torch_attn._varlen_attn.default)
+    return operators
+
+
+def _selective_policy(_, operator, *arguments, **options) -> CheckpointPolicy:
+    save = operator in _attention_operators()
+    if operator == torch.ops.minorca.lora_linear.default:
+        out_features, a = arguments[3], arguments[4]
+        save = out_features <= 2 * a[0].shape[1]
+    return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE

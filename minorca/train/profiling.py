@@ -11,16 +11,20 @@ import torch
 from torch.profiler import profile, schedule
 
 from minorca.train.metrics import peak_memory_bytes
-from minorca.train.parallel import World
+from minorca.train.ranks import World
 
 log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def profiled(directory: Path, world: World) -> Iterator[Callable[[], None]]:
-    """Yields what to call after every step. After the third, each rank has written that step to trace-rankN.json.gz, and its memory:
-    on CUDA what was allocated since the loop began (the newest 200,000 times), with stacks, to memory-rankN.pickle (for pytorch.org/memory_viz); on the CPU the
-    tensors that are there, by shape, to memory-rankN.txt."""
+    """Yields what to call after every step. After the third, each rank has written into `directory`:
+
+    trace-rankN.json.gz: a trace of that step.
+    memory-rankN.pickle: on CUDA, what was allocated since the loop began (the newest 200,000 times), with stacks, for
+        pytorch.org/memory_viz.
+    memory-rankN.txt: on the CPU, the tensors that exist, by shape.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     cuda = world.device.type == "cuda"
     if cuda:
@@ -32,7 +36,7 @@ def profiled(directory: Path, world: World) -> Iterator[Callable[[], None]]:
             torch.cuda.memory._dump_snapshot(str(directory / f"memory-rank{world.rank}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
         else:
-            (directory / f"memory-rank{world.rank}.txt").write_text(_tensors_there(peak_memory_bytes(world.device)))
+            (directory / f"memory-rank{world.rank}.txt").write_text(_existing_tensors(peak_memory_bytes(world.device)))
         log.info("profile: %s", directory)
 
     steps = schedule(wait=1, warmup=1, active=1, repeat=1)
@@ -40,12 +44,13 @@ def profiled(directory: Path, world: World) -> Iterator[Callable[[], None]]:
         yield profiler.step
 
 
-def _tensors_there(peak: int) -> str:
+def _existing_tensors(peak: int) -> str:
     storages = {}
     for tensor in gc.get_objects():
         if type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_meta:
-            with contextlib.suppress(RuntimeError):  # one that torch.compile made up holds no memory
-                storages[tensor.untyped_storage().data_ptr()] = tensor  # of views the last
+            # a tensor that torch.compile made up holds no memory; of several views the last counts
+            with contextlib.suppress(RuntimeError):
+                storages[tensor.untyped_storage().data_ptr()] = tensor
     kinds = Counter((str(t.dtype), tuple(t.shape), t.untyped_storage().nbytes()) for t in storages.values())
     rows = sorted(((size * count, count, dtype, shape) for (dtype, shape, size), count in kinds.items()), reverse=True)
     lines = [f"{total:>14,} bytes: {count} x {dtype} {list(shape)}" for total, count, dtype, shape in rows]

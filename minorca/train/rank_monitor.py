@@ -1,8 +1,9 @@
 """Which ranks of a run are alive, and why one left, so that no rank waits for one that is gone.
 
-The ranks share a store: torchrun's, or rank 0's, whose loss is a sign too. A thread of each rank reports every second that
-it is alive and what it is doing, and a rank that leaves early reports why first. The others then find that their collectives
-fail (gloo), or never return (nccl): those that fail ask here which rank to name, those that hang are ended by the thread.
+The ranks share a store: torchrun's, or rank 0's, whose loss is a sign too. A thread of each rank reports every second
+that it is alive and what it is doing, and a rank that leaves early reports why first. The others then find that their
+collectives fail (gloo), or never return (nccl): those that fail ask here which rank to name, those that hang are ended
+by the thread.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from minorca.errors import RunEnded
 
@@ -42,14 +44,14 @@ class RankMonitor:
         # a restarted run may find the store of the one before
         nonce = torch.tensor([secrets.randbits(62) if rank == 0 else 0], device=device)
         dist.all_reduce(nonce)
-        store = dist.TCPStore(
+        store = TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
             wait_for_workers=False,
             timeout=timedelta(seconds=timeout),
         )
-        self.store = dist.PrefixStore(f"minorca-monitor/{nonce.item()}", store)
+        self.store = PrefixStore(f"minorca-monitor/{nonce.item()}", store)
         self.rank = rank
         self.others = [other for other in range(size) if other != rank]
         self.timeout = timeout
@@ -57,7 +59,7 @@ class RankMonitor:
         self.noted: Sequence[int] = ()
         self._beats = 0
         # of each other rank, its last heartbeat and when it came
-        self._last_seen = {other: ("", time.monotonic()) for other in self.others}
+        self._last_seen = {other: (b"", time.monotonic()) for other in self.others}
         # the store's connection serves one request at a time
         self._lock = threading.Lock()
         self._closed = threading.Event()

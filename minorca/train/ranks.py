@@ -5,11 +5,12 @@ import datetime
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from minorca.errors import RunEnded, UserError
 from minorca.signals import Terminated, signals_noted
@@ -29,7 +30,7 @@ class World:
     device: torch.device
     monitor: RankMonitor | None = None
 
-    def sum(self, values: list[float]) -> list[float]:
+    def sum(self, values: Sequence[float]) -> list[float]:
         """Each value's sum over the ranks, in fp64. Every rank must call it."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
@@ -57,8 +58,8 @@ class World:
 def init_distributed(timeout: int) -> Iterator[World]:
     """Within it, this process is in the group torchrun describes, or in one of its own: nccl on CUDA, gloo on the CPU.
 
-    A collective that takes longer than `timeout` seconds fails. When a rank leaves, by whatever error or signal, all others
-    leave too.
+    A collective that takes longer than `timeout` seconds fails. When a rank leaves, by whatever error or signal, all
+    others leave too.
 
     Raises:
         RunEnded: another rank left, or has already reported the error that this one would end with.
@@ -70,7 +71,7 @@ def init_distributed(timeout: int) -> Iterator[World]:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=limit)
     else:
-        dist.init_process_group(backend, timeout=limit, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=limit, store=HashStore(), rank=0, world_size=1)
     rank, size = dist.get_rank(), dist.get_world_size()
     monitor = RankMonitor(rank, size, timeout, device) if size > 1 else None
     try:
@@ -82,8 +83,8 @@ def init_distributed(timeout: int) -> Iterator[World]:
         if not monitor:
             dist.destroy_process_group()
             raise
-        # When a rank dies, torchrun signals the others to end: not before they have said which rank they miss. The group is
-        # not destroyed, for nccl's would wait for the others first; the process ends anyway.
+        # When a rank dies, torchrun signals the others to end: not before they have said which rank they miss. The
+        # group is not destroyed, for nccl's would wait for the others first; the process ends anyway.
         with signals_noted():
             raise _leave(error, monitor)  # noqa: B904  (the error itself, or why it is another rank's)
     finally:
@@ -105,7 +106,9 @@ def _device() -> torch.device:
 
 
 def _leave(error: BaseException, monitor: RankMonitor) -> BaseException:
-    """Tells the other ranks of the error that ends this one; returns what to end with: the error, or why it is another's."""
+    """Tells the other ranks of the error that ends this one; returns what to end with: the error, or why it is
+    another's.
+    """
     # the store may be what is lost
     with contextlib.suppress(dist.DistError):
         if isinstance(error, UserError):
@@ -119,10 +122,10 @@ def _leave(error: BaseException, monitor: RankMonitor) -> BaseException:
             monitor.leave(130 if isinstance(error, KeyboardInterrupt) else 143, "")
             return cause or error
         # a collective that broke because another rank left
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if cause := monitor.cause_of_failure():
-                message = f"{cause} (its own error: {error})".partition("\n")[0] if str(cause) else ""
-                return RunEnded(cause.status, message)
+        may_be_collective = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+        if may_be_collective and (cause := monitor.cause_of_failure()):
+            message = f"{cause} (its own error: {error})".partition("\n")[0] if str(cause) else ""
+            return RunEnded(cause.status, message)
         monitor.leave(1, f"{type(error).__name__}: {error}".partition("\n")[0])
         error.add_note(f"The other ranks: {monitor.statuses()}")
     return error

@@ -22,7 +22,8 @@ Step = list[np.ndarray]
 
 def batch_outcome(model: Mistral, objective: Objective, batch: Batch, normalizer: float) -> Outcome:
     """What a micro-batch is worth, by one forward."""
-    # made here, not from cu_seqlens inside: FSDP moves a forward's tensors to the GPU, and reading them back would stall it
+    # made here, not from cu_seqlens inside: FSDP moves a forward's tensors to the GPU, and reading them back would
+    # stall it
     attend = PackedAttention(batch.cu_seqlens, len(batch.tokens), model.arch.window, batch.tokens.device)
     return model(batch.tokens, attend=attend, head=objective.head(batch, normalizer))
 

@@ -3,6 +3,7 @@
 A member is one kind of trained thing; adapters are the first. The loop, checkpoints and parallelism know the set alone.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -73,9 +74,9 @@ class TrainableSet:
         """The number of trained values."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
-    def gather(self, world: World) -> dict[str, Tensor | None]:
-        """The values, whole and on the host of rank 0; None on the others. Every rank calls it."""
-        return {name: whole(parameter, world) for name, parameter in self.parameters.items()}
+    def gather(self, world: World) -> dict[str, Tensor]:
+        """The values, whole and on the host of rank 0; nothing on the others. Every rank calls it."""
+        return gather(self.parameters, world)
 
     def save(self, directory: Path, tensors: dict[str, Tensor]) -> None:
         """Writes what `gather` gave rank 0 into an existing directory."""
@@ -102,7 +103,11 @@ class TrainableSet:
         return clip_gradients(self.parameters.values(), max_norm)
 
 
-def whole(tensor: Tensor, world: World) -> Tensor | None:
-    """A tensor, sharded or not, whole on the host of rank 0; None on the others. Every rank calls it."""
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return tensor.detach().cpu() if world.rank == 0 else None
+def gather(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Tensors, sharded or not, whole on the host of rank 0; nothing on the others. Every rank calls it."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if world.rank == 0:
+            gathered[name] = tensor.detach().cpu()
+    return gathered

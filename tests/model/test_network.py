@@ -76,7 +76,7 @@ def test_the_gradient_reaches_the_window_and_no_further(window, save_mistral):
 def test_cu_seqlens_must_cover_the_tokens(save_mistral):
     model = load_model(save_mistral()[0], torch.float32, "cpu")
     for wrong in ([0, 5], [1, 10], [0, 6, 4, 10], [0, 5, 5, 10]):
-        with pytest.raises(ValueError, match="cu_seqlens must rise"):
+        with pytest.raises(ValueError, match="expected cu_seqlens to rise"):
             model(tokens_of(10), torch.tensor(wrong))
 
 
