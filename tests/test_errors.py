@@ -120,7 +120,7 @@ GENERATING = {  # what breaks the directory, options, what is said
     "another network": (
         lambda: edit("model/config.json", model_type="qwen2"),
         GENERATE,
-        "model/config.json: field model_type",
+        "model/config.json: model_type",
     ),
     "no tokenizer": (lambda: os.remove("model/tokenizer.json"), GENERATE, "model: no tokenizer found"),
     "truncated tokenizer": (lambda: cut("model/tokenizer.json"), GENERATE, "model/tokenizer.json: cannot be read"),

@@ -430,7 +430,7 @@ def test_adapters_of_impossible_size(change, valid):
     directory = valid("adapter")
     edit(directory / "adapter_config.json", **change)
     said = refusal(read_adapter_settings, directory)
-    assert said.startswith(f"{directory}/adapter_config.json: field {next(iter(change))} is") and len(said) < 1000
+    assert said.startswith(f"{directory}/adapter_config.json: {next(iter(change))} is") and len(said) < 1000
 
 
 def test_an_adapters_rank_is_its_tensors(valid):

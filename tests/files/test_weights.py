@@ -416,7 +416,7 @@ def test_a_llama_of_the_same_shape_is_the_same_network(tmp_path):
         ({"rms_norm_eps": float("nan")}, "NaN"),
         ({"sliding_window": -1}, "sliding_window"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
-        ({"num_key_value_heads": 5}, "32 query heads over 5 key heads"),
+        ({"num_key_value_heads": 5}, "32 query heads, 5 key/value heads"),
         ({"head_dim": 127}, "of size 127"),
     ],
     ids=str,
@@ -439,7 +439,7 @@ def test_another_network_is_refused_by_its_field(changes, field, tmp_path):
         ({"sliding_window": 0}, "sliding_window"),
         ({"norm_eps": ...}, "norm_eps"),
         ({"n_layers": 32.0}, "n_layers is 32.0; expected a positive int"),
-        ({"n_kv_heads": 7}, "32 query heads over 7 key heads"),
+        ({"n_kv_heads": 7}, "32 query heads, 7 key/value heads"),
     ],
     ids=str,
 )
