@@ -1,20 +1,22 @@
-"""The JSON files of one folder as one markdown page: python -m benchmarks.table FOLDER writes FOLDER/table.md.
+"""Formats the JSON files of a folder as a markdown page: python -m benchmarks.table FOLDER writes FOLDER/table.md.
 
-python -m benchmarks.table --readme writes the README's table of kernels, from the newest GPU in benchmarks/results/.
+python -m benchmarks.table --docs writes the table of kernels in docs/benchmarks.md, from the newest GPU results in
+benchmarks/results/.
 """
 
 import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 LIMITS = {"copy": "copy", "matmul": "matrix product", "base": "product without LoRA"}
 
 
 def spread(values: dict[str, float], scale: float = 1.0) -> str:
-    """Median (least to most)."""
-    return "{median:,.3g} ({min:,.3g} to {max:,.3g})".format(**{name: value * scale for name, value in values.items()})
+    """Median (minimum to maximum)."""
+    return f"{values['median'] * scale:,.3g} ({values['min'] * scale:,.3g} to {values['max'] * scale:,.3g})"
 
 
 def percent(fraction: float | None) -> str:
@@ -22,23 +24,23 @@ def percent(fraction: float | None) -> str:
 
 
 def grid(header: list[str], rows: list[list]) -> str:
+    """A markdown table."""
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def device(result: dict) -> str:
-    copy = f"{result['copy_bytes_per_second'] / 1e12:.3g} TB/s, read and written"
-    limits = [["copy bandwidth", copy]]
+    rows = [[name, value] for name, value in result["machine"].items() if value is not None]
+    rows.append(["copy bandwidth", f"{result['copy_bytes_per_second'] / 1e12:.3g} TB/s, read and written"])
     for dtype in ("bf16", "fp32"):
         if matmul := result.get(f"matmul_{dtype}"):
             rate = f"{matmul['flops_per_second'] / 1e12:.3g} TFLOP/s, n = {matmul['n']}, over {matmul['seconds']:.0f} s"
-            limits.append([f"{dtype} matrix product", rate])
-    return grid(
-        ["machine", ""], [[name, value] for name, value in result["machine"].items() if value is not None] + limits
-    )
+            rows.append([f"{dtype} matrix product", rate])
+    return grid(["machine", ""], rows)
 
 
-def name_of(result: dict) -> str:
-    return f"{result['model']}{', {} layers'.format(result['layers']) if result['layers'] else ''}, {result['dtype']}"
+def model_name(result: dict) -> str:
+    layers = [f"{result['layers']} layers"] if result["layers"] else []
+    return ", ".join([result["model"], *layers, result["dtype"]])
 
 
 def training(results: list[dict]) -> str:
@@ -56,11 +58,13 @@ def training(results: list[dict]) -> str:
     header += ["forward, backward, optimizer (s)", "tokens/s, ours / theirs"]
     rows = []
     for result in results:
+        step = result["step"]
+        label = f"{result['rows']} ({step['documents']} rows, {step['tokens']} tokens; {model_name(result)})"
         for name in ("ours", "theirs"):
             side = result[name]
             rows.append(
                 [
-                    f"{result['rows']} ({result['step']['documents']} rows, {result['step']['tokens']} tokens; {name_of(result)})",
+                    label,
                     name,
                     spread(side["seconds"]),
                     f"{side['tokens_per_second']:,.0f}",
@@ -81,29 +85,27 @@ def generating(result: dict) -> str:
     header += ["tokens/s, ours / theirs", "same ids"]
     rows = []
     for run in result["decoding"]:
-        told = {
-            "ours": [
-                percent(run["of_limit"]),
-                percent(run["of_bandwidth"]),
-                f"{run['ratio']:.2f}",
-                percent(run["same_ids"]),
-            ]
-        }
+        comparison = [
+            percent(run["of_limit"]),
+            percent(run["of_bandwidth"]),
+            f"{run['ratio']:.2f}",
+            percent(run["same_ids"]),
+        ]
         for name in ("ours", "theirs", "limit"):
             rows.append(
                 [
-                    name_of(result),
+                    model_name(result),
                     run["batch"],
                     f"{run['prompt_tokens']} + {run['new_tokens']}",
                     name,
                     spread(run[name]["step_seconds"], 1e3),
                     f"{run[name]['tokens_per_second']:,.1f}",
-                    *told.get(name, [""] * 4),
+                    *(comparison if name == "ours" else [""] * len(comparison)),
                 ]
             )
     first = [
         [
-            name_of(result),
+            model_name(result),
             run["prompt_tokens"],
             spread(run["ours"], 1e3),
             spread(run["theirs"], 1e3),
@@ -141,12 +143,11 @@ def kernels(result: dict) -> str:
         if "seconds" not in row:
             rows.append([*name, row.get("failed") or row["skipped"], *[""] * 9])
             continue
+        microseconds = {quantile: 1e6 * seconds for quantile, seconds in row["seconds"].items()}
         rows.append(
             [
                 *name,
-                "{median:,.1f} ({p20:,.1f} to {p80:,.1f})".format(
-                    **{name: 1e6 * value for name, value in row["seconds"].items()}
-                ),
+                f"{microseconds['median']:,.1f} ({microseconds['p20']:,.1f} to {microseconds['p80']:,.1f})",
                 f"{row['bytes_per_second'] / 1e9:,.0f}",
                 f"{row['flops_per_second'] / 1e12:,.0f}" if row["flops"] else "",
                 *(percent(row[of]) for of in ("of_copy", "of_matmul", "of_datasheet", "target")),
@@ -159,72 +160,75 @@ def kernels(result: dict) -> str:
 
 
 def measured_kernels(results: Path) -> Path | None:
-    """A GPU's kernels.json, from the newest folder by the date in its name."""
+    """A GPU's kernels.json from the newest folder, by the date in its name."""
     read = {path: json.loads(path.read_text()) for path in results.glob("*/kernels.json")}
     found = [path for path, result in read.items() if result["device_type"] == "cuda" and not result["smoke"]]
     return max(found, key=lambda path: re.findall(r"\d{4}-\d\d-\d\d", path.parent.name), default=None)
 
 
-def readme_kernels(results: Path) -> str:
-    """Every kernel with a target: what it is measured against, how much of that it has to reach, and what it reaches."""
+def kernel_targets(results: Path) -> str:
+    """A table of the kernels with targets: the limit, the fraction of it to reach and, if a GPU is measured, reached."""
     from benchmarks.cases import cases
 
     path = measured_kernels(results)
-    result = json.loads(path.read_text()) if path else {"rows": []}
+    result: dict[str, Any] = json.loads(path.read_text()) if path else {"rows": []}
     found = {
         tuple(row[key] for key in ("kernel", "shape", "direction", "provider")): row
         for row in result["rows"]
         if "seconds" in row
     }
-    rows: dict[tuple, list] = {}
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
     for case in cases():
         for provider, target in case.targets.items():
             kernel = case.kernel if provider == "ours" else f"{case.kernel}, {provider.upper()}"
-            row = rows.setdefault((kernel, case.shape), [kernel, case.shape, LIMITS[case.limit], "", "", "", ""])
-            at = 5 if case.direction == "backward" else 3
-            row[at] = f"{100 * target:.3g}%"
+            row = rows.setdefault((kernel, case.shape, LIMITS[case.limit]), {})
+            direction = "backward" if case.direction == "backward" else "forward"
+            row[f"{direction}: at least"] = f"{100 * target:.3g}%"
             if case.direction == "both":
-                row[5] = "in forward"
-            if mine := found.get((case.kernel, case.shape, case.direction, provider)):
-                row[at + 1] = f"**{percent(mine['reached'])}**, {1e6 * mine['seconds']['median']:,.0f} µs"
-    header = ["kernel", "shape", "limit", "forward: at least", "forward", "backward: at least", "backward"]
+                row["backward: at least"] = "in forward"
+            if measured := found.get((case.kernel, case.shape, case.direction, provider)):
+                seconds = measured["seconds"]["median"]
+                row[direction] = f"**{percent(measured['reached'])}**, {1e6 * seconds:,.0f} µs"
+    columns = ["forward: at least", "backward: at least"]
+    source = "No GPU has been measured yet."
     if path:
+        columns = ["forward: at least", "forward", "backward: at least", "backward"]
         folder = path.parent.relative_to(results.parent.parent)
-        said = f"Measured on {result['machine']['device']}, in `{folder}`:\n\n![each kernel against its limit]({folder}/kernels.png)"
-    else:
-        said = "No GPU has been measured yet, so no GPU figure stands here: the measured columns are empty."
-    return f"{grid(header, list(rows.values()))}\n\n{said}"
+        figure = f"![each kernel's share of its limit](../{folder}/kernels.png)"
+        source = f"Measured on {result['machine']['device']}, in `{folder}`:\n\n{figure}"
+    cells = [[*names, *(row.get(column, "") for column in columns)] for names, row in rows.items()]
+    return f"{grid(['kernel', 'shape', 'limit', *columns], cells)}\n\n{source}"
 
 
-def with_kernels(readme: str, results: Path) -> str:
-    """The README with its table of kernels, between two marks, made anew."""
-    block = f"<!-- kernels -->\n{readme_kernels(results)}\n<!-- /kernels -->"
-    return re.sub(r"<!-- kernels -->.*<!-- /kernels -->", lambda _: block, readme, flags=re.DOTALL)
+def with_kernels(document: str, results: Path) -> str:
+    """A document with a new table of kernels between its two markers."""
+    block = f"<!-- kernels -->\n{kernel_targets(results)}\n<!-- /kernels -->"
+    return re.sub(r"<!-- kernels -->.*<!-- /kernels -->", lambda _: block, document, flags=re.DOTALL)
 
 
 def page(folder: Path) -> str:
+    """All results of a folder as markdown."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     parts = []
     if "device" in found:
         parts += ["## Machine", device(found["device"])]
     if (tests := folder / "tests.txt").exists():
-        ends = re.findall(
-            r"^=*\s*(\d+ (?:passed|failed|skipped).* in .*?)\s*=*$", tests.read_text(), flags=re.MULTILINE
-        )
-        parts += ["## Tests on the device, file by file", "\n".join(f"- {end}" for end in ends)]
+        pattern = r"^=*\s*(\d+ (?:passed|failed|skipped).* in .*?)\s*=*$"
+        summaries = re.findall(pattern, tests.read_text(), flags=re.MULTILINE)
+        parts += ["## Tests on the device, by file", "\n".join(f"- {summary}" for summary in summaries)]
     if "kernels" in found:
         parts += ["## Kernels", kernels(found["kernels"])]
     if steps := [result for name, result in found.items() if name.startswith("train-")]:
-        parts += ["## A LoRA training step, median (least to most)", training(steps)]
+        parts += ["## A LoRA training step, median (minimum to maximum)", training(steps)]
     if "decode" in found:
-        parts += ["## Greedy generation, median (least to most)", generating(found["decode"])]
+        parts += ["## Greedy generation, median (minimum to maximum)", generating(found["decode"])]
     return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--readme":
-        readme = ROOT / "README.md"
-        readme.write_text(with_kernels(readme.read_text(), ROOT / "benchmarks" / "results"))
+    if sys.argv[1] == "--docs":
+        document = ROOT / "docs" / "benchmarks.md"
+        document.write_text(with_kernels(document.read_text(), ROOT / "benchmarks" / "results"))
         sys.exit()
     folder = Path(sys.argv[1])
     (folder / "table.md").write_text(page(folder))
