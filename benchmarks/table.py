@@ -167,7 +167,7 @@ def measured_kernels(results: Path) -> Path | None:
 
 
 def kernel_targets(results: Path) -> str:
-    """A table of the kernels with targets: the limit, the fraction of it to reach and, if a GPU is measured, reached."""
+    """A table of the kernels with targets: the limit, the fraction of it to reach and the fraction reached."""
     from benchmarks.cases import cases
 
     path = measured_kernels(results)
