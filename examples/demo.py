@@ -46,8 +46,12 @@ def main(argv: list[str]) -> None:
     right_before = [is_right(row, text) for row, text in zip(rows, before)]
     print(f"before: {sum(right_before)} of {QUESTIONS} held-out answers right", flush=True)
 
-    options = {"config": HERE.parent / "configs" / "quickstart.yaml", "model.path": MODEL, "train.output": RUN}
-    options["model.dtype"] = str(fast_dtype()).removeprefix("torch.")
+    options = {
+        "config": HERE.parent / "configs" / "quickstart.yaml",
+        "model.path": MODEL,
+        "model.dtype": str(fast_dtype()).removeprefix("torch."),
+        "train.output": RUN,
+    }
     train_command.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
 
     after = answer(rows, RUN / "adapter")
