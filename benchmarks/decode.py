@@ -1,25 +1,27 @@
 """Greedy generation, minorca beside transformers and beside its limit: python -m benchmarks.decode
 
-Decoding: both continue the same random prompts of equal length with the same weights and no stop, minorca's engine with as many
-rows as there are prompts, and transformers' generate as it comes (SDPA, its dynamic cache). A step's time is the median over
-the steps after the first tokens, runs alternate. Beside it in the same rounds stands the limit: every weight multiplied once
-by as many rows, with the very calls that the engine makes (prepacked on a CPU), and nothing else. Bandwidth counts what a step
-must read, every weight (of an embedding that is not the head, nothing) and the cache's filled part, against a copy's bytes a
-second on the same machine.
+Decoding: both continue the same random prompts of equal length with the same weights and no stop ids: minorca's engine
+with as many slots as there are prompts, and transformers' generate with its defaults (SDPA, its dynamic cache). A
+step's time is the median over the steps after the first tokens; runs alternate. Beside them, in the same rounds, stands
+the limit: every weight multiplied once by as many rows, by the same calls as in the engine (prepacked on a CPU), and
+nothing else. Bandwidth counts what a step must read: every weight (of an embedding that is not the head, nothing) and
+the filled part of the cache, divided by a copy's bytes per second on the same machine.
 
-The first token: from the request until its id is on the host, for one prompt of each length.
+First token: from the request until its id is on the host, for one prompt of each length.
 """
 
 import functools
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.common import DEVICE, clock, model_under_test, parser, peer, report, spread
 from benchmarks.device import copy_bandwidth
-from minorca.generate.engine import Engine, Request
+from minorca.generate.engine import Engine
+from minorca.generate.request import Request
 from minorca.model.build import prepack
 from minorca.model.network import Mistral
 
@@ -27,14 +29,15 @@ ROUNDS = 5
 
 
 def step_bytes(model: Mistral, weights: int, batch: int, length: float) -> float:
-    """Bytes a decoding step reads where each of `batch` sequences has `length` tokens."""
-    arch, element = model.arch, model.embedding.weight.element_size()
+    """Bytes that a decoding step reads, if each of `batch` sequences has `length` tokens."""
+    arch = model.arch
+    element = model.embedding.weight.element_size()
     keys = min(length, arch.window or length)
     return element * (weights + 2 * batch * keys * arch.layers * arch.kv_heads * arch.head_dim)
 
 
 def products(model: Mistral, rows: int) -> list[Callable[[], Tensor]]:
-    """Each of the engine's products with a weight, once: as it calls them, on random rows."""
+    """The engine's products with weights, on random rows: each weight once."""
     head = model.embedding if model.head is None else model.head
     calls = []
     for weight in (*(projection.base for _, projection in model.projections()), head):
@@ -45,20 +48,20 @@ def products(model: Mistral, rows: int) -> list[Callable[[], Tensor]]:
 
 @torch.inference_mode()
 def limit(model: Mistral, rows: int, steps: int) -> float:
-    """Median seconds of all products with weights; on CUDA captured as one graph, as the engine's step is."""
+    """Median seconds of all products with weights; on CUDA as a CUDA graph, like the engine's step."""
     calls = products(model, rows)
 
-    def once() -> None:
+    def run_all() -> None:
         for call in calls:
             call()
 
-    once()
-    if DEVICE.type == "cuda":
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            once()
-        once = graph.replay
-    return statistics.median(_timed(once) for _ in range(steps))
+    run_all()
+    if DEVICE.type != "cuda":
+        return statistics.median(_timed(run_all) for _ in range(steps))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run_all()
+    return statistics.median(_timed(graph.replay) for _ in range(steps))
 
 
 def _timed(run: Callable) -> float:
@@ -68,7 +71,7 @@ def _timed(run: Callable) -> float:
 
 
 class Stamps:
-    """When each token was ready: a streamer for transformers, which puts the prompt first."""
+    """The time of each token: a streamer for transformers, which puts the prompt first."""
 
     def __init__(self):
         self.times = []
@@ -82,23 +85,28 @@ class Stamps:
 
 def our_run(model: Mistral, prompts: Tensor, new: int) -> tuple[list[list[int]], float]:
     """The new ids of each prompt, and a decoding step's median seconds."""
-    engine, outs, times = Engine(model, len(prompts), prompts.shape[1] + new), {}, []
+    engine = Engine(model, len(prompts), prompts.shape[1] + new)
+    outs: dict[Request, list[int]] = {}
+    times = []
     for prompt in prompts.tolist():
         request = Request(prompt, new)
         engine.add(request)
         outs[request] = []
     while engine.busy:
-        ended, start = any(len(ids) == new - 1 for ids in outs.values()), clock()
+        is_last = any(len(ids) == new - 1 for ids in outs.values())
+        start = clock()
         for token in engine.step():
             outs[token.request].append(token.id)
-        if min(map(len, outs.values())) > 2 and not ended:  # steps of all rows
+        # Only steps in which all slots decode.
+        if min(map(len, outs.values())) > 2 and not is_last:
             times.append(clock() - start)
     return list(outs.values()), statistics.median(times)
 
 
-def their_run(model: nn.Module, prompts: Tensor, new: int) -> tuple[list[list[int]], float]:
+def their_run(model: Any, prompts: Tensor, new: int) -> tuple[list[list[int]], float]:
     """The same of transformers."""
-    stamps, mask = Stamps(), torch.ones_like(prompts)
+    stamps = Stamps()
+    mask = torch.ones_like(prompts)
     out = model.generate(
         prompts, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0, streamer=stamps
     )
@@ -112,9 +120,7 @@ def random_prompts(model: Mistral, batch: int, length: int) -> Tensor:
     )
 
 
-def decoding(
-    model: Mistral, theirs: nn.Module, weights: int, batch: int, length: int, new: int, bandwidth: float
-) -> dict:
+def decoding(model: Mistral, theirs: Any, weights: int, batch: int, length: int, new: int, bandwidth: float) -> dict:
     prompts = random_prompts(model, batch, length)
     ids = our_run(model, prompts, new)[0], their_run(theirs, prompts, new)[0]
     same = [a == b for one, other in zip(*ids) for a, b in zip(one, other, strict=True)]
@@ -135,10 +141,11 @@ def decoding(
     }
 
 
-def first_token(model: Mistral, theirs: nn.Module, length: int) -> dict:
-    prompts, engine = random_prompts(model, 1, length), Engine(model, 1, length + 1)
+def first_token(model: Mistral, theirs: Any, length: int) -> dict:
+    prompts = random_prompts(model, 1, length)
+    engine = Engine(model, 1, length + 1)
     sides = {
-        "ours": lambda: list(engine.answer(Request(prompts[0].tolist(), 1))),
+        "ours": lambda: list(engine.stream(Request(prompts[0].tolist(), 1))),
         "theirs": lambda: theirs.generate(
             prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=1, pad_token_id=0
         ),
@@ -154,20 +161,20 @@ def first_token(model: Mistral, theirs: nn.Module, length: int) -> dict:
 def main() -> None:
     options = parser("benchmarks.decode", "Greedy generation, minorca beside transformers and its limit.")
     options.add_argument("--batch", default="1,8,32", metavar="N,N", help="sequences at once; default 1,8,32")
-    options.add_argument("--prompt-tokens", type=int, default=32, metavar="N", help="of the prompts that are continued")
-    options.add_argument("--new-tokens", type=int, default=64, metavar="N", help="at least 8")
+    options.add_argument("--prompt-tokens", type=int, default=32, metavar="N", help="length of the prompts; default 32")
+    options.add_argument("--new-tokens", type=int, default=64, metavar="N", help="at least 8; default 64")
     options.add_argument(
         "--first-token", default="16,128,512", metavar="N,N", help="lengths of the prompts whose first token is timed"
     )
     args = options.parse_args()
     bandwidth = copy_bandwidth()
     with model_under_test(args) as (directory, model):
-        theirs = peer(directory, model)
+        theirs: Any = peer(directory, model)
         theirs.generation_config.eos_token_id = None
-        weights = sum(p.numel() for p in model.parameters()) - (
-            0 if model.arch.tied else model.embedding.weight.numel()
-        )
-        batches, lengths = (list(map(int, text.split(","))) for text in (args.batch, args.first_token))
+        unread = 0 if model.arch.tied else model.embedding.weight.numel()
+        weights = sum(p.numel() for p in model.parameters()) - unread
+        batches = list(map(int, args.batch.split(",")))
+        lengths = list(map(int, args.first_token.split(",")))
         plain = {batch: limit(model, batch, args.new_tokens // 2) for batch in batches}
         model = prepack(model)
         decoded = [

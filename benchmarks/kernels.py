@@ -25,6 +25,7 @@ from benchmarks.common import DEVICE, clock, report
 from benchmarks.compiled import recorded
 from benchmarks.device import copy_bandwidth, matmul_rate
 from minorca.train.metrics import peak_flops
+from minorca_kernels import DenseWeight
 
 CUDA = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16
@@ -64,11 +65,11 @@ def exact(case: Case) -> list[Tensor]:
     """The definition's results in fp32."""
 
     def widened(leaf):
-        return (
-            leaf.detach().float().requires_grad_(leaf.requires_grad)
-            if isinstance(leaf, Tensor) and leaf.dtype == DTYPE
-            else leaf
-        )
+        if isinstance(leaf, DenseWeight):
+            return DenseWeight(leaf.weight.detach().float())
+        if isinstance(leaf, Tensor) and leaf.dtype == DTYPE:
+            return leaf.detach().float().requires_grad_(leaf.requires_grad)
+        return leaf
 
     return prepared(case, case.providers["plain"], tree_map(widened, drawn(case)))()
 

@@ -1,8 +1,8 @@
 """How fast weights load: python -m benchmarks.loading [--model DIR | --gigabytes N] [--rounds N] [--output FOLDER]
 
-Three things in turn, with the files' pages in memory (warm) and dropped (cold): `read` puts all bytes into one small buffer, which is
-what the disk can do; `read_and_keep` puts them into as much new memory, which a model on the CPU needs as well; and `load` is from the
-files to weights on the device, in the type that they are stored in.
+Three methods in turn, with the files' pages in memory (warm) and dropped (cold): `read` puts all bytes into one small
+buffer, the limit of the disk; `read_and_keep` puts them into as much new memory, as a model on the CPU needs too; and
+`load` goes from the files to weights on the device, in the type in which they are stored.
 """
 
 import argparse
@@ -25,11 +25,12 @@ from minorca.model.layout import source_tensors
 CHUNK = 2**24
 
 
-def _read(paths: list[Path], room: Callable[[int], memoryview]) -> None:
+def _read(paths: list[Path], buffer_at: Callable[[int], memoryview]) -> None:
+    """Reads files one after another; `buffer_at(n)` is where to put what follows the first n bytes."""
     done = 0
     for path in paths:
         with path.open("rb", buffering=0) as file:
-            while count := file.readinto(room(done)):
+            while count := file.readinto(buffer_at(done)):
                 done += count
 
 
@@ -39,7 +40,7 @@ def read(paths: list[Path]) -> None:
 
 
 def read_and_keep(paths: list[Path]) -> None:
-    whole = memoryview(torch.empty(sum(path.stat().st_size for path in paths) + 1, dtype=torch.uint8).numpy())
+    whole = torch.empty(sum(path.stat().st_size for path in paths) + 1, dtype=torch.uint8).numpy().data
     _read(paths, lambda done: whole[done : done + CHUNK])
 
 
@@ -50,7 +51,7 @@ def load(directory: Path) -> None:
 
 
 def drop(paths: list[Path]) -> None:
-    """Takes files out of the page cache, once they are on the disk."""
+    """Removes files from the page cache, after writing them to the disk."""
     for path in paths:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -63,7 +64,8 @@ def directory_under_test(args: argparse.Namespace) -> Iterator[Path]:
         yield args.model
         return
     with tempfile.TemporaryDirectory(dir=args.output) as folder:
-        directory, config = Path(folder), SHAPES["7b"]
+        directory = Path(folder)
+        config = SHAPES["7b"]
         (directory / "config.json").write_text(json.dumps(config))
         model = build_model(read_architecture(directory), torch.bfloat16)
         parameters = dict(model.named_parameters())
@@ -82,7 +84,7 @@ def directory_under_test(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(prog="python -m benchmarks.loading", description=__doc__.partition("\n")[0])
+    options = argparse.ArgumentParser(prog="python -m benchmarks.loading", description="How fast weights load.")
     what = options.add_mutually_exclusive_group()
     what.add_argument(
         "--model", type=Path, default=ROOT / "examples" / "model", metavar="DIR", help="default: examples/model"
@@ -99,24 +101,27 @@ def main() -> None:
         source = open_model(directory)
         paths = source.paths
         size = sum(path.stat().st_size for path in paths)
-        ways = {
+        methods = {
             "read": lambda: read(paths),
             "read_and_keep": lambda: read_and_keep(paths),
             "load": lambda: load(directory),
         }
-        seconds: dict[str, dict[str, list[float]]] = {cache: {name: [] for name in ways} for cache in ("warm", "cold")}
+        seconds: dict[str, dict[str, list[float]]] = {
+            cache: {name: [] for name in methods} for cache in ("warm", "cold")
+        }
         for round in range(args.rounds + 1):
-            for cache, of_cache in seconds.items():
-                for name, way in ways.items():
+            for cache, times in seconds.items():
+                for name, method in methods.items():
                     if cache == "cold":
                         drop(paths)
                     started = clock()
-                    way()
-                    if round:  # the first one warms up
-                        of_cache[name].append(clock() - started)
+                    method()
+                    # The first round warms up.
+                    if round:
+                        times[name].append(clock() - started)
     speeds = {
-        cache: {name: spread([size / s / 1e9 for s in values]) for name, values in ways.items()}
-        for cache, ways in seconds.items()
+        cache: {name: spread([size / s / 1e9 for s in values]) for name, values in methods.items()}
+        for cache, methods in seconds.items()
     }
     report(
         {
@@ -125,10 +130,8 @@ def main() -> None:
             "bytes": size,
             "gigabytes_per_second": speeds,
             "ratio": {
-                cache: {
-                    name: of_cache["load"]["median"] / of_cache[name]["median"] for name in ("read", "read_and_keep")
-                }
-                for cache, of_cache in speeds.items()
+                cache: {name: times["load"]["median"] / times[name]["median"] for name in ("read", "read_and_keep")}
+                for cache, times in speeds.items()
             },
         },
         "loading",

@@ -1,18 +1,21 @@
-"""The server under load, and whether it stays right: python -m benchmarks.serve_load [--model DIR] [--clients N] [--seconds N]
+"""The server under load, and whether its answers are right: python -m benchmarks.serve_load
 
-Starts `minorca.serve` on this machine and keeps it busy with clients that stream greedy answers, each asking again as soon as it has
-one. Then, for half as long, a fifth of them hang up in the middle of every answer. Exit status 1, and the report says why, where
+Starts `minorca.serve` on this machine and keeps it busy with clients that stream greedy answers, each sending a new
+request as soon as it has an answer. Then, for half as long, a fifth of them disconnect in the middle of every answer.
+Exit status 1, with the reasons in the report, if
 
-- a request fails, or an answer is another than `generate` gives for its prompt alone. In another batch a product may be summed in another
-  order and greedy decoding go the other way at a near tie; so each token of an answer that differs must have, by the model's plain
-  forward on all before it, a logit at most TOLERANCE below the largest one.
-- the tokens that the server counts are not those that came.
-- requests run or wait when all clients have left, or the server has grown meanwhile by more than GROWTH.
+- a request fails, or an answer differs from what `generate` gives for its prompt alone. In another batch a product may
+  be summed in another order, and greedy decoding take another token at a near tie; so each token of an answer that
+  differs must have a logit at most TOLERANCE below the largest one, by the model's plain forward on everything before
+  it.
+- the tokens that the server counts are not those that the clients received.
+- requests run or wait after all clients have left, or the server's memory has grown meanwhile by more than GROWTH.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
 import statistics
@@ -21,6 +24,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,17 +32,37 @@ import torch.nn.functional as F
 from benchmarks.common import ROOT, report, spread
 from minorca.data.chat_template import render_chat
 from minorca.data.tokenizer import Tokenizer, load_tokenizer
-from minorca.generate.__main__ import generate
-from minorca.generate.text_stream import BROKEN
+from minorca.generate import generate
+from minorca.generate.text_stream import REPLACEMENT
 from minorca.model.build import fast_dtype, load_model
 from minorca.model.network import Mistral
 
 NEW_TOKENS = 32
-TOLERANCE = {torch.bfloat16: 0.5, torch.float32: 1e-3}  # logits are about 20, where neighbours in bf16 are 0.125 apart
+# Logits are about 20, where neighbouring values of bf16 are 0.125 apart.
+TOLERANCE = {torch.bfloat16: 0.5, torch.float32: 1e-3}
 GROWTH = 0.05
-PATIENCE = 120  # seconds for one answer
-IDLE = 10  # seconds for the server to notice that all have left
-WORDS = "river lamp carpet engine violin harbour pepper ladder meadow coin anchor winter basket thunder mirror garden".split()
+# Seconds for one answer.
+ANSWER_TIMEOUT = 120
+# Seconds for the server to notice that all clients have left.
+IDLE_TIMEOUT = 10
+WORDS = [
+    "river",
+    "lamp",
+    "carpet",
+    "engine",
+    "violin",
+    "harbour",
+    "pepper",
+    "ladder",
+    "meadow",
+    "coin",
+    "anchor",
+    "winter",
+    "basket",
+    "thunder",
+    "mirror",
+    "garden",
+]
 
 
 def questions(count: int) -> list[str]:
@@ -50,12 +74,13 @@ def questions(count: int) -> list[str]:
 
 @dataclass
 class Phase:
-    """What the clients met."""
+    """What the clients measured."""
 
     began: float = field(default_factory=time.perf_counter)
     first_token: list[float] = field(default_factory=list)
     latency: list[float] = field(default_factory=list)
-    answers: Counter[tuple[int, str]] = field(default_factory=Counter)  # by question and text
+    # By question and text.
+    answers: Counter[tuple[int, str]] = field(default_factory=Counter)
     tokens: int = 0
     hung_up: int = 0
     errors: Counter[str] = field(default_factory=Counter)
@@ -80,18 +105,23 @@ class Phase:
 
 
 class Server:
-    """`minorca.serve` in a process of its own. Talked to in plain HTTP by hand: its clients share the processor with it."""
+    """`minorca.serve` in a process of its own.
+
+    Clients speak plain HTTP without a library, because they share the processor with it.
+    """
 
     async def start(self, *options) -> None:
         command = [sys.executable, "-m", "minorca.serve", "--port", "0", *map(str, options)]
         self.process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=asyncio.subprocess.PIPE)
-        said = (await self.process.stdout.readline()).decode()
-        if not (address := re.search(r"serving (\S+) at http://127.0.0.1:(\d+)", said)):
-            sys.exit(f"the server did not start, and said: {said}")
+        assert self.process.stdout
+        line = (await self.process.stdout.readline()).decode()
+        address = re.search(r"serving (\S+) at http://127.0.0.1:(\d+)", line)
+        if not address:
+            sys.exit(f"the server did not start: {line}")
         self.model, self.port = address.groups()
 
     async def call(self, path: str, body: dict | None = None):
-        """The lines of an answer's body, chunk sizes among them; closing the iterator hangs up."""
+        """The lines of a response's body, including chunk sizes; closing the iterator disconnects."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
             content = json.dumps(body).encode() if body else b""
@@ -100,7 +130,7 @@ class Server:
             writer.write(head.encode() + content)
             status = (await reader.readline()).decode().strip()
             if " 200 " not in status:
-                raise ConnectionError(status or "no answer")
+                raise ConnectionError(status or "no response")
             while await reader.readline() != b"\r\n":
                 pass
             async for line in reader:
@@ -113,17 +143,19 @@ class Server:
         return {match[1]: float(match[2]) for line in lines if (match := re.match(r"minorca_(\w+) (\S+)", line))}
 
     async def idle(self) -> float:
-        """The seconds until nothing runs or waits; more than IDLE if something still does."""
+        """The seconds until nothing runs or waits; more than IDLE_TIMEOUT if something still does."""
         began = time.perf_counter()
-        while (now := await self.metrics())["running"] or now["waiting"]:
-            if time.perf_counter() - began > IDLE:
+        while time.perf_counter() - began <= IDLE_TIMEOUT:
+            metrics = await self.metrics()
+            if not metrics["running"] and not metrics["waiting"]:
                 break
             await asyncio.sleep(0.05)
         return time.perf_counter() - began
 
     def memory(self) -> int:
-        """Bytes of it that are in memory."""
-        return int(re.search(r"VmRSS:\s*(\d+)", Path(f"/proc/{self.process.pid}/status").read_text())[1]) * 1024
+        """The resident set size, in bytes."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
     async def end(self) -> None:
         if self.process.returncode is None:
@@ -131,8 +163,8 @@ class Server:
             await self.process.wait()
 
 
-async def ask(server: Server, number: int, question: str, phase: Phase, patience: int | None) -> None:
-    """One answer, streamed; with `patience`, hung up on after so many pieces of text."""
+async def ask(server: Server, number: int, question: str, phase: Phase, max_pieces: int | None) -> None:
+    """Streams one answer; disconnects after `max_pieces` pieces of text, if given."""
     body = {
         "model": server.model,
         "messages": [{"role": "user", "content": question}],
@@ -140,13 +172,19 @@ async def ask(server: Server, number: int, question: str, phase: Phase, patience
         "max_tokens": NEW_TOKENS,
     }
     body |= {"stream": True, "stream_options": {"include_usage": True}}
-    began, pieces, reason, tokens, done = time.perf_counter(), [], None, None, False
+    began = time.perf_counter()
+    first = 0.0
+    pieces: list[str] = []
+    reason = None
+    tokens = None
+    done = False
     lines = server.call("/v1/chat/completions", body)
     try:
         async for line in lines:
             if not line.startswith(b"data: "):
                 continue
-            if done := line.startswith(b"data: [DONE]"):
+            done = line.startswith(b"data: [DONE]")
+            if done:
                 break
             event = json.loads(line[6:])
             if "error" in event:
@@ -154,15 +192,16 @@ async def ask(server: Server, number: int, question: str, phase: Phase, patience
             tokens = (event["usage"] or {}).get("completion_tokens")
             for choice in event["choices"]:
                 reason = choice["finish_reason"] or reason
-                if text := choice["delta"].get("content"):
+                text = choice["delta"].get("content")
+                if text:
                     if not pieces:
                         first = time.perf_counter() - began
                     pieces.append(text)
-            if patience is not None and len(pieces) >= patience:
+            if max_pieces is not None and len(pieces) >= max_pieces:
                 phase.hung_up += 1
                 return
         if not (done and reason and tokens and pieces):
-            raise ConnectionError("an answer without its end")
+            raise ConnectionError("incomplete answer")
         phase.first_token.append(first)
         phase.latency.append(time.perf_counter() - began)
         phase.answers[number, "".join(pieces)] += 1
@@ -172,16 +211,18 @@ async def ask(server: Server, number: int, question: str, phase: Phase, patience
 
 
 async def load(server: Server, asked: list[str], clients: int, seconds: float, rude: int) -> Phase:
-    """That many clients for that long; the first `rude` of them hang up."""
+    """Runs `clients` clients for `seconds`; the first `rude` of them disconnect early."""
     phase = Phase()
 
     async def client(n: int) -> None:
         draw = random.Random(n)
         while time.perf_counter() - phase.began < seconds:
-            number, patience = draw.randrange(len(asked)), draw.randrange(NEW_TOKENS // 2) if n < rude else None
+            number = draw.randrange(len(asked))
+            max_pieces = draw.randrange(NEW_TOKENS // 2) if n < rude else None
             try:
-                await asyncio.wait_for(ask(server, number, asked[number], phase, patience), PATIENCE)
-            except (OSError, ValueError, LookupError, asyncio.TimeoutError) as error:
+                await asyncio.wait_for(ask(server, number, asked[number], phase, max_pieces), ANSWER_TIMEOUT)
+            # OSError includes TimeoutError.
+            except (OSError, ValueError, LookupError) as error:
                 phase.errors[f"{type(error).__name__}: {error}"[:200]] += 1
                 await asyncio.sleep(0.1)
 
@@ -191,8 +232,12 @@ async def load(server: Server, asked: list[str], clients: int, seconds: float, r
 
 @torch.inference_mode()
 def widest_gap(model: Mistral, tok: Tokenizer, prompt: list[int], text: str) -> float | None:
-    """How far below the largest logit the tokens of an answer are at most; None where one of them is not within TOLERANCE."""
-    tolerance, paths = TOLERANCE[model.embedding.weight.dtype], [(0.0, [])]
+    """How far below the largest logit an answer's tokens are at most; None if one of them is not within TOLERANCE.
+
+    Searches all sequences of ids that decode to the text.
+    """
+    tolerance = TOLERANCE[model.embedding.weight.dtype]
+    paths: list[tuple[float, list[int]]] = [(0.0, [])]
     while paths:
         widest, ids = paths.pop()
         if len(ids) == NEW_TOKENS or (ids and ids[-1] in tok.stop_ids):
@@ -202,7 +247,7 @@ def widest_gap(model: Mistral, tok: Tokenizer, prompt: list[int], text: str) -> 
         logits_V = model(torch.tensor(prompt + ids), head=lambda hidden, head: F.linear(hidden[-1], head)).float()
         below_V = logits_V.max() - logits_V
         for token in (below_V <= tolerance).nonzero()[:, 0].tolist():
-            if text.startswith(tok.decode([*ids, token]).rstrip(BROKEN)):
+            if text.startswith(tok.decode([*ids, token]).rstrip(REPLACEMENT)):
                 paths.append((max(widest, below_V[token].item()), [*ids, token]))
     return None
 
@@ -211,14 +256,14 @@ async def run(args: argparse.Namespace, asked: list[str]) -> tuple[dict, dict[st
     server = Server()
     try:
         await server.start("--model", args.model, "--slots", args.slots, "--queue", 2 * args.clients)
-        await load(server, asked, args.slots, 1, rude=0)  # what is done once
+        # Warms up.
+        await load(server, asked, args.slots, 1, rude=0)
         before = await server.metrics()
         phases = {"steady": await load(server, asked, args.clients, args.seconds, rude=0)}
-        figures = {"steady": phases["steady"].figures()}
+        figures: dict[str, Any] = {"steady": phases["steady"].figures()}
         figures["steady"]["idle_after_seconds"] = await server.idle()
-        figures["lost_tokens"] = (
-            (await server.metrics())["new_tokens_total"] - before["new_tokens_total"] - phases["steady"].tokens
-        )
+        counted = (await server.metrics())["new_tokens_total"] - before["new_tokens_total"]
+        figures["lost_tokens"] = counted - phases["steady"].tokens
         memory = server.memory()
         phases["hanging_up"] = await load(server, asked, args.clients, args.seconds / 2, rude=args.clients // 5)
         figures["hanging_up"] = phases["hanging_up"].figures()
@@ -230,36 +275,49 @@ async def run(args: argparse.Namespace, asked: list[str]) -> tuple[dict, dict[st
 
 
 def main() -> int:
-    options = argparse.ArgumentParser(prog="python -m benchmarks.serve_load", description=__doc__.partition("\n")[0])
+    options = argparse.ArgumentParser(
+        prog="python -m benchmarks.serve_load", description="The server under load, and whether its answers are right."
+    )
     options.add_argument(
         "--model", type=Path, default=ROOT / "examples" / "model", metavar="DIR", help="default: examples/model"
     )
-    options.add_argument("--clients", type=int, default=64, metavar="N")
-    options.add_argument("--slots", type=int, default=8, metavar="N", help="of the server")
+    options.add_argument("--clients", type=int, default=64, metavar="N", help="default: 64")
+    options.add_argument("--slots", type=int, default=8, metavar="N", help="of the server; default: 8")
     options.add_argument(
-        "--seconds", type=float, default=60, metavar="N", help="of the first phase; the second takes half as long"
+        "--seconds",
+        type=float,
+        default=60,
+        metavar="N",
+        help="of the first phase, the second takes half as long; default: 60",
     )
     options.add_argument("--output", type=Path, metavar="FOLDER", help="write the JSON there too")
     args = options.parse_args()
-    tok, model, asked = load_tokenizer(args.model), load_model(args.model, fast_dtype(), "cpu"), questions(24)
+    tok = load_tokenizer(args.model)
+    model = load_model(args.model, fast_dtype(), "cpu")
+    asked = questions(24)
     prompts = [render_chat(tok, [{"role": "user", "content": question}]) for question in asked]
     offline = [tok.decode(ids) for ids in generate(model, prompts, NEW_TOKENS, stop_ids=tok.stop_ids)]
     figures, phases = asyncio.run(run(args, asked))
 
     answers = phases["steady"].answers + phases["hanging_up"].answers
-    others = {
-        (number, text): widest_gap(model, tok, prompts[number], text)
-        for number, text in answers
-        if text != offline[number]
-    }
-    wrong = {key: answers[key] for key, gap in others.items() if gap is None}
-    tied = {key: answers[key] for key, gap in others.items() if gap is not None}
+    wrong: Counter[tuple[int, str]] = Counter()
+    tied: Counter[tuple[int, str]] = Counter()
+    widest_tie = 0.0
+    for (number, text), count in answers.items():
+        if text == offline[number]:
+            continue
+        gap = widest_gap(model, tok, prompts[number], text)
+        if gap is None:
+            wrong[number, text] = count
+        else:
+            tied[number, text] = count
+            widest_tie = max(widest_tie, gap)
     growth = figures["server_bytes"]["after_hanging_up"] / figures["server_bytes"]["after_steady"] - 1
     problems = {
         "requests failed": sum(sum(phase.errors.values()) for phase in phases.values()),
-        "answers are wrong": sum(wrong.values()),
+        "answers are wrong": wrong.total(),
         "tokens are lost": figures["lost_tokens"],
-        "requests are left": any(figures[name]["idle_after_seconds"] > IDLE for name in phases),
+        "requests still run": any(figures[name]["idle_after_seconds"] > IDLE_TIMEOUT for name in phases),
         "the server has grown": growth > GROWTH,
     }
     result = {
@@ -273,9 +331,9 @@ def main() -> int:
         **figures,
         "server_growth": growth,
         "answers": answers.total(),
-        "as_offline": answers.total() - sum(wrong.values()) - sum(tied.values()),
-        "by_near_ties": sum(tied.values()),
-        "widest_tie": max((others[key] for key in tied), default=0.0),
+        "as_offline": answers.total() - wrong.total() - tied.total(),
+        "by_near_ties": tied.total(),
+        "widest_tie": widest_tie,
         "questions_with_several_answers": sum(texts > 1 for texts in Counter(number for number, _ in answers).values()),
         "wrong": [
             {"question": asked[number], "expected": offline[number], "found": text} for number, text in list(wrong)[:5]

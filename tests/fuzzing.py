@@ -1,8 +1,9 @@
-"""`python fuzzing.py DIRECTORY FIRST COUNT [READER...]`: readers against files that somebody broke, COUNT cases from seed FIRST on.
+"""`python fuzzing.py DIRECTORY FIRST COUNT [READER...]`: reads broken files, COUNT cases from seed FIRST on.
 
-Each case is a copy of a reader's valid files with one of them changed. The reader must succeed or raise UserError, soon, in little
-memory, and without a look outside the directory; whatever else it does is printed and makes exit status 1. test_hostile.py
-runs this in processes of its own, so that a native crash is seen: the last line is the case at work.
+Each case is a copy of a reader's valid files with one of them changed. The reader must succeed or raise UserError,
+soon, in little memory, and without opening anything outside the directory; whatever else it does is printed and makes
+exit status 1. test_hostile.py runs this in processes of its own, so that a native crash is noticed: the last line names
+the case that was running.
 """
 
 import csv
@@ -16,6 +17,7 @@ import shutil
 import struct
 import sys
 import time
+import traceback
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -23,14 +25,19 @@ from pathlib import Path
 from minorca.files.atomic import write_manifest
 
 ROOT = Path(__file__).parent.parent
-SECONDS, MEMORY = 20, 2 * 2**30  # of one case; what it may take over what the libraries have
+# The limits of one case in time, and in memory beyond what the libraries take.
+MAX_SECONDS = 20
+MAX_MEMORY = 2 * 2**30
 TEXT = "Hello <s>[INST] the quick brown fox\n日本語 🦜 <|im_end|> \x00"
 MESSAGES = [
     {"role": "user", "content": "the quick"},
     {"role": "assistant", "content": "brown fox"},
     {"role": "user", "content": TEXT},
 ]
-TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + eos_token }}{% endfor %}{{ bos_token }}"
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + eos_token }}{% endfor %}"
+    "{{ bos_token }}"
+)
 
 # ---------------------------------------------------------------------------------------------------- valid files
 
@@ -159,22 +166,26 @@ def _resume(directory: Path) -> None:
 
 
 def _read_rows(directory: Path) -> None:
-    """In every format; the first complaint is the case's."""
-    from minorca import UserError
-    from minorca.config import Source
-    from minorca.data.sources import FORMATS, open_source, read_rows
+    """Reads the rows in every format; raises the first error."""
+    from typing import get_args
 
-    complaints = []
-    for format in FORMATS.keys() - ({"sharegpt", "messages"} if directory.name == "csv" else set()):
+    from minorca import UserError
+    from minorca.config import Format, Source
+    from minorca.data.sources import open_source, read_rows
+
+    errors = []
+    for format in get_args(Format):
+        if directory.name == "csv" and format in ("sharegpt", "messages"):
+            continue
         try:
-            records = open_source(Source(str(directory / f"rows.{directory.name}"), format), None)
-            records.sha256()
-            for _ in read_rows(records, format, 1000, Counter()):
+            reader = open_source(Source(str(directory / f"rows.{directory.name}"), format), None)
+            reader.sha256()
+            for _ in read_rows(reader, 1000, Counter()):
                 pass
         except UserError as error:
-            complaints.append(error)
-    if complaints:
-        raise complaints[0]
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 READERS = {
@@ -192,7 +203,7 @@ READERS = {
     "parquet": _read_rows,
 }
 
-# whose files are not exchanged for links and pipes: the user names a data file, and may name what he likes
+# Readers whose files are not replaced by links and pipes: users name a data file themselves, and may name anything.
 UNREPLACED = ("jsonl", "csv", "parquet")
 
 # -------------------------------------------------------------------------------------------------------- changes
@@ -298,7 +309,8 @@ def change_json(data: bytes, draw: random.Random) -> bytes:
     """Valid JSON with other values, without some, or with a key twice."""
     root = json.loads(data)
     for _ in range(draw.choice((1, 1, 2, 4))):
-        if not (nodes := _nodes(root, [])):
+        nodes = _nodes(root, [])
+        if not nodes:
             break
         container, key = draw.choice(nodes)
         if draw.random() < 0.2:
@@ -306,7 +318,8 @@ def change_json(data: bytes, draw: random.Random) -> bytes:
         else:
             values = [other.get(at) for other, at in nodes if isinstance(other, dict)] if draw.random() < 0.2 else []
             value = draw.choice(values or [draw.choice(VALUES), draw.choice(VALUES), draw.choice(NUMBERS)])
-            container[key] = json.loads(json.dumps(value))  # a copy: it may hold the container
+            # A copy: the value may contain the container.
+            container[key] = json.loads(json.dumps(value))
     text = json.dumps(root)
     if draw.random() < 0.1 and text.startswith('{"'):
         text = '{"' + text.split('"')[1] + '": 1, ' + text[1:]
@@ -314,14 +327,14 @@ def change_json(data: bytes, draw: random.Random) -> bytes:
 
 
 def change_header(data: bytes, draw: random.Random) -> bytes:
-    """A safetensors file whose header is JSON, and lies."""
+    """A safetensors file whose header is valid JSON, with wrong values."""
     size = int.from_bytes(data[:8], "little")
     header = change_json(data[8 : 8 + size], draw)
     return struct.pack("<Q", len(header)) + header + data[8 + size :]
 
 
 def change_pickle(data: bytes, draw: random.Random) -> bytes:
-    """A .bin whose pickle is changed within a whole archive, or is a program."""
+    """A .bin whose pickle is changed within an intact archive, or is a program."""
     out = io.BytesIO()
     kind = zipfile.ZIP_DEFLATED if draw.random() < 0.1 else zipfile.ZIP_STORED
     with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(out, "w", kind) as copy:
@@ -342,7 +355,7 @@ def change_bytes(data: bytes, draw: random.Random) -> bytes:
 
 
 def replace(file: Path, draw: random.Random) -> None:
-    """Something else under the name: a link out, a loop, a pipe, a directory, nothing, or another of the files."""
+    """Replaces a file by a link out, a loop, a pipe, a directory, nothing, an empty file, or another of the files."""
     others = [other for other in sorted(file.parent.iterdir()) if other != file]
     what = draw.choice(("out", "loop", "pipe", "directory", "gone", "empty", "other", "other"))
     file.unlink()
@@ -361,7 +374,7 @@ def replace(file: Path, draw: random.Random) -> None:
 
 
 def change(directory: Path, draw: random.Random) -> str:
-    """Changes one file of a directory, and says which."""
+    """Changes one file of a directory; returns its name."""
     file = draw.choice(sorted(directory.iterdir()))
     if draw.random() < 0.1 and directory.name not in UNREPLACED:
         replace(file, draw)
@@ -372,7 +385,8 @@ def change(directory: Path, draw: random.Random) -> str:
     )
     file.write_bytes(draw.choice((change_bytes, by_kind, by_kind))(data, draw))
     has_manifest = (directory / "MANIFEST.json").exists() and file.name != "MANIFEST.json"
-    if has_manifest and draw.random() < 0.7:  # who makes a file makes its hash
+    if has_manifest and draw.random() < 0.7:
+        # Whoever makes a file also makes its checksum.
         (directory / "MANIFEST.json").unlink()
         write_manifest(directory)
     return file.name
@@ -380,8 +394,9 @@ def change(directory: Path, draw: random.Random) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- watch
 
-inside: str | None = None  # the case's directory, while its reader runs
-seen: list[str] = []
+# The case's directory while its reader runs, and the forbidden things that it did.
+inside: str | None = None
+violations: list[str] = []
 LIBRARIES = tuple(os.path.realpath(one) for one in (sys.prefix, sys.base_prefix, ROOT / "minorca", ROOT / "kernels"))
 FORBIDDEN = (
     "os.exec",
@@ -404,29 +419,33 @@ def watch(event: str, arguments: tuple) -> None:
     if inside is None:
         return
     if event == "open" and isinstance(arguments[0], str | bytes):
-        path, mode, flags = os.path.realpath(os.fsdecode(arguments[0])), arguments[1], arguments[2]
+        path = os.path.realpath(os.fsdecode(arguments[0]))
+        flags = arguments[2]
         writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         allowed = (inside,) if writes else (inside, *LIBRARIES, "/dev/null", "/proc/")
         if not (path + "/").startswith(tuple(allowed)) and path not in allowed:
-            seen.append(f"opened {path}")
+            violations.append(f"opened {path}")
     elif event == "subprocess.Popen":
-        if not str(arguments[1][-1]).endswith("minorca/sandbox.py"):
-            seen.append(f"started {arguments[1]}")
-    elif event.startswith(FORBIDDEN) and not seen:
-        seen.append(f"{event} {arguments}"[:300])
+        if not str(arguments[1][-1]).endswith("minorca/data/sandbox.py"):
+            violations.append(f"started {arguments[1]}")
+    elif event.startswith(FORBIDDEN) and not violations:
+        violations.append(f"{event} {arguments}"[:300])
 
 
 def run(directory: Path, first: int, count: int, names: list[str]) -> int:
     global inside
     from minorca import UserError
 
-    cases, failures, outcomes = directory / "cases", 0, Counter()
+    cases = directory / "cases"
+    failures = 0
+    outcomes = Counter()
     shutil.rmtree(cases, ignore_errors=True)
     cases.mkdir()
-    for name in names:  # what is imported and read once, before anything is watched or limited
+    # What is imported and read once is so before anything is watched or limited.
+    for name in names:
         READERS[name](_case(directory, cases / "warm", name))
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (taken + MAX_MEMORY, taken + MAX_MEMORY))
     sys.addaudithook(watch)
     for seed in range(first, first + count):
         draw = random.Random(seed)
@@ -434,8 +453,10 @@ def run(directory: Path, first: int, count: int, names: list[str]) -> int:
         case = _case(directory, cases / str(seed), name)
         file = change(case, draw)
         print(f"seed {seed}: {name}, {file}", flush=True)
-        faulthandler.dump_traceback_later(SECONDS, exit=True)
-        inside, began, wrong = str(cases), time.monotonic(), None
+        faulthandler.dump_traceback_later(MAX_SECONDS, exit=True)
+        began = time.monotonic()
+        wrong = None
+        inside = str(cases)
         try:
             READERS[name](case)
             outcomes[f"{name}: read"] += 1
@@ -444,16 +465,15 @@ def run(directory: Path, first: int, count: int, names: list[str]) -> int:
             if len(str(error)) > 5000 and name not in UNREPLACED:
                 wrong = f"a message of {len(str(error))} characters"
         except BaseException as error:
-            origin = error.__traceback__
-            while origin.tb_next:
-                origin = origin.tb_next
-            wrong = f"{type(error).__name__}: {str(error)[:200]!r} at {origin.tb_frame.f_code.co_filename}:{origin.tb_lineno}"
+            origin = traceback.extract_tb(error.__traceback__)[-1]
+            wrong = f"{type(error).__name__}: {str(error)[:200]!r} at {origin.filename}:{origin.lineno}"
         inside = None
         faulthandler.cancel_dump_traceback_later()
-        if seen:
-            wrong = "; ".join(seen)
-            seen.clear()
-        if (took := time.monotonic() - began) > SECONDS / 2:
+        if violations:
+            wrong = "; ".join(violations)
+            violations.clear()
+        took = time.monotonic() - began
+        if took > MAX_SECONDS / 2:
             wrong = f"{took:.0f} seconds"
         if wrong:
             failures += 1
@@ -464,7 +484,7 @@ def run(directory: Path, first: int, count: int, names: list[str]) -> int:
 
 
 def _case(directory: Path, case: Path, name: str) -> Path:
-    """A copy of a reader's files to change, and of the model beside which an adapter is read."""
+    """A copy of a reader's files to change, and for an adapter a copy of its base model."""
     if name == "adapter":
         shutil.copytree(directory / "hf", case / "base")
     return shutil.copytree(directory / name, case / name)

@@ -122,7 +122,7 @@ GENERATING = {  # what breaks the directory, options, what is said
         GENERATE,
         "model/config.json: field model_type",
     ),
-    "no tokenizer": (lambda: os.remove("model/tokenizer.json"), GENERATE, "model: no tokenizer here"),
+    "no tokenizer": (lambda: os.remove("model/tokenizer.json"), GENERATE, "model: no tokenizer found"),
     "truncated tokenizer": (lambda: cut("model/tokenizer.json"), GENERATE, "model/tokenizer.json: cannot be read"),
     "another tokenizer": (
         shrink_vocabulary,
@@ -162,14 +162,14 @@ GENERATING = {  # what breaks the directory, options, what is said
 
 EXPORT = ["--model", "model", "--adapter", "adapter", "--output", "out"]
 EXPORTING = {
-    "onto a directory": (lambda: Path("out").mkdir(), EXPORT, "out: exists already"),
-    "onto a file": (None, [*EXPORT[:-1], "rows.jsonl"], "rows.jsonl: exists already"),
+    "onto a directory": (lambda: Path("out").mkdir(), EXPORT, "out: already exists"),
+    "onto a file": (None, [*EXPORT[:-1], "rows.jsonl"], "rows.jsonl: already exists"),
     "no directory": (None, ["--model", "./nowhere", "--output", "out"], "./nowhere: no such directory"),
     "truncated": (lambda: cut(WEIGHTS), EXPORT, f"{WEIGHTS}: not a whole safetensors file"),
     "missing tensor": (
         lambda: edit("model/config.json", num_hidden_layers=3),
         EXPORT,
-        "model: no file holds model.layers.2",
+        "model: missing tensor model.layers.2",
     ),
     "deeper adapter": (None, [*EXPORT, "--adapter", "deeper"], "deeper/adapter_model.safetensors: .*another model"),
     "narrower adapter": (None, [*EXPORT, "--adapter", "narrower"], "narrower/adapter_model.safetensors: .* has shape"),
@@ -177,7 +177,7 @@ EXPORTING = {
     "DoRA": (
         lambda: edit("adapter/adapter_config.json", use_dora=True),
         EXPORT,
-        "adapter/adapter_config.json: field use_dora",
+        "adapter/adapter_config.json: use_dora",
     ),
     "no output": (None, ["--model", "model"], "required: --output"),
 }
@@ -187,7 +187,7 @@ TRAINING = {
     "unknown keys": (
         None,
         [*RUN, "--lora.rang=8", "--optim.lr", "fast"],
-        "--lora.rang=8 is no option.*optim.lr is 'fast'",
+        "--lora.rang is an unknown option; did you mean lora.rank(.|\\n)*optim.lr is 'fast'",
     ),
     "no directory": (None, [*RUN, "--model.path", "./nowhere"], "./nowhere: no such directory"),
     "hub id": (None, [*RUN, "--model.path", "mistralai/Mistral-7B-v0.1"], "hf download mistralai/Mistral-7B-v0.1"),
@@ -201,11 +201,15 @@ TRAINING = {
         [*RUN, "--lora.init", "adapter"],
         "lora.rank is 16, and the adapter adapter has 4",
     ),
-    "no checkpoint": (None, [*RUN, "--train.resume", "adapter"], "adapter: no MANIFEST.json"),
+    "no checkpoint": (None, [*RUN, "--train.resume", "adapter"], "adapter: missing MANIFEST.json"),
 }
 SHOWING = {
-    "unknown key": (None, ["show", *RUN, "--data.trian=x"], "--data.trian=x is no option"),
-    "no tokenizer": (lambda: os.remove("model/tokenizer.json"), ["show", *RUN], "model: no tokenizer here"),
+    "unknown key": (
+        None,
+        ["show", *RUN, "--data.trian=x"],
+        "--data.trian is an unknown option; did you mean data.train",
+    ),
+    "no tokenizer": (lambda: os.remove("model/tokenizer.json"), ["show", *RUN], "model: no tokenizer found"),
     "template": (
         None,
         ["show", *RUN, "--data.template", "mistral-v3"],
@@ -215,9 +219,9 @@ SHOWING = {
     "no command": (None, [], "minorca.data takes a command: show"),
 }
 NAMING = {
-    "no command": (None, [], "expected one of the commands train, data, generate, serve, export"),
-    "another command": (None, ["serv"], "expected one of the commands .*; found serv"),
-    "a command's own": (None, ["export", *EXPORT[:-1], "rows.jsonl"], "rows.jsonl: exists already"),
+    "no command": (None, [], "expected one of train, data, generate, serve, export"),
+    "another command": (None, ["serv"], "unknown command serv; expected one of .*; did you mean serve"),
+    "a command's own": (None, ["export", *EXPORT[:-1], "rows.jsonl"], "rows.jsonl: already exists"),
 }
 COMMANDS = [
     (minorca.generate.__main__.main, GENERATING),

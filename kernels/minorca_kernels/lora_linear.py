@@ -119,14 +119,13 @@ def _accumulated(x: Tensor, weight: _Factor, s: Tensor, b: list[Tensor], starts:
 def _augmented(x: Tensor, weight: _Factor, s: Tensor, b: list[Tensor], starts: list[int], scale: float) -> Tensor:
     """[x | s] [W | scale b]^T, one product a little deeper: x and W have scratch columns after each row.
 
-    The product takes rows with all of their scratch columns, the unused ones zero, and so reads nothing that is not written.
+    The product takes rows with all of their scratch columns, the unused ones zero: it reads nothing that is not written.
     """
     # .data: no element of W itself changes, so what autograd has saved of it stays valid
     w = weight.matrix.data
     k, depth = w.shape[1], w.stride(0)
     x, w = (t.as_strided((len(t), depth), (depth, 1)) for t in (x, w))
     x[:, k : k + s.shape[1]] = s
-    x[:, k + s.shape[1] :] = 0
     _block_diagonal(b, starts, scale, w[:, k:])
     return F.linear(x, w)
 
@@ -172,6 +171,18 @@ def _has_padding(w: Tensor, columns: int) -> bool:
 # -------------------------------------------------------------------------------------------- forward and backward
 
 
+def _padded_input(x: Tensor, w: Tensor, of_swiglu: bool) -> Tensor:
+    """x, or its SwiGLU, as a view of rows that have as many scratch columns as those of W; they are zero."""
+    k = w.shape[1]
+    rows = x.new_empty(len(x), w.stride(0))
+    rows[:, k:] = 0
+    if of_swiglu:
+        swiglu_into(x, rows[:, :k])
+    else:
+        rows[:, :k] = x
+    return rows[:, :k]
+
+
 def _inner(x: Tensor, a: list[Tensor], dropout: float, seeds: list[int]) -> Tensor:
     """drop(x) A^T of every adapter, side by side: [T, R]."""
     if not dropout:
@@ -197,11 +208,7 @@ def _forward(
     if strategy == "augmented" and not _has_padding(w[0], sum(map(len, a))):
         strategy = "accumulated"
     if strategy == "augmented":
-        inputs, x = x, x.new_empty(len(x), w[0].stride(0))[:, : w[0].shape[1]]
-        if of_swiglu:
-            swiglu_into(inputs, x)
-        else:
-            x.copy_(inputs)
+        x = _padded_input(x, w[0], of_swiglu)
     elif of_swiglu:
         x = swiglu(x)
     s = _inner(x, a, dropout, seeds)

@@ -1,1 +1,1 @@
-"""Sources -> rows -> tokens and a loss mask -> packed batches: sources.py, store.py, packing.py."""
+"""Data sets to packed batches: sources, chat templates, the tokenizer, the token store, packing."""

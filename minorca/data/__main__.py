@@ -1,4 +1,4 @@
-"""`python -m minorca.data`: `show` prints rows as they are trained on; `prepare` renders all of them into the token store."""
+"""`python -m minorca.data`: `show` prints rows as they are trained on, `prepare` renders all into the token store."""
 
 import logging
 import sys
@@ -8,8 +8,9 @@ from itertools import groupby
 from minorca import cli
 from minorca.config import Config
 from minorca.data.chat_template import resolve_template
+from minorca.data.prepare import prepare_store
+from minorca.data.rendering import render_row
 from minorca.data.sources import open_source, read_rows
-from minorca.data.store import prepared, render_row
 from minorca.data.tokenizer import Tokenizer, load_tokenizer
 from minorca.errors import UserError
 
@@ -29,16 +30,16 @@ def show(argv: list[str]) -> None:
     if args.rows < 1:
         raise UserError(f"is {args.rows}; expected at least 1", field="--rows")
     tok, template = _tokenizer(config)
-    start, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("«", "»")
+    mark_start, mark_end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("«", "»")
     for source in config.data.sources(config.data.train):
-        for row in read_rows(open_source(source, args.rows), source.format, args.rows, Counter()):
+        for row in read_rows(open_source(source, args.rows), args.rows, Counter()):
             ids, trained = render_row(row, tok, template, config.data.train_on)
-            how = "plain text" if isinstance(row.content, str) else f"template {template}"
-            print(f"--- {row.where}: {how}, {len(ids)} tokens, {trained.sum()} trained")
+            writer = "plain text" if isinstance(row.content, str) else f"template {template}"
+            print(f"--- {row.path}, {row.where}: {writer}, {len(ids)} tokens, {trained.sum()} trained")
             edges = [0, *(i for i in range(1, len(ids)) if trained[i] != trained[i - 1]), len(ids)]
-            for first, last in zip(edges, edges[1:]):
-                text = visible_text(tok, ids[first:last].tolist())
-                print(f"{start}{text}{end}" if trained[first] else text, end="")
+            for begin, stop in zip(edges, edges[1:]):
+                text = visible_text(tok, ids[begin:stop].tolist())
+                print(f"{mark_start}{text}{mark_end}" if trained[begin] else text, end="")
             print()
 
 
@@ -48,15 +49,15 @@ def prepare(argv: list[str]) -> None:
     )
     _, config = cli.parse_config(parser, argv)
     tok, template = _tokenizer(config)
-    for what in (config.data.train, config.data.eval):
-        if sources := config.data.sources(what):
-            store = prepared(sources, tok, template, config.data)
+    for setting in (config.data.train, config.data.eval):
+        if sources := config.data.sources(setting):
+            store = prepare_store(sources, tok, template, config.data)
             store.report()
             print(f"{len(store)} rows in {store.path}")
 
 
 def visible_text(tok: Tokenizer, ids: list[int]) -> str:
-    """The text of ids with control tokens spelled out."""
+    """The text of ids, with control tokens shown as their strings."""
     names = {i: name for name, i in tok.control_ids.items()}
     runs = groupby(ids, key=lambda i: i in names)
     return "".join("".join(names[i] for i in run) if control else tok.decode(list(run)) for control, run in runs)

@@ -1,5 +1,7 @@
-"""The order of all steps, and batches made from it. The order is a function of lengths, weights and a seed alone: the loader's
-whole state is the number of the step, and no number of ranks changes what a step holds.
+"""The schedule of all steps, and batches made from it.
+
+The schedule is a function of the rows' lengths, the sources' weights and a seed alone: the loader's whole state is the
+number of the step, and what a step holds does not depend on the number of ranks.
 """
 
 from bisect import bisect_left
@@ -12,20 +14,33 @@ from torch import Tensor
 from minorca.data.store import TokenStore
 from minorca.errors import UserError
 
-Step = list[np.ndarray]  # its micro-batches, each the rows it holds
-ROWS, BINS = 1, 2  # streams of random numbers
+# A step's micro-batches, each an array of the rows it holds.
+Step = list[np.ndarray]
+
+# Random numbers are drawn from a stream for each purpose.
+SHUFFLE_ROWS = 1
+SHUFFLE_MICRO_BATCHES = 2
 
 
-class Order:
-    """Which rows every step has, counted from 1 over all epochs.
+class BatchSchedule:
+    """Which rows each step has, counted from 1 over all epochs.
 
-    lengths [N]; parts: (first, last, weight) of each source's rows. Epoch e, counted from 0, takes the rows of a source of n rows and
-    weight w from place e*w*n to place (e+1)*w*n of an endless repetition of shuffles of them: of weight 1 every row once an epoch,
-    of 0.5 half of them and in the next epoch the others, of 2 every row twice.
+    Epoch e, counted from 0, takes the rows of a source of n rows and weight w from place e*w*n to place (e+1)*w*n of an
+    endless repetition of shuffles of them: with weight 1 every row once an epoch, with 0.5 half of them and in the next
+    epoch the others, with 2 every row twice.
 
-    Packing fills each micro-batch with the longest row left that fits into `capacity` tokens, then the longest that fits the rest, and
-    so on, equal lengths in shuffled order; without it, each is one row. A step is `micro_batches` of them in shuffled order; the
-    last of an epoch may be short. How many micro-batches an epoch has follows from the lengths: with whole weights, all have as many.
+    Packing fills each micro-batch with the longest row left that fits into `capacity` tokens, then the longest that
+    fits into the rest, and so on, equal lengths in shuffled order; without packing, each micro-batch is one row. A step
+    is `micro_batches` of them in shuffled order; the last step of an epoch may have fewer. The number of micro-batches
+    in an epoch follows from the lengths: with integer weights, it is the same in all epochs.
+
+    Args:
+        lengths: [N] int64, the tokens of each row.
+        capacity: the most tokens in a micro-batch, at least the longest row.
+        micro_batches: how many micro-batches a step has.
+        packing: whether micro-batches are filled with several rows.
+        seed: of all random numbers.
+        sources: (start, end, weight) of each source's rows, `end` exclusive; by default one source of weight 1.
     """
 
     def __init__(
@@ -35,22 +50,19 @@ class Order:
         micro_batches: int,
         packing: bool,
         seed: int,
-        parts: list[tuple[int, int, float]] | None = None,
+        sources: list[tuple[int, int, float]] | None = None,
     ):
-        self.lengths, self.capacity, self.micro_batches, self.packing, self.seed = (
-            lengths,
-            capacity,
-            micro_batches,
-            packing,
-            seed,
-        )
-        self.parts = [
-            part for part in parts or [(0, len(lengths), 1.0)] if part[0] < part[1]
-        ]  # all of a source may be held out
-        self._ends: list[int] = []  # how many steps there are by the end of each epoch
-        self._planned: tuple[int, np.ndarray, np.ndarray] | None = (
-            None  # an epoch, its rows, and where micro-batches start among them
-        )
+        self.lengths = lengths
+        self.capacity = capacity
+        self.micro_batches = micro_batches
+        self.packing = packing
+        self.seed = seed
+        # All rows of a source may be held out.
+        self.sources = [source for source in sources or [(0, len(lengths), 1.0)] if source[0] < source[1]]
+        # The number of steps up to the end of each epoch.
+        self._ends: list[int] = []
+        # An epoch, its rows in order, and where its micro-batches start among them.
+        self._planned: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def step(self, n: int) -> Step:
         """The n-th step's micro-batches: arrays of rows."""
@@ -58,28 +70,32 @@ class Order:
             self._count_epoch()
         epoch = bisect_left(self._ends, n)
         if self._planned is None or self._planned[0] != epoch:
-            self._planned = None  # two plans need twice the memory
-            self._planned = epoch, *self._plan(epoch)
+            # Frees the old plan first: two need twice the memory.
+            self._planned = None
+            self._planned = (epoch, *self._plan(epoch))
         _, rows, starts = self._planned
-        first = (n - 1 - (self._ends[epoch - 1] if epoch else 0)) * self.micro_batches
+        steps_before = self._ends[epoch - 1] if epoch else 0
+        first = (n - 1 - steps_before) * self.micro_batches
         edges = starts[first : first + self.micro_batches + 1]
         return [rows[start:end] for start, end in zip(edges, edges[1:])]
 
     def steps(self, epochs: int) -> int:
-        """How many steps so many epochs have.
+        """The number of steps in that many epochs.
 
         Raises:
-            UserError: none, for the weights are so small that no row is drawn.
+            UserError: there are none, because the weights are so small that no row is drawn.
         """
         while len(self._ends) < epochs:
             self._count_epoch()
         if not self._ends[epochs - 1]:
-            raise UserError(f"data.train: its weights leave no row in {epochs} epochs; raise them, or train.epochs")
+            raise UserError(
+                f"has weights that leave no row in {epochs} epochs; raise them, or train.epochs", field="data.train"
+            )
         return self._ends[epochs - 1]
 
     def _count_epoch(self) -> None:
         epoch = len(self._ends)
-        if epoch and all(float(weight).is_integer() for *_, weight in self.parts):
+        if epoch and all(float(weight).is_integer() for *_, weight in self.sources):
             steps = self._ends[0]
         else:
             lengths = self.lengths[self._draw(epoch)]
@@ -90,39 +106,41 @@ class Order:
     def _draw(self, epoch: int) -> np.ndarray:
         """The rows of an epoch."""
         drawn = [np.empty(0, np.int64)]
-        for part, (first, last, weight) in enumerate(self.parts):
-            n = last - first
-            start, end = round(epoch * weight * n), round((epoch + 1) * weight * n)
+        for source, (first_row, end_row, weight) in enumerate(self.sources):
+            n = end_row - first_row
+            start = round(epoch * weight * n)
+            end = round((epoch + 1) * weight * n)
             for turn in range(start // n, -(-end // n)):
-                shuffled = np.random.default_rng((self.seed, ROWS, part, turn)).permutation(n)
-                drawn.append(first + shuffled[max(start - turn * n, 0) : end - turn * n])
+                shuffled = np.random.default_rng((self.seed, SHUFFLE_ROWS, source, turn)).permutation(n)
+                drawn.append(first_row + shuffled[max(start - turn * n, 0) : end - turn * n])
         return np.concatenate(drawn)
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """An epoch's rows in order [R], and where its micro-batches start among them [B+1]."""
-        random = np.random.default_rng((self.seed, BINS, epoch))
-        rows = random.permutation(
-            self._draw(epoch)
-        )  # or a source's rows would share micro-batches with one another alone
+        random = np.random.default_rng((self.seed, SHUFFLE_MICRO_BATCHES, epoch))
+        # Otherwise a source's rows would share micro-batches only with one another.
+        rows = random.permutation(self._draw(epoch))
         if not self.packing:
             return rows, np.arange(len(rows) + 1)
         lengths = self.lengths[rows]
         patterns = _patterns(lengths, self.capacity)
         sizes = np.repeat([len(pattern) for pattern, _ in patterns], [times for _, times in patterns])
-        wanted = np.concatenate([np.tile(pattern, times) for pattern, times in patterns])  # the length in each place
+        # The length of the row in each place.
+        wanted = np.concatenate([np.tile(pattern, times) for pattern, times in patterns])
         filled = np.empty_like(rows)
         filled[np.argsort(wanted, kind="stable")] = rows[np.argsort(lengths, kind="stable")]
         return _shuffle_bins(filled, sizes, random)
 
 
 def _patterns(lengths: np.ndarray, capacity: int) -> list[tuple[list[int], int]]:
-    """How the greedy rule fills bins: the lengths in one, and how many bins in a row have these.
+    """How the greedy rule fills bins: the lengths in one bin, and how many bins in a row have these.
 
-    What the rule takes depends only on how many rows of each length are left, and until one length of a bin runs out it takes the
-    same again.
+    What the rule takes depends only on how many rows of each length are left, and until one length of a bin runs out it
+    takes the same again.
     """
     left = np.bincount(lengths, minlength=capacity + 1).tolist()
-    longest = list(range(capacity + 1))  # longest[n]: at most n, and no length between the two has a row left
+    # longest[n] <= n, and no length between the two has a row left.
+    longest = list(range(capacity + 1))
 
     def longest_left(room: int) -> int:
         path = []
@@ -135,7 +153,8 @@ def _patterns(lengths: np.ndarray, capacity: int) -> list[tuple[list[int], int]]
 
     patterns = []
     while longest_left(capacity):
-        room, pattern = capacity, []
+        room = capacity
+        pattern = []
         while length := longest_left(room):
             pattern.append(length)
             left[length] -= 1
@@ -148,28 +167,32 @@ def _patterns(lengths: np.ndarray, capacity: int) -> list[tuple[list[int], int]]
 
 
 def _shuffle_bins(rows: np.ndarray, sizes: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Bins that lie end to end in another order: their rows, and where they start [B+1]."""
+    """Shuffles bins that lie end to end: returns their rows, and where each bin starts [B+1]."""
     order = random.permutation(len(sizes))
-    old, new = np.concatenate([[0], np.cumsum(sizes)]), np.concatenate([[0], np.cumsum(sizes[order])])
-    places = np.arange(len(rows)) + np.repeat(old[order] - new[:-1], sizes[order])
-    return rows[places], new
+    old_starts = np.concatenate([[0], np.cumsum(sizes)])
+    new_starts = np.concatenate([[0], np.cumsum(sizes[order])])
+    places = np.arange(len(rows)) + np.repeat(old_starts[order] - new_starts[:-1], sizes[order])
+    return rows[places], new_starts
 
 
 def plan_epoch(
     lengths: np.ndarray, capacity: int, micro_batches: int, packing: bool, seed: int, epoch: int
 ) -> list[Step]:
-    """The steps of one epoch in which every row comes once."""
-    order = Order(lengths, capacity, micro_batches, packing, seed)
-    steps = order.steps(1)
-    return [order.step(epoch * steps + n) for n in range(1, steps + 1)]
+    """The steps of one epoch in which every row comes once; arguments as for `BatchSchedule`."""
+    schedule = BatchSchedule(lengths, capacity, micro_batches, packing, seed)
+    steps = schedule.steps(1)
+    return [schedule.step(epoch * steps + n) for n in range(1, steps + 1)]
 
 
 @dataclass
 class Batch:
     """One micro-batch: documents end to end.
 
-    tokens [T] int64; cu_seqlens [N+1], on the host; target_rows [M]: the positions whose next token is trained, and
-    targets [M]: those tokens.
+    Attributes:
+        tokens: [T] int64.
+        cu_seqlens: [N+1] int64, where each document starts and the last one ends; always on the CPU.
+        target_rows: [M] int64, the positions in `tokens` whose next token is trained.
+        targets: [M] int64, those next tokens.
     """
 
     tokens: Tensor
@@ -184,20 +207,21 @@ class Batch:
         return Batch(move(self.tokens), self.cu_seqlens, move(self.target_rows), move(self.targets))
 
     def without_targets(self) -> "Batch":
-        """The same documents with nothing to train on: what a rank runs when a step leaves it no micro-batch."""
+        """The same documents without targets: what a rank runs when a step leaves it no micro-batch."""
         return Batch(self.tokens, self.cu_seqlens, self.target_rows[:0], self.targets[:0])
 
 
 def make_batch(store: TokenStore, rows: np.ndarray) -> Batch:
-    parts = [store.row(row) for row in rows]
-    tokens = torch.from_numpy(np.concatenate([ids for ids, _ in parts]).astype(np.int64))
-    trained = torch.from_numpy(np.concatenate([mask for _, mask in parts]))
-    # a row's first token is never trained, so the position before a trained token is in the same document
+    """The micro-batch of some rows of a store, in their order, on the CPU."""
+    documents = [store.row(row) for row in rows]
+    tokens = torch.from_numpy(np.concatenate([ids for ids, _ in documents]).astype(np.int64))
+    trained = torch.from_numpy(np.concatenate([mask for _, mask in documents]))
+    # A row's first token is never trained, so the position before a trained token is in the same document.
     targets_at = trained.nonzero()[:, 0]
-    cu_seqlens = torch.from_numpy(np.cumsum([0, *(len(ids) for ids, _ in parts)]))
+    cu_seqlens = torch.from_numpy(np.cumsum([0, *(len(ids) for ids, _ in documents)]))
     return Batch(tokens, cu_seqlens, targets_at - 1, tokens[targets_at])
 
 
 def trained_tokens(store: TokenStore, micro_batches: Step) -> int:
-    """The loss's denominator of a step: known to every rank before anything is computed."""
+    """The number of trained tokens in a step, by which its loss is divided; no rank has to ask another for it."""
     return int(store.trained_counts[np.concatenate(micro_batches)].sum())

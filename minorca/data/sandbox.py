@@ -1,9 +1,9 @@
-"""Chat templates are programs from elsewhere: they run in Jinja's sandbox, and that in a process of its own.
+"""Renders chat templates, which are untrusted programs, in Jinja's sandbox and that in a process of its own.
 
-Jinja's sandbox keeps a template from the interpreter, but not from all memory and time ('a' * 10**10, loops in loops, strings
-that double), often within one call that nothing in the process can interrupt. The kernel can: it ends the process at its limits.
-The process opens no file and starts no other, so that little is won by who gets out of Jinja's sandbox. It knows nothing
-of minorca: this file is all it runs, and it imports in a tenth of a second.
+Jinja's sandbox keeps a template from the interpreter, but not from all memory and time ('a' * 10**10, nested loops,
+strings that double), often within one call that nothing in the process can interrupt. The kernel can: it ends the
+process at its limits. The process can open no file and start no other process, so escaping from Jinja's sandbox gains
+little. It does not import minorca: this file is all it runs, and it starts in a tenth of a second.
 """
 
 import contextlib
@@ -19,101 +19,130 @@ from functools import lru_cache
 from math import inf
 
 import jinja2
-import jinja2.debug  # else imported at a template's first error, when no file can be opened any more
+
+# Otherwise imported at a template's first error, when no file can be opened any more.
+import jinja2.debug
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS, MEMORY = (
-    5,
-    2**30,
-)  # of one rendering, in processor time, and of the process; a rendering takes 0.1 ms and 30 MB
-FROM_OUTSIDE = (
-    -signal.SIGKILL,
-    -signal.SIGTERM,
-    -signal.SIGHUP,
-)  # a user, or the system when it lacks memory: not the template
+# The limits of one rendering in processor time, and of the process in bytes; a rendering takes 0.1 ms and 30 MB.
+MAX_SECONDS = 5
+MAX_MEMORY = 2**30
+# Exit statuses that are not the template's fault: sent by a user, or by the system when it runs out of memory.
+EXTERNAL_SIGNALS = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP)
 
 
 class TemplateFailed(Exception):
-    """Says what a template raised, or which limit it met."""
+    """What a template raised, or which limit it exceeded."""
 
 
 class _Worker:
-    """The process, started when it is first needed; one rendering at a time, from whichever thread."""
+    """The sandbox process: started when first needed, one rendering at a time, from any thread."""
 
     def __init__(self):
-        self.process, self.lock = None, threading.Lock()
-        self.exhausting: dict[
-            str, tuple[float, str]
-        ] = {}  # by template: the size of variables that are too large, and why
+        self.process: subprocess.Popen | None = None
+        self.lock = threading.Lock()
+        # By template: the size of variables above which it is not tried again, and the reason.
+        self.exhausting: dict[str, tuple[float, str]] = {}
 
     def ask(self, source: str, request: bytes, size: int) -> bytes:
+        """The process's reply to a request about template `source`, whose variables have `size` bytes.
+
+        Raises:
+            TemplateFailed: the template exceeded a limit, now or with such variables before; no process could be
+                started, or it was killed from outside.
+        """
         with self.lock:
-            least, why = self.exhausting.get(source, (inf, ""))
-            if size >= least:  # not again: it would cost as much each time
-                raise TemplateFailed(why)
+            least, reason = self.exhausting.get(source, (inf, ""))
+            if size >= least:
+                # Trying again would take as long each time.
+                raise TemplateFailed(reason)
             for _ in range(2):
-                if (reply := self._exchange(request)).endswith(b"\n"):
+                reply = self._exchange(request)
+                if reply.endswith(b"\n"):
                     return reply
-                if (status := self._end()) not in FROM_OUTSIDE:
-                    timed_out = status == -signal.SIGPROF
-                    what = (
-                        f"{SECONDS} seconds of processor time"
-                        if timed_out
-                        else f"{MEMORY >> 20} MiB, or brought its process down"
-                    )
-                    # Half: shorter conversations of others go on, and a template that exhausts it with any is soon not tried again.
-                    self.exhausting[source] = size / 2, (why := f"it took more than {what}")
-                    raise TemplateFailed(why)
+                status = self.stop()
+                if status not in EXTERNAL_SIGNALS:
+                    if status == -signal.SIGPROF:
+                        limit = f"{MAX_SECONDS} seconds of processor time"
+                    else:
+                        limit = f"{MAX_MEMORY >> 20} MiB, or crashed its process"
+                    reason = f"it took more than {limit}"
+                    # Half the size: shorter conversations still work, and a template that fails with any of them is
+                    # soon not tried again.
+                    self.exhausting[source] = (size / 2, reason)
+                    raise TemplateFailed(reason)
             raise TemplateFailed("its process was killed twice; try again")
 
     def _exchange(self, request: bytes) -> bytes:
-        """A line; less where the process ends."""
+        """Sends a request and reads the line that answers it; less than a line if the process ends."""
         if self.process is None or self.process.poll() is not None:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
             try:
-                self.process = subprocess.Popen([sys.executable, "-P", __file__], **pipes)
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", __file__],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                )
             except OSError as error:
                 raise TemplateFailed(f"no process could be started for it ({error})") from None
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None and stdout is not None
         try:
-            self.process.stdin.write(request)
-            self.process.stdin.flush()
-            return self.process.stdout.readline()
+            stdin.write(request)
+            stdin.flush()
+            return stdout.readline()
         except BrokenPipeError:
             return b""
-        except BaseException:  # interrupted: the next rendering must not read this one's reply
-            self._end()
+        except BaseException:
+            # Interrupted: the next rendering must not read this one's reply.
+            self.stop()
             raise
 
-    def _end(self) -> int:
-        process, self.process = self.process, None
+    def stop(self) -> int | None:
+        """Ends the process; returns its exit status, None if there was no process."""
+        process = self.process
+        if process is None:
+            return None
+        self.process = None
         process.kill()
-        with (
-            contextlib.suppress(BrokenPipeError),
-            process,
-        ):  # closes the pipes, for which what it never read is written once more
+        # Leaving `with` closes the pipes, which first writes what the process has not read.
+        with contextlib.suppress(BrokenPipeError), process:
             pass
         return process.wait()
 
 
 _worker = _Worker()
-os.register_at_fork(after_in_child=_worker.__init__)  # a process's pipes are its own
+
+
+def _forget_worker() -> None:
+    global _worker
+    _worker = _Worker()
+
+
+# A forked process must not share its parent's pipes and lock.
+os.register_at_fork(after_in_child=_forget_worker)
 
 
 def render(source: str, variables: dict, limit: int) -> str:
-    """What a template writes, at most `limit` characters. Raises TemplateFailed."""
+    """The text that a template writes, at most `limit` characters.
+
+    Raises:
+        TemplateFailed: the template raised an error or exceeded a limit.
+    """
     given = json.dumps(variables)
-    done, text = json.loads(_worker.ask(source, f"[{json.dumps(source)}, {given}, {limit}]\n".encode(), len(given)))
-    if not done:
+    request = f"[{json.dumps(source)}, {given}, {limit}]\n".encode()
+    succeeded, text = json.loads(_worker.ask(source, request, len(given)))
+    if not succeeded:
         raise TemplateFailed(text)
     return text
 
 
-# ------------------------------------------------------------------------------------------------- in the process
+# ----------------------------------------------------------------------------------------------------- in the process
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} marks an answer for transformers' own masks; here its body is all that counts."""
+    """{% generation %} marks an answer for transformers' own masks; only its body is rendered."""
 
     tags = {"generation"}
 
@@ -124,12 +153,13 @@ class _Generation(jinja2.ext.Extension):
 
 @lru_cache(maxsize=8)
 def _compile(source: str) -> jinja2.Template:
-    """A template in the environment that its kind is written for (transformers' utils/chat_template_utils.py)."""
+    """A template in the environment that chat templates expect (transformers, utils/chat_template_utils.py)."""
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # Jinja's own escapes HTML
+    # Jinja's own escapes HTML.
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
@@ -148,23 +178,26 @@ def _reply(source: str, variables: dict, limit: int) -> bytes:
             text += chunk
             if len(text) > limit:
                 raise ValueError(f"it wrote more than {limit} characters")
-        done = True
-    except Exception as error:  # whatever it raises is its own fault
-        done, text = False, " ".join(str(error).split())[:1000] or type(error).__name__
-    return json.dumps([done, text]).encode() + b"\n"
+        succeeded = True
+    except Exception as error:
+        # A template may raise anything.
+        text = " ".join(str(error).split())[:1000] or type(error).__name__
+        succeeded = False
+    return json.dumps([succeeded, text]).encode() + b"\n"
 
 
 def _serve() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's affair; this one ends with its input
+    # Ctrl-C is for the other process; this one ends with its input.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    _reply(
-        "{{ '\\n' + strftime_now('%c') + 1 }}", {}, 0
-    )  # opens what an escape, the time zone and an error need, while it can
-    limits = {"AS": MEMORY, "NOFILE": 3, "FSIZE": 0, "NPROC": 0, "CORE": 0}
+    # Opens what an escape, the time zone and an error need, while files can be opened.
+    _reply("{{ '\\n' + strftime_now('%c') + 1 }}", {}, 0)
+    limits = {"AS": MAX_MEMORY, "NOFILE": 3, "FSIZE": 0, "NPROC": 0, "CORE": 0}
     for name, limit in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
     for request in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal, nowhere handled, ends the process wherever it is
+        # The timer's signal has no handler: it ends the process wherever it is.
+        signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
         reply = _reply(*json.loads(request))
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.buffer.write(reply)

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, are known by their hash, and have one writer."""
+"""Directories that appear complete or not at all, are verified by checksums, and have a single writer."""
 
 import fcntl
 import hashlib
@@ -9,6 +9,7 @@ import socket
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -19,6 +20,7 @@ MANIFEST = "MANIFEST.json"
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -32,10 +34,10 @@ def _sync(path: Path) -> None:
 
 
 def publish(directory: Path, write: Callable[[Path], None]) -> None:
-    """Makes a directory appear complete or not at all: `write(temporary)`, synchronise to disk, rename.
+    """Creates a directory atomically: `write(temporary)` fills it, then it is synchronised to disk and renamed.
 
     Raises:
-        UserError: it cannot be written (no room, no permission); nothing of it is left.
+        UserError: it cannot be written (disk full, no permission); the temporary directory is removed.
     """
     temporary = directory.with_name(f"{directory.name}.tmp-{uuid.uuid4().hex}")
     try:
@@ -53,7 +55,7 @@ def publish(directory: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_manifest(directory: Path) -> None:
-    """Writes, last of a directory's files, every other one's size and SHA-256."""
+    """Writes the size and SHA-256 of every file in a directory; to be called after all other files are written."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(directory.iterdir())}
     (directory / MANIFEST).write_text(json.dumps(files, indent=2) + "\n")
 
@@ -62,34 +64,41 @@ def verify_manifest(directory: Path) -> None:
     """Checks a directory's files against its manifest.
 
     Raises:
-        UserError: naming the file that is missing, surplus, or not what was written, with what was expected and found.
+        UserError: missing or unexpected files, or a file whose size or checksum differs, with both values.
     """
     manifest = directory / MANIFEST
     expected = read_json(manifest)
     names = {path.name for path in directory.iterdir()} - {MANIFEST}
-    if names != expected.keys():
-        missing, surplus = sorted(expected.keys() - names), sorted(names - expected.keys())
-        raise UserError(
-            f"names {quote(missing)}, which are not there, and lacks {quote(surplus)}, which are", path=manifest
-        )
+    differences = {"missing files": expected.keys() - names, "unexpected files": names - expected.keys()}
+    if any(differences.values()):
+        listed = [f"{kind}: {quote(sorted(files))}" for kind, files in differences.items() if files]
+        raise UserError("; ".join(listed), path=manifest)
     for name in sorted(names):
         path = find_file(directory, name)
         if path is None:
-            raise UserError("is a link to nothing", path=directory / name)
+            raise UserError("broken symbolic link", path=directory / name)
         found = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         if found != expected[name]:
-            raise UserError(f"is not what was saved (expected {quote(expected[name])}, found {found})", path=path)
+            raise UserError(f"does not match the manifest (expected {quote(expected[name])}, got {found})", path=path)
 
 
-def lock(path: Path):
-    """An open file that holds a lock until it is closed or the process ends, however it ends; None where another process holds it.
-    The file names the holder."""
+def lock(path: Path) -> TextIO | None:
+    """Takes an exclusive lock without waiting, and writes the holder's process id and host to the file.
+
+    Returns:
+        The open file, which holds the lock until it is closed or the process ends, however it ends; None if another
+        process holds the lock.
+
+    Raises:
+        UserError: the file cannot be opened or locked.
+    """
     try:
         file = path.open("a+")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
     except OSError as error:
         raise UserError(f"cannot be locked ({error})", path=path) from None
     file.truncate(0)

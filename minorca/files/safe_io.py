@@ -1,106 +1,123 @@
-"""Files that anybody may have made: where they may lie, how large they may be, what their JSON may hold, how they are quoted."""
+"""Reading of untrusted files: which paths are followed, how large a file may be, strict JSON, values in messages."""
 
 import json
 import math
 import os
 import reprlib
 import stat
+from collections import Counter
 from pathlib import Path
 
 from minorca.errors import UserError
 
-JSON_BYTES = 20 * 10**6  # an index of 91,000 tensors has 9 million; as Python objects a file may take 60 times as much
-_shown = reprlib.Repr()
-_shown.maxstring = _shown.maxother = 200
+# An index of 91,000 tensors has 9 million bytes. As Python objects, a JSON file can take 60 times its size.
+MAX_JSON_BYTES = 20 * 10**6
+
+_short_repr = reprlib.Repr()
+_short_repr.maxstring = 200
+_short_repr.maxother = 200
 
 
 def quote(value) -> str:
-    """A value of a stranger's file in a message: `repr`, cut where it is long or deep."""
-    return _shown.repr(value)
+    """`repr` of an untrusted value for a message, truncated where it is long or deeply nested."""
+    return _short_repr.repr(value)
 
 
 def find_file(directory: Path, name: str) -> Path | None:
-    """A file in a directory, or None where there is none.
+    """A regular file in a directory, or None if there is none.
 
-    The name is a plain one, and no link is followed out of there, but into the blobs of the Hugging Face cache that the directory
-    belongs to (models--X/snapshots/REVISION/FILE -> models--X/blobs/HASH).
+    `name` must be a plain name without a path. Symbolic links must stay inside the directory, with one exception: in a
+    Hugging Face cache they may point to the blobs of the same model (models--X/snapshots/REVISION/FILE ->
+    models--X/blobs/HASH).
 
     Raises:
-        UserError: a name or a link that leads elsewhere, or something that is no file: reading a pipe would wait for ever.
+        UserError: an invalid name, a link that leads elsewhere, or something other than a regular file (opening a pipe
+            would block forever).
     """
-    if (
-        not (isinstance(name, str) and name.isprintable() and 0 < len(name) < 256)
-        or name != os.path.basename(name)
-        or name in (".", "..")
-    ):
-        raise UserError(f"{quote(name)} is no name of a file in it; expected one without directories", path=directory)
+    is_plain_name = isinstance(name, str) and name.isprintable() and 0 < len(name) < 256
+    if not is_plain_name or name != os.path.basename(name) or name in (".", ".."):
+        raise UserError(f"invalid file name {quote(name)}; expected a plain name without a path", path=directory)
     path = directory / name
     try:
-        home, real = directory.resolve(), path.resolve()
+        home = directory.resolve()
+        target = path.resolve()
+        allowed = [home]
         cache = home.parent.parent
-        homes = (
-            [home, cache / "blobs"] if home.parent.name == "snapshots" and cache.name.startswith("models--") else [home]
-        )
-        if not any(real.is_relative_to(one) for one in homes):
+        if home.parent.name == "snapshots" and cache.name.startswith("models--"):
+            allowed.append(cache / "blobs")
+        if not any(target.is_relative_to(root) for root in allowed):
             raise UserError(
-                f"is a link to {real}, outside its directory, which is not followed; copy the file there", path=path
+                f"is a symbolic link to {target}, outside its directory, which is not followed; copy the file instead",
+                path=path,
             )
         mode = path.stat().st_mode
     except FileNotFoundError:
         return None
-    except (OSError, RuntimeError) as error:  # a loop of links
+    except (OSError, RuntimeError) as error:
+        # RuntimeError: a loop of symbolic links (pathlib before Python 3.13)
         raise UserError(f"cannot be read ({error})", path=path) from None
     if not stat.S_ISREG(mode):
-        raise UserError("expected a file, found a directory, pipe or device", path=path)
+        raise UserError("expected a regular file, got a directory, pipe or device", path=path)
     return path
 
 
-def read_small(path: Path, most: int) -> bytes:
-    """All of a file that `find` finds and that has at most `most` bytes.
+def read_small(path: Path, max_bytes: int) -> bytes:
+    """The whole content of a file that `find_file` accepts and that has at most `max_bytes` bytes.
 
     Raises:
-        UserError: one that is elsewhere, no file, larger, or not to be read.
+        UserError: a file that is missing, not accepted, too large, or not readable.
     """
     try:
         found = find_file(path.parent, path.name)
         if found is None:
             raise UserError("no such file", path=path)
-        if (size := found.stat().st_size) > most:
-            raise UserError(f"has {size} bytes; expected at most {most}", path=path)
+        size = found.stat().st_size
+        if size > max_bytes:
+            raise UserError(f"has {size} bytes; expected at most {max_bytes}", path=path)
         return found.read_bytes()
     except OSError as error:
         raise UserError(f"cannot be read ({error})", path=path) from None
 
 
 def parse_json(text: str | bytes):
-    """JSON as its standard has it: ValueError also for a key that is there twice (Python takes the last, others the first),
-    and for NaN and infinities."""
+    """Parses JSON as its standard defines it.
 
-    def unique(pairs: list[tuple]) -> dict:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            seen = set()
-            repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise ValueError(f"the key {quote(repeated)} is there twice")
-        return values
+    Raises:
+        ValueError: invalid JSON, including what Python accepts: NaN, infinities, and duplicate keys (of which Python
+            takes the last value, other parsers the first).
+    """
+    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_finite_number, parse_float=_finite_number)
 
-    def finite(number: str) -> float:
-        if not math.isfinite(value := float(number)):
-            raise ValueError(f"{number[:40]} is no number of JSON")
-        return value
 
-    return json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+def _unique_keys(pairs: list[tuple]) -> dict:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        duplicate, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"duplicate key {quote(duplicate)}")
+    return values
+
+
+def _finite_number(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number[:40]} is not a valid JSON number")
+    return value
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file, or a `UserError` naming file and line."""
-    data = read_small(path, JSON_BYTES)
+    """Reads a JSON object from a file.
+
+    Raises:
+        UserError: as `read_small`; invalid JSON, with the line; another type than an object.
+    """
+    data = read_small(path, MAX_JSON_BYTES)
     try:
         value = parse_json(data.decode())
     except json.JSONDecodeError as error:
         raise UserError(f"not valid JSON ({error.msg})", path=path, where=f"line {error.lineno}") from None
-    except (ValueError, RecursionError) as error:  # also bytes that are no text, numbers without end, and brackets
+    except (ValueError, RecursionError) as error:
+        # invalid UTF-8, what `parse_json` rejects, integers of too many digits, brackets nested too deeply
         raise UserError(f"cannot be read ({error})", path=path) from None
     if not isinstance(value, dict):
-        raise UserError(f"expected a JSON object, found {type(value).__name__}", path=path)
+        raise UserError(f"expected a JSON object, got {type(value).__name__}", path=path)
     return value

@@ -79,6 +79,10 @@ def _problems(args: argparse.Namespace) -> Iterator[UserError]:
         yield UserError("cannot be combined with --raw, --json or --stop", field="--chat")
     if "" in args.stop:
         yield UserError("must not be empty", field="--stop")
+    try:
+        _read_sampling(args)
+    except UserError as error:
+        yield from error.problems
 
 
 @contextlib.contextmanager

@@ -312,7 +312,9 @@ def open_engine(
     model = load_model(path, fast_dtype())
     seconds = time.perf_counter() - started
     gigabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
-    engine = Engine(model, slots, max_length, load_adapters(model, dict(adapters)), reuse)
+    adapter_choice = load_adapters(model, dict(adapters))
+    engine = Engine(model, slots, max_length, adapter_choice, reuse)
+    # After the engine has checked the memory beside the model's parameters, which this replaces.
     prepack(model)
     speed = f"{gigabytes:.2f} GB in {seconds:.2f} s, {gigabytes / seconds:.1f} GB/s"
     print(f"{path}: {speed}", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from minorca.data.chat_template import render_chat
-from minorca.data.tokenizer import HALF, Tokenizer
+from minorca.data.tokenizer import SURROGATE, Tokenizer
 from minorca.errors import UserError, one_line
 from minorca.generate.text_stream import TextStream
 
@@ -95,7 +95,7 @@ class Conversation:
 
     def handle_line(self, line: str) -> None:
         """Runs a command, or sends a message; empty lines are ignored."""
-        if HALF.search(line):
+        if SURROGATE.search(line):
             _note("this line is not valid UTF-8 and was not sent")
         elif line.startswith("//"):
             self._send(line[1:])

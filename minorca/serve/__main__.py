@@ -1,9 +1,9 @@
-"""`python -m minorca.serve`: OpenAI's HTTP interface to one model and its adapters.
+"""`python -m minorca.serve`: an OpenAI-compatible HTTP server for one model and its adapters.
 
-The event loop talks HTTP and turns tokens into text; the engine has its own thread (engine_thread.py); templates and tokenizers,
-which may be slow, run in worker threads.
-"""
+The event loop speaks HTTP and turns tokens into text; the engine has a thread of its own (engine_thread.py); templates
+and tokenizers, which may be slow, run in worker threads."""
 
+import argparse
 import asyncio
 import ipaddress
 import logging
@@ -15,45 +15,76 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 from minorca import cli
 from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.errors import UserError, raise_problems
 from minorca.generate.engine import Engine, open_engine
-from minorca.model.architecture import read_architecture
-from minorca.serve.app import Service, make_app
+from minorca.model.architecture import Architecture, read_architecture
+from minorca.serve.app import make_app
 from minorca.serve.engine_thread import EngineThread
+from minorca.serve.service import Service
 
-GRACE_SECONDS = 30  # for answers under way when the server is told to end
+# Seconds that running requests have to finish after SIGINT or SIGTERM.
+SHUTDOWN_SECONDS = 30
 
 
-def _parser() -> cli.Parser:
-    parser = cli.Parser(prog="minorca.serve", description="Serves OpenAI's HTTP interface, and a page to chat at /.")
-    parser.add_argument("--model", required=True, metavar="DIR", help="a model's directory, whose name is the model's")
-    adapter = "a LoRA adapter in PEFT's format, a model of that name (its directory's by default); may be repeated"
-    parser.add_argument("--adapter", action="append", default=[], metavar="[NAME=]DIR", help=adapter)
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="the address to listen on; other machines reach 0.0.0.0 or ::"
+def main(argv: list[str]) -> None:
+    args = _parse(argv)
+    models, directories = _name_models(args.model, args.adapter)
+    # Before the model is loaded, which may take minutes.
+    with _listen(args.host, args.port) as listener:
+        tok = load_tokenizer(args.model)
+        arch = read_architecture(args.model)
+        check_vocabulary(tok, arch.vocab_size, args.model)
+        _check_max_length(args.max_length, arch)
+        engine = open_engine(args.model, directories, args.slots, args.max_length)
+        asyncio.run(_serve(engine, tok, models, listener, args))
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = cli.Parser(
+        prog="minorca.serve", description="Serves OpenAI's chat and completions API over HTTP, and a chat page at /."
     )
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: any that is free")
     parser.add_argument(
-        "--api-key", metavar="KEY", help="what clients must send; better in the environment, as MINORCA_API_KEY"
-    )
-    parser.add_argument("--slots", type=int, default=8, metavar="N", help="answers generated at once")
-    parser.add_argument(
-        "--queue", type=int, default=64, metavar="N", help="answers that may wait for a slot; more are refused"
+        "--model", required=True, metavar="DIR", help="the model's directory; clients use its name as the model's name"
     )
     parser.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens of a prompt and its answer, at most; by default the model's"
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="a LoRA adapter in PEFT's format, which clients use as the model NAME (default: the directory's name); "
+        "may be repeated",
     )
-    return parser
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0 or :: accepts other machines"
+    )
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 chooses a free port; default: 8000")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="the key that clients must send; safer in the environment: MINORCA_API_KEY"
+    )
+    parser.add_argument("--slots", type=int, default=8, metavar="N", help="requests that run at once; default: 8")
+    parser.add_argument(
+        "--queue", type=int, default=64, metavar="N", help="requests that may wait for a slot; default: 64"
+    )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="the maximum number of tokens of a prompt and its answer; default: the model's",
+    )
+    args = parser.parse_args(argv)
+    raise_problems(_problems(args))
+    return args
 
 
-def _problems(args) -> Iterator[UserError]:
+def _problems(args: argparse.Namespace) -> Iterator[UserError]:
     if not 0 <= args.port < 2**16:
         yield UserError("must be from 0 to 65535", field="--port")
     if args.api_key == "":
-        yield UserError("is empty", field="--api-key")
+        yield UserError("must not be empty", field="--api-key")
     if not 1 <= args.slots <= 4096:
         yield UserError("must be from 1 to 4096", field="--slots")
     if args.queue < 0:
@@ -62,19 +93,18 @@ def _problems(args) -> Iterator[UserError]:
         yield UserError("must be at least 2", field="--max-length")
 
 
-def _named(model: str, adapters: list[str]) -> tuple[str, dict[str, str]]:
-    """The base's name, and the adapters' directories by name."""
-    base, directories = Path(model).resolve().name, {}
+def _name_models(model: str, adapters: list[str]) -> tuple[dict[str, str | None], dict[str, str]]:
+    """The names that clients use, each with its adapter (None: the base model), and the adapters' directories."""
+    models: dict[str, str | None] = {Path(model).resolve().name: None}
+    directories: dict[str, str] = {}
     for adapter in adapters:
-        name, directory = (
-            match.groups()
-            if (match := re.fullmatch(r"([^/=]+)=(.+)", adapter))
-            else (Path(adapter).resolve().name, adapter)
-        )
-        if name in (base, *directories):
-            raise UserError(f"--adapter {adapter}: {name} is the name of another model; give another one as NAME=DIR")
+        match = re.fullmatch(r"([^/=]+)=(.+)", adapter)
+        name, directory = match.groups() if match else (Path(adapter).resolve().name, adapter)
+        if name in models:
+            raise UserError(f"{adapter}: another model is named {name}; choose a name with NAME=DIR", field="--adapter")
+        models[name] = name
         directories[name] = directory
-    return base, directories
+    return models, directories
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -83,51 +113,47 @@ def _listen(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # a server that ended a moment ago does not matter
+        # Allows a restart while connections of the last server are in TIME_WAIT.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(1024)
         return listener
     except (OSError, UnicodeError) as error:
-        raise UserError(f"--host {host} --port {port}: cannot listen there ({error}); choose another one") from None
+        raise UserError(f"cannot listen on {host} port {port} ({error}); choose another --host or --port") from None
+
+
+def _check_max_length(max_length: int | None, arch: Architecture) -> None:
+    if max_length and arch.max_positions and max_length > arch.max_positions:
+        raise UserError(f"is {max_length}; the model has {arch.max_positions} positions", field="--max-length")
 
 
 async def _serve(
-    engine: Engine, tok: Tokenizer, models: dict[str, str | None], listener: socket.socket, args, key: str | None
+    engine: Engine,
+    tok: Tokenizer,
+    models: dict[str, str | None],
+    listener: socket.socket,
+    args: argparse.Namespace,
 ) -> None:
+    """Serves until a signal comes or the engine fails."""
+    address = listener.getsockname()[0]
+    is_local = ipaddress.ip_address(address).is_loopback
+    hosts = {"localhost", "127.0.0.1", "[::1]", args.host.lower()} if is_local else None
+    key = args.api_key or os.environ.get("MINORCA_API_KEY") or None
     thread = EngineThread(engine, args.queue)
-    host, port = listener.getsockname()[:2]
-    local = ipaddress.ip_address(host).is_loopback
-    app = make_app(
-        Service(thread, tok, models), key, {"localhost", "127.0.0.1", "[::1]", args.host.lower()} if local else None
-    )
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            log_level="error",
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            proxy_headers=False,
-            timeout_graceful_shutdown=GRACE_SECONDS,
-        )  # fmt: skip
-    )
-    cut_off = lambda record: (
-        record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)
-    )  # at the end: no bug to tell
-    logging.getLogger("uvicorn.error").addFilter(lambda record: not cut_off(record))
-    thread.when_failed = lambda: setattr(server, "should_exit", True)
+    server = _make_server(make_app(Service(thread, tok, models), key, hosts))
+
+    def shut_down() -> None:
+        server.should_exit = True
+
+    thread.on_failure = shut_down
     thread.start()
     try:
-        if not local and not key:
+        if not is_local and not key:
             print(
-                "minorca: warning: other machines can reach this server, and it asks for no key (MINORCA_API_KEY)",
+                "minorca: warning: other machines can use this server without an API key; set MINORCA_API_KEY",
                 file=sys.stderr,
             )
-        where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        print(f"serving {', '.join(models)} at {where}: {engine.slots} slots of {engine.max_length} tokens", flush=True)
+        _announce(listener, models, engine)
         await server.serve(sockets=[listener])
     finally:
         thread.stop()
@@ -135,20 +161,30 @@ async def _serve(
         raise thread.failure
 
 
-def main(argv: list[str]) -> None:
-    args = _parser().parse_args(argv)
-    raise_problems(_problems(args))
-    base, adapters = _named(args.model, args.adapter)
-    with _listen(args.host, args.port) as listener:  # before minutes of loading
-        tok, arch = load_tokenizer(args.model), read_architecture(args.model)
-        check_vocabulary(tok, arch.vocab_size, args.model)
-        if args.max_length and args.max_length > (arch.max_positions or args.max_length):
-            raise UserError(f"--max-length is {args.max_length}; the model has {arch.max_positions} positions")
-        engine = open_engine(args.model, adapters, slots=args.slots, max_length=args.max_length)
-        models = {base: None} | {name: name for name in adapters}
-        asyncio.run(
-            _serve(engine, tok, models, listener, args, args.api_key or os.environ.get("MINORCA_API_KEY") or None)
-        )
+def _make_server(app: FastAPI) -> uvicorn.Server:
+    # At shutdown uvicorn logs the requests that it cancels as errors.
+    logging.getLogger("uvicorn.error").addFilter(_is_not_cancellation)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        proxy_headers=False,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
+    return uvicorn.Server(config)
+
+
+def _is_not_cancellation(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
+def _announce(listener: socket.socket, models: dict[str, str | None], engine: Engine) -> None:
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    print(f"serving {', '.join(models)} at {url}: {engine.slots} slots of {engine.max_length} tokens", flush=True)
 
 
 if __name__ == "__main__":

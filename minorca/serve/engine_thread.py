@@ -1,11 +1,10 @@
-"""The engine in a thread of its own, in which alone it is touched, and what the event loop knows of it.
+"""The engine in a thread of its own, the only one that uses it.
 
-Calls go there by a queue, tokens come back by `call_soon_threadsafe`.
+The event loop sends it function calls through a queue; tokens come back by `call_soon_threadsafe`.
 """
 
 import asyncio
 import queue
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -13,133 +12,180 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from minorca.generate.engine import Engine, Request, Token
-from minorca.serve.protocol import Choice, Refused
+from minorca.generate.engine import Engine
+from minorca.generate.request import Request, Token
+from minorca.serve.choice import Choice
+from minorca.serve.errors import APIError
+
+SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class Metrics:
-    """What Prometheus reads."""
+    """Prometheus metrics."""
 
     def __init__(self, engine: Engine):
-        self.registry = CollectorRegistry()
-        gauges = {
-            "running": "Requests in a slot",
-            "waiting": "Requests that wait for a slot",
-            "slots": "Rows of a batch",
-        }
-        for name, text in gauges.items():
-            self._make(Gauge, name, text).set_function(partial(getattr, engine, name))
-        ended = "Requests that had a seat; cancelled: the client left; refused: a prompt was wrong"
-        self.finished = self._make(Counter, "finished", ended, labelnames=["reason"])
-        self.refused = self._make(Counter, "refused", "Answers that were errors, by HTTP status", labelnames=["status"])
-        self.prompt_tokens = self._make(Counter, "prompt_tokens", "Tokens of prompts, each once for all its answers")
-        self.new_tokens = self._make(Counter, "new_tokens", "Tokens generated, also those behind a stop string")
-        buckets = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
-        self.first_token = self._make(
-            Histogram, "first_token_seconds", "From a call's arrival to its first token", buckets=buckets
+        registry = CollectorRegistry()
+        running = Gauge("minorca_running", "Running requests", registry=registry)
+        running.set_function(lambda: engine.running)
+        waiting = Gauge("minorca_waiting", "Requests waiting for a slot", registry=registry)
+        waiting.set_function(lambda: engine.waiting)
+        slots = Gauge("minorca_slots", "The maximum number of running requests", registry=registry)
+        slots.set(engine.slots)
+        self.registry = registry
+        self.finished = Counter(
+            "minorca_finished",
+            "Admitted requests that ended, by finish reason; cancelled: the client left; refused: invalid prompt",
+            ["reason"],
+            registry=registry,
         )
-        self.duration = self._make(
-            Histogram, "duration_seconds", "From a call's arrival to the end of its answer", buckets=buckets
+        self.refused = Counter("minorca_refused", "HTTP errors, by status", ["status"], registry=registry)
+        self.prompt_tokens = Counter(
+            "minorca_prompt_tokens", "Prompt tokens; a prompt with several choices counts once", registry=registry
         )
-
-    def _make(self, kind: type, name: str, text: str, **options):
-        return kind(f"minorca_{name}", text, registry=self.registry, **options)
+        self.new_tokens = Counter(
+            "minorca_new_tokens", "Generated tokens, including those after a stop string", registry=registry
+        )
+        self.first_token = Histogram(
+            "minorca_first_token_seconds",
+            "From the arrival of an HTTP request to its first token",
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self.duration = Histogram(
+            "minorca_duration_seconds",
+            "From the arrival of an HTTP request to the end of its response",
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
 
 
 class EngineThread(threading.Thread):
-    """Runs the engine. All but `run` is the event loop's to call."""
+    """Runs the engine. All methods but `run` are for the event loop's thread, in which it must be created.
 
-    def __init__(self, engine: Engine, queued: int):
+    Args:
+        max_waiting: the number of requests that may wait for a slot.
+    """
+
+    def __init__(self, engine: Engine, max_waiting: int):
         super().__init__(name="engine", daemon=True)
-        self.engine, self.seats, self.metrics = engine, engine.slots + queued, Metrics(engine)
-        self.answers: dict[Request, Answer] = {}  # of every request that has a seat
+        self.engine = engine
+        self.max_requests = engine.slots + max_waiting
+        self.metrics = Metrics(engine)
+        # The completion of every admitted request.
+        self.completions: dict[Request, Completion] = {}
+        # The exception that ended the engine. `on_failure` is called then.
         self.failure: Exception | None = None
-        self.when_failed: Callable[[], None] = lambda: None
-        self._loop, self._calls = asyncio.get_running_loop(), queue.SimpleQueue()
+        self.on_failure: Callable[[], None] | None = None
+        self._loop = asyncio.get_running_loop()
+        # Functions to call between two steps; None ends the thread.
+        self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
 
-    def run(self):
+    def run(self) -> None:
         try:
             while True:
                 while not (self.engine.busy and self._calls.empty()):
-                    self._calls.get()()
-                if tokens := self.engine.step():
+                    function = self._calls.get()
+                    if function is None:
+                        return
+                    function()
+                tokens = self.engine.step()
+                if tokens:
                     self._loop.call_soon_threadsafe(self._deliver, tokens)
         except Exception as error:
             self._loop.call_soon_threadsafe(self._fail, error)
 
-    def call(self, function: Callable, *arguments) -> None:
-        """Has a function called between two steps."""
+    def call(self, function: Callable[..., object], *arguments) -> None:
+        """Calls a function in the engine's thread, between two steps."""
         self._calls.put(partial(function, *arguments))
 
     def stop(self) -> None:
-        self.call(sys.exit)  # in a thread it ends no more than that
+        """Ends the thread after the current step."""
+        self._calls.put(None)
         self.join()
 
     def _deliver(self, tokens: list[Token]) -> None:
         self.metrics.new_tokens.inc(len(tokens))
         for token in tokens:
-            if answer := self.answers.get(token.request):
-                answer.arrived.put_nowait(token)
+            completion = self.completions.get(token.request)
+            if completion:
+                completion.received.put_nowait(token)
 
     def _fail(self, error: Exception) -> None:
         self.failure = error
-        for answer in set(self.answers.values()):
-            answer.arrived.put_nowait(None)
-        self.when_failed()
+        for completion in set(self.completions.values()):
+            completion.received.put_nowait(None)
+        if self.on_failure:
+            self.on_failure()
 
 
-class Answer:
-    """What one call gets: choices, each a request to the engine. They have their seats, or are refused together, within `with`."""
+class Completion:
+    """The engine's work for one HTTP request: its choices, each of which is a request to the engine.
+
+    As a context manager it admits all of its requests, or raises APIError if there are too many; on exit it cancels
+    those that have not ended."""
 
     def __init__(self, thread: EngineThread, choices: dict[Request, Choice]):
-        self.thread, self.choices, self.started = thread, choices, time.perf_counter()
-        self.sent, self.prompt_tokens = False, 0
-        self.arrived: asyncio.Queue[Token | None] = asyncio.Queue()  # None: no more will come, the engine has failed
+        self.thread = thread
+        self.choices = choices
+        self.prompt_tokens = 0
+        # Tokens from the engine; None: it has failed.
+        self.received: asyncio.Queue[Token | None] = asyncio.Queue()
+        self._arrival = time.perf_counter()
+        self._submitted = False
 
-    def __enter__(self) -> "Answer":
+    def __enter__(self) -> "Completion":
         if self.thread.failure:
-            raise Refused(503, "the engine has failed and the server is ending")
-        if len(self.thread.answers) + len(self.choices) > self.thread.seats:
-            raise Refused(
-                429, "all places are taken; try again later", code="rate_limit_exceeded", headers={"Retry-After": "1"}
+            raise APIError(503, "the engine has failed; the server is shutting down")
+        if len(self.thread.completions) + len(self.choices) > self.thread.max_requests:
+            raise APIError(
+                429,
+                "too many requests are in progress; try again later",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "1"},
             )
-        self.thread.answers |= dict.fromkeys(self.choices, self)
+        self.thread.completions |= dict.fromkeys(self.choices, self)
         return self
 
     def __exit__(self, *exception) -> None:
         for request in self.choices:
-            self._leave(request, "cancelled" if self.sent else "refused")
-        if self.sent:
-            self.thread.metrics.duration.observe(time.perf_counter() - self.started)
+            self._end(request, "cancelled" if self._submitted else "refused")
+        if self._submitted:
+            self.thread.metrics.duration.observe(time.perf_counter() - self._arrival)
 
-    def _leave(self, request: Request, reason: str) -> None:
-        if self.thread.answers.pop(request, None):
+    def _end(self, request: Request, reason: str) -> None:
+        if self.thread.completions.pop(request, None):
             self.thread.metrics.finished.labels(reason).inc()
-            self.thread.call(self.thread.engine.cancel, request)  # which is nothing to one that is done
+            self.thread.call(self.thread.engine.cancel, request)
 
-    async def grow(self) -> AsyncIterator[tuple[Choice, str]]:
-        """Sends the requests off; gives choices and their new text until all are complete. Raises Refused: the engine fails."""
-        self.sent = True
+    async def generate(self) -> AsyncIterator[tuple[Choice, str]]:
+        """Submits the requests; yields choices with their new text until all choices are finished.
+
+        Raises:
+            APIError: the engine has failed.
+        """
+        self._submitted = True
         self.thread.metrics.prompt_tokens.inc(self.prompt_tokens)
         for request in self.choices:
             self.thread.call(self.thread.engine.add, request)
-        while any(request in self.thread.answers for request in self.choices):
-            if (token := await self.arrived.get()) is None:
-                raise Refused(500, "the engine failed; the server is ending")
+        while any(request in self.thread.completions for request in self.choices):
+            token = await self.received.get()
+            if token is None:
+                raise APIError(500, "the engine has failed; the server is shutting down")
             if not any(choice.tokens for choice in self.choices.values()):
-                self.thread.metrics.first_token.observe(time.perf_counter() - self.started)
+                self.thread.metrics.first_token.observe(time.perf_counter() - self._arrival)
             choice = self.choices[token.request]
-            if choice.finish_reason:  # a stop string has ended it before the engine knew
+            # Ended by a stop string, which the engine does not know of.
+            if choice.finish_reason:
                 continue
             text = choice.push(token)
             if choice.finish_reason:
-                self._leave(token.request, choice.finish_reason)
+                self._end(token.request, choice.finish_reason)
             yield choice, text
-            await asyncio.sleep(
-                0
-            )  # others have their turn, and a client that left is noticed, however many tokens are here
+            # However many tokens have arrived, other tasks run, and a client that left is noticed.
+            await asyncio.sleep(0)
 
     @property
     def usage(self) -> dict[str, int]:
+        """OpenAI's counts of tokens."""
         new = sum(choice.tokens for choice in self.choices.values())
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": new, "total_tokens": self.prompt_tokens + new}

@@ -1,127 +1,112 @@
-"""OpenAI's requests and answers, as far as this engine has a use for them.
+"""The bodies of OpenAI's requests and responses, as far as this engine implements them.
 
-A field that is not served is refused unless it holds the value that changes nothing, and so is a field that nobody knows: whoever
-sends one expects something of it. Source: OpenAI's API reference, "Chat" and "Completions (legacy)", as its Python client types them.
-"""
+A field that is not implemented is an error unless it has the value that changes nothing, and so is an unknown field: a
+client that sends one expects an effect. Source: OpenAI's API reference, "Chat" and "Completions (legacy)", as its
+Python client types them."""
 
-from dataclasses import dataclass
+from abc import abstractmethod
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import HTTPException
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, PlainValidator, model_validator
+from pydantic_core import core_schema
 
 from minorca.data.chat_template import render_chat
 from minorca.data.tokenizer import Tokenizer
-from minorca.errors import one_line
-from minorca.generate.engine import Token
 from minorca.generate.sampling import Sampling
-from minorca.generate.text_stream import TextStream
+from minorca.serve.choice import Choice, TokenLogprob
 
-MOST_UNKNOWN = 10  # of an object's fields that nobody knows are named: each is an error of its own
-MOST_MESSAGES = 1024  # of one conversation: a template that the model ships renders it anew for each answer in it
-MOST_STOPS, STOP_LENGTH = 16, 1024
-MOST_LOGPROBS = 20
-LEAST_LOGPROB = -9999.0  # as at OpenAI: JSON has no infinity
-
-
-# ------------------------------------------------------------------------------------------------------------- refusals
-
-
-class Problem(BaseModel):
-    """The shape of every refusal."""
-
-    class Details(BaseModel):
-        message: str
-        type: str
-        param: str | None
-        code: str | None
-
-    error: Details
+# Each unknown field is an error of its own, so not all of them are reported.
+MAX_UNKNOWN_FIELDS = 10
+# A chat template that comes with the model may take time quadratic in this.
+MAX_MESSAGES = 1024
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1024
+MAX_LOGPROBS = 20
 
 
-class Refused(HTTPException):
-    """A refusal: HTTP's status, what is wrong, and in which field."""
+# --------------------------------------------------------------------------------------------------------- field types
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
+
+class Unsupported:
+    """Metadata of a field that is not implemented: it accepts only values without an effect."""
+
+    def __init__(self, *values):
+        self.values = values
+
+    def _check(self, value):
+        if value not in self.values:
+            raise ValueError(f"is not supported; leave it out or send {self.values[0]!r}")
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict:
+        return {"enum": list(self.values)}
+
+
+def _read_stop(value: Any) -> list[str]:
+    strings = [value] if isinstance(value, str) else value
+    if (
+        not isinstance(strings, list)
+        or len(strings) > MAX_STOP_STRINGS
+        or not all(isinstance(string, str) and 0 < len(string) <= MAX_STOP_LENGTH for string in strings)
     ):
-        super().__init__(status, message, headers)
-        self.param, self.code = param, code
+        raise ValueError(
+            f"expected a string or a list of up to {MAX_STOP_STRINGS}, of 1 to {MAX_STOP_LENGTH} characters each"
+        )
+    return strings
 
 
-def problem(status: int, message: str, param: str | None = None, code: str | None = None) -> dict:
-    """A refusal's body. Names and values in it are a client's, who may send what no encoding can write: it is spelled out."""
-    special = {401: "authentication_error", 429: "rate_limit_error"}
-    kind = special.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": one_line(message), "type": kind, "param": param and one_line(param), "code": code}}
+def _read_prompt(value: Any) -> list[str] | list[list[int]]:
+    prompts = [value] if isinstance(value, str) or (value and _is_ids(value)) else value
+    if (
+        not isinstance(prompts, list)
+        or not prompts
+        or not (all(isinstance(prompt, str) for prompt in prompts) or all(map(_is_ids, prompts)))
+    ):
+        raise ValueError("expected a string, a list of strings, a list of token ids, or a list of such lists")
+    return prompts
+
+
+def _is_ids(value: Any) -> bool:
+    # Not isinstance: a bool is an int.
+    return isinstance(value, list) and all(type(i) is int for i in value)
+
+
+def _read_content(value: Any) -> str:
+    parts = value if isinstance(value, list) else [{"type": "text", "text": value}]
+    if not all(_is_text_part(part) for part in parts):
+        raise ValueError('expected a string or a list of {"type": "text", "text": ...}')
+    return "\n".join(part["text"] for part in parts)
+
+
+def _is_text_part(part: Any) -> bool:
+    return (
+        isinstance(part, dict)
+        and part.keys() == {"type", "text"}
+        and part["type"] == "text"
+        and isinstance(part["text"], str)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- requests
 
 
-def _harmless(*values) -> Any:
-    """The type of a field that is not served: the values that ask for nothing."""
-
-    def check(value):
-        if value not in values:
-            raise ValueError(f"is not supported; leave it out or send {values[0]!r}")
-        return value
-
-    return Annotated[Any, PlainValidator(check), WithJsonSchema({"enum": list(values)})]
-
-
-def _stops(value) -> list[str]:
-    texts = [value] if isinstance(value, str) else value
-    if not (
-        isinstance(texts, list)
-        and len(texts) <= MOST_STOPS
-        and all(isinstance(t, str) and 0 < len(t) <= STOP_LENGTH for t in texts)
-    ):
-        raise ValueError(f"expected a text, or a list of up to {MOST_STOPS}, of 1 to {STOP_LENGTH} characters each")
-    return texts
-
-
-def _prompts(value) -> list[str] | list[list[int]]:
-    def is_ids(value) -> bool:
-        return isinstance(value, list) and all(type(i) is int for i in value)
-
-    prompts = [value] if isinstance(value, str) or value and is_ids(value) else value
-    if not (
-        isinstance(prompts, list)
-        and prompts
-        and (all(isinstance(p, str) for p in prompts) or all(map(is_ids, prompts)))
-    ):
-        raise ValueError("expected a text, a list of texts, a list of token ids, or a list of such lists")
-    return prompts
-
-
-def _content(value) -> str:
-    parts = value if isinstance(value, list) else [{"type": "text", "text": value}]
-    if not all(
-        isinstance(p, dict) and p.keys() == {"type", "text"} and p["type"] == "text" and isinstance(p["text"], str)
-        for p in parts
-    ):
-        raise ValueError('expected a text, or a list of {"type": "text", "text": ...}')
-    return "\n".join(part["text"] for part in parts)
-
-
 class _Object(BaseModel):
+    """A JSON object without unknown fields; null is the same as an absent field."""
+
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_absent(cls, data):
+    def _drop_nulls(cls, data):
         if not isinstance(data, dict):
             return data
-        unknown = (k for k in data if k not in cls.model_fields)
-        known = {k: v for k, v in data.items() if k in cls.model_fields and v is not None}
-        return known | dict.fromkeys(islice(unknown, MOST_UNKNOWN))
+        unknown = (key for key in data if key not in cls.model_fields)
+        known = {key: value for key, value in data.items() if key in cls.model_fields and value is not None}
+        return known | dict.fromkeys(islice(unknown, MAX_UNKNOWN_FIELDS))
 
 
 class TextPart(_Object):
@@ -131,23 +116,25 @@ class TextPart(_Object):
 
 class Message(_Object):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, PlainValidator(_content, json_schema_input_type=str | list[TextPart])]
-    name: str = ""  # no effect
-    # of an answer that comes back as a client keeps it
-    refusal: _harmless("") = ""
-    annotations: _harmless([]) = []
-    tool_calls: _harmless([]) = []
-    function_call: _harmless({}) = {}
-    audio: _harmless({}) = {}
+    content: Annotated[str, PlainValidator(_read_content, json_schema_input_type=str | list[TextPart])]
+    # No effect.
+    name: str = ""
+    # Fields of a response's message, which clients send back.
+    refusal: Annotated[Any, Unsupported("")] = ""
+    annotations: Annotated[Any, Unsupported([])] = []
+    tool_calls: Annotated[Any, Unsupported([])] = []
+    function_call: Annotated[Any, Unsupported({})] = {}
+    audio: Annotated[Any, Unsupported({})] = {}
 
 
 class StreamOptions(_Object):
     include_usage: bool = False
-    include_obfuscation: bool = False  # no effect
+    # No effect.
+    include_obfuscation: bool = False
 
 
-class Generation(_Object):
-    """What both endpoints take."""
+class GenerationRequest(_Object):
+    """The fields that both endpoints have, and how each endpoint writes its responses."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
@@ -158,14 +145,14 @@ class Generation(_Object):
     repetition_penalty: float = Field(1.0, gt=0, le=100)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int = Field(1, ge=1, lt=2**31)
-    stop: Annotated[list[str], PlainValidator(_stops, json_schema_input_type=str | list[str])] = []
+    stop: Annotated[list[str], PlainValidator(_read_stop, json_schema_input_type=str | list[str])] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    # not supported
-    frequency_penalty: _harmless(0) = 0
-    presence_penalty: _harmless(0) = 0
-    logit_bias: _harmless({}) = {}
-    # no effect
+    # Not supported.
+    frequency_penalty: Annotated[Any, Unsupported(0)] = 0
+    presence_penalty: Annotated[Any, Unsupported(0)] = 0
+    logit_bias: Annotated[Any, Unsupported({})] = {}
+    # No effect.
     user: str = ""
     metadata: dict[str, Any] = {}
     store: bool = False
@@ -174,221 +161,199 @@ class Generation(_Object):
     prompt_cache_key: str = ""
     prompt_cache_retention: str = ""
 
-    @property
-    def limit(self) -> int | None:
-        return getattr(self, self.limit_field)
+    # The field that holds the prompt, the prefix of response ids, and the "object" of responses and stream events.
+    prompt_field: ClassVar[str]
+    id_prefix: ClassVar[str]
+    response_object: ClassVar[str]
+    chunk_object: ClassVar[str]
 
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed)
 
+    @property
+    @abstractmethod
+    def num_choices(self) -> int: ...
 
-class ChatRequest(Generation):
-    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    @property
+    @abstractmethod
+    def max_new_tokens_field(self) -> str:
+        """The field that limits the number of new tokens."""
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        return getattr(self, self.max_new_tokens_field)
+
+    @property
+    @abstractmethod
+    def logprobs_count(self) -> int | None:
+        """`Request.logprobs`: how many of the most likely tokens to return; None: no log-probabilities."""
+
+    @abstractmethod
+    def encode_prompts(self, tok: Tokenizer, max_tokens: int) -> list[list[int]]:
+        """The ids of each prompt; encoding may stop after more than `max_tokens`.
+
+        Raises:
+            UserError: the chat template cannot render the messages, or a text cannot be encoded.
+        """
+
+    @abstractmethod
+    def response_choice(self, choice: Choice) -> dict:
+        """A finished choice in a response that is not streamed."""
+
+    @abstractmethod
+    def stream_start(self, index: int) -> dict | None:
+        """What a stream sends before the first text of a choice."""
+
+    @abstractmethod
+    def stream_chunk(
+        self, index: int, text: str, logprobs: list[TokenLogprob], finish_reason: str | None = None
+    ) -> dict:
+        """New text of a choice or, with a finish reason, its end."""
+
+
+class ChatRequest(GenerationRequest):
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=MOST_LOGPROBS)
-    # not supported
-    tools: _harmless([]) = []
-    tool_choice: _harmless("none", "auto") = "none"
-    functions: _harmless([]) = []
-    function_call: _harmless("none", "auto") = "none"
-    response_format: _harmless({"type": "text"}) = {"type": "text"}
-    modalities: _harmless(["text"]) = ["text"]
-    audio: _harmless({}) = {}
-    prediction: _harmless({}) = {}
-    web_search_options: _harmless({}) = {}
-    reasoning_effort: _harmless("none") = "none"
-    verbosity: _harmless("medium") = "medium"
-    # no effect
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+    # Not supported.
+    tools: Annotated[Any, Unsupported([])] = []
+    tool_choice: Annotated[Any, Unsupported("none", "auto")] = "none"
+    functions: Annotated[Any, Unsupported([])] = []
+    function_call: Annotated[Any, Unsupported("none", "auto")] = "none"
+    response_format: Annotated[Any, Unsupported({"type": "text"})] = {"type": "text"}
+    modalities: Annotated[Any, Unsupported(["text"])] = ["text"]
+    audio: Annotated[Any, Unsupported({})] = {}
+    prediction: Annotated[Any, Unsupported({})] = {}
+    web_search_options: Annotated[Any, Unsupported({})] = {}
+    reasoning_effort: Annotated[Any, Unsupported("none")] = "none"
+    verbosity: Annotated[Any, Unsupported("medium")] = "medium"
+    # No effect.
     parallel_tool_calls: bool = True
 
-    prompt_field: ClassVar = "messages"
-    names: ClassVar = (
-        "chatcmpl",
-        "chat.completion",
-        "chat.completion.chunk",
-    )  # of its ids; of a whole answer and a piece of one
+    prompt_field: ClassVar[str] = "messages"
+    id_prefix: ClassVar[str] = "chatcmpl"
+    response_object: ClassVar[str] = "chat.completion"
+    chunk_object: ClassVar[str] = "chat.completion.chunk"
 
     @model_validator(mode="after")
-    def _top_of_logprobs(self):
+    def _check_top_logprobs(self):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self
 
     @property
-    def count(self) -> int:
+    def num_choices(self) -> int:
         return self.n
 
     @property
-    def limit_field(self) -> str:
+    def max_new_tokens_field(self) -> str:
         return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
 
     @property
-    def scored(self) -> int | None:
+    def logprobs_count(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
 
-    def render(self, tok: Tokenizer, most: int) -> list[list[int]]:
-        """The ids of each prompt; of one with more than `most`, some that are as many. Raises UserError: the template cannot write it."""
-        roles = {"developer": "system"}  # OpenAI's newer name
-        return [
-            render_chat(
-                tok, [{"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages], most=most
-            )
-        ]
+    def encode_prompts(self, tok: Tokenizer, max_tokens: int) -> list[list[int]]:
+        # "developer" is OpenAI's newer name.
+        roles = {"developer": "system"}
+        messages = [{"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages]
+        return [render_chat(tok, messages, max_ids=max_tokens)]
 
-    def whole(self, choice: "Choice") -> dict:
+    def response_choice(self, choice: Choice) -> dict:
         message = {"role": "assistant", "content": choice.text, "refusal": None}
-        logprobs = self._logprobs(choice.take_scores()) if self.logprobs else None
+        logprobs = self._format_logprobs(choice.take_logprobs()) if self.logprobs else None
         return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
-    def opening(self, index: int) -> dict | None:
-        """What a stream starts with."""
+    def stream_start(self, index: int) -> dict | None:
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
-    def piece(self, index: int, text: str, scores: list["Score"], finish_reason: str | None = None) -> dict:
-        """New text, or the end."""
-        delta = {} if finish_reason else {"content": text}
+    def stream_chunk(
+        self, index: int, text: str, logprobs: list[TokenLogprob], finish_reason: str | None = None
+    ) -> dict:
         return {
             "index": index,
-            "delta": delta,
-            "logprobs": self._logprobs(scores) if scores else None,
+            "delta": {} if finish_reason else {"content": text},
+            "logprobs": self._format_logprobs(logprobs) if logprobs else None,
             "finish_reason": finish_reason,
         }
 
-    def _logprobs(self, scores: list["Score"]) -> dict:
-        def entry(text: str, logprob: float) -> dict:  # a part of a character has bytes that its text does not tell
+    def _format_logprobs(self, logprobs: list[TokenLogprob]) -> dict:
+        def entry(text: str, logprob: float) -> dict:
+            # The bytes of an incomplete character cannot be read off its text.
             return {"token": text, "bytes": None if "\ufffd" in text else list(text.encode()), "logprob": logprob}
 
         content = [
-            entry(score.text, score.logprob) | {"top_logprobs": [entry(*one) for one in score.top]} for score in scores
+            entry(token.text, token.logprob) | {"top_logprobs": [entry(text, logprob) for text, logprob in token.top]}
+            for token in logprobs
         ]
         return {"content": content, "refusal": None}
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationRequest):
     prompt: Annotated[
         list[str] | list[list[int]],
-        PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+        PlainValidator(_read_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ]
-    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = None
-    # not supported
-    echo: _harmless(False) = False
-    suffix: _harmless("") = ""
+    # Not supported.
+    echo: Annotated[Any, Unsupported(False)] = False
+    suffix: Annotated[Any, Unsupported("")] = ""
 
-    prompt_field: ClassVar = "prompt"
-    limit_field: ClassVar = "max_tokens"
-    names: ClassVar = ("cmpl", "text_completion", "text_completion")
+    prompt_field: ClassVar[str] = "prompt"
+    id_prefix: ClassVar[str] = "cmpl"
+    response_object: ClassVar[str] = "text_completion"
+    chunk_object: ClassVar[str] = "text_completion"
 
     @model_validator(mode="after")
-    def _best_of_all(self):
+    def _check_best_of(self):
         if self.best_of not in (None, self.n):
-            raise ValueError("best_of is not supported but as n; leave it out")
+            raise ValueError("best_of is not supported; leave it out or send the value of n")
         return self
 
     @property
-    def count(self) -> int:
+    def num_choices(self) -> int:
         return self.n * len(self.prompt)
 
     @property
-    def scored(self) -> int | None:
+    def max_new_tokens_field(self) -> str:
+        return "max_tokens"
+
+    @property
+    def logprobs_count(self) -> int | None:
         return self.logprobs
 
-    def render(self, tok: Tokenizer, most: int) -> list[list[int]]:
-        """The ids of each prompt. Raises UserError: text that cannot be encoded."""
+    def encode_prompts(self, tok: Tokenizer, max_tokens: int) -> list[list[int]]:
         return [tok.encode(prompt, bos=tok.adds_bos) if isinstance(prompt, str) else prompt for prompt in self.prompt]
 
-    def whole(self, choice: "Choice") -> dict:
-        logprobs = None if self.logprobs is None else self._logprobs(choice.take_scores())
+    def response_choice(self, choice: Choice) -> dict:
+        logprobs = None if self.logprobs is None else self._format_logprobs(choice.take_logprobs())
         return {"index": choice.index, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
-    def opening(self, index: int) -> dict | None:
+    def stream_start(self, index: int) -> dict | None:
         return None
 
-    def piece(self, index: int, text: str, scores: list["Score"], finish_reason: str | None = None) -> dict:
+    def stream_chunk(
+        self, index: int, text: str, logprobs: list[TokenLogprob], finish_reason: str | None = None
+    ) -> dict:
         return {
             "index": index,
             "text": text,
-            "logprobs": self._logprobs(scores) if scores else None,
+            "logprobs": self._format_logprobs(logprobs) if logprobs else None,
             "finish_reason": finish_reason,
         }
 
-    def _logprobs(self, scores: list["Score"]) -> dict:
-        def likeliest(score: Score) -> dict[str, float]:
-            entries = [
-                *score.top,
-                (score.text, score.logprob),
-            ]  # the chosen one too; of several with one text, the first
-            return {text: logprob for text, logprob in reversed(entries)}
+    def _format_logprobs(self, logprobs: list[TokenLogprob]) -> dict:
+        def top(token: TokenLogprob) -> dict[str, float]:
+            # With the sampled token. Of several tokens with the same text, the most likely one is kept.
+            entries = [*token.top, (token.text, token.logprob)]
+            return dict(reversed(entries))
 
         return {
-            "tokens": [score.text for score in scores],
-            "token_logprobs": [score.logprob for score in scores],
-            "top_logprobs": [likeliest(score) for score in scores] if self.logprobs else None,
-            "text_offset": [score.offset for score in scores],
+            "tokens": [token.text for token in logprobs],
+            "token_logprobs": [token.logprob for token in logprobs],
+            "top_logprobs": [top(token) for token in logprobs] if self.logprobs else None,
+            "text_offset": [token.offset for token in logprobs],
         }
-
-
-# -------------------------------------------------------------------------------------------------------------- answers
-
-
-@dataclass
-class Score:
-    """A token's text, where in the answer it starts, its log probability, and the likeliest tokens in its place."""
-
-    text: str
-    offset: int
-    logprob: float
-    top: list[tuple[str, float]]
-
-
-class Choice:
-    """One answer as it grows, from tokens to text."""
-
-    def __init__(self, index: int, tok: Tokenizer, stop: list[str]):
-        self.index, self.tokens, self.finish_reason = index, 0, None
-        self._tok, self._stream = tok, TextStream(tok, stop)
-        self._unstopped, self._length = TextStream(tok), 0  # tells where tokens start
-        self._scores: list[Score] = []
-        self._before: list[int] = []  # what tokens are decoded behind: a tokenizer may drop a space where a text starts
-        self._skipped = 0  # characters of that
-
-    @property
-    def text(self) -> str:
-        return self._stream.text
-
-    def push(self, token: Token) -> str:
-        """Takes the next token; returns the text that is new. A stop id has none, and ends the answer like a stop string."""
-        self.tokens += 1
-        new = ""
-        if token.finish_reason != "stop":
-            if token.logprob is not None:
-                self._score(token)
-            new = self._stream.push(token.id)
-        if token.finish_reason:
-            new += self._stream.finish()
-        self.finish_reason = "stop" if self._stream.stopped else token.finish_reason
-        return new
-
-    def take_scores(self) -> list[Score]:
-        """Those not taken yet of the tokens whose text, or its beginning, was shown; at the end of all that no stop string holds."""
-        stopped = self._stream.stopped
-        shown = self._length + 1 if self.finish_reason and not stopped else len(self.text)
-        taken = [score for score in self._scores if score.offset < shown]
-        self._scores = self._scores[len(taken) :]
-        return taken
-
-    def _score(self, token: Token) -> None:
-        def text(i: int) -> str:
-            return self._tok.decode([*self._before, i])[self._skipped :]
-
-        def logprob(value: float) -> float:
-            return max(LEAST_LOGPROB, value)  # also of NaN
-
-        top = [(text(i), logprob(value)) for i, value in token.top]
-        self._scores.append(Score(text(token.id), self._length, logprob(token.logprob), top))
-        self._length += len(self._unstopped.push(token.id))
-        if not self._before:
-            self._before = self._tok.encode("a")
-            self._skipped = len(self._tok.decode(self._before))

@@ -64,7 +64,7 @@ def identity(
     sections = dataclasses.asdict(config).items()
     values = {f"{s}.{k}": value for s, keys in sections for k, value in keys.items() if s != "parallel"}
     values = {key: value for key, value in values.items() if key not in _FREE}
-    sources = zip(store.sections, config.data.sources(config.data.train))
+    sources = zip(store.source_ranges, config.data.sources(config.data.train))
     values["data.train's rows and weights"] = [(stop - first, source.weight) for (first, stop), source in sources]
     values["data.eval's fraction"] = config.data.eval if isinstance(config.data.eval, float) else None
     values["the rows' sha256"] = store.sha256()

@@ -7,8 +7,9 @@ import numpy as np
 
 from minorca.config import Config
 from minorca.data.chat_template import resolve_template
-from minorca.data.packing import Order
-from minorca.data.store import TokenStore, prepared
+from minorca.data.packing import BatchSchedule
+from minorca.data.prepare import prepare_store
+from minorca.data.store import TokenStore
 from minorca.data.tokenizer import check_vocabulary, load_tokenizer
 from minorca.errors import UserError
 from minorca.files.weights import ModelFiles, open_model
@@ -38,13 +39,15 @@ class Inputs:
     held_out: TokenStore | None
     identity: dict
 
-    def schedule(self, config: Config) -> Order:
+    def schedule(self, config: Config) -> BatchSchedule:
         """Which rows every step has."""
         train, data = config.train, config.data
-        sections = zip(self.store.sections, data.sources(data.train))
+        sections = zip(self.store.source_ranges, data.sources(data.train))
         sources = [(first, stop, source.weight) for (first, stop), source in sections]
         micro_batches = train.batch_tokens // train.micro_batch_tokens
-        return Order(self.store.lengths, train.micro_batch_tokens, micro_batches, data.packing, train.seed, sources)
+        return BatchSchedule(
+            self.store.lengths, train.micro_batch_tokens, micro_batches, data.packing, train.seed, sources
+        )
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -67,11 +70,11 @@ def read_data(config: Config) -> tuple[TokenStore, TokenStore | None]:
     check_vocabulary(tok, read_architecture(directory).vocab_size, directory)
     template = resolve_template(tok, data.template)
     log.info("template: %s", template)
-    store = prepared(data.sources(data.train), tok, template, data)
+    store = prepare_store(data.sources(data.train), tok, template, data)
     store.report()
     if isinstance(data.eval, float):
         return _hold_out(store, data.eval, config.train.seed)
-    held_out = prepared(data.sources(data.eval), tok, template, data) if data.eval else None
+    held_out = prepare_store(data.sources(data.eval), tok, template, data) if data.eval else None
     if held_out:
         held_out.report()
     return store, held_out

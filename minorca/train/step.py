@@ -99,6 +99,6 @@ def locate_nonfinite(
         learner.trainable.sum_gradients(world)
         norm = learner.trainable.clip_gradients(config.optim.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            places = ", ".join(map(store.where, rows))
+            places = ", ".join(map(store.locate, rows))
             found.append(f"rank {rank}, loss {loss}, gradient norm {norm}, rows {places}")
     return "; ".join(found) or "no micro-batch alone reproduces it: a fault of the hardware, or of their sum"

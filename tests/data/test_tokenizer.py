@@ -1,4 +1,4 @@
-"""Text to ids against sentencepiece, mistral-common and transformers, and every way the files can be wrong."""
+"""Text to ids, compared with sentencepiece, mistral-common and transformers, and invalid tokenizer files."""
 
 import json
 import shutil
@@ -124,14 +124,16 @@ def test_template_text_equals_transformers_for_sentencepiece(tmp_path):
 
 
 def test_both_formats_of_one_model_agree(tmp_path):
-    """tokenizer.model and the tokenizer.json that transformers makes of it, but for runs of spaces: transformers 5
-    gives those pieces a place among the merges that their scores in tokenizer.model do not have.
+    """tokenizer.model and the tokenizer.json that transformers converts it to, except for runs of spaces.
+
+    transformers 5 gives those pieces another place among the merges than their scores in tokenizer.model do. The space
+    that is put before a text makes a run with one at its start.
     """
     source = orca(tmp_path / "sp", tokenizer_config={"tokenizer_class": "LlamaTokenizer", "legacy": True})
     AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "json")
     ours, theirs = load_tokenizer(source), load_tokenizer(tmp_path / "json")
     assert not (tmp_path / "json" / "tokenizer.model").exists()
-    for text in [text for text in TEXTS + FORGERIES if "  " not in " " + text]:  # the prefix makes a run, too
+    for text in [text for text in TEXTS + FORGERIES if "  " not in " " + text]:
         assert ours.encode(text) == theirs.encode(text), text
         assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text))
         assert ours.encode_template(text) == theirs.encode_template(text)
@@ -151,13 +153,13 @@ def test_json_ids_equal_transformers(tmp_path):
     assert tok.vocab_size == len(reference)
 
 
-def test_json_wins_where_both_formats_are(tmp_path):
-    """A directory with both is read as transformers reads it."""
+def test_json_takes_precedence(tmp_path):
+    """A directory with both formats is read as transformers reads it."""
     assert load_tokenizer(orca(byte_level(tmp_path))).vocab_size < 32000
 
 
-def test_whether_bos_is_added_comes_from_the_files(tmp_path):
-    """A post-processor that adds bos says so for tokenizer.json, unless add_bos_token speaks."""
+def test_the_files_say_whether_bos_is_added(tmp_path):
+    """add_bos_token does; without it, the post-processor of tokenizer.json."""
     template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     no, yes = ({"tokenizer_config": NAMES | {"add_bos_token": value}} for value in (False, True))
     assert not load_tokenizer(byte_level(tmp_path / "a")).adds_bos
@@ -213,15 +215,15 @@ def test_vocabulary_must_fit_the_embedding(tmp_path):
     "files, message",
     [
         ({"added_tokens": '{\n"a": 1,\n}'}, "added_tokens.json, line 3: not valid JSON"),
-        ({"added_tokens": "[]"}, "added_tokens.json: expected a JSON object, found list"),
+        ({"added_tokens": "[]"}, "added_tokens.json: expected a JSON object, got list"),
         ({"added_tokens": {"<|im_end|>": "32000"}}, "added_tokens.json: expected tokens and their ids"),
         ({"added_tokens": {"<|im_end|>": 22557}}, "added_tokens.json: '<|im_end|>' has id 22557, which is '▁Hello'"),
         ({"tokenizer_config": {"eos_token": "<|eot|>"}}, "eos_token is '<|eot|>' in tokenizer_config.json"),
-        ({"tokenizer_config": {"chat_template": 3}}, "tokenizer_config.json: chat_template: expected text"),
+        ({"tokenizer_config": {"chat_template": 3}}, "tokenizer_config.json: chat_template is int; expected text"),
         ({"generation_config": "{"}, "generation_config.json, line 1: not valid JSON"),
     ],
 )
-def test_wrong_settings_are_named(files, message, tmp_path):
+def test_invalid_settings_are_named(files, message, tmp_path):
     """One line with the file and what was expected in it."""
     with pytest.raises(UserError) as error:
         load_tokenizer(orca(tmp_path, **files))
@@ -239,14 +241,14 @@ def test_corrupt_tokenizers_are_named(name, content, tmp_path):
 
 
 @pytest.mark.parametrize("make", [orca, byte_level])
-def test_half_a_surrogate_pair_is_no_text(make, tmp_path):
-    """JSON can spell it, so data can hold it; the libraries raise whatever they like."""
-    with pytest.raises(UserError, match="character 2 is half of a surrogate pair"):
+def test_an_unpaired_surrogate_is_not_text(make, tmp_path):
+    """JSON can spell it, so data can contain it; each library raises another error."""
+    with pytest.raises(UserError, match="^text has an unpaired surrogate at character 2"):
         load_tokenizer(make(tmp_path)).encode(json.loads('"a \\ud83d b"'))
 
 
 def test_a_directory_without_tokenizer_says_what_it_lacks(tmp_path):
-    with pytest.raises(UserError, match="no tokenizer here; expected tokenizer.json"):
+    with pytest.raises(UserError, match="no tokenizer found; expected tokenizer.json"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="absent: no such directory"):
         load_tokenizer(tmp_path / "absent")

@@ -453,7 +453,7 @@ def test_another_network_in_mistrals_layout_is_refused_by_its_field(changes, fie
     "text, complaint",
     [
         ('{"a": 1,\n"b": }', "line 2: not valid JSON"),
-        ("[1]", "expected a JSON object, found list"),
+        ("[1]", "expected a JSON object, got list"),
         (b"\xff\xfe", "cannot be read"),
         ("[" * 100_000, "cannot be read"),
         ('{"vocab_size": ' + "9" * 5000 + "}", "cannot be read"),

@@ -1,4 +1,4 @@
-"""The engine: answers that depend on their request alone, whoever grows beside them; rows that come free; one reading for many."""
+"""The engine: answers depend on their request alone; slots are reused; a shared prompt is prefilled once."""
 
 import signal
 
@@ -23,7 +23,7 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def run(engine: Engine, *requests: Request) -> list[list]:
-    """The tokens of each request."""
+    """Runs all requests at once; returns the tokens of each."""
     outs = {request: [] for request in requests}
     for request in requests:
         engine.add(request)
@@ -38,7 +38,7 @@ def ids(tokens: list) -> list[int]:
 
 
 def logprobs(tokens: list) -> torch.Tensor:
-    """[T, V] of requests that asked for all."""
+    """[T, V] of a request that asked for all of the vocabulary."""
     return torch.stack([torch.tensor([value for _, value in sorted(token.top)]) for token in tokens])
 
 
@@ -52,7 +52,7 @@ def model(save_mistral):
 @pytest.mark.parametrize("window", [None, WINDOW])
 @pytest.mark.parametrize("chunk", [1, 7, WINDOW, 512])
 def test_chunks_of_any_size_equal_the_cacheless_forward(window, chunk, save_mistral):
-    """Prompts around the window's length and past it, answers that go on to 3 windows: every id, and every log probability."""
+    """Prompts around the window's length and past it, answers up to 3 windows: every id and every log-probability."""
     model = load_model(
         save_mistral(sliding_window=window, num_hidden_layers=3, initializer_range=0.2)[0], torch.float32, "cpu"
     )
@@ -83,9 +83,10 @@ def two_threads():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("packed, heads", [(False, 4), (True, 6)])  # two and three query heads a key head
+# Two and three query heads a key head.
+@pytest.mark.parametrize("packed, heads", [(False, 4), (True, 6)])
 def test_no_bit_depends_on_the_neighbours(dtype, packed, heads, two_threads, save_mistral):
-    """At one number of rows and one chunk: whoever is beside, however long, and whatever they ask for; greedy and drawn."""
+    """With the same slots and chunk: whatever the other requests are and ask for; greedy and sampled."""
     model = load_model(save_mistral(sliding_window=WINDOW, num_attention_heads=heads, head_dim=16)[0], dtype, "cpu")
     model = prepack(model) if packed else model
     asked = [Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=1)]
@@ -94,7 +95,8 @@ def test_no_bit_depends_on_the_neighbours(dtype, packed, heads, two_threads, sav
     ]
     others = [
         lambda: [Request(prompt(n, n), 30 - n // 2) for n in (5, 20, 40)],
-        lambda: [Request(prompt(45, n), 25) for n in range(3)],  # as long, step by step
+        # Of the same length in every step.
+        lambda: [Request(prompt(45, n), 25) for n in range(3)],
         lambda: [Request(prompt(50), 3, Sampling(temperature=2.0, repetition_penalty=2.0))],
     ]
     for sampling, expected in zip(asked, alone):
@@ -104,15 +106,15 @@ def test_no_bit_depends_on_the_neighbours(dtype, packed, heads, two_threads, sav
             assert ids(tokens) == ids(expected) and torch.equal(logprobs(tokens), logprobs(expected))
 
 
-def test_a_penalty_counts_nothing_that_a_neighbours_step_left(model):
-    """While a prompt is read in chunks, steps of the others go over its row too."""
+def test_a_penalty_ignores_what_other_requests_steps_left(model):
+    """While a prompt is prefilled in chunks, the others' decoding steps write to its slot too."""
     asked = lambda: Request(prompt(60), 40, Sampling(repetition_penalty=1.5))  # noqa: E731
     (alone,) = run(Engine(model, 2, 300, chunk=8), asked())
     _, beside = run(Engine(model, 2, 300, chunk=8), Request(prompt(5), 100), asked())
     assert ids(beside) == ids(alone)
 
 
-def test_rows_come_free_for_those_who_wait(model):
+def test_waiting_requests_take_free_slots(model):
     engine = Engine(model, 2, 100)
     requests = [Request(prompt(5, n), 3 + n) for n in range(6)]
     for request in requests:
@@ -125,15 +127,13 @@ def test_rows_come_free_for_those_who_wait(model):
     assert finished == requests and (engine.running, engine.waiting) == (0, 0) and engine.cache.lengths == [0, 0]
 
 
-def test_a_cancelled_request_leaves_at_any_time(model):
-    """While it waits, while its prompt is read, while it grows; the others go on as if it had not been."""
+def test_a_request_can_be_cancelled_at_any_time(model):
+    """Waiting, during prefill, while decoding; other answers are unchanged."""
     (expected,) = run(Engine(model, 2, 200, chunk=8), Request(prompt(20), 30))
     for steps in range(8):
-        engine, going, ended = (
-            Engine(model, 2, 200, chunk=8),
-            Request(prompt(20), 30),
-            [Request(prompt(40, n), 50) for n in range(3)],
-        )
+        engine = Engine(model, 2, 200, chunk=8)
+        going = Request(prompt(20), 30)
+        ended = [Request(prompt(40, n), 50) for n in range(3)]
         tokens = []
         for request in (going, *ended):
             engine.add(request)
@@ -144,14 +144,16 @@ def test_a_cancelled_request_leaves_at_any_time(model):
             engine.cancel(request)
         assert engine.running + engine.waiting == 1
         while engine.busy:
-            tokens += (new := engine.step())
+            new = engine.step()
+            tokens += new
             assert all(token.request is going for token in new)
         assert ids([token for token in tokens if token.request is going]) == ids(expected)
 
 
 def test_memory_stays_within_the_window(model):
-    """At most W slots a sequence, in the model's dtype; a short answer takes fewer, and past W nothing grows."""
-    engine, arch = Engine(model, 2, 4000), model.arch
+    """At most W positions a sequence, in the model's dtype; a short answer takes fewer, and past W nothing grows."""
+    engine = Engine(model, 2, 4000)
+    arch = model.arch
     token_bytes = 2 * arch.layers * arch.kv_heads * arch.head_dim * 4
     engine.add(Request(prompt(10), 3 * WINDOW))
     engine.add(Request(prompt(500), 20))
@@ -174,7 +176,7 @@ def test_without_a_window_the_cache_grows_as_it_is_needed(save_mistral):
 
 
 def test_a_cache_without_a_window_does_not_roll(save_mistral):
-    """Past the length it was made for it would overwrite keys that are still seen."""
+    """Past its maximum length it would overwrite keys that are still visible."""
     arch = load_model(save_mistral(sliding_window=64)[0], torch.float32, "cpu").arch
     cache = KVCache(arch, 1, 6, torch.float32, torch.device("cpu"))
     cache.prefill(0, 6)
@@ -184,14 +186,14 @@ def test_a_cache_without_a_window_does_not_roll(save_mistral):
 
 
 class Counted:
-    """Counts the tokens that a model is shown."""
+    """Records the number of tokens of every forward of a model."""
 
     def __init__(self, model):
         self.tokens = []
         model.register_forward_pre_hook(lambda module, arguments: self.tokens.append(len(arguments[0])))
 
 
-def test_samples_of_one_prompt_share_its_reading(model):
+def test_samples_of_one_prompt_share_its_prefill(model):
     asked = Sampling(temperature=1.0, seed=5)
     apart = [run(Engine(model, 4, 200), Request(prompt(70), 20, asked, sample=n))[0] for n in range(3)]
     counted = Counted(model)
@@ -201,13 +203,17 @@ def test_samples_of_one_prompt_share_its_reading(model):
 
 
 @pytest.mark.parametrize("window", [None, 1000, WINDOW])
-def test_a_conversation_is_read_once(window, save_mistral):
-    """Each turn reads only what follows the longest common beginning; where the window has moved past it, all again."""
+def test_a_conversation_is_prefilled_once(window, save_mistral):
+    """Each turn prefills only what follows the longest common prefix; all of it if the window has moved past that."""
     model = load_model(save_mistral(sliding_window=window)[0], torch.float32, "cpu")
-    engine, counted, said, held = Engine(model, 1, 500, reuse=True), Counted(model), [], []
+    engine = Engine(model, 1, 500, reuse=True)
+    counted = Counted(model)
+    said = []
+    held = []
     for turn, change in enumerate((None, None, 30, None)):
         said += prompt(20, turn)
-        if change is not None:  # a template that moves the system prompt: history is no prefix
+        # As by a template that moves the system prompt.
+        if change is not None:
             said[change] += 1
         same = next((i for i, (a, b) in enumerate(zip(held, said)) if a != b), len(held))
         if window == WINDOW and same < len(held):
@@ -218,12 +224,15 @@ def test_a_conversation_is_read_once(window, save_mistral):
         (cold,) = run(Engine(model, 1, 500), Request(list(said), 10))
         assert ids(tokens) == ids(cold)
         said += ids(tokens)
-        held = said[:-1]  # the newest id was never shown to the model
+        # Without the newest id, which is not in the cache.
+        held = said[:-1]
 
 
-def test_ctrl_c_within_a_step_leaves_a_cache_that_can_go_on(model):
-    """The signal comes between two layers; the step is finished before it counts, and the next turn goes on from what was read."""
-    engine, said, layers = Engine(model, 1, 300, reuse=True), prompt(40), []
+def test_ctrl_c_within_a_step_leaves_a_consistent_cache(model):
+    """The signal comes between two layers; the step is completed first, and the next turn reuses what was cached."""
+    engine = Engine(model, 1, 300, reuse=True)
+    said = prompt(40)
+    layers = []
 
     def interrupt(module, arguments):
         layers.append(module)
@@ -241,10 +250,13 @@ def test_ctrl_c_within_a_step_leaves_a_cache_that_can_go_on(model):
     assert ids(run(engine, Request(said, 30))[0]) == ids(run(Engine(model, 1, 300), Request(said, 30))[0])
 
 
-@pytest.mark.parametrize("fails_at", [3, 4, 11])  # while the prompt is read, and in a step
-def test_an_error_within_a_step_is_not_gone_on_from(model, fails_at):
-    """Some layers know tokens then that others do not: the next turn reads everything again."""
-    engine, said, calls = Engine(model, 1, 300, reuse=True, chunk=16), prompt(40), []
+# During prefill, and in a decoding step.
+@pytest.mark.parametrize("fails_at", [3, 4, 11])
+def test_a_cache_is_not_reused_after_an_error_within_a_step(model, fails_at):
+    """Some layers have cached more tokens than others then: the next turn prefills everything."""
+    engine = Engine(model, 1, 300, reuse=True, chunk=16)
+    said = prompt(40)
+    calls = []
 
     def fail(module, arguments):
         calls.append(module)
@@ -261,32 +273,34 @@ def test_an_error_within_a_step_is_not_gone_on_from(model, fails_at):
         Engine(model, 2, reuse=True)
 
 
-def test_a_request_may_be_asked_again(model):
-    engine, request = Engine(model, 2, 100), Request(prompt(20), 10)
+def test_a_request_can_be_added_again(model):
+    engine = Engine(model, 2, 100)
+    request = Request(prompt(20), 10)
     assert ids(run(engine, request)[0]) == ids(run(engine, request)[0])
 
 
-def test_an_adapter_that_is_no_number_is_refused(model, save_mistral, tmp_path):
-    """Its products with zero would reach the rows that do not use it."""
+def test_an_adapter_with_infinite_values_is_refused(model, save_mistral, tmp_path):
+    """Its products with zero would reach requests that do not use it."""
     directory, base = save_mistral()
     random_adapter(base, tmp_path / "adapter", ("q", "down"))
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
-    tensors[name := sorted(tensors)[1]][2, 1] = torch.inf
+    name = sorted(tensors)[1]
+    tensors[name][2, 1] = torch.inf
     save_file(tensors, file)
     with pytest.raises(UserError, match=f"{tmp_path / 'adapter'}: {name} contains NaN or infinite values"):
         load_adapters(load_model(directory, torch.float32, "cpu"), {"one": tmp_path / "adapter"})
 
 
-def test_what_does_not_fit_the_memory_is_said_before(save_mistral):
+def test_a_cache_that_does_not_fit_in_memory_is_refused(save_mistral):
     model = load_model(save_mistral(sliding_window=None)[0], torch.float32, "cpu")
     message = "the KV cache needs .* GB for 8 slots of 1000000000 tokens, .* GB are free .* use fewer slots"
     with pytest.raises(UserError, match=message):
         Engine(model, 8, 10**9)
 
 
-def test_adapters_are_chosen_by_row(save_mistral, tmp_path):
-    """Rows with two adapters of other ranks, targets and scales, and none, in one batch: each as transformers and PEFT have it."""
+def test_each_request_chooses_its_adapter(save_mistral, tmp_path):
+    """Adapters of different ranks, targets and scales, and none, in one batch: all equal transformers and PEFT."""
     directory, base = save_mistral(sliding_window=WINDOW)
     settings = {
         "one": (("q", "v", "down"), {"r": 4, "lora_alpha": 12}),
@@ -305,7 +319,8 @@ def test_adapters_are_chosen_by_row(save_mistral, tmp_path):
                 logits = theirs(torch.tensor([request.prompt + ids(tokens)])).logits[0, len(request.prompt) - 1 : -1]
             assert relative_error(logprobs(tokens), logits.log_softmax(-1)) < 1e-5
             assert ids(tokens) == logits.argmax(-1).tolist()
-        with torch.no_grad():  # the model's own forward is the base's, whatever was served last
+        # Outside the engine the model's forward is the base model's.
+        with torch.no_grad():
             assert relative_error(model(torch.tensor(prompt(40))), base(torch.tensor([prompt(40)])).logits[0]) < 1e-5
 
 
@@ -324,17 +339,17 @@ def with_adapter(directory, adapter):
 def test_prepacked_is_the_same_model(save_mistral):
     for tied in (False, True):
         directory, _ = save_mistral(tie_word_embeddings=tied)
-        model, tokens = load_model(directory, torch.float32, "cpu"), torch.tensor(prompt(30))
+        model = load_model(directory, torch.float32, "cpu")
+        tokens = torch.tensor(prompt(30))
         with torch.inference_mode():
             plain = model(tokens)
             assert prepack(prepack(model)) is model
             assert relative_error(model(tokens), plain) < 1e-6
-        assert (
-            sum(p.numel() for p in model.layers.parameters()) == 2 * 2 * 64
-        )  # the norms: no second copy of a projection
+        # Of the norms alone: there is no second copy of a projection.
+        assert sum(p.numel() for p in model.layers.parameters()) == 2 * 2 * 64
 
 
-def test_what_cannot_be_served_is_named(model):
+def test_invalid_requests_are_named(model):
     engine = Engine(model, 1, 50)
     wrong = {
         "prompt is empty": Request([]),

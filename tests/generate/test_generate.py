@@ -35,7 +35,8 @@ def test_greedy_equals_transformers(window, save_mistral):
 
 def test_greedy_equals_the_cacheless_forward(save_mistral):
     directory, _ = save_mistral(sliding_window=16)
-    model, ids = load_model(directory, torch.float32, "cpu"), list(PROMPTS[0])
+    model = load_model(directory, torch.float32, "cpu")
+    ids = list(PROMPTS[0])
     for token in generate(model, [ids], max_new_tokens=60)[0]:
         assert token == model(torch.tensor(ids)).argmax(-1)[-1].item()
         ids.append(token)
@@ -65,7 +66,7 @@ def test_a_seed_repeats(save_mistral):
 
 @pytest.fixture
 def talker(save_mistral):
-    """A model that says «é€😀» over and over: text whose characters are 2, 3 and 4 tokens each."""
+    """A model that repeats «é€😀», whose characters are 2, 3 and 4 tokens each."""
     directory, model = save_mistral(
         vocab_size=260, hidden_size=512, num_attention_heads=4, num_hidden_layers=1, rms_norm_eps=1e-6
     )
@@ -74,7 +75,8 @@ def talker(save_mistral):
 
     tok = load_tokenizer(directory)
     cycle = tok.encode("é€😀")
-    with torch.no_grad():  # a bigram table: no attention, no MLP, one direction a token
+    # A bigram table: no attention, no MLP, one direction a token.
+    with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight.zero_()
         model.model.layers[0].mlp.down_proj.weight.zero_()
         model.model.embed_tokens.weight.copy_(torch.eye(260, 512))

@@ -1,4 +1,4 @@
-"""Drawing: frequencies follow the filtered distribution, as transformers' filters make it; draws repeat and touch no neighbour."""
+"""Sampling: frequencies follow the distribution of transformers' filters; draws are reproducible and independent."""
 
 import pytest
 import torch
@@ -14,22 +14,21 @@ from transformers import (
 from minorca.errors import UserError
 from minorca.generate.sampling import Sampler, Sampling, _uniform
 
-VOCABULARY, DRAWS = 12, 40_000
+VOCABULARY = 12
+DRAWS = 40_000
 LOGITS_V = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(0)) * 2
 
 
-def draws(logits_V: torch.Tensor, sampling: Sampling, rows: int = DRAWS, prompt=(), position: int = 5) -> torch.Tensor:
-    """One id of each of so many rows, samples 0, 1, 2 ... of one seed."""
+def draws(logits_V: torch.Tensor, sampling: Sampling, slots: int = DRAWS, prompt=(), position: int = 5) -> torch.Tensor:
+    """One id from each of many slots, which differ in their seeds."""
     sampler = Sampler(1, VOCABULARY, torch.device("cpu"))
-    wide = Sampler(rows, VOCABULARY, torch.device("cpu"))
+    wide = Sampler(slots, VOCABULARY, torch.device("cpu"))
     sampler.set(0, sampling, 0, list(prompt))
-    wide.settings, wide.values_6N, wide.seen_NV = (
-        sampler.settings * rows,
-        sampler.values_6N.repeat(1, rows),
-        sampler.seen_NV.repeat(rows, 1),
-    )
-    wide.seed_N = torch.arange(rows) * 7919
-    return wide(logits_V.repeat(rows, 1), torch.full((rows,), position), slice(None), wide.ops(slice(None)))
+    wide.settings = sampler.settings * slots
+    wide.values_6N = sampler.values_6N.repeat(1, slots)
+    wide.seen_NV = sampler.seen_NV.repeat(slots, 1)
+    wide.seed_N = torch.arange(slots) * 7919
+    return wide(logits_V.repeat(slots, 1), torch.full((slots,), position), slice(None), wide.ops(slice(None)))
 
 
 CASES = {
@@ -55,7 +54,8 @@ CASES = {
 def test_frequencies_are_those_of_transformers_filters(case):
     sampling, warpers = CASES[case]
     prompt = [1, 4, 4, 7]
-    expected = LogitsProcessorList(warpers)(torch.tensor([prompt]), LOGITS_V[None].clone())[0].softmax(-1)
+    ids = torch.LongTensor([prompt])
+    expected = LogitsProcessorList(warpers)(ids, LOGITS_V[None].clone())[0].softmax(-1)
     seen = torch.bincount(draws(LOGITS_V, sampling, prompt=prompt), minlength=VOCABULARY) / DRAWS
     assert torch.allclose(seen, expected, atol=4 * (0.25 / DRAWS) ** 0.5)
     assert (seen[expected == 0] == 0).all()
@@ -63,8 +63,9 @@ def test_frequencies_are_those_of_transformers_filters(case):
 
 def test_temperature_zero_is_the_likeliest_and_a_penalty_counts_what_was_drawn():
     sampler = Sampler(2, VOCABULARY, torch.device("cpu"))
-    sampler.set(0, Sampling(repetition_penalty=100.0), 0, [LOGITS_V.argmin().item()])
-    logits_NV, seen = LOGITS_V.clamp(min=0.1).repeat(2, 1), []
+    sampler.set(0, Sampling(repetition_penalty=100.0), 0, [int(LOGITS_V.argmin())])
+    logits_NV = LOGITS_V.clamp(min=0.1).repeat(2, 1)
+    seen = []
     for position in range(4):
         seen.append(sampler(logits_NV, torch.tensor([position] * 2), slice(None), sampler.ops(slice(None))).tolist())
     likeliest = LOGITS_V.topk(4).indices.tolist()
@@ -72,47 +73,50 @@ def test_temperature_zero_is_the_likeliest_and_a_penalty_counts_what_was_drawn()
 
 
 def test_a_draw_depends_on_seed_sample_and_position_alone():
-    """Not on its row, and not on what the neighbours ask for, which decides how the batch is computed."""
+    """Not on its slot, and not on what other slots ask for, which decides how the batch is computed."""
     asked = Sampling(temperature=1.0, seed=3)
     neighbours = [
         Sampling(),
         Sampling(temperature=2.0, top_p=0.5),
         Sampling(temperature=1.0, repetition_penalty=2.0, min_p=0.1),
     ]
-    generator, found = torch.Generator().manual_seed(1), {}
+    generator = torch.Generator().manual_seed(1)
+    found = {}
     logits_TV = torch.randn(50, 500, generator=generator)
-    for row in range(4):
+    ids = []
+    for slot in range(4):
         for beside in ([], neighbours):
             sampler = Sampler(4, 500, torch.device("cpu"))
             for n, other in enumerate(beside):
-                sampler.set(n + (n >= row), other, 0, [1])
-            sampler.set(row, asked, 2, [1])
+                sampler.set(n + (n >= slot), other, 0, [1])
+            sampler.set(slot, asked, 2, [1])
             ids = [
-                sampler(logits_V.repeat(4, 1), torch.full((4,), t), slice(None), sampler.ops(slice(None)))[row].item()
+                sampler(logits_V.repeat(4, 1), torch.full((4,), t), slice(None), sampler.ops(slice(None)))[slot].item()
                 for t, logits_V in enumerate(logits_TV)
             ]
-            found[row, bool(beside)] = tuple(ids)
+            found[slot, bool(beside)] = tuple(ids)
     assert len(set(found.values())) == 1 and len(set(ids)) > 40
 
 
 def test_uniform_numbers_are_uniform_and_independent():
     seeds, positions = torch.meshgrid(torch.randint(-(2**63), 2**63 - 1, (300,)), torch.arange(300), indexing="ij")
     u = _uniform(seeds.flatten(), positions.flatten()).double()
-    assert 0 <= u.min() and u.max() < 1
+    assert u.min() >= 0 and u.max() < 1
     assert torch.allclose(torch.histc(u, 20, 0, 1) / len(u), torch.tensor(0.05, dtype=torch.float64), atol=0.004)
     u = u.view(300, 300)
-    for one, other in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1])):  # neighbouring positions, other seeds
+    # Neighbouring positions, and other seeds.
+    for one, other in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1])):
         assert abs(torch.corrcoef(torch.stack((one.flatten(), other.flatten())))[0, 1]) < 0.015
 
 
-def test_an_id_of_no_probability_is_never_drawn():
+def test_an_id_with_probability_zero_is_never_drawn():
     logits_V = torch.full((VOCABULARY,), -torch.inf)
     logits_V[[3, 9]] = 0.0
     assert set(draws(logits_V, Sampling(temperature=1.0)).tolist()) == {3, 9}
     assert set(draws(logits_V, Sampling(temperature=1.0, top_p=0.99)).tolist()) == {3, 9}
 
 
-def test_settings_that_make_no_sense_are_named():
+def test_settings_out_of_range_are_named():
     with pytest.raises(UserError, match="temperature.*; top_p.*; top_k.*; min_p.*; repetition_penalty"):
         Sampling(temperature=-1, top_p=0, top_k=-1, min_p=2, repetition_penalty=0)
     with pytest.raises(UserError, match="temperature"):

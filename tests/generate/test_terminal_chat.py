@@ -1,4 +1,4 @@
-"""The conversation in the terminal, with a scripted model: what it is asked, what is shown, what is kept."""
+"""The chat in the terminal, with a scripted model: what the model is given, what is shown, what is kept."""
 
 import fcntl
 import io
@@ -13,6 +13,7 @@ import termios
 import time
 import unicodedata
 from collections import Counter
+from functools import partial
 
 import pytest
 
@@ -38,10 +39,13 @@ def v3(tmp_path):
 
 
 class Script:
-    """A model that says what it was told to, then a stop id. An answer's pieces are text, ids, or an exception to raise there."""
+    """A model with fixed answers, each ended by a stop id. The pieces of an answer are text, ids, or exceptions."""
 
     def __init__(self, tok, *answers):
-        self.tok, self.answers, self.prompts, self.closed = tok, iter(answers), [], 0
+        self.tok = tok
+        self.answers = iter(answers)
+        self.prompts = []
+        self.closed = 0
 
     def __call__(self, ids):
         self.prompts.append(ids)
@@ -57,7 +61,7 @@ class Script:
 
 @pytest.fixture
 def converse(monkeypatch, capsys):
-    """converse(script, lines, template, ...) -> (standard output, standard error) of a conversation whose lines come by a pipe."""
+    """converse(script, lines, template, ...) -> (standard output, standard error); the lines come through a pipe."""
 
     def run(script, lines: str | bytes, template: str = "auto", **options):
         data = lines if isinstance(lines, bytes) else lines.encode()
@@ -74,7 +78,8 @@ def turns(*contents: str, system: str = "") -> list[dict]:
 
 
 def saved(path) -> list[dict]:
-    [row] = read_rows(open_source(Source(str(path)), None), "messages", None, Counter())
+    [row] = read_rows(open_source(Source(str(path), "messages"), None), None, Counter())
+    assert isinstance(row.content, list)
     return row.content
 
 
@@ -86,7 +91,7 @@ def test_each_turn_has_all_before_it(tok, converse):
     assert script.prompts == [render_chat(tok, turns(*asked[: 2 * n + 1], system="Be brief.")) for n in range(4)]
 
 
-def test_system_prompts_where_history_is_no_prefix(v3, converse):
+def test_system_prompts_where_history_is_not_a_prefix(v3, converse):
     """mistral-v3 writes the system prompt before the last user message: every turn is rendered anew."""
     script = Script(v3, ["uno"], ["dos"], ["tres"], ["quatro"])
     out, err = converse(
@@ -127,7 +132,8 @@ def test_commands_are_not_sent(tok, converse):
 
 def test_a_saved_conversation_can_be_trained_on(tok, converse, tmp_path):
     """As it was said, with the system prompt; an answer that was cut is there and not trained."""
-    first, second = tmp_path / "first one.jsonl", tmp_path / "second.jsonl"
+    first = tmp_path / "first one.jsonl"
+    second = tmp_path / "second.jsonl"
     script = Script(tok, ["é\n\u2028\x1b[1m"], ["begun", KeyboardInterrupt()], ["whole"])
     _, err = converse(script, f"/save {first}\na\nb\n/save {first}\nc\n/save {first}\n/save {second}\n", system="S")
     assert saved(first) == turns("a", "é\n\u2028\x1b[1m", "b", system="S") + [
@@ -149,7 +155,7 @@ NAMES = ["", "chat", "chat.json", "absent/chat.jsonl", "~nobody-at-all/chat.json
 
 
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
-def test_names_that_cannot_be_saved_to(name, tok, converse, tmp_path, monkeypatch):
+def test_invalid_file_names(name, tok, converse, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = list(tmp_path.rglob("*"))
     out, err = converse(Script(tok, ["1"], ["2"]), f"one\n/save {name}\ntwo\n")
@@ -158,7 +164,7 @@ def test_names_that_cannot_be_saved_to(name, tok, converse, tmp_path, monkeypatc
 
 
 def test_a_turn_that_fails_is_not_added(tok, converse):
-    """The model's own refusal with its numbers, at once or in the middle, and whatever else it raises."""
+    """The engine's errors at the start or in the middle of an answer, and all other exceptions."""
     full = UserError("600 prompt tokens and --max-new-tokens 9 are over the model's 512 positions")
     script = Script(tok, [full], ["1"], ["2", full], ["3", RuntimeError("out of\nmemory")], ["4"])
     out, err = converse(script, "zero\none\ntwo\nthree\nfour\n")
@@ -171,13 +177,13 @@ def test_a_turn_that_fails_is_not_added(tok, converse):
     assert script.prompts[-1] == render_chat(tok, turns("one", "1", "four"))
 
 
-def test_what_the_template_cannot_write(tok, converse):
+def test_what_the_template_cannot_render(tok, converse):
     out, err = converse(Script(tok), "one\ntwo\n", "mistral-v3")
     assert out == "" and err.count("needs the control token [INST]") == 2
 
 
 def test_ctrl_c_stops_an_answer(tok, converse):
-    """What was said is kept, half a character as what it is; where nothing was said the turn is not."""
+    """Text that was shown is kept, an incomplete character as U+FFFD; a turn without text is dropped."""
     script = Script(tok, ["Well", tok.encode("é")[:1], KeyboardInterrupt()], [KeyboardInterrupt()], ["ok"])
     out, err = converse(script, "one\ntwo\nthree\n")
     assert out == "Well\ufffd\n\nok\n" and script.closed == 3
@@ -186,8 +192,10 @@ def test_ctrl_c_stops_an_answer(tok, converse):
 
 
 def test_ctrl_c_anywhere_closes_the_answer(tok, converse, monkeypatch):
-    """It may come while text is being shown, not only while the model works."""
-    script, plain, raised = Script(tok, itertools.repeat("x"), ["2"]), print, iter([KeyboardInterrupt()])
+    """It may come while text is being printed, not only while the model computes."""
+    script = Script(tok, itertools.repeat("x"), ["2"])
+    plain = print
+    raised = iter([KeyboardInterrupt()])
 
     def show(*args, **options):
         plain(*args, **options)
@@ -207,8 +215,9 @@ def test_an_answer_has_an_end(tok, converse, tmp_path):
 
 
 def test_whole_characters_are_shown_as_they_come(tok, converse, monkeypatch, capsys):
-    """Each as soon as its last byte is there; the tokens are single bytes."""
-    seen, shown = [], ""
+    """Each as soon as its last byte has come; the tokens are single bytes."""
+    seen = []
+    shown = ""
 
     def answer(ids):
         nonlocal shown
@@ -222,8 +231,8 @@ def test_whole_characters_are_shown_as_they_come(tok, converse, monkeypatch, cap
     assert seen == ["a", "a", "aé", "aé", "aé", "aé日", "aé日", "aé日", "aé日", "aé日😀"]
 
 
-def test_a_terminal_obeys_no_model(tok, converse, tmp_path):
-    """Control characters are spelled out, in notes too; all other text is as it is, and so is what is kept."""
+def test_control_characters_do_not_reach_the_terminal(tok, converse, tmp_path):
+    """They are escaped, in notes too; all other text is unchanged, and so is what is kept."""
     said = "\x1b[2J\x07\x7f\x9b1m\r\n\tfine: é 日\u3000本 👩‍🚀 \u00a0"
     controls = "".join(chr(c) for c in range(0xA0) if unicodedata.category(chr(c)) == "Cc")
     script = Script(tok, [said], [controls])
@@ -237,22 +246,22 @@ def test_a_terminal_obeys_no_model(tok, converse, tmp_path):
     )
 
 
-def test_lines_that_are_no_text_are_refused(tok, converse):
+def test_lines_that_are_not_utf8_are_refused(tok, converse):
     script = Script(tok, ["1"])
     out, err = converse(script, b"caf\xe9\n/save \xff.jsonl\nna\xc3\xafve\n")
     assert out == "1\n" and err.count("not valid UTF-8 and was not sent") == 2
     assert script.prompts == [render_chat(tok, turns("naïve"))]
 
 
-def test_a_terminal_without_our_letters(tok, converse, monkeypatch):
+def test_a_terminal_that_cannot_encode_an_answer(tok, converse, monkeypatch):
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", narrow)
     converse(Script(tok, ["né"]), "one\n")
     assert narrow.buffer.getvalue() == b"n\\xe9\n"
 
 
-def test_a_reader_that_has_gone_ends_it(tok, converse, monkeypatch):
-    """Nobody is left to tell; cli.run knows what to do."""
+def test_a_closed_standard_output_ends_the_chat(tok, converse, monkeypatch):
+    """By BrokenPipeError, which cli.run handles."""
     reader, writer = os.pipe()
     os.close(reader)
     with io.TextIOWrapper(open(writer, "wb", buffering=0), write_through=True) as gone:
@@ -280,7 +289,8 @@ cli.run(lambda argv: run_chat(lambda ids: (yield from next(answers)), tok, "auto
 
 def start(tok, prepare=lambda: None, **streams) -> subprocess.Popen:
     def prepared():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite started in the background ignores it
+        # It is ignored where the tests run in the background.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         prepare()
 
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "TERM": "dumb"}
@@ -290,7 +300,8 @@ def start(tok, prepare=lambda: None, **streams) -> subprocess.Popen:
 
 
 def read_until(descriptor: int, text: str, again=lambda: None) -> str:
-    found, deadline = "", time.monotonic() + 60
+    found = ""
+    deadline = time.monotonic() + 60
     while text not in found:
         assert time.monotonic() < deadline, found
         if select.select([descriptor], [], [], 1)[0]:
@@ -301,8 +312,9 @@ def read_until(descriptor: int, text: str, again=lambda: None) -> str:
 
 
 def test_sigint_in_a_pipe(tok, tmp_path):
-    """It stops the answer under way; with none under way, the process."""
+    """It stops the running answer, or the process if there is none."""
     process = start(tok, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdin and process.stdout and process.stderr
     process.stdin.write(f"count\ngo on\n/save {tmp_path}/x.jsonl\n".encode())
     process.stdin.flush()
     shown = read_until(process.stdout.fileno(), "5 6 ")
@@ -317,7 +329,7 @@ def test_sigint_in_a_pipe(tok, tmp_path):
 
 
 def test_keys_at_a_terminal(tok):
-    """Ctrl-C stops an answer, and tells how to leave where there is none; Ctrl-D exits."""
+    """Ctrl-C stops an answer, and without one prints how to exit; Ctrl-D exits."""
     terminal, theirs = pty.openpty()
     process = start(
         tok,
@@ -338,7 +350,7 @@ def test_keys_at_a_terminal(tok):
         ):
             os.write(terminal, keys)
             # Python sees a Ctrl-C that comes while it prepares to read at the next key only.
-            shown += read_until(terminal, reply, lambda: os.write(terminal, keys[-1:]))
+            shown += read_until(terminal, reply, partial(os.write, terminal, keys[-1:]))
         os.write(terminal, b"\x04")
         read_until(terminal, "\r\n")
         assert process.wait(30) == 0 and "Traceback" not in shown and "/help lists the commands" in shown

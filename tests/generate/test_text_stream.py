@@ -1,6 +1,7 @@
 """Streamed text against the whole decode by each tokenizer's library: random bytes, random ids, random stop strings."""
 
 import random
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as JsonModel
@@ -14,18 +15,13 @@ from tests.data.test_tokenizer import V1, V3, byte_level, orca, sentencepiece_di
 from tests.helpers import save_tokenizer
 
 PIECES = ["😀", "日", "é", " ", "  ", "a", "\n", "\ufffd", "hello", " world", "👩‍🚀"]
-STABLE = [
-    "bytes",
-    "merges",
-    "v1",
-    "v3",
-    "orca",
-]  # whose decoded bytes never depend on bytes that follow a whole character
+# Tokenizers whose decoded bytes never depend on bytes after a whole character.
+STABLE = ["bytes", "merges", "v1", "v3", "orca"]
 
 
 @pytest.fixture(scope="module")
 def toks(tmp_path_factory):
-    """{name: (tokenizer, the ids of the 256 bytes)}: byte-level tokenizer.json, SentencePiece, tokenizer.json with byte fallback."""
+    """{name: (tokenizer, the ids of the 256 bytes)}: byte-level, SentencePiece, tokenizer.json with byte fallback."""
     place = tmp_path_factory.mktemp("tokenizers")
     (place / "bytes").mkdir()
     save_tokenizer(place / "bytes")
@@ -39,7 +35,7 @@ def toks(tmp_path_factory):
 
 
 def byte_ids(tok) -> list[int]:
-    """By byte. The byte-level alphabet is Latin-1 where that can be seen, and the letters from 256 on for the other bytes."""
+    """By byte. The byte-level alphabet is printable Latin-1, and for the other bytes the characters from U+0100."""
     if isinstance(tok, SentencePieceTokenizer):
         return [tok._model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
     seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
@@ -77,7 +73,7 @@ def test_the_pieces_make_the_whole_decode(name, toks):
 
 
 def test_byte_fallback_of_tokenizer_json(toks):
-    """There one wrong byte spoils its neighbours when all is decoded at once; text is streamed all the same."""
+    """There one invalid byte turns its neighbours to U+FFFD when all is decoded at once, but not in a stream."""
     tok, one_byte = toks["fallback"]
     draw = random.Random(0)
     for _ in range(500):
@@ -90,9 +86,11 @@ def test_byte_fallback_of_tokenizer_json(toks):
 
 @pytest.mark.parametrize("name", STABLE)
 def test_text_ends_before_the_stop_string_that_starts_first(name, toks):
-    """Stop strings over few letters, so that they overlap, hold one another and come in parts."""
+    """Stop strings over few letters, so that they overlap, contain one another and come in parts."""
     tok, one_byte = toks[name]
-    draw, found, within = random.Random(name), 0, 0
+    draw = random.Random(name)
+    found = 0
+    within = 0
     for _ in range(1000):
         letters = ["a", "b", "é", "😀", " ", "\ufffd"][: draw.randint(2, 6)]
         stop = ["".join(draw.choices(letters, k=draw.randint(1, 5))) for _ in range(draw.randint(0, 4))]
@@ -106,8 +104,8 @@ def test_text_ends_before_the_stop_string_that_starts_first(name, toks):
     assert 300 < found < 900 and within > 100
 
 
-def test_no_more_is_held_back_than_must_be(toks):
-    """After each byte: all whole characters, but for the longest end that begins a stop string."""
+def test_no_more_is_withheld_than_necessary(toks):
+    """After each byte: all whole characters, except for the longest suffix that may become a stop string."""
     tok, one_byte = toks["bytes"]
     draw = random.Random(0)
     for _ in range(200):
@@ -115,7 +113,8 @@ def test_no_more_is_held_back_than_must_be(toks):
         stop = ["".join(draw.choices("abé😀", k=draw.randint(2, 4))) for _ in range(2)]
         if any(string in text for string in stop):
             continue
-        stream, ids = TextStream(tok, stop), tok.encode(text)
+        stream = TextStream(tok, stop)
+        ids = tok.encode(text)
         for n, token in enumerate(ids):
             stream.push(token)
             whole = text.encode()[: n + 1].decode(errors="ignore")
@@ -128,8 +127,8 @@ def test_no_more_is_held_back_than_must_be(toks):
 
 
 @pytest.mark.parametrize("name", STABLE)
-def test_at_most_three_broken_characters_wait(name, toks):
-    """A model that says bytes that make no character is heard."""
+def test_at_most_three_replacement_characters_wait(name, toks):
+    """Invalid bytes do not stop the stream."""
     tok, one_byte = toks[name]
     wrong = next(i for i in one_byte if tok.decode([i]) == "\ufffd")
     stream = TextStream(tok)
@@ -148,10 +147,11 @@ def test_nothing_comes_after_a_stop_string(toks):
 
 
 class Counting:
-    """A tokenizer that notes how many ids each decode was given."""
+    """A tokenizer that records the number of ids of each decode."""
 
     def __init__(self, tok):
-        self._tok, self.lengths = tok, []
+        self._tok = tok
+        self.lengths = []
 
     def __getattr__(self, name):
         return getattr(self._tok, name)
@@ -165,7 +165,8 @@ class Counting:
 @pytest.mark.parametrize("of", ["text", "wrong bytes", "any bytes", "lead bytes", "ids without text"])
 def test_few_ids_are_decoded_however_long_the_text(of, name, toks):
     tok, one_byte = toks[name]
-    draw, tok = random.Random(0), Counting(tok)
+    draw = random.Random(0)
+    tok = Counting(tok)
     lead = [i for i in one_byte if tok.decode([i, i]) == "\ufffd\ufffd"]
     ids = {
         "text": lambda: tok.encode("".join(draw.choices(PIECES, k=1000))),
@@ -180,12 +181,12 @@ def test_few_ids_are_decoded_however_long_the_text(of, name, toks):
 
 
 def test_tokens_that_end_within_the_next_character(toks, tmp_path):
-    """Merges across characters: no border of tokens is one of characters, and the window must be cut all the same."""
+    """Merges across characters: no token ends where a character does, and the ids must be cut all the same."""
     first, *others = [toks["bytes"][0]._parsing.id_to_token(i) for i in toks["bytes"][0].encode("日")]
     model = JsonModel(models.BPE({piece: i for i, piece in enumerate(["a", first, "".join(others) + first])}, []))
     model.decoder = decoders.ByteLevel()
     model.save(str(tmp_path / "tokenizer.json"))
-    tok = Counting(load_tokenizer(tmp_path))
+    tok: Any = Counting(load_tokenizer(tmp_path))
     stream = TextStream(tok)
     for n, token in enumerate([1, *[2] * 500]):
         stream.push(token)
@@ -194,7 +195,7 @@ def test_tokens_that_end_within_the_next_character(toks, tmp_path):
 
 
 def test_ids_between_those_of_the_vocabulary(tmp_path):
-    """They decode to nothing, and change neither what a space at the start is nor what waits."""
+    """They decode to nothing, and change neither a space at the start nor what is withheld."""
     model = JsonModel(models.BPE({"a": 0, "▁a": 1, "<0xF0>": 2, "b": 50}, []))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     model.decoder = decoders.Sequence(steps)

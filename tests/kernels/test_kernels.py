@@ -418,3 +418,49 @@ def test_rope_depends_on_distance_alone():
         q, k, _ = rope(qkv, *rope_tables(torch.arange(7) + shift, 8, 1e4), 4, 4)
         scores.append(torch.einsum("qhd,khd->hqk", q, k))
     assert torch.allclose(*scores, atol=1e-3)
+
+
+class ReadsWrittenMemory(TorchDispatchMode):
+    """Checks what oneDNN may read of the operands of a matrix product on CPUs with AMX (oneDNN#5717): each row up to the
+    next multiple of 32 elements. Where new memory holds NaN, all of it must have been written."""
+
+    products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        operands = {"mm": args[:2], "addmm": args[1:3], "addmm_": args[1:3]}.get(name, ())
+        self.products += bool(operands)
+        for operand in operands:
+            rows = operand if operand.stride(1) == 1 else operand.t()
+            (count, length), apart = rows.shape, rows.stride(0)
+            room = rows.untyped_storage().nbytes() // rows.element_size() - rows.storage_offset()
+            for row in range(count):
+                stop = min(-(-length // 32) * 32, room - row * apart)
+                read = rows.as_strided((stop,), (1,), rows.storage_offset() + row * apart)
+                assert read.isfinite().all(), (name, operand.shape, operand.stride())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("of_swiglu", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("strategy", ["added", "accumulated", "augmented"])
+@pytest.mark.parametrize("k, n, ranks", [(320, 318, (3, 16)), (123, 121, (3, 5)), (64, 96, (16, 16)), (70, 50, (8, 8))])
+def test_no_product_reads_memory_that_nobody_wrote(k, n, ranks, strategy, dropout, of_swiglu, poisoned):
+    if strategy == "augmented" and of_swiglu and not INTERPRETED:
+        pytest.skip("has no plain PyTorch")
+    if INTERPRETED and strategy != "augmented":
+        pytest.skip("the products of plain PyTorch are tested without the interpreter")
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    x, w, dy = (torch.randn(shape).to(dtype) for shape in ((37, k * (1 + of_swiglu)), (n, k), (37, n)))
+    weight = PaddedWeight(w, sum(ranks)) if strategy == "augmented" else DenseWeight(w)
+    a = [torch.randn(rank, k).to(dtype) for rank in ranks]
+    b = [torch.randn(n // 3, rank).to(dtype) for rank in ranks]
+    starts = [0, n - n // 3]
+    seeds = [1, 2]
+    module, tensors = lora_linear_module, [t.detach() for t in weight.tensors()]
+    settings = (starts, 0.7, dropout, seeds, of_swiglu, strategy)
+    with torch.no_grad(), ReadsWrittenMemory() as mode:
+        y, s = module._forward(x, tensors, weight.kind, n, a, b, *settings)
+        results = module._backward(module._gradients_torch, dy, x, tensors, weight.kind, a, b, s, *settings, True)
+    assert mode.products >= 6 and y.isfinite().all()
+    assert all(result.isfinite().all() for result in torch.utils._pytree.tree_leaves(results))

@@ -1,4 +1,4 @@
-"""The chat page in a browser: Debian's chromium, led by Playwright."""
+"""The chat page in a browser: Debian's chromium, controlled by Playwright."""
 
 import json
 import shutil
@@ -27,8 +27,9 @@ def browser():
 
 @pytest.fixture
 def page(browser, server):
-    """With the key given; what the browser complains of fails the test."""
-    page, complaints = browser.new_page(), []
+    """With the key entered; errors in the browser fail the test."""
+    page = browser.new_page()
+    complaints = []
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on(
         "console",
@@ -51,7 +52,7 @@ def ask(page, text: str) -> None:
 
 
 def test_a_conversation(page):
-    """Asked by the keyboard alone; the answer grows, stops, and is part of what is sent next."""
+    """By the keyboard alone; the answer is streamed, stopped, and part of the next request."""
     sent = []
     page.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
     page.get_by_label("System prompt").fill("Be brief.")
@@ -80,8 +81,8 @@ def test_a_conversation(page):
     assert [message["content"] for message in sent[2]["messages"]] == ["Be brief.", "Again"]
 
 
-def test_text_is_no_html(page):
-    """Neither what is typed nor what a model writes."""
+def test_text_is_not_html(page):
+    """Neither the user's nor the model's."""
     evil = "<img src=x onerror=\"document.title='gotcha'\"><script>document.title='gotcha'</script>&lt;b&gt;"
     events = [
         {"choices": [{"delta": {"content": evil}, "finish_reason": None}]},
@@ -95,11 +96,11 @@ def test_text_is_no_html(page):
     assert page.title() == "minorca" and page.get_by_role("log").locator("img, script, b").count() == 0
 
 
-def test_what_goes_wrong_is_told(page):
-    """And the question comes back to be asked again."""
+def test_errors_are_shown(page):
+    """And the message can be sent again."""
     page.get_by_label("API key").fill("wrong")
     ask(page, "Hello?")
-    sync_api.expect(page.get_by_role("alert")).to_contain_text("API key is missing or wrong")
+    sync_api.expect(page.get_by_role("alert")).to_contain_text("missing or invalid API key")
     sync_api.expect(page.get_by_label("Message")).to_have_value("Hello?")
     page.get_by_label("API key").fill("secret")
     page.get_by_label("Temperature").fill("7")
@@ -108,7 +109,7 @@ def test_what_goes_wrong_is_told(page):
     assert page.get_by_role("log").locator("p").count() == 0
 
 
-def test_the_key_is_not_kept(page, server):
+def test_the_key_is_not_stored(page, server):
     assert page.evaluate("Object.keys(localStorage).length + document.cookie.length") == 0
     page.goto(server.url)
     assert page.get_by_label("API key").input_value() == ""

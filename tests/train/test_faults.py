@@ -195,7 +195,7 @@ def test_a_signal_is_heard_at_any_moment(moment, signum, workplace, tmp_path, mo
     assert_same_bits(tmp_path / "whole", tmp_path / "stopped")
 
 
-@pytest.mark.parametrize("owner, name", [(build, "load_weights"), (checkpoint, "sha256"), (inputs, "prepared")])
+@pytest.mark.parametrize("owner, name", [(build, "load_weights"), (checkpoint, "sha256"), (inputs, "prepare_store")])
 def test_a_signal_while_loading_ends_at_once(owner, name, workplace, tmp_path, monkeypatch):
     """There is nothing to save."""
     on_call(monkeypatch, owner, name, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -341,7 +341,7 @@ def test_a_disk_that_is_full_between_saves(workplace, tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         step(record, number, *rest)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="run: .*what was saved stands"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="run: .*what was saved is intact"):
         patch.setattr(metrics.Record, "step", starved)
         try:
             train_command.main(workplace(**settings))

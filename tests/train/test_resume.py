@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from minorca import UserError
+from minorca.files.atomic import write_manifest
 from minorca.train import __main__ as train_command
 from minorca.train import checkpoint, metrics
 from tests.helpers import assert_same_bits, lines_of
@@ -88,6 +89,60 @@ def test_other_settings_do_not_resume(refused):
     assert "optim.lr was 0.01 in the checkpoint and is 0.02" in message
     assert "train.seed was 0 in the checkpoint and is 3" in message
     assert "holds checkpoints and train.resume is never" in refused(**{"train.resume": "never"})
+
+
+def rewrite_state(directory: Path, change) -> None:
+    """Changes the state of a checkpoint, as another version would have written it, manifest included."""
+    path = directory / "state.json"
+    state = json.loads(path.read_text())
+    change(state)
+    path.write_text(json.dumps(state))
+    (directory / "MANIFEST.json").unlink()
+    write_manifest(directory)
+
+
+@pytest.fixture
+def stopped(workplace, tmp_path, monkeypatch):
+    """stopped(change): a run of 4 steps, whose checkpoint of step 2 is changed, resumed; its options."""
+
+    def stop(change, **settings) -> list[str]:
+        settings = {"train.steps": 4, "train.checkpoint_every": 2, "lora.dropout": 0.1} | settings
+        options = workplace(**settings)
+        stop_in(3, options, monkeypatch)
+        rewrite_state(tmp_path / "run" / "checkpoints" / "step-00000002", change)
+        return options
+
+    return stop
+
+
+def test_an_earlier_versions_checkpoint_is_refused(stopped, tmp_path):
+    """Those had no format number."""
+    options = stopped(lambda state: state.pop("format"))
+    message = "state.json: the checkpoint has no format number: an earlier version of minorca wrote it; finish the run"
+    with pytest.raises(UserError, match=message):
+        train_command.main(options)
+    rewrite_state(tmp_path / "run" / "checkpoints" / "step-00000002", lambda state: state.update(format=2))
+    with pytest.raises(UserError, match="has format 2; this version of minorca reads format 1"):
+        train_command.main(options)
+
+
+@pytest.mark.parametrize("key", ["lora.rslora", "data.template", "optim.betas", "data.limit"])
+def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(key, stopped, workplace, tmp_path):
+    """As if a later version had added it: the run resumes to the same bits, but not with another value."""
+    train_command.main(workplace("whole", **{"train.steps": 4, "lora.dropout": 0.1}))
+    options = stopped(lambda state: state["run"].pop(key))
+    other = {"lora.rslora": "true", "data.template": "chatml", "optim.betas": "[0.8, 0.9]", "data.limit": "40"}[key]
+    with pytest.raises(UserError) as caught:
+        train_command.main([*options, f"--{key}", other])
+    assert any(problem.field == key and "in the checkpoint" in problem.message for problem in caught.value.problems)
+    train_command.main(options)
+    assert_same_bits(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_setting_that_this_version_does_not_know_is_named(stopped):
+    options = stopped(lambda state: state["run"].update({"train.from_the_future": 7}))
+    with pytest.raises(UserError, match="train.from_the_future was 7 in the checkpoint and is unknown to this version"):
+        train_command.main(options)
 
 
 def other_rows(directory: Path) -> None:
@@ -239,18 +294,18 @@ def swap(newest: Path, older: Path) -> Path:
 
 def lose(newest: Path, older: Path) -> str:
     (newest / "state.json").unlink()
-    return "names ['state.json'], which are not there"
+    return "MANIFEST.json: missing files: ['state.json']"
 
 
 def add(newest: Path, older: Path) -> str:
     (newest / "pytorch_model.bin").write_bytes(b"")
-    return "lacks ['pytorch_model.bin'], which are"
+    return "MANIFEST.json: unexpected files: ['pytorch_model.bin']"
 
 
 def link_to_nothing(newest: Path, older: Path) -> str:
     (newest / "state.json").unlink()
     (newest / "state.json").symlink_to("gone")
-    return "state.json: is a link to nothing"
+    return "state.json: broken symbolic link"
 
 
 def lose_the_manifest(newest: Path, older: Path) -> str:
@@ -288,7 +343,7 @@ def test_a_damaged_checkpoint_is_named_and_fallen_back_from_only_when_asked(how,
     message, expected = damaged(how)
     assert expected in message and "set train.resume to last-good" in message
     if expected.startswith("/"):
-        assert "is not what was saved (expected {'bytes': " in message and "found {'bytes': " in message
+        assert "does not match the manifest (expected {'bytes': " in message and "got {'bytes': " in message
     train_command.main(workplace(**damaged.settings, **{"train.resume": "last-good"}))
     assert_same_bits(tmp_path / "whole", tmp_path / "run")
     assert [path.name[:21] for path in (tmp_path / "run" / "checkpoints").glob("damaged-*")] == [
@@ -328,7 +383,7 @@ def test_a_damaged_checkpoint_counts_for_none(workplace, tmp_path, caplog):
     truncate(directory / "step-00000003", None)
     checkpoint.prune(directory, keep=2)
     assert steps_of(tmp_path / "run") == [2, 3, 4]
-    assert f"{directory / 'step-00000003' / 'optimizer.safetensors'}: is not what was saved" in caplog.text
+    assert f"{directory / 'step-00000003' / 'optimizer.safetensors'}: does not match the manifest" in caplog.text
 
 
 def test_an_older_one_goes_only_after_the_newer_is_verified(workplace, tmp_path, monkeypatch):

@@ -1,0 +1,171 @@
+"""Finds the token store of given rows and settings, or builds it.
+
+A store is found by a hash of everything that determines its rows: the content of the sources, the tokenizer's files,
+the template, the settings, and the versions of the renderer and of the libraries it uses. One process builds a store
+while others wait. A store can always be built again, so a damaged one is replaced.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from minorca.config import DataConfig, Source
+from minorca.data.rendering import RENDERER_VERSION, render_sources
+from minorca.data.sources import SourceReader, open_source
+from minorca.data.store import ARRAYS, FORMAT, TokenStore, finish_store, open_store, summarize
+from minorca.data.tokenizer import Tokenizer
+from minorca.errors import UserError
+from minorca.files.atomic import lock, publish, sha256
+
+log = logging.getLogger(__name__)
+
+# What determines the rows beside the sources: files of the model, settings in `data`, libraries.
+MODEL_FILES = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+)
+SETTINGS = ("limit", "seq_len", "train_on", "too_long", "empty_response")
+LIBRARIES = ("tokenizers", "sentencepiece", "jinja2")
+# The counts that are listed after all others.
+TOTALS = ("kept", "tokens", "trained tokens")
+
+
+def prepare_store(sources: list[Source], tok: Tokenizer, template: str, data: DataConfig) -> TokenStore:
+    """The rows of all `sources` in order, rendered by `template` (a resolved name); the store is built if needed.
+
+    Raises:
+        UserError: a source or row that is invalid, a source of which no row is left, a directory that cannot be
+            written.
+    """
+    root = Path(data.store).expanduser() if data.store else _cache()
+    readers = [open_source(source, data.limit) for source in sources]
+    name = _fingerprint(readers, tok, template, data)
+    directory = root / name
+    store = open_store(directory)
+    if store is None:
+        with _locked(directory):
+            # Another process may have built it while this one waited.
+            store = open_store(directory)
+            if store is None:
+                store = _build(directory, readers, tok, template, data)
+    # The sources may have moved since the store was built; messages name where they are now.
+    places = zip(store.sources, readers)
+    return replace(store, sources=[stored._replace(path=r.path, unit=r.unit) for stored, r in places])
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minorca" / "rows"
+
+
+def _fingerprint(readers: list[SourceReader], tok: Tokenizer, template: str, data: DataConfig) -> str:
+    """The name of the directory: a hash of everything that determines the rows."""
+    files = [*tok.path.glob("tokenizer*"), *(tok.path / name for name in MODEL_FILES)]
+    key = {
+        "format": FORMAT,
+        "renderer": RENDERER_VERSION,
+        "libraries": [importlib.metadata.version(library) for library in LIBRARIES],
+        "sources": [(reader.sha256(), reader.format) for reader in readers],
+        "tokenizer": {path.name: sha256(path) for path in files if path.is_file()},
+        "template": template,
+        "settings": {name: getattr(data, name) for name in SETTINGS},
+    }
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Holds the lock of a store. Waits while another process holds it, in short sleeps that signals can interrupt."""
+    path = directory.with_name(f"{directory.name}.lock")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot be written ({error}); set data.store to another directory", path=directory.parent
+        ) from None
+    logged = False
+    while (file := lock(path)) is None:
+        # The holder writes its name just after it has taken the lock.
+        if not logged and (holder := path.read_text().strip()):
+            log.info("waiting for %s, which renders the same rows", holder)
+            logged = True
+        time.sleep(0.1)
+    with file:
+        yield
+
+
+def _build(directory: Path, readers: list[SourceReader], tok: Tokenizer, template: str, data: DataConfig) -> TokenStore:
+    # What is left of killed builds, and a damaged store.
+    for leftover in (*directory.parent.glob(f"{directory.name}.tmp-*"), directory):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+    def write(temporary: Path) -> None:
+        _write_store(temporary, readers, tok, template, data)
+        if _fingerprint(readers, tok, template, data) != directory.name:
+            paths = ", ".join(reader.path for reader in readers)
+            raise UserError("changed while being read; start again", path=paths)
+
+    publish(directory, write)
+    store = open_store(directory)
+    if store is None:
+        raise UserError("was damaged while being written; start again", path=directory)
+    return store
+
+
+def _write_store(directory: Path, readers: list[SourceReader], tok: Tokenizer, template: str, data: DataConfig) -> None:
+    """Renders all rows into a directory."""
+    counts = [Counter() for _ in readers]
+    total = 0
+    token_type = ""
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((directory / f"{name}.bin").open("wb")) for name in ARRAYS}
+        np.zeros(1, np.int64).tofile(files["offsets"])
+        chunks = stack.enter_context(closing(render_sources(readers, tok, template, data, counts)))
+        # disable=None: no progress bar unless on a terminal
+        progress = stack.enter_context(tqdm(desc="rendering", unit=" rows", unit_scale=True, leave=False, disable=None))
+        for n, chunk, outcomes in chunks:
+            counts[n].update(outcomes)
+            (chunk.offsets[1:] + total).tofile(files["offsets"])
+            for name in files.keys() - {"offsets"}:
+                getattr(chunk, name).tofile(files[name])
+            total += len(chunk.tokens)
+            token_type = chunk.tokens.dtype.name
+            progress.update(len(chunk))
+    finish_store(directory, token_type, _describe_sources(readers, counts))
+
+
+def _describe_sources(readers: list[SourceReader], counts: list[Counter]) -> list[dict]:
+    """What meta.json says of each source: its place, format, range of rows, and counts."""
+    described = []
+    start = 0
+    for reader, outcomes in zip(readers, counts):
+        names = ["read", *sorted(outcomes.keys() - {"read", *TOTALS}), *TOTALS]
+        listed = {name: outcomes[name] for name in names if outcomes[name]}
+        if "kept" not in listed:
+            raise UserError(f"no row is left to use ({summarize(listed) or 'the source is empty'})", path=reader.path)
+        end = start + listed["kept"]
+        described.append(
+            {
+                "path": reader.path,
+                "unit": reader.unit,
+                "format": reader.format,
+                "rows": (start, end),
+                "counts": listed,
+            }
+        )
+        start = end
+    return described

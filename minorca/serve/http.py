@@ -1,0 +1,178 @@
+"""HTTP below the endpoints: host and key checks, JSON bodies, event streams, and clients that disconnect."""
+
+import asyncio
+import contextlib
+import hmac
+import os
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+from fastapi import Request as HTTPRequest
+from fastapi import Response
+from fastapi.responses import StreamingResponse
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from minorca.files.safe_io import parse_json, quote
+from minorca.serve.errors import APIError
+
+# Of a request body; the ids of 32768 tokens take 0.2 million.
+MAX_BODY_BYTES = 2 * 2**20
+# A longer body is read up to here and dropped, because most clients read the error only after they have sent it all.
+MAX_DRAINED_BYTES = 64 * 2**20
+# Seconds until a client that does not read its stream is disconnected.
+SEND_TIMEOUT = 30
+# Paths that need no API key.
+PUBLIC_PATHS = ("/", "/health")
+
+
+class Guard:
+    """ASGI middleware that checks the host and the API key before anything else, and adds headers to every response.
+
+    Args:
+        key: the API key; None: none is needed.
+        hosts: the allowed values of the Host header, without a port; None: any. A server for this machine alone checks
+            them against DNS rebinding: a web page whose own host name resolves to this machine.
+        policy: the Content-Security-Policy.
+        respond: the response to an error.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        key: str | None,
+        hosts: set[str] | None,
+        policy: str,
+        respond: Callable[[APIError], Response],
+    ):
+        self.app = app
+        self.key = key
+        self.hosts = hosts
+        self.respond = respond
+        self.headers = {
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Content-Security-Policy": policy,
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(self.headers)
+            await send(message)
+
+        headers = Headers(scope=scope)
+        error = self._check_host(headers) or self._check_key(scope["path"], headers)
+        app = self.respond(error) if error else self.app
+        await app(scope, receive, send_with_headers)
+
+    def _check_host(self, headers: Headers) -> APIError | None:
+        if not self.hosts:
+            return None
+        host = headers.get("host", "")
+        match = re.fullmatch(r"(\[[^]]*\]|[^:]*)(:\d+)?", host)
+        if match and match[1].lower() in self.hosts:
+            return None
+        return APIError(400, f"invalid Host header {quote(host)}; expected one of {', '.join(sorted(self.hosts))}")
+
+    def _check_key(self, path: str, headers: Headers) -> APIError | None:
+        if not self.key or path in PUBLIC_PATHS:
+            return None
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        matches = hmac.compare_digest(key.strip().encode("latin-1"), os.fsencode(self.key))
+        if scheme.lower() == "bearer" and matches:
+            return None
+        return APIError(
+            401,
+            "missing or invalid API key; send it as Authorization: Bearer KEY",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+
+class JSONRequest(HTTPRequest):
+    """A request whose body is strict JSON of limited size."""
+
+    async def body(self) -> bytes:
+        # The attribute in which starlette's `Request.body` keeps it.
+        if not hasattr(self, "_body"):
+            content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if content_type != "application/json":
+                raise APIError(400, f"invalid Content-Type {quote(content_type)}; expected application/json")
+            self._body = await self._read_body()
+        return self._body
+
+    async def _read_body(self) -> bytes:
+        size = 0
+        chunks = []
+        async for chunk in self.stream():
+            size += len(chunk)
+            if size <= MAX_BODY_BYTES:
+                chunks.append(chunk)
+            elif size > MAX_DRAINED_BYTES:
+                break
+        if size > MAX_BODY_BYTES:
+            raise APIError(400, f"the body has more than {MAX_BODY_BYTES} bytes", headers={"Connection": "close"})
+        return b"".join(chunks)
+
+    async def json(self) -> Any:
+        # Also ValueError: invalid UTF-8 and numbers with too many digits; RecursionError: nesting that is too deep.
+        try:
+            return parse_json((await self.body()).decode())
+        except (ValueError, RecursionError) as error:
+            raise APIError(400, f"the body is not valid JSON ({error})") from None
+
+
+class JSONRoute(APIRoute):
+    """A route whose requests are `JSONRequest`s."""
+
+    def get_route_handler(self) -> Callable[[HTTPRequest], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_json(request: HTTPRequest) -> Response:
+            return await handle(JSONRequest(request.scope, request.receive))
+
+        return handle_json
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events.
+
+    Args:
+        events: encoded events.
+        resources: closed when all events are sent, when the client has left, or when it no longer reads.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[str], resources: contextlib.ExitStack):
+        super().__init__(events, headers={"Cache-Control": "no-cache"})
+        self.resources = resources
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            await asyncio.wait_for(send(message), SEND_TIMEOUT)
+
+        # The server closes the connection when a response returns unfinished.
+        with self.resources, contextlib.suppress(TimeoutError):
+            await super().__call__(scope, receive, send_in_time)
+
+
+async def cancel_on_disconnect(request: HTTPRequest, work: Coroutine[Any, Any, Response]) -> Response:
+    """The response that `work` returns; cancels it when the client disconnects."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        # 499, nginx's status for a client that has gone, is read by nobody.
+        return working.result() if working.done() else Response(status_code=499)
+    finally:
+        working.cancel()
+        watching.cancel()

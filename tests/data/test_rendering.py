@@ -1,0 +1,265 @@
+"""What becomes of each row: dropped, truncated or kept, its ids and what is trained of them, and the golden rows."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minorca import UserError, load_tokenizer
+from minorca.config import DataConfig
+from minorca.data import rendering
+from minorca.data.chat_template import render
+from minorca.data.rendering import render_row, render_rows
+from minorca.data.sources import Row
+from tests.data import write_golden
+from tests.data.samples import conversation, message, path_of, prepare
+from tests.data.test_chat_template import FORGETFUL
+from tests.data.test_tokenizer import orca
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    return load_tokenizer(orca(tmp_path_factory.mktemp("orca")))
+
+
+def rows_of(*responses: str) -> list[Row]:
+    conversations = [conversation("", "Say it", response) for response in responses]
+    return [Row("rows.jsonl", "line", number, messages) for number, messages in enumerate(conversations, 1)]
+
+
+RESPONSES = ["four", "", "  \n", "word " * 30, "word " * 300, "six"]
+
+
+def rendered(tok, **settings):
+    return render_rows(rows_of(*RESPONSES), tok, DataConfig("train.jsonl", **settings), "chatml")
+
+
+def test_empty_and_long_rows_are_dropped_and_counted(tok):
+    whole, everything = rendered(tok)
+    assert (everything["kept"], everything["dropped: empty response"]) == (4, 2)
+    assert (everything["tokens"], everything["trained tokens"]) == (len(whole.tokens), whole.trained.sum())
+    store, counts = rendered(tok, seq_len=64)
+    assert (counts["kept"], counts["dropped: too long"], counts["dropped: empty response"]) == (3, 1, 2)
+    assert counts["truncated"] == 0
+    assert list(store.lengths) == [length for length in whole.lengths if length <= 64] and len(store) == 3
+    assert (counts["tokens"], counts["trained tokens"]) == (len(store.tokens), store.trained.sum())
+
+
+def test_long_rows_are_truncated(tok):
+    """A cut row is the start of the whole one; one whose cut leaves no answer teaches nothing and is dropped."""
+    whole, _ = rendered(tok)
+    store, counts = rendered(tok, seq_len=64, too_long="truncate")
+    assert (counts["kept"], counts["truncated"], counts["dropped: too long"]) == (4, 1, 0)
+    for row in range(4):
+        for part, all_of_it in zip(store.row(row), whole.row(row)):
+            assert np.array_equal(part, all_of_it[:64])
+    assert max(store.lengths) == 64 < max(whole.lengths)
+    prompt = int(whole.row(0)[1].argmax())
+    store, counts = rendered(tok, seq_len=prompt, too_long="truncate")
+    assert len(store) == 0 and counts["dropped: nothing to train on"] == 4
+    store, counts = rendered(tok, seq_len=prompt + 1, too_long="truncate")
+    assert list(store.lengths) == [prompt + 1] * 4 and counts["trained tokens"] == 4
+
+
+@pytest.mark.parametrize(
+    "settings, complaint",
+    [
+        ({"empty_response": "error"}, "^rows.jsonl, line 2: the response is empty"),
+        ({"too_long": "error", "seq_len": 64}, "^rows.jsonl, line 5: has .* tokens, more than data.seq_len, 64"),
+    ],
+)
+def test_empty_and_long_rows_are_errors_where_asked(settings, complaint, tok):
+    with pytest.raises(UserError, match=complaint):
+        rendered(tok, **settings)
+
+
+def test_what_is_trained(tok):
+    """Under `response` the answer and its end, under `all` everything that has a token before it."""
+    rows = rows_of("four")
+    store, _ = render_rows(rows, tok, DataConfig("x", train_on="response"), "chatml")
+    all_of_it, _ = render_rows(rows, tok, DataConfig("x", train_on="all"), "chatml")
+    ids, trained = store.row(0)
+    assert tok.decode(ids[trained].tolist()) == "four" and ids[trained][-1] == tok.control_ids["<|im_end|>"]
+    assert np.array_equal(all_of_it.tokens, store.tokens)
+    assert all_of_it.trained.tolist() == [False] + [True] * (len(ids) - 1)
+
+
+def test_plain_text(tok):
+    """No template: a bos if the tokenizer adds one, the text, the end."""
+    rows = [Row("rows.jsonl", "line", number, text) for number, text in enumerate(["four", " \n"], 1)]
+    store, counts = render_rows(rows, tok, DataConfig("x", train_on="all"), "chatml")
+    ids, trained = store.row(0)
+    assert ids.tolist() == tok.encode("four", bos=True, eos=True)
+    assert trained.tolist() == [False] + [True] * (len(ids) - 1)
+    assert len(store) == 1 and counts["dropped: empty response"] == 1
+
+
+def test_errors_name_the_row(tok, tmp_path):
+    """And the model too, where its template is at fault."""
+    row = Row("rows.jsonl", "line", 3, [message("system", "x"), message("system", "y")])
+    with pytest.raises(UserError, match="^rows.jsonl, line 3: .*first") as caught:
+        render_row(row, tok, "chatml", "response")
+    assert (caught.value.path, caught.value.where, caught.value.field) == ("rows.jsonl", "line 3", "messages[1]")
+    orca(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    failing = load_tokenizer(tmp_path / "model")
+    with pytest.raises(UserError, match=f"^rows.jsonl, line 1: {tmp_path}/model: the chat template failed: never"):
+        render_row(rows_of("four")[0], failing, "jinja", "response")
+
+
+def spans(mask: list[bool]) -> list[tuple[int, int]]:
+    """Where runs of True start and end."""
+    edges = np.flatnonzero(np.diff([0, *mask, 0])).tolist()
+    return list(zip(edges[::2], edges[1::2]))
+
+
+WEIGHTED = [
+    *conversation("Be brief.", "One"),
+    message("assistant", "1", weight=0),
+    *conversation("", "Two", "2"),
+    message("user", "Three"),
+]
+
+
+@pytest.mark.parametrize("template", ["chatml", "mistral-v1", "mistral-v3", "jinja"])
+def test_answers_of_weight_0_are_not_trained(template, tmp_path):
+    """Whatever the template: the same ids, without that answer's in the mask."""
+    chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    chatml += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokens = {
+        "</s>": 2,
+        "<s>": 1,
+        "<unk>": 0,
+        "<|im_end|>": 32000,
+        "<|im_start|>": 32001,
+        "[INST]": 32002,
+        "[/INST]": 32003,
+    }
+    orca(tmp_path / "model", added_tokens=tokens)
+    (tmp_path / "model" / "chat_template.jinja").write_text(chatml)
+    tok = load_tokenizer(tmp_path / "model")
+    bare = [{key: m[key] for key in ("role", "content")} for m in WEIGHTED]
+    weighted, every = render(tok, WEIGHTED, template), render(tok, bare, template)
+    assert weighted.ids == every.ids
+    one, two = spans(every.trained)
+    assert spans(weighted.trained) == [two] and tok.decode(every.ids[slice(*one)]).strip() == "1"
+    assert tok.decode(weighted.ids[slice(*two)]).strip() == "2" and weighted.ids[two[1] - 1] == tok.eos_id
+
+
+def test_an_answer_that_is_not_trained_may_change_with_what_follows(tmp_path):
+    """A template that removes the thoughts of earlier answers allows no mask for them; with weight 0 none is needed."""
+    orca(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(FORGETFUL)
+    tok = load_tokenizer(tmp_path / "model")
+    messages = conversation("", "One", "<think>a</think>1", "Two", "<think>b</think>2")
+    with pytest.raises(UserError, match=r"writes messages\[1\] differently .* or give that message the weight 0"):
+        render(tok, messages, "jinja")
+    messages[1]["weight"] = 0
+    rendered = render(tok, messages, "jinja")
+    ((start, end),) = spans(rendered.trained)
+    assert tok.decode(rendered.ids[start:end]).strip() == "<think>b</think>2"
+    assert "a</think>" not in tok.decode(rendered.ids)
+
+
+# ------------------------------------------------------------------------------------------------------------ parallel
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """`threads(model, data)`: rows are rendered in parallel, in chunks of three, by threads, which start at once."""
+
+    def use(model: Path, data: DataConfig, template: str = "chatml") -> None:
+        monkeypatch.setattr(rendering, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+        monkeypatch.setattr(rendering, "_worker", (load_tokenizer(model), data, template))
+        monkeypatch.setattr(rendering, "SERIAL_ROWS", 0)
+        monkeypatch.setattr(rendering, "CHUNK_ROWS", 3)
+
+    return use
+
+
+def test_parallel_is_serial(model, data, tmp_path, threads):
+    """Byte for byte, dropped rows and counts included."""
+    settings = replace(data, seq_len=64)
+    serial = prepare(settings, model)
+    threads(model, settings)
+    parallel = prepare(replace(settings, store=str(tmp_path / "parallel")), model)
+    files = {path.name: path.read_bytes() for path in path_of(parallel).iterdir()}
+    assert files == {path.name: path.read_bytes() for path in path_of(serial).iterdir()} and len(files) == 7
+    assert parallel.sources[0].counts["dropped: too long"] > 5
+
+
+@pytest.mark.parametrize(
+    "line, complaint",
+    [(50, "line 16: has .* tokens, more than"), (10, "line 10: not valid JSON"), (16, "line 16: not valid")],
+)
+def test_the_first_row_that_is_wrong_is_reported(line, complaint, model, data, threads):
+    """Though reading runs ahead of rendering: here the 16th row is too long."""
+    path = Path(data.train[0].path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[: line - 1], "{", *lines[line:]]))
+    settings = replace(data, seq_len=64, too_long="error")
+    threads(model, settings)
+    with pytest.raises(UserError, match=f"^{path}, {complaint}"):
+        prepare(settings, model)
+
+
+def test_a_rendering_process_that_is_killed(model, data, threads, monkeypatch):
+    def die(chunk):
+        raise BrokenProcessPool
+
+    threads(model, data)
+    monkeypatch.setattr(rendering, "_render_in_worker", die)
+    with pytest.raises(UserError, match="a process that renders rows was killed, perhaps because memory ran out"):
+        prepare(data, model)
+
+
+# -------------------------------------------------------------------------------------------------------- golden rows
+
+
+@pytest.fixture(scope="module")
+def golden_rows(smollm2, tmp_path_factory):
+    return write_golden.render_golden_rows(smollm2, tmp_path_factory.mktemp("golden"))
+
+
+def test_rows_are_rendered_as_the_golden_ones(golden_rows):
+    """Whoever changes how a row is rendered must raise RENDERER_VERSION: the message says how."""
+    golden = json.loads(write_golden.GOLDEN.read_text(encoding="utf-8"))
+    problem = write_golden.problem(golden, golden_rows)
+    assert problem is None, problem
+
+
+def test_a_changed_rendering_needs_a_new_version(golden_rows, tmp_path, monkeypatch):
+    """One id or one trained token suffices; the golden file is not written anew under the old number."""
+    path = tmp_path / "golden.json"
+    write_golden.write(path, golden_rows)
+    golden = json.loads(path.read_text(encoding="utf-8"))
+    case, rows = next(iter(golden_rows.items()))
+    for change in ({"ids": "7 " + rows[0]["ids"]}, {"trained": "1" + rows[0]["trained"][1:]}, None):
+        changed = golden_rows | {case: [rows[0] | change, *rows[1:]] if change else rows[1:]}
+        message = write_golden.problem(golden, changed)
+        assert message is not None and repr(case) in message
+        assert "raise RENDERER_VERSION in minorca/data/rendering.py" in message and write_golden.COMMAND in message
+        with pytest.raises(SystemExit, match="raise RENDERER_VERSION"):
+            write_golden.write(path, changed)
+        assert json.loads(path.read_text(encoding="utf-8")) == golden
+        with monkeypatch.context() as patch:
+            patch.setattr(rendering, "RENDERER_VERSION", rendering.RENDERER_VERSION + 1)
+            message = write_golden.problem(golden, changed)
+            assert message is not None and message.endswith(f"write them anew: {write_golden.COMMAND}")
+            write_golden.write(path, changed)
+            assert write_golden.problem(json.loads(path.read_text(encoding="utf-8")), changed) is None
+        path.unlink()
+        write_golden.write(path, golden_rows)
+
+
+def test_golden_rows_may_be_added(golden_rows, tmp_path):
+    path = tmp_path / "golden.json"
+    write_golden.write(path, dict(list(golden_rows.items())[1:]))
+    message = write_golden.problem(json.loads(path.read_text(encoding="utf-8")), golden_rows)
+    assert message is not None and "1 cases are not in the golden file" in message
+    write_golden.write(path, golden_rows)
+    assert write_golden.problem(json.loads(path.read_text(encoding="utf-8")), golden_rows) is None

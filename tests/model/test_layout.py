@@ -1,0 +1,58 @@
+"""The table of tensors: names and shapes as transformers, PEFT and Mistral's own files have them."""
+
+import pytest
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+from minorca.model.architecture import read_architecture
+from minorca.model.layout import GROUPS, TARGETS, projections, source_tensors, target_of
+from tests.files.test_weights import as_consolidated
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_and_shapes_are_those_of_the_files(tied, save_mistral):
+    directory, theirs = save_mistral(tie_word_embeddings=tied, num_hidden_layers=3, head_dim=8)
+    arch = read_architecture(directory)
+    tensors = [tensor for stacked in source_tensors(arch, "huggingface").values() for tensor in stacked]
+    expected = {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
+    if tied:
+        del expected["lm_head.weight"]
+    assert {tensor.name: tensor.shape for tensor in tensors} == expected
+
+
+def test_mistrals_own_names_and_shapes(save_mistral):
+    from safetensors import safe_open
+
+    directory, _ = save_mistral()
+    arch = read_architecture(directory)
+    as_consolidated(directory)
+    with safe_open(directory / "consolidated.safetensors", "pt") as file:
+        expected = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    tensors = [tensor for stacked in source_tensors(arch, "mistral").values() for tensor in stacked]
+    assert {tensor.name: tensor.shape for tensor in tensors} == expected
+    heads = {tensor.name.split(".")[-2]: tensor.rotary_heads for tensor in tensors}
+    assert (heads["wq"], heads["wk"], heads["wv"]) == (4, 2, 0)
+
+
+def test_adapters_have_pefts_names_and_shapes(save_mistral):
+    directory, base = save_mistral()
+    arch = read_architecture(directory)
+    config = LoraConfig(r=3, target_modules=[f"{target}_proj" for target in TARGETS], task_type="CAUSAL_LM")
+    expected = {
+        name: tuple(value.shape) for name, value in get_peft_model_state_dict(get_peft_model(base, config)).items()
+    }
+    ours = {}
+    for layer in range(arch.layers):
+        for part in (part for parts in projections(arch).values() for part in parts):
+            ours[part.peft_name(layer, "A")] = (3, part.in_features)
+            ours[part.peft_name(layer, "B")] = (part.out_features, 3)
+            assert target_of(part.peft_name(layer, "A")) == part.name
+    assert ours == expected
+    assert target_of("base_model.model.lm_head.lora_A.weight") is None
+
+
+def test_parts_of_a_stacked_projection_follow_one_another(save_mistral):
+    stacked = projections(read_architecture(save_mistral()[0]))
+    assert tuple(stacked) == GROUPS and tuple(part.name for parts in stacked.values() for part in parts) == TARGETS
+    for parts in stacked.values():
+        assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
+        assert len({part.in_features for part in parts}) == 1
