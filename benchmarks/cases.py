@@ -1,7 +1,7 @@
-"""What is measured: each kernel at a network's shapes, with its inputs, its peers, the least work it needs, and its target.
+"""The benchmarked cases: each kernel at a network's shapes, with its inputs, peers, minimal work and target.
 
-The least bytes are every input read once and every result written once. Attention's FLOPs are those of the visible pairs
-alone: 4 D a query head and pair forward and 2.5 times that backward, as FlashAttention-2 counts (arXiv:2307.08691).
+The minimal bytes are every input read once and every result written once. Attention's FLOPs count the visible pairs
+alone: 4 D for each query head and pair in forward, 2.5 times that in backward, as FlashAttention-2 (arXiv:2307.08691).
 """
 
 import importlib
@@ -9,6 +9,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,11 @@ from torch.nn import attention
 
 import minorca_kernels as ours
 
-BYTES = 2  # an element, of bf16
+# bytes of a bf16 element
+BYTES = 2
 EPS = 1e-5
-SCALE = 2.0  # alpha / rank
+# alpha / rank
+SCALE = 2.0
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,17 @@ TINY = Shape(64, 96, 4, 2, 16, 128)
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. What `inputs` marks as requiring a gradient is differentiated, the rest is frozen.
+    """One row of the table. Inputs that require a gradient are differentiated, the others are frozen.
 
-    direction: forward; backward, of outputs made beforehand; or both, where forward makes the gradient.
-    providers: contenders by name, functions of the inputs: "ours", "plain" (the definition), and peers.
-    limit: what `targets` (by provider, of the limit, 1 is all of it) are fractions of: "copy" (bytes a second of a copy), "matmul"
-    (FLOP/s of a matrix product), or "base" (the provider of that name, a projection without its adapters).
+    Attributes:
+        direction: "forward"; "backward", of outputs computed before; or "both", where forward computes the gradient.
+        inputs: creates the inputs on a device in a dtype.
+        providers: implementations by name, functions of the inputs: "ours", "plain" (the definition), and peers.
+        limit: "copy" (bytes a second of a copy), "matmul" (FLOP/s of a matrix product), or "base" (the time of the
+            provider of that name, a projection without its adapters).
+        targets: fractions of the limit to reach, by provider.
+        bytes: minimal bytes read and written.
+        flops: minimal floating-point operations; 0 where memory is the limit.
     """
 
     kernel: str
@@ -64,7 +72,7 @@ class Case:
 
 
 def _liger(module: str, name: str) -> Callable:
-    """An operation of Liger-Kernel, imported when it is called: it need not be installed."""
+    """An operation of Liger-Kernel, imported when called, so that it need not be installed."""
 
     def call(*arguments):
         return getattr(importlib.import_module(f"liger_kernel.ops.{module}"), name).apply(*arguments)
@@ -72,16 +80,17 @@ def _liger(module: str, name: str) -> Callable:
     return call
 
 
-def _gradient(tensor: Tensor) -> Tensor:
+def _trained(tensor: Tensor) -> Tensor:
     return tensor.requires_grad_()
 
 
 def norms(shape: Shape, tokens: int) -> Iterator[Case]:
-    stream, name = BYTES * tokens * shape.hidden, f"{tokens} x {shape.hidden}"
+    stream = BYTES * tokens * shape.hidden
+    name = f"{tokens} x {shape.hidden}"
 
     def inputs(count: int) -> Callable:
         def make(device, dtype):
-            rows = [_gradient(torch.randn(tokens, shape.hidden, device=device, dtype=dtype)) for _ in range(count)]
+            rows = [_trained(torch.randn(tokens, shape.hidden, device=device, dtype=dtype)) for _ in range(count)]
             return *rows, 1 + 0.1 * torch.randn(shape.hidden, device=device, dtype=dtype), EPS
 
         return make
@@ -99,7 +108,8 @@ def norms(shape: Shape, tokens: int) -> Iterator[Case]:
             x, update, weight, eps, 0.0, "llama", False
         )[::-1],
     }
-    sums = 4 * tokens  # one fp32 number a row, kept for backward
+    # one fp32 number a row, kept for backward
+    sums = 4 * tokens
     yield Case("RMSNorm", "forward", name, inputs(1), alone, "copy", {"ours": 0.92}, 2 * stream + sums)
     yield Case("add + RMSNorm", "forward", name, inputs(2), added, "copy", {"ours": 0.94}, 4 * stream + sums)
     yield Case("RMSNorm", "backward", name, inputs(1), alone, "copy", {"ours": 0.90}, 3 * stream + sums)
@@ -107,11 +117,13 @@ def norms(shape: Shape, tokens: int) -> Iterator[Case]:
 
 
 def ropes(shape: Shape, tokens: int) -> Iterator[Case]:
-    heads, kv_heads, size = shape.heads, shape.kv_heads, shape.head_dim
+    heads = shape.heads
+    kv_heads = shape.kv_heads
+    size = shape.head_dim
 
     def inputs(device, dtype):
         qkv = torch.randn(tokens, (heads + 2 * kv_heads) * size, device=device, dtype=dtype)
-        return _gradient(qkv), *ours.rope_tables(torch.arange(tokens, device=device), size, 1e6), heads, kv_heads
+        return _trained(qkv), *ours.rope_tables(torch.arange(tokens, device=device), size, 1e6), heads, kv_heads
 
     def liger(qkv, cos, sin, heads, kv_heads):
         q, k, v = qkv.unflatten(1, (-1, size)).split([heads, kv_heads, kv_heads], 1)
@@ -120,9 +132,11 @@ def ropes(shape: Shape, tokens: int) -> Iterator[Case]:
         return q[0].transpose(0, 1), k[0].transpose(0, 1), v
 
     providers = {"ours": ours.rope, "plain": ours.rope_definition, "liger": liger}
-    name, tables = f"{tokens} x ({heads} + {kv_heads}) x {size}", 2 * 4 * tokens * size // 2
-    forward = 2 * BYTES * tokens * (heads + kv_heads) * size + tables  # the values stay where they are
-    backward = 2 * BYTES * tokens * (heads + 2 * kv_heads) * size + tables  # three gradients into one buffer
+    name = f"{tokens} x ({heads} + {kv_heads}) x {size}"
+    tables = 2 * 4 * tokens * size // 2
+    # forward leaves the values in place, backward writes three gradients into one buffer
+    forward = 2 * BYTES * tokens * (heads + kv_heads) * size + tables
+    backward = 2 * BYTES * tokens * (heads + 2 * kv_heads) * size + tables
     yield Case("RoPE", "forward", name, inputs, providers, "copy", {"ours": 0.90}, forward)
     yield Case("RoPE", "backward", name, inputs, providers, "copy", {"ours": 0.90}, backward)
 
@@ -135,15 +149,16 @@ def swiglus(shape: Shape, tokens: int) -> Iterator[Case]:
     }
 
     def inputs(device, dtype):
-        return (_gradient(torch.randn(tokens, 2 * shape.inner, device=device, dtype=dtype)),)
+        return (_trained(torch.randn(tokens, 2 * shape.inner, device=device, dtype=dtype)),)
 
-    part, name = BYTES * tokens * shape.inner, f"{tokens} x {shape.inner}"
+    part = BYTES * tokens * shape.inner
+    name = f"{tokens} x {shape.inner}"
     yield Case("SwiGLU", "forward", name, inputs, providers, "copy", {"ours": 0.97}, 3 * part)
     yield Case("SwiGLU", "backward", name, inputs, providers, "copy", {"ours": 0.92}, 5 * part)
 
 
 def projections(shape: Shape, tokens: int, rank: int) -> Iterator[Case]:
-    """The frozen products with LoRA on each; `down` also of SwiGLU's argument, which is then computed on the way."""
+    """The frozen projections, each with LoRA; `down` also with SwiGLU as its input, computed in the same operation."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     for name, columns, rows, of_swiglu in (
         ("qkv", shape.hidden, [queries, keys, keys], False),
@@ -162,13 +177,13 @@ def _projection(name: str, tokens: int, columns: int, rows: list[int], rank: int
 
         adapters, start = [], 0
         for count in rows:
-            a, b = _gradient(normal(rank, columns)), _gradient(normal(count, rank))
+            a, b = _trained(normal(rank, columns)), _trained(normal(count, rank))
             adapters.append(ours.Adapter(start, start + count, a, b))
             start += count
         w = normal(start, columns)
         dense = ours.DenseWeight(w)
         padded = ours.PaddedWeight(w, rank * len(rows))
-        return _gradient(normal(tokens, columns * (1 + of_swiglu), scale=1)), dense, adapters, SCALE, padded
+        return _trained(normal(tokens, columns * (1 + of_swiglu), scale=1)), dense, adapters, SCALE, padded
 
     def lora_linear(strategy: str | None) -> Callable:
         def call(x, dense, adapters, scale, padded):
@@ -203,77 +218,87 @@ def losses(shape: Shape, tokens: int) -> Iterator[Case]:
     def inputs(device, dtype):
         x = torch.randn(tokens, shape.hidden, device=device, dtype=dtype)
         weight = torch.randn(shape.vocabulary, shape.hidden, device=device, dtype=dtype) * shape.hidden**-0.5
-        return _gradient(x), weight, torch.randint(shape.vocabulary, (tokens,), device=device)
+        return _trained(x), weight, torch.randint(shape.vocabulary, (tokens,), device=device)
 
     providers = {
         "ours": lambda *arguments: ours.linear_cross_entropy(*arguments).sum(),
         "plain": lambda *arguments: ours.linear_cross_entropy_definition(*arguments).sum(),
-        # the middle ones are its defaults: no bias, no class weights, and so on
+        # the arguments between are Liger's defaults: no bias, no class weights and so on
         "liger": lambda x, weight, targets: _liger(
             "fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction"
         )(x, weight, targets, None, None, -100, 0.0, 0.0, "sum")[0],
     }
     name = f"{tokens} x {shape.hidden} -> {shape.vocabulary}"
     size = BYTES * (2 * tokens * shape.hidden + shape.vocabulary * shape.hidden)
-    flops = 4 * tokens * shape.hidden * shape.vocabulary  # logits, and the hidden rows' gradient: the head is frozen
+    # logits and the hidden states' gradient: the head is frozen
+    flops = 4 * tokens * shape.hidden * shape.vocabulary
     yield Case("cross-entropy", "both", name, inputs, providers, "matmul", {"ours": 0.90}, size, flops)
 
 
 def _varlen(longest: int, window: int | None, implementation: str | None) -> Callable:
-    """torch's varlen attention: FlashAttention-2, or what can be activated in its place."""
+    """torch's varlen attention: FlashAttention-2, or the implementation activated in its place."""
 
-    def call(q, k, v, first, last, ends):
-        from torch.nn.attention.varlen import varlen_attn  # not every build of torch has it
+    def call(q, k, v, first, last, cu_seqlens):
+        # missing in some builds of torch
+        from torch.nn.attention.varlen import varlen_attn
 
-        if implementation != attention.current_flash_attention_impl():  # it stays: backward needs it too
-            attention.activate_flash_attention_impl(
-                implementation
-            ) if implementation else attention.restore_flash_attention_impl()
+        # stays active, since backward needs it too
+        if implementation != attention.current_flash_attention_impl():
+            if implementation:
+                attention.activate_flash_attention_impl(implementation)
+            else:
+                attention.restore_flash_attention_impl()
         left = -1 if window is None else window - 1
-        # torch 2.11 groups heads without being asked, and has no name for it
-        options = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-        return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(left, 0), **options)
+        options: dict[str, Any] = {}
+        # torch 2.11 always groups heads, without an option
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(left, 0), **options)
 
     return call
 
 
-def _cudnn(q, k, v, first, last, ends):
+def _cudnn(q, k, v, first, last, cu_seqlens):
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     with attention.sdpa_kernel(attention.SDPBackend.CUDNN_ATTENTION):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
 
 
 def attentions(shape: Shape, lengths: list[int], window: int | None) -> Iterator[Case]:
-    """Causal attention within documents of these lengths, a query seeing `window` keys."""
-    tokens, reach = sum(lengths), window or max(lengths)
-    ends = torch.tensor([0, *itertools.accumulate(lengths)])
-    start, stop = (edges.repeat_interleave(torch.tensor(lengths)) for edges in (ends[:-1], ends[1:]))
-    place = torch.arange(tokens)
-    first, last = torch.maximum(start, place - reach + 1), torch.minimum(stop, place + reach) - 1
-    pairs = (place - first + 1).sum().item()
+    """Causal attention within documents of these lengths, where a query sees at most `window` keys."""
+    tokens = sum(lengths)
+    reach = window or max(lengths)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
+    start, stop = (edges.repeat_interleave(torch.tensor(lengths)) for edges in (cu_seqlens[:-1], cu_seqlens[1:]))
+    token = torch.arange(tokens)
+    first = torch.maximum(start, token - reach + 1)
+    last = torch.minimum(stop, token + reach) - 1
+    pairs = int((token - first + 1).sum())
 
     def inputs(device, dtype):
         counts = shape.heads, shape.kv_heads, shape.kv_heads
-        qkv = [_gradient(torch.randn(tokens, count, shape.head_dim, device=device, dtype=dtype)) for count in counts]
-        return *qkv, *(t.int().to(device) for t in (first, last, ends))
+        qkv = [_trained(torch.randn(tokens, count, shape.head_dim, device=device, dtype=dtype)) for count in counts]
+        return *qkv, *(t.int().to(device) for t in (first, last, cu_seqlens))
 
     providers = {
-        "ours": lambda q, k, v, first, last, ends: ours.attention(q, k, v, first, last),
-        "plain": lambda q, k, v, first, last, ends: ours.attention_definition(q, k, v, first),
+        "ours": lambda q, k, v, first, last, cu_seqlens: ours.attention(q, k, v, first, last),
+        "plain": lambda q, k, v, first, last, cu_seqlens: ours.attention_definition(q, k, v, first),
         **({"cudnn": _cudnn} if len(lengths) == 1 and not window else {}),
         "varlen": _varlen(max(lengths), window, None),
         "fa3": _varlen(max(lengths), window, "FA3"),
     }
     name = f"{len(lengths)} x {lengths[0]}{f', window {window}' if window else ''}"
-    size = BYTES * tokens * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)  # queries, keys, values and results
+    # queries, keys, values and results
+    size = BYTES * tokens * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
     flops = 4 * shape.head_dim * shape.heads * pairs
-    forward, backward = {"ours": 0.55, "fa3": 0.80}, {"ours": 0.42, "fa3": 0.68}
+    forward = {"ours": 0.55, "fa3": 0.80}
+    backward = {"ours": 0.42, "fa3": 0.68}
     yield Case("attention", "forward", name, inputs, providers, "matmul", forward, size, flops)
     yield Case("attention", "backward", name, inputs, providers, "matmul", backward, 2 * size, 5 * flops // 2)
 
 
 def decoding(shape: Shape, sequences: int, slots: int) -> Iterator[Case]:
-    """One query a sequence against a full buffer of `slots` keys and values."""
+    """One query for each sequence, and a full buffer of `slots` keys and values."""
 
     def inputs(device, dtype):
         q = torch.randn(sequences, shape.heads, shape.head_dim, device=device, dtype=dtype)
@@ -283,20 +308,21 @@ def decoding(shape: Shape, sequences: int, slots: int) -> Iterator[Case]:
         return q, k, v, torch.full((sequences,), slots, device=device)
 
     def sdpa(q, k, v, lengths):
-        return F.scaled_dot_product_attention(q[:, :, None], k.transpose(1, 2), v.transpose(1, 2), enable_gqa=True)[
-            :, :, 0
-        ]
+        k, v = (t.transpose(1, 2) for t in (k, v))
+        return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
 
     providers = {"ours": ours.decode_attention, "plain": ours.decode_attention_definition, "torch": sdpa}
-    size, name = 2 * BYTES * sequences * slots * shape.kv_heads * shape.head_dim, f"{sequences} x {slots}"
-    targets = {"ours": 0.80} if size >= 2**26 else {}  # of less, launching takes most of the time
+    size = 2 * BYTES * sequences * slots * shape.kv_heads * shape.head_dim
+    name = f"{sequences} x {slots}"
+    # below 64 MiB, launching takes most of the time
+    targets = {"ours": 0.80} if size >= 2**26 else {}
     yield Case("decode attention", "forward", name, inputs, providers, "copy", targets, size)
 
 
 def cases(
     shape: Shape = MISTRAL_7B, tokens: int = 8192, window: int = 4096, small: tuple[int, ...] = (512, 8)
 ) -> Iterator[Case]:
-    """The cases with targets, of `tokens` tokens; then, without, a higher rank's and those of few tokens, which are all launching."""
+    """The cases with targets, of `tokens` tokens, then those without: a higher LoRA rank, and few tokens."""
     yield from norms(shape, tokens)
     yield from ropes(shape, tokens)
     yield from swiglus(shape, tokens)

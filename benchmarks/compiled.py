@@ -1,13 +1,15 @@
-"""Every Triton kernel at every shape, compiled for GPUs that are not here: python -m benchmarks.compiled [--arch 80 90 100]
+"""Compiles every Triton kernel at every shape without a GPU: python -m benchmarks.compiled [--arch 80 90 100]
 
-The operators' own launchers run on tensors without storage, so each kernel is specialised as on a GPU, and is compiled but not
-launched. Refused are kernels that spill, need more shared memory than a block has, have no load of 128 bits, or on Hopper multiply
-without wgmma, where the product has the 64 rows that it takes. Registers and stack are what cuobjdump says of the machine code.
+The operators' own launchers run on meta tensors, so each kernel is specialised as on a GPU; it is compiled but not
+launched. A kernel is rejected if it spills registers, needs more shared memory than a block has, has no 128-bit load,
+or on Hopper multiplies without wgmma although the product has the 64 rows that wgmma takes. Registers and stack are
+those that cuobjdump reports for the machine code.
 """
 
 import os
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as on the GPU; Triton 3.10 will default to none
+# as on the GPU; Triton 3.10 changes the default
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import argparse
 import contextlib
@@ -20,11 +22,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -33,28 +37,27 @@ from benchmarks.cases import MISTRAL_7B, NEMO, SMOLLM2, Case, cases
 from benchmarks.table import grid
 from minorca_kernels import STRATEGIES
 
-SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may have
-WIDE = (
-    r"ld\.global\S*\.(v[48]\.[bfu]32|v[24]\.[bfu]64)|cp\.async\.cg\.shared\.global|cp\.async\.bulk"  # 16 bytes or more
-)
+# bytes of shared memory that a block may use, by architecture
+SHARED = {80: 166912, 90: 232448, 100: 232448}
+# PTX loads of 16 bytes or more
+WIDE_LOAD = r"ld\.global\S*\.(v[48]\.[bfu]32|v[24]\.[bfu]64)|cp\.async\.cg\.shared\.global|cp\.async\.bulk"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-class Launchers(TorchDispatchMode):
-    """Here our operators do on tensors without storage what they do on CUDA's."""
+class RunAsCUDA(TorchDispatchMode):
+    """Makes our operators run their CUDA implementations on meta tensors."""
 
-    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
-        if operator.namespace == "minorca":
-            return operator.redispatch(
-                torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *arguments, **(options or {})
-            )
-        return operator(*arguments, **(options or {}))
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "minorca":
+            return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
 def recorded(warmup: bool) -> Iterator[list]:
-    """A list that every kernel called meanwhile is added to, compiled; where `warmup`, none is launched."""
-    run, kernels = JITFunction.run, []
+    """Yields a list to which each kernel launched in the block is appended; `warmup` compiles them only."""
+    run = JITFunction.run
+    kernels = []
 
     def record(self, *arguments, **options):
         kernels.append(run(self, *arguments, **options | ({"warmup": True} if warmup else {})))
@@ -69,20 +72,20 @@ def recorded(warmup: bool) -> Iterator[list]:
 
 def target(arch: int) -> None:
     """Makes Triton compile for this architecture."""
-    driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: GPUTarget("cuda", arch, 32),
-            get_current_device=lambda: arch,  # a device an architecture: each has its own cache of kernels
-            get_current_stream=lambda device: 0,
-        )
+    fake_driver: Any = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        # kernels are cached by device, so each architecture is a device of its own
+        get_current_device=lambda: arch,
+        get_current_stream=lambda device: 0,
     )
+    driver.set_active(fake_driver)
 
 
 def traced(case: Case, function: Callable, dtype: torch.dtype) -> list:
-    """The kernels of a case, its backward included where it has one."""
+    """The kernels of a case, including those of its backward."""
     inputs = case.inputs(torch.device("meta"), dtype)
     leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    with Launchers(), recorded(warmup=True) as kernels:
+    with RunAsCUDA(), recorded(warmup=True) as kernels:
         outs = tree_leaves(function(*inputs))
         if case.direction != "forward":
             torch.autograd.grad(outs, leaves, [torch.empty_like(out) for out in outs])
@@ -90,59 +93,54 @@ def traced(case: Case, function: Callable, dtype: torch.dtype) -> list:
 
 
 def selection() -> Iterator[tuple[str, Case, Callable, torch.dtype]]:
-    """What is compiled: label, case, one of our implementations, dtype. The last shape also in fp16 and fp32."""
+    """What is compiled: (label, case, one of our implementations, dtype). SmolLM2's shapes take three dtypes."""
     for case in cases(MISTRAL_7B):
-        yield from (
-            (f"{case.name}, Mistral 7B", case, case.providers[way], torch.bfloat16)
-            for way in STRATEGIES
-            if way in case.providers
-        )
+        for strategy in STRATEGIES:
+            if strategy in case.providers:
+                yield f"{case.name}, Mistral 7B", case, case.providers[strategy], torch.bfloat16
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
     for name, shape in {"Mistral 7B": MISTRAL_7B, "Nemo": NEMO, "SmolLM2": SMOLLM2}.items():
         for case in cases(shape, small=(8,)):
-            for dtype in (torch.bfloat16, torch.float16, torch.float32)[: 3 if shape is SMOLLM2 else 1]:
+            for dtype in dtypes if shape is SMOLLM2 else dtypes[:1]:
                 yield f"{case.name}, {name}", case, case.providers["ours"], dtype
-    # what the cases leave out: a number of tokens that nothing divides, weights that are trained, and a loss without gradients
+    # not among the cases: a prime number of tokens, trained weights, and a loss without gradients
     for case in cases(MISTRAL_7B, 8191, small=()):
         yield f"{case.name}, Mistral 7B", case, case.providers["ours"], torch.bfloat16
         if "Norm backward" in case.name or case.kernel == "cross-entropy":
-            yield (
-                f"{case.name}, trained, Mistral 7B",
-                replace(case, inputs=_trained(case)),
-                case.providers["ours"],
-                torch.bfloat16,
-            )
+            trained = replace(case, inputs=_all_trained(case))
+            yield f"{case.name}, trained, Mistral 7B", trained, case.providers["ours"], torch.bfloat16
         if case.kernel == "cross-entropy":
             forward = replace(case, direction="forward")
             yield f"{forward.name}, Mistral 7B", forward, torch.no_grad()(case.providers["ours"]), torch.bfloat16
 
 
-def _trained(case: Case) -> Callable:
-    def inputs(device, dtype):
-        tensors = case.inputs(device, dtype)
-        return tree_map(
-            lambda leaf: leaf.requires_grad_() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf,
-            tensors,
-        )
+def _all_trained(case: Case) -> Callable:
+    """The case's inputs, all of which require gradients."""
 
-    return inputs
+    def trained(leaf):
+        return leaf.requires_grad_() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+    return lambda device, dtype: tree_map(trained, case.inputs(device, dtype))
 
 
 def examine(kernel, arch: int) -> dict:
-    """What the machine code needs, and which gates refuse it."""
+    """The resources that the machine code needs, and the reasons to reject it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = subprocess.run(
             [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    ptx, products = kernel.asm["ptx"], re.findall(r"tt\.dot .*: tensor<(\d+)x\d+x(?:bf16|f16)>", kernel.asm["ttir"])
-    wide, wgmma = len(re.findall(WIDE, ptx)), ptx.count("wgmma.mma_async")
-    gates = {
+    registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
+    ptx = kernel.asm["ptx"]
+    wide_loads = len(re.findall(WIDE_LOAD, ptx))
+    wgmma = ptx.count("wgmma.mma_async")
+    product_rows = re.findall(r"tt\.dot .*: tensor<(\d+)x\d+x(?:bf16|f16)>", kernel.asm["ttir"])
+    checks = {
         f"spills: {stack} bytes of stack": stack > 0,
         f"{kernel.metadata.shared} bytes of shared memory": kernel.metadata.shared > SHARED[arch],
-        "no loads of 128 bits": not wide,
-        "no wgmma": arch == 90 and any(int(rows) >= 64 for rows in products) and not wgmma,
+        "no loads of 128 bits": not wide_loads,
+        "no wgmma": arch == 90 and any(int(rows) >= 64 for rows in product_rows) and not wgmma,
     }
     return {
         "kernel": kernel.metadata.name,
@@ -151,9 +149,9 @@ def examine(kernel, arch: int) -> dict:
         "registers": registers,
         "stack": stack,
         "shared": kernel.metadata.shared,
-        "wide loads": wide,
+        "wide loads": wide_loads,
         "wgmma": wgmma,
-        "refused": ", ".join(reason for reason, refused in gates.items() if refused),
+        "rejected": ", ".join(reason for reason, failed in checks.items() if failed),
     }
 
 
@@ -163,7 +161,7 @@ def compiled(arch: int) -> list[dict]:
     for label, case, call, dtype in selection():
         for kernel in traced(case, call, dtype):
             if kernel.hash not in rows:
-                rows[kernel.hash] = {"of": f"{label}, {str(dtype).removeprefix('torch.')}", **examine(kernel, arch)}
+                rows[kernel.hash] = {"case": f"{label}, {str(dtype).removeprefix('torch.')}", **examine(kernel, arch)}
     return list(rows.values())
 
 
@@ -173,13 +171,13 @@ def main() -> None:
     )
     parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED), choices=SHARED, help="default: all")
     args = parser.parse_args()
-    if triton.knobs.runtime.interpret:
-        parser.error("an interpreted kernel is not compiled: unset TRITON_INTERPRET")
+    if knobs.runtime.interpret:
+        parser.error("interpreted kernels are not compiled; unset TRITON_INTERPRET")
     with multiprocessing.Pool(min(2, len(args.arch))) as pool:
         rows = sum(pool.map(compiled, args.arch, chunksize=1), [])
     print(grid(list(rows[0]), [list(row.values()) for row in rows]))
-    if refused := [row for row in rows if row["refused"]]:
-        reasons = (f"{row['kernel']} of {row['of']} on {row['arch']}: {row['refused']}" for row in refused)
+    if rejected := [row for row in rows if row["rejected"]]:
+        reasons = (f"{row['kernel']} of {row['case']} on {row['arch']}: {row['rejected']}" for row in rejected)
         sys.exit("\n".join(f"benchmarks.compiled: error: {reason}" for reason in reasons))
 
 

@@ -1,7 +1,7 @@
 """The machine and its measured limits: python -m benchmarks.device [--output FOLDER]
 
-Copy bandwidth is the bytes that `dst.copy_(src)` reads and writes a second; the matrix rate is what products of
-normal-random matrices sustain, in bf16, and on the CPU in fp32 too.
+Copy bandwidth is the bytes that `dst.copy_(src)` reads and writes per second. The matrix rate is the FLOP/s of products
+of random normal matrices, sustained, in bf16, and on the CPU in fp32 too.
 """
 
 import argparse
@@ -15,10 +15,11 @@ CUDA = DEVICE.type == "cuda"
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of copying 1 GiB on CUDA, 256 MiB on the CPU; the median of 20 copies."""
+    """Bytes read and written per second by a copy of 1 GiB on CUDA, 256 MiB on the CPU; the median of 20."""
     source = torch.ones(2**30 if CUDA else 2**28, dtype=torch.uint8, device=DEVICE)
-    target, seconds = torch.empty_like(source), []
+    target = torch.empty_like(source)
     target.copy_(source)
+    seconds = []
     for _ in range(20):
         start = clock()
         target.copy_(source)
@@ -27,12 +28,13 @@ def copy_bandwidth() -> float:
 
 
 def matmul_rate(dtype: torch.dtype) -> dict[str, float]:
-    """FLOP/s of products of n x n matrices, over at least 10 s on CUDA (its power limit shows by then), 1 s on the CPU."""
-    n, at_least = (8192, 10) if CUDA else (1024, 1)
+    """FLOP/s of products of n x n matrices, over 1 s on the CPU, 10 s on CUDA, so that its power limit shows."""
+    n, min_seconds = (8192, 10) if CUDA else (1024, 1)
     a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
-    out, products = a @ b, 0
+    out = a @ b
+    products = 0
     start = clock()
-    while (seconds := clock() - start) < at_least:
+    while (seconds := clock() - start) < min_seconds:
         for _ in range(20 if CUDA else 1):
             torch.mm(a, b, out=out)
             products += 1
@@ -43,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.device", description="The machine and its measured limits."
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write the JSON there too")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="also write the JSON to this folder")
     args = parser.parse_args()
     limits = {"copy_bytes_per_second": copy_bandwidth(), "matmul_bf16": matmul_rate(torch.bfloat16)}
     if not CUDA:

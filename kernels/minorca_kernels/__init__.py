@@ -1,8 +1,13 @@
-"""The operations of a Mistral network, each beside its PyTorch definition. Knows nothing of `minorca`.
+"""The operations of a Mistral network, each beside its PyTorch definition. Independent of `minorca`.
 
-A file holds one: its `*_definition`, a few lines of plain PyTorch that autograd differentiates; its Triton kernels, for CUDA;
-the same in plain PyTorch with fewer passes over memory, for the CPU; and the function of the definition's name without the
-suffix, which runs what suits the device through operators that torch knows (operator.py).
+A module contains one operation in four parts:
+
+- `NAME_definition`: a few lines of plain PyTorch, differentiated by autograd; the reference in tests.
+- Triton kernels, for CUDA.
+- The same in plain PyTorch with fewer passes over memory, for the CPU.
+- `NAME`: the differentiable function to call. It dispatches by device through PyTorch operators (operator.py).
+
+Shape suffixes name a tensor's axes: `q_THD` is [T, H, D]. Each module's docstring lists its axes.
 """
 
 from minorca_kernels.attention import attention, attention_definition

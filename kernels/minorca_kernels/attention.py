@@ -1,12 +1,18 @@
-"""Causal attention over a flat batch, its documents and its window written as one number a token: the first key it sees.
+# Triton takes plain numbers for constexpr parameters.
+# pyright: reportArgumentType=false
+"""Causal attention over a flat batch. Documents and the window are given as one number a token: the first key it sees.
 
-Source: FlashAttention-2 (Dao 2023, arXiv:2307.08691): online softmax, and a backward from the saved log-sum-exp. Neither
-direction uses atomics, so results repeat to the bit: a kernel writes dQ for its queries, another dK and dV for its keys.
-Axes: T tokens, H query heads, K key heads (query head h reads key head h // (H // K)), D head size; S tokens of which the keys
-are held, of which the queries are the last T: more than T where a prompt comes in chunks, and then forward only.
+Source: FlashAttention-2 (Dao 2023, arXiv:2307.08691): online softmax, and a backward from the saved log-sum-exp.
+Neither direction uses atomics, so results repeat to the bit: one kernel writes dQ for its queries, another dK and dV
+for its keys.
+
+Axes: T queries, S keys, H query heads, K key heads (query head h reads key head h // (H // K)), G = H // K query heads
+of a key head, D head size. The queries belong to the last T of S tokens. S > T where a prompt comes in chunks: forward
+only.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -14,327 +20,362 @@ import triton.language as tl
 from torch import Tensor
 
 from minorca_kernels.dot import add_dot, dot
-from minorca_kernels.operator import architecture, operator, wide
+from minorca_kernels.operator import accumulate_dtype, compute_capability, operator
 
-QUERY_BLOCK = 256  # queries that share a mask on the CPU, where a window is active
-GRADIENT_BLOCK = 64  # queries of one turn of the CPU's backward: their scores stay in its cache
+# Queries of a block on the CPU: in forward those that share a mask where a window is active, in backward those whose
+# scores fit the cache.
+CPU_FORWARD_BLOCK = 256
+CPU_BACKWARD_BLOCK = 64
 
 
 def attention_definition(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, first_T: Tensor) -> Tensor:
-    """Row i, of token p = S - T + i, sees the keys j with first[i] <= j <= p: softmax of q k^T / sqrt(D) over those, times v -> [T, H, D].
+    """softmax(q k^T / sqrt(D)) v over the visible keys. Query i, of token p = S - T + i, sees keys first[i] <= j <= p.
 
-    Scores and softmax in fp32 (fp64 for fp64). first is int32, rises or stays, and first[i] <= p.
+    Args:
+        q_THD: queries [T, H, D].
+        k_SKD: keys [S, K, D].
+        v_SKD: values [S, K, D].
+        first_T: the first key that each query sees, [T] int32, not decreasing, first[i] <= p.
+
+    Returns:
+        [T, H, D] in q's dtype; scores and softmax are in fp32 (fp64 for fp64).
     """
-    dtype, group, token = (
-        wide(q_THD.dtype),
-        q_THD.shape[1] // k_SKD.shape[1],
-        torch.arange(len(k_SKD), device=q_THD.device),
-    )
+    dtype = accumulate_dtype(q_THD.dtype)
+    group = q_THD.shape[1] // k_SKD.shape[1]
+    token_S = torch.arange(len(k_SKD), device=q_THD.device)
+    token_T = token_S[len(k_SKD) - len(q_THD) :]
     k_SHD, v_SHD = (t.repeat_interleave(group, 1).to(dtype) for t in (k_SKD, v_SKD))
     scores_HTS = torch.einsum("qhd,khd->hqk", q_THD.to(dtype), k_SHD) * q_THD.shape[-1] ** -0.5
-    seen = (first_T[:, None] <= token) & (token <= token[len(token) - len(q_THD) :, None])
-    weights_HTS = scores_HTS.masked_fill(~seen, -torch.inf).softmax(-1)
+    visible_TS = (first_T[:, None] <= token_S) & (token_S <= token_T[:, None])
+    weights_HTS = scores_HTS.masked_fill(~visible_TS, -torch.inf).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights_HTS, v_SHD).to(q_THD.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton
-# A tile is BM queries by BN keys. A block of queries visits the tiles some query of it sees: first those not all of which is
-# seen, at the near end (the diagonal) and the far one (a document's start or the window's edge), in one masked loop that
-# jumps over the middle; then the middle, without a mask. So does a block of keys. Past the last token indices are clamped:
-# what is read there is finite, masked where it would be summed, and never stored.
+# A tile is BLOCK_M queries by BLOCK_N keys. A block of queries visits the tiles of which it sees anything, in two
+# loops. The masked loop takes the partially visible tiles: `near` tiles at the beginning (a document's start or the
+# window's edge), then, after a gap, those at the end (the diagonal). The other loop takes the fully visible tiles of
+# the gap, without a mask. A block of keys visits blocks of queries likewise. Indices past the last token are clamped:
+# what is loaded there is finite, is masked before it is summed, and is never stored.
+#
+# Names are FlashAttention's: m_i is the running maximum of a query's scores in base 2, l_i the running sum of its
+# weights, acc the unnormalised output; lse2 is the log-sum-exp in base 2, delta the row sum of dout * out.
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
-_LOWEST = tl.constexpr(-3.4e38)  # of no score yet; finite, so that subtracting it from a masked score is no NaN
+# Initial running maximum. It is finite: subtracting -inf from a masked score of -inf would be NaN.
+_INITIAL_MAX = tl.constexpr(-3.4e38)
 
 
 @triton.jit
-def _load(base, token, step, D: tl.constexpr, BD: tl.constexpr):
-    """Rows [BLOCK, BD] of the tokens given; past D zeros."""
-    d = tl.arange(0, BD)
-    pointers = base + token.to(tl.int64)[:, None] * step + d[None, :]
-    if D == BD:
-        tile = tl.load(pointers)
+def _load_rows(ptr, token, stride_token, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The rows [BLOCK, BLOCK_D] of the given tokens; columns past D are zero."""
+    d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + token.to(tl.int64)[:, None] * stride_token + d[None, :]
+    if D == BLOCK_D:
+        tile = tl.load(ptrs)
     else:
-        tile = tl.load(pointers, mask=d[None, :] < D, other=0.0)
+        tile = tl.load(ptrs, mask=d[None, :] < D, other=0.0)
     return tile
 
 
 @triton.jit
-def _store(base, token, T, step, tile, D: tl.constexpr, BD: tl.constexpr):
-    d = tl.arange(0, BD)
-    inside = (token < T)[:, None] & (d < D)[None, :]
-    tl.store(base + token.to(tl.int64)[:, None] * step + d[None, :], tile.to(base.dtype.element_ty), mask=inside)
+def _store_rows(ptr, token, T, stride_token, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    mask = (token < T)[:, None] & (d < D)[None, :]
+    tl.store(ptr + token.to(tl.int64)[:, None] * stride_token + d[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _keys(first, m0, T, past, BM: tl.constexpr, BN: tl.constexpr):
-    """The keys a block of queries sees, `past` of them before query 0: [begin, full) and [diagonal, end) in part, [full, diagonal) all."""
-    begin = tl.load(first + m0) // BN * BN
-    diagonal = (m0 + past) // BN * BN
-    stop = tl.minimum(m0 + BM, T)
-    full = tl.minimum(tl.cdiv(tl.load(first + stop - 1), BN) * BN, diagonal)
+def _key_ranges(first_ptr, m0, T, past, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The keys that a block of queries sees, `past` of them before query 0.
+
+    [begin, full) and [diagonal, end) are partially visible, [full, diagonal) fully.
+    """
+    begin = tl.load(first_ptr + m0) // BLOCK_N * BLOCK_N
+    diagonal = (m0 + past) // BLOCK_N * BLOCK_N
+    stop = tl.minimum(m0 + BLOCK_M, T)
+    full = tl.minimum(tl.cdiv(tl.load(first_ptr + stop - 1), BLOCK_N) * BLOCK_N, diagonal)
     return begin, full, diagonal, stop + past
 
 
 @triton.jit
-def _forward_keys(
-    total, peak, mass, q, row, first_row, k, v, begin, tiles, near, gap, S, k_token, v_token,
-    SCALE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+def _forward_inner(
+    acc, m_i, l_i, q, token, first, k_ptr, v_ptr, begin, tiles, near, gap, S, stride_k_token, stride_v_token,
+    SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     for tile in range(0, tiles):
-        n = begin + tile * BN
+        n = begin + tile * BLOCK_N
         if MASKED:
             n += tl.where(tile < near, 0, gap)
-        key = n + tl.arange(0, BN)
-        at = tl.minimum(key, S - 1) if MASKED else key
-        scores = dot(q, tl.trans(_load(k, at, k_token, D, BD)), total.dtype)
+        key = n + tl.arange(0, BLOCK_N)
+        row = tl.minimum(key, S - 1) if MASKED else key
+        scores = dot(q, tl.trans(_load_rows(k_ptr, row, stride_k_token, D, BLOCK_D)), acc.dtype)
         if MASKED:
-            seen = (first_row[:, None] <= key[None, :]) & (key[None, :] <= row[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
-        # base 2: the scale and log2(e) are one factor, which the subtraction takes along
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * (SCALE * _LOG2E))
-        p = tl.exp2(scores * (SCALE * _LOG2E) - new_peak[:, None])
-        shrink = tl.exp2(peak - new_peak)
-        mass = mass * shrink + tl.sum(p, 1)
-        peak = new_peak
-        total = add_dot(total * shrink[:, None], p.to(v.dtype.element_ty), _load(v, at, v_token, D, BD))
-    return total, peak, mass
+            visible = (first[:, None] <= key[None, :]) & (key[None, :] <= token[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+        # in base 2 the scale and log2(e) are one factor, which is fused with the subtraction
+        m_new = tl.maximum(m_i, tl.max(scores, 1) * (SCALE * _LOG2E))
+        p = tl.exp2(scores * (SCALE * _LOG2E) - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        m_i = m_new
+        acc = acc * alpha[:, None]
+        p = p.to(v_ptr.dtype.element_ty)
+        acc = add_dot(acc, p, _load_rows(v_ptr, row, stride_v_token, D, BLOCK_D))
+    return acc, m_i, l_i
 
 
 @triton.jit
-def _forward(
-    q, k, v, first, out, lse, T, S, q_token, q_head, k_token, k_head, v_token, v_head,
-    SCALE: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr, T, S,
+    stride_q_token, stride_q_head, stride_k_token, stride_k_head, stride_v_token, stride_v_head,
+    SCALE: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # heads that read the same keys run side by side; the blocks that see most come first
+    # Heads that read the same keys run side by side; the blocks that see most keys come first.
     head = (tl.program_id(0) % H).to(tl.int64)
-    m0 = (tl.cdiv(T, BM) - 1 - tl.program_id(0) // H) * BM
-    wide: tl.constexpr = lse.dtype.element_ty
-    row = m0 + tl.arange(0, BM)
-    at = tl.minimum(row, T - 1)
-    q_tile = _load(q + head * q_head, at, q_token, D, BD)
-    first_row = tl.load(first + at)
-    token = row + (S - T)
-    k += head // GROUP * k_head
-    v += head // GROUP * v_head
-    total = tl.zeros([BM, BD], wide)
-    peak = tl.full([BM], _LOWEST, wide)
-    mass = tl.zeros([BM], wide)
-    begin, full, diagonal, end = _keys(first, m0, T, S - T, BM, BN)
-    near, middle = (full - begin) // BN, (diagonal - full) // BN
-    total, peak, mass = _forward_keys(
-        total, peak, mass, q_tile, token, first_row, k, v, begin, near + tl.cdiv(end - diagonal, BN), near, diagonal - full,
-        S, k_token, v_token, SCALE, D, BD, BN, True,
+    m0 = (tl.cdiv(T, BLOCK_M) - 1 - tl.program_id(0) // H) * BLOCK_M
+    acc_dtype: tl.constexpr = lse_ptr.dtype.element_ty
+    query = m0 + tl.arange(0, BLOCK_M)
+    row = tl.minimum(query, T - 1)
+    q = _load_rows(q_ptr + head * stride_q_head, row, stride_q_token, D, BLOCK_D)
+    first = tl.load(first_ptr + row)
+    token = query + (S - T)
+    k_ptr += head // GROUP * stride_k_head
+    v_ptr += head // GROUP * stride_v_head
+    acc = tl.zeros([BLOCK_M, BLOCK_D], acc_dtype)
+    m_i = tl.full([BLOCK_M], _INITIAL_MAX, acc_dtype)
+    l_i = tl.zeros([BLOCK_M], acc_dtype)
+    begin, full, diagonal, end = _key_ranges(first_ptr, m0, T, S - T, BLOCK_M, BLOCK_N)
+    near = (full - begin) // BLOCK_N
+    middle = (diagonal - full) // BLOCK_N
+    acc, m_i, l_i = _forward_inner(
+        acc, m_i, l_i, q, token, first, k_ptr, v_ptr,
+        begin, near + tl.cdiv(end - diagonal, BLOCK_N), near, diagonal - full,
+        S, stride_k_token, stride_v_token, SCALE, D, BLOCK_D, BLOCK_N, True,
     )  # fmt: skip
-    total, peak, mass = _forward_keys(
-        total,
-        peak,
-        mass,
-        q_tile,
-        token,
-        first_row,
-        k,
-        v,
-        full,
-        middle,
-        middle,
-        0,
-        S,
-        k_token,
-        v_token,
-        SCALE,
-        D,
-        BD,
-        BN,
-        False,
-    )
-    _store(out + head * D, row, T, H * D, total / mass[:, None], D, BD)
-    tl.store(lse + head * T + row, (peak + tl.log2(mass)) * _LN2, mask=row < T)
+    acc, m_i, l_i = _forward_inner(
+        acc, m_i, l_i, q, token, first, k_ptr, v_ptr,
+        full, middle, middle, 0,
+        S, stride_k_token, stride_v_token, SCALE, D, BLOCK_D, BLOCK_N, False,
+    )  # fmt: skip
+    _store_rows(out_ptr + head * D, query, T, H * D, acc / l_i[:, None], D, BLOCK_D)
+    tl.store(lse_ptr + head * T + query, (m_i + tl.log2(l_i)) * _LN2, mask=query < T)
 
 
 @triton.jit
-def _query_gradient_keys(
-    dq, q, dout, row, first_row, lse2, delta, k, v, begin, tiles, near, gap, T, k_token, v_token,
-    SCALE: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+def _dq_inner(
+    dq, q, dout, query, first, lse2, delta, k_ptr, v_ptr, begin, tiles, near, gap, T, stride_k_token, stride_v_token,
+    SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     for tile in range(0, tiles):
-        n = begin + tile * BN
+        n = begin + tile * BLOCK_N
         if MASKED:
             n += tl.where(tile < near, 0, gap)
-        key = n + tl.arange(0, BN)
-        at = tl.minimum(key, T - 1) if MASKED else key
-        k_tile = _load(k, at, k_token, D, BD)
-        scores = dot(q, tl.trans(k_tile), dq.dtype)
-        dp = dot(dout, tl.trans(_load(v, at, v_token, D, BD)), dq.dtype)
+        key = n + tl.arange(0, BLOCK_N)
+        row = tl.minimum(key, T - 1) if MASKED else key
+        k = _load_rows(k_ptr, row, stride_k_token, D, BLOCK_D)
+        scores = dot(q, tl.trans(k), dq.dtype)
+        dp = dot(dout, tl.trans(_load_rows(v_ptr, row, stride_v_token, D, BLOCK_D)), dq.dtype)
         p = tl.exp2(scores * (SCALE * _LOG2E) - lse2[:, None])
         if MASKED:
-            seen = (first_row[:, None] <= key[None, :]) & (key[None, :] <= row[:, None])
-            p = tl.where(seen, p, 0.0)
-        dq = add_dot(dq, (p * (dp - delta[:, None])).to(k.dtype.element_ty), k_tile)
+            visible = (first[:, None] <= key[None, :]) & (key[None, :] <= query[:, None])
+            p = tl.where(visible, p, 0.0)
+        dq = add_dot(dq, (p * (dp - delta[:, None])).to(k_ptr.dtype.element_ty), k)
     return dq
 
 
 @triton.jit
-def _query_gradient(
-    dout, q, k, v, first, out, lse, lse2, delta, dq, T, dout_token, dout_head, q_token, q_head, k_token, k_head, v_token, v_head,
-    SCALE: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+def _dq_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr, lse2_ptr, delta_ptr, dq_ptr, T,
+    stride_dout_token, stride_dout_head, stride_q_token, stride_q_head,
+    stride_k_token, stride_k_head, stride_v_token, stride_v_head,
+    SCALE: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     head = (tl.program_id(0) % H).to(tl.int64)
-    m0 = (tl.cdiv(T, BM) - 1 - tl.program_id(0) // H) * BM
-    wide: tl.constexpr = lse.dtype.element_ty
-    row = m0 + tl.arange(0, BM)
-    at = tl.minimum(row, T - 1)
-    q_tile = _load(q + head * q_head, at, q_token, D, BD)
-    dout_tile = _load(dout + head * dout_head, at, dout_token, D, BD)
-    # two numbers a row that the keys' gradient needs too: the log-sum-exp in base 2, and how much all of its scores' gradients share
-    lse2_row = tl.load(lse + head * T + at) * _LOG2E
-    delta_row = tl.sum(_load(out + head * D, at, H * D, D, BD).to(wide) * dout_tile.to(wide), 1)
-    tl.store(lse2 + head * T + row, lse2_row, mask=row < T)
-    tl.store(delta + head * T + row, delta_row, mask=row < T)
-    first_row = tl.load(first + at)
-    k += head // GROUP * k_head
-    v += head // GROUP * v_head
-    grad = tl.zeros([BM, BD], wide)
-    begin, full, diagonal, end = _keys(first, m0, T, 0, BM, BN)
-    near, middle = (full - begin) // BN, (diagonal - full) // BN
-    grad = _query_gradient_keys(
-        grad, q_tile, dout_tile, row, first_row, lse2_row, delta_row, k, v,
-        begin, near + tl.cdiv(end - diagonal, BN), near, diagonal - full, T, k_token, v_token, SCALE, D, BD, BN, True,
+    m0 = (tl.cdiv(T, BLOCK_M) - 1 - tl.program_id(0) // H) * BLOCK_M
+    acc_dtype: tl.constexpr = lse_ptr.dtype.element_ty
+    query = m0 + tl.arange(0, BLOCK_M)
+    row = tl.minimum(query, T - 1)
+    q = _load_rows(q_ptr + head * stride_q_head, row, stride_q_token, D, BLOCK_D)
+    dout = _load_rows(dout_ptr + head * stride_dout_head, row, stride_dout_token, D, BLOCK_D)
+    # also stored for _dkdv_kernel
+    lse2 = tl.load(lse_ptr + head * T + row) * _LOG2E
+    delta = tl.sum(_load_rows(out_ptr + head * D, row, H * D, D, BLOCK_D).to(acc_dtype) * dout.to(acc_dtype), 1)
+    tl.store(lse2_ptr + head * T + query, lse2, mask=query < T)
+    tl.store(delta_ptr + head * T + query, delta, mask=query < T)
+    first = tl.load(first_ptr + row)
+    k_ptr += head // GROUP * stride_k_head
+    v_ptr += head // GROUP * stride_v_head
+    dq = tl.zeros([BLOCK_M, BLOCK_D], acc_dtype)
+    begin, full, diagonal, end = _key_ranges(first_ptr, m0, T, 0, BLOCK_M, BLOCK_N)
+    near = (full - begin) // BLOCK_N
+    middle = (diagonal - full) // BLOCK_N
+    dq = _dq_inner(
+        dq, q, dout, query, first, lse2, delta, k_ptr, v_ptr,
+        begin, near + tl.cdiv(end - diagonal, BLOCK_N), near, diagonal - full,
+        T, stride_k_token, stride_v_token, SCALE, D, BLOCK_D, BLOCK_N, True,
     )  # fmt: skip
-    grad = _query_gradient_keys(
-        grad, q_tile, dout_tile, row, first_row, lse2_row, delta_row, k, v,
-        full, middle, middle, 0, T, k_token, v_token, SCALE, D, BD, BN, False,
+    dq = _dq_inner(
+        dq, q, dout, query, first, lse2, delta, k_ptr, v_ptr,
+        full, middle, middle, 0,
+        T, stride_k_token, stride_v_token, SCALE, D, BLOCK_D, BLOCK_N, False,
     )  # fmt: skip
-    _store(dq + head * D, row, T, H * D, grad * SCALE, D, BD)
+    _store_rows(dq_ptr + head * D, query, T, H * D, dq * SCALE, D, BLOCK_D)
 
 
 @triton.jit
-def _key_gradient_queries(
-    dk, dv, k, v, key, last_key, q, dout, lse2, delta, begin, tiles, near, gap, T, dout_token, dout_head, q_token, q_head,
-    SCALE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr,
+def _dkdv_inner(
+    dk, dv, k, v, key, last, q_ptr, dout_ptr, lse2_ptr, delta_ptr, begin, tiles, near, gap, T,
+    stride_dout_token, stride_dout_head, stride_q_token, stride_q_head,
+    SCALE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    # one loop over the group's heads and their queries, so that loads are ahead across heads too;
-    # keys by queries, so that the products that sum over queries find their left side in registers
-    per_head = tl.maximum(tiles, 1)  # a prefetch may divide by it though there is no turn
-    for turn in range(0, tiles * GROUP):
-        head, tile = (turn // per_head).to(tl.int64), turn % per_head
-        m = begin + tile * BM
+    # One loop over the group's heads and their queries, so that loads are prefetched across heads too. Scores are keys
+    # by queries, so that the products that sum over queries find their left operand in registers.
+    tiles_per_head = tl.maximum(tiles, 1)  # a prefetch may divide by it even if the loop is empty
+    for index in range(0, tiles * GROUP):
+        head = (index // tiles_per_head).to(tl.int64)
+        tile = index % tiles_per_head
+        m = begin + tile * BLOCK_M
         if MASKED:
             m += tl.where(tile < near, 0, gap)
-        row = tl.multiple_of(m, BM) + tl.arange(0, BM)
-        at = tl.minimum(row, T - 1) if MASKED else row
-        q_tile = _load(q + head * q_head, at, q_token, D, BD)
-        scores = dot(k, tl.trans(q_tile), dk.dtype)
-        p = tl.exp2(scores * (SCALE * _LOG2E) - tl.load(lse2 + head * T + at)[None, :])
+        query = tl.multiple_of(m, BLOCK_M) + tl.arange(0, BLOCK_M)
+        row = tl.minimum(query, T - 1) if MASKED else query
+        q = _load_rows(q_ptr + head * stride_q_head, row, stride_q_token, D, BLOCK_D)
+        scores = dot(k, tl.trans(q), dk.dtype)
+        p = tl.exp2(scores * (SCALE * _LOG2E) - tl.load(lse2_ptr + head * T + row)[None, :])
         if MASKED:
-            seen = (key[:, None] <= row[None, :]) & (row[None, :] <= last_key[:, None])
-            p = tl.where(seen, p, 0.0)
-        dout_tile = _load(dout + head * dout_head, at, dout_token, D, BD)
-        dv = add_dot(dv, p.to(dout.dtype.element_ty), dout_tile)
-        dp = dot(v, tl.trans(dout_tile), dk.dtype)
-        ds = p * (dp - tl.load(delta + head * T + at)[None, :])
-        dk = add_dot(dk, ds.to(q.dtype.element_ty), q_tile)
+            visible = (key[:, None] <= query[None, :]) & (query[None, :] <= last[:, None])
+            p = tl.where(visible, p, 0.0)
+        dout = _load_rows(dout_ptr + head * stride_dout_head, row, stride_dout_token, D, BLOCK_D)
+        dv = add_dot(dv, p.to(dout_ptr.dtype.element_ty), dout)
+        dp = dot(v, tl.trans(dout), dk.dtype)
+        ds = p * (dp - tl.load(delta_ptr + head * T + row)[None, :])
+        dk = add_dot(dk, ds.to(q_ptr.dtype.element_ty), q)
     return dk, dv
 
 
 @triton.jit
-def _key_gradient(
-    dout, q, k, v, last, lse2, delta, dk, dv, T, dout_token, dout_head, q_token, q_head, k_token, k_head, v_token, v_head,
-    SCALE: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+def _dkdv_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, last_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, T,
+    stride_dout_token, stride_dout_head, stride_q_token, stride_q_head,
+    stride_k_token, stride_k_head, stride_v_token, stride_v_head,
+    SCALE: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # the first keys are seen by most
+    # The first keys, which most queries see, come first.
     kv_head = (tl.program_id(0) % K).to(tl.int64)
-    n0 = tl.program_id(0) // K * BN
-    wide: tl.constexpr = lse2.dtype.element_ty
-    key = n0 + tl.arange(0, BN)
-    at = tl.minimum(key, T - 1)
-    k_tile = _load(k + kv_head * k_head, at, k_token, D, BD)
-    v_tile = _load(v + kv_head * v_head, at, v_token, D, BD)
-    last_key = tl.load(last + at)
-    q += kv_head * GROUP * q_head
-    dout += kv_head * GROUP * dout_head
-    lse2 += kv_head * GROUP * T
-    delta += kv_head * GROUP * T
-    dk_tile = tl.zeros([BN, BD], wide)
-    dv_tile = tl.zeros([BN, BD], wide)
-    # the queries: [begin, full) and [edge, end) see the block in part, [full, edge) all of it
-    begin, full = n0 // BM * BM, tl.cdiv(n0 + BN, BM) * BM
-    edge = tl.maximum((tl.load(last + n0) + 1) // BM * BM, full)
-    end = tl.load(last + tl.minimum(n0 + BN, T) - 1) + 1
-    near, middle = tl.cdiv(tl.minimum(full, end) - begin, BM), (edge - full) // BM
-    dk_tile, dv_tile = _key_gradient_queries(
-        dk_tile, dv_tile, k_tile, v_tile, key, last_key, q, dout, lse2, delta,
-        begin, near + tl.cdiv(tl.maximum(end, edge) - edge, BM), near, edge - full,
-        T, dout_token, dout_head, q_token, q_head, SCALE, GROUP, D, BD, BM, True,
+    n0 = tl.program_id(0) // K * BLOCK_N
+    acc_dtype: tl.constexpr = lse2_ptr.dtype.element_ty
+    key = n0 + tl.arange(0, BLOCK_N)
+    row = tl.minimum(key, T - 1)
+    k = _load_rows(k_ptr + kv_head * stride_k_head, row, stride_k_token, D, BLOCK_D)
+    v = _load_rows(v_ptr + kv_head * stride_v_head, row, stride_v_token, D, BLOCK_D)
+    last = tl.load(last_ptr + row)
+    q_ptr += kv_head * GROUP * stride_q_head
+    dout_ptr += kv_head * GROUP * stride_dout_head
+    lse2_ptr += kv_head * GROUP * T
+    delta_ptr += kv_head * GROUP * T
+    dk = tl.zeros([BLOCK_N, BLOCK_D], acc_dtype)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], acc_dtype)
+    # Queries in [begin, full) and [edge, end) see the block of keys partially, those in [full, edge) fully.
+    begin = n0 // BLOCK_M * BLOCK_M
+    full = tl.cdiv(n0 + BLOCK_N, BLOCK_M) * BLOCK_M
+    edge = tl.maximum((tl.load(last_ptr + n0) + 1) // BLOCK_M * BLOCK_M, full)
+    end = tl.load(last_ptr + tl.minimum(n0 + BLOCK_N, T) - 1) + 1
+    near = tl.cdiv(tl.minimum(full, end) - begin, BLOCK_M)
+    middle = (edge - full) // BLOCK_M
+    dk, dv = _dkdv_inner(
+        dk, dv, k, v, key, last, q_ptr, dout_ptr, lse2_ptr, delta_ptr,
+        begin, near + tl.cdiv(tl.maximum(end, edge) - edge, BLOCK_M), near, edge - full,
+        T, stride_dout_token, stride_dout_head, stride_q_token, stride_q_head,
+        SCALE, GROUP, D, BLOCK_D, BLOCK_M, True,
     )  # fmt: skip
-    dk_tile, dv_tile = _key_gradient_queries(
-        dk_tile, dv_tile, k_tile, v_tile, key, last_key, q, dout, lse2, delta, full, middle, middle, 0,
-        T, dout_token, dout_head, q_token, q_head, SCALE, GROUP, D, BD, BM, False,
+    dk, dv = _dkdv_inner(
+        dk, dv, k, v, key, last, q_ptr, dout_ptr, lse2_ptr, delta_ptr,
+        full, middle, middle, 0,
+        T, stride_dout_token, stride_dout_head, stride_q_token, stride_q_head,
+        SCALE, GROUP, D, BLOCK_D, BLOCK_M, False,
     )  # fmt: skip
-    _store(dk + kv_head * D, key, T, K * D, dk_tile * SCALE, D, BD)
-    _store(dv + kv_head * D, key, T, K * D, dv_tile, D, BD)
+    _store_rows(dk_ptr + kv_head * D, key, T, K * D, dk * SCALE, D, BLOCK_D)
+    _store_rows(dv_ptr + kv_head * D, key, T, K * D, dv, D, BLOCK_D)
 
 
-_TILES = {  # queries, keys, warps and stages; none spills a register on the GPUs named
-    "half, Hopper": {"forward": (128, 64, 8, 3), "query_gradient": (128, 64, 8, 3), "key_gradient": (64, 128, 8, 2)},
-    "half": {"forward": (128, 64, 8, 3), "query_gradient": (128, 32, 8, 2), "key_gradient": (64, 64, 8, 2)},
-    "half, wide heads": {"forward": (64, 64, 8, 2), "query_gradient": (64, 32, 8, 2), "key_gradient": (32, 32, 8, 2)},
-    "single": {"forward": (32, 32, 8, 1), "query_gradient": (32, 32, 8, 2), "key_gradient": (32, 32, 8, 1)},
-    "single, wide heads": {"forward": (16, 16, 8, 2), "query_gradient": (16, 16, 8, 2), "key_gradient": (16, 16, 8, 1)},
+# (BLOCK_M, BLOCK_N, warps, stages), by dtype and GPU; no kernel spills registers on the GPUs named.
+_TILES = {
+    "half, Hopper": {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 3), "dkdv": (64, 128, 8, 2)},
+    "half": {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 2), "dkdv": (64, 64, 8, 2)},
+    "half, large heads": {"forward": (64, 64, 8, 2), "dq": (64, 32, 8, 2), "dkdv": (32, 32, 8, 2)},
+    "single": {"forward": (32, 32, 8, 1), "dq": (32, 32, 8, 2), "dkdv": (32, 32, 8, 1)},
+    "single, large heads": {"forward": (16, 16, 8, 2), "dq": (16, 16, 8, 2), "dkdv": (16, 16, 8, 1)},
 }
 
 
-def _tiles(kernel: str, dtype: torch.dtype, block: int) -> dict[str, int]:
-    """For heads padded to `block`."""
-    if architecture() < 80:  # 64 KiB a block, which only the smallest tiles fit
-        kind = "single, wide heads"
-    elif dtype in (torch.bfloat16, torch.float16):
-        kind = "half, wide heads" if block > 128 else "half, Hopper" if 90 <= architecture() < 110 else "half"
+def _tiles(kernel: str, dtype: torch.dtype, block_d: int) -> dict[str, int]:
+    """Tile sizes and launch options of a kernel, for heads padded to `block_d`."""
+    capability = compute_capability()
+    if capability < 80:
+        # a block has 64 KiB of shared memory, enough for the smallest tiles only
+        kind = "single, large heads"
+    elif dtype not in (torch.bfloat16, torch.float16):
+        kind = "single" if block_d * dtype.itemsize <= 512 else "single, large heads"
+    elif block_d > 128:
+        kind = "half, large heads"
     else:
-        kind = "single" if block * dtype.itemsize <= 512 else "single, wide heads"
-    queries, keys, warps, stages = _TILES[kind][kernel]
-    return {"BM": queries, "BN": keys, "num_warps": warps, "num_stages": stages}
+        kind = "half, Hopper" if 90 <= capability < 110 else "half"
+    block_m, block_n, warps, stages = _TILES[kind][kernel]
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
-def _constants(kernel: str, q_THD: Tensor, k_TKD: Tensor) -> dict[str, int | float]:
-    (heads, size), kv_heads = q_THD.shape[1:], k_TKD.shape[1]
-    block = max(triton.next_power_of_2(size), 16)  # no product is shorter
-    constants = {"SCALE": size**-0.5, "GROUP": heads // kv_heads, "D": size, "BD": block}
-    constants |= {"K": kv_heads} if kernel == "key_gradient" else {"H": heads}
-    return constants | _tiles(kernel, q_THD.dtype, block)
+def _constants(kernel: str, q_THD: Tensor, k_SKD: Tensor) -> dict[str, Any]:
+    heads, head_dim = q_THD.shape[1:]
+    kv_heads = k_SKD.shape[1]
+    # a product takes at least 16 columns
+    block_d = max(triton.next_power_of_2(head_dim), 16)
+    head_count = {"K": kv_heads} if kernel == "dkdv" else {"H": heads}
+    return {
+        "SCALE": head_dim**-0.5,
+        "GROUP": heads // kv_heads,
+        "D": head_dim,
+        "BLOCK_D": block_d,
+        **head_count,
+        **_tiles(kernel, q_THD.dtype, block_d),
+    }
 
 
-def _adjacent(*tensors: Tensor) -> list[Tensor]:
-    """Tensors whose heads have adjacent numbers; the distances between tokens and between heads may be anything."""
+def unit_stride(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with a last stride of 1; all other strides may be anything."""
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
 def _attention_triton(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, v = _adjacent(q, k, v)
+    q, k, v = unit_stride(q, k, v)
     tokens, heads, _ = q.shape
-    out, lse = q.new_empty(q.shape), q.new_empty(heads, tokens, dtype=wide(q.dtype))
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(heads, tokens, dtype=accumulate_dtype(q.dtype))
+    strides = [stride for t in (q, k, v) for stride in t.stride()[:2]]
     constants = _constants("forward", q, k)
-    steps = (step for t in (q, k, v) for step in t.stride()[:2])
-    _forward[(triton.cdiv(tokens, constants["BM"]) * heads,)](
-        q, k, v, first, out, lse, tokens, len(k), *steps, **constants
-    )
+    grid = (triton.cdiv(tokens, constants["BLOCK_M"]) * heads,)
+    _forward_kernel[grid](q, k, v, first, out, lse, tokens, len(k), *strides, **constants)
     return out, lse
 
 
 def _attention_backward_triton(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, first: Tensor, last: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dout, q, k, v = _adjacent(dout, q, k, v)
+    dout, q, k, v = unit_stride(dout, q, k, v)
     tokens, heads, _ = q.shape
     dq, dk, dv, lse2, delta = (t.new_empty(t.shape) for t in (q, k, v, lse, lse))
-    steps = [step for t in (dout, q, k, v) for step in t.stride()[:2]]
-    constants = _constants("query_gradient", q, k)
-    grid = (triton.cdiv(tokens, constants["BM"]) * heads,)
-    _query_gradient[grid](dout, q, k, v, first, out, lse, lse2, delta, dq, tokens, *steps, **constants)
-    constants = _constants("key_gradient", q, k)
-    grid = (triton.cdiv(tokens, constants["BN"]) * k.shape[1],)
-    _key_gradient[grid](dout, q, k, v, last, lse2, delta, dk, dv, tokens, *steps, **constants)
+    strides = [stride for t in (dout, q, k, v) for stride in t.stride()[:2]]
+    constants = _constants("dq", q, k)
+    grid = (triton.cdiv(tokens, constants["BLOCK_M"]) * heads,)
+    _dq_kernel[grid](dout, q, k, v, first, out, lse, lse2, delta, dq, tokens, *strides, **constants)
+    constants = _constants("dkdv", q, k)
+    grid = (triton.cdiv(tokens, constants["BLOCK_N"]) * k.shape[1],)
+    _dkdv_kernel[grid](dout, q, k, v, last, lse2, delta, dk, dv, tokens, *strides, **constants)
     return dq, dk, dv
 
 
@@ -342,72 +383,92 @@ def _attention_backward_triton(
 
 
 def _documents(first: Tensor) -> Iterator[tuple[int, int, bool]]:
-    """(start, stop, whether every row sees from the start on) of each document: rows that see themselves first start one."""
+    """(start, stop, whether no query is limited by the window) of each document. Its first token sees itself first."""
     starts = (first == torch.arange(len(first), dtype=first.dtype)).nonzero()[:, 0]
     stops = torch.cat([starts[1:], starts.new_tensor([len(first)])])
     return zip(starts.tolist(), stops.tolist(), (first[stops - 1] == starts).tolist())
 
 
-def _by_head(t_THD: Tensor, kv_heads: int) -> Tensor:
+def _grouped(t_THD: Tensor, kv_heads: int) -> Tensor:
     """[T, H, D] as [K, G, T, D]: the G query heads of each key head."""
     return t_THD.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
 
 
 def _attention_torch(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Torch's flash kernel for the CPU, which gives the log-sum-exp too."""
-    q, k, v = _adjacent(q, k, v)  # the kernel's demand, of which it does not tell
-    (tokens, heads, _), kv_heads, past = q.shape, k.shape[1], len(k) - len(q)
-    out, lse = q.new_empty(q.shape), q.new_empty(heads, tokens, dtype=wide(q.dtype))
-    q, k, v, out_KGTD, lse_KGT = *(_by_head(t, kv_heads) for t in (q, k, v, out)), lse.unflatten(0, (kv_heads, -1))
-    k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
-    flash, token = (
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
-        torch.arange(tokens + past, dtype=first.dtype),
-    )
-    for start, stop, plain in [(0, tokens, False)] if past else _documents(first):
-        for begin in (start,) if plain else range(start, stop, QUERY_BLOCK):
-            i = slice(begin, stop if plain else min(begin + QUERY_BLOCK, stop))
-            j, mask = slice(start if plain else int(first[begin]), past + i.stop), None
-            if not plain:
-                mask = ((first[i, None] <= token[j]) & (token[j] <= past + token[i, None])).to(q.dtype).log()
-            out_KGTD[:, :, i], lse_KGT[:, :, i] = flash(
-                q[:, :, i], k[:, :, j], v[:, :, j], is_causal=plain, attn_mask=mask
-            )
+    """Torch's flash kernel for the CPU, which returns the log-sum-exp too."""
+    # the kernel assumes it without a check
+    q, k, v = unit_stride(q, k, v)
+    tokens, heads, _ = q.shape
+    kv_heads = k.shape[1]
+    past = len(k) - tokens
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(heads, tokens, dtype=accumulate_dtype(q.dtype))
+    q_KGTD, k_K1SD, v_K1SD, out_KGTD = (_grouped(t, kv_heads) for t in (q, k, v, out))
+    lse_KGT = lse.unflatten(0, (kv_heads, -1))
+    k_KGSD, v_KGSD = (t.expand(-1, heads // kv_heads, -1, -1) for t in (k_K1SD, v_K1SD))
+    token = torch.arange(tokens + past, dtype=first.dtype)
+
+    def attend(queries: slice, keys: slice, mask: Tensor | None) -> None:
+        out_KGTD[:, :, queries], lse_KGT[:, :, queries] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_KGTD[:, :, queries], k_KGSD[:, :, keys], v_KGSD[:, :, keys], is_causal=mask is None, attn_mask=mask
+        )
+
+    for start, stop, causal in [(0, tokens, False)] if past else _documents(first):
+        if causal:
+            attend(slice(start, stop), slice(start, stop), None)
+            continue
+        for begin in range(start, stop, CPU_FORWARD_BLOCK):
+            queries = slice(begin, min(begin + CPU_FORWARD_BLOCK, stop))
+            keys = slice(int(first[begin]), past + queries.stop)
+            visible = (first[queries, None] <= token[keys]) & (token[keys] <= past + token[queries, None])
+            attend(queries, keys, visible.to(q.dtype).log())
     return out, lse
 
 
 def _attention_backward_torch(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, first: Tensor, last: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks of queries meet the keys within their reach alone, all query heads of a key head in one matrix product.
+    """Multiplies blocks of queries by the keys that they see, all query heads of a key head in one matrix product.
 
-    Torch's backward takes 1.4 to 3.5 times as long in bf16 (64 to 1024 tokens), and knows no window.
+    Torch's backward takes 1.4 to 3.5 times as long in bf16 (64 to 1024 tokens), and supports no window. Names end in _d
+    for a document's part of a tensor, in _b for a block's.
     """
-    (_, kv_heads, size), dq_THD = k.shape, q.new_empty(q.shape)
-    dk_KTD, dv_KTD = torch.zeros(2, kv_heads, len(k), size, dtype=lse.dtype)
+    _, kv_heads, head_dim = k.shape
+    scale = head_dim**-0.5
+    dq = q.new_empty(q.shape)
+    dk_KTD, dv_KTD = torch.zeros(2, kv_heads, len(k), head_dim, dtype=lse.dtype)
     lse_KGT = lse.unflatten(0, (kv_heads, -1))
-    for begin, end, plain in _documents(first):
+    for begin, end, causal in _documents(first):
         document = slice(begin, end)
-        q_d, dout_d, out_d, dq_d = (_by_head(t[document], kv_heads) for t in (q, dout, out, dq_THD))
+        q_d, dout_d, out_d, dq_d = (_grouped(t[document], kv_heads) for t in (q, dout, out, dq))
         k_d, v_d = (t[document].transpose(0, 1).contiguous() for t in (k, v))
-        dk_d, dv_d, lse_d = dk_KTD[:, document], dv_KTD[:, document], lse_KGT[:, :, document, None]
-        delta = torch.linalg.vecdot(out_d.to(lse.dtype), dout_d.to(lse.dtype))[..., None]
-        q_d, scaled_k, first_d = q_d * size**-0.5, k_d * size**-0.5, first[document] - begin
-        for start in range(0, end - begin, GRADIENT_BLOCK):
-            stop = min(start + GRADIENT_BLOCK, end - begin)
-            low, high = (0, 0) if plain else first_d[[start, stop - 1]].tolist()  # rows differ in the keys between
-            rows, keys, shape = slice(start, stop), slice(low, stop), (kv_heads, -1, stop - start, stop - low)
-            q_b, dout_b = (t[:, :, rows].reshape(kv_heads, -1, size) for t in (q_d, dout_d))
-            p = torch.sub((q_b @ k_d[:, keys].mT).view(shape), lse_d[:, :, rows]).exp_()
+        dk_d = dk_KTD[:, document]
+        dv_d = dv_KTD[:, document]
+        lse_d = lse_KGT[:, :, document, None]
+        delta_d = torch.linalg.vecdot(out_d.to(lse.dtype), dout_d.to(lse.dtype))[..., None]
+        scaled_q = q_d * scale
+        scaled_k = k_d * scale
+        first_d = first[document] - begin
+        for start in range(0, end - begin, CPU_BACKWARD_BLOCK):
+            stop = min(start + CPU_BACKWARD_BLOCK, end - begin)
+            queries = slice(start, stop)
+            # the first keys seen by the block's first and last query: keys in [low, high) are masked query by query
+            low, high = (0, 0) if causal else first_d[[start, stop - 1]].tolist()
+            keys = slice(low, stop)
+            shape = (kv_heads, -1, stop - start, stop - low)
+            q_b, dout_b = (t[:, :, queries].reshape(kv_heads, -1, head_dim) for t in (scaled_q, dout_d))
+            p = torch.sub((q_b @ k_d[:, keys].mT).view(shape), lse_d[:, :, queries]).exp_()
             p[..., start - low :].tril_()
             if high > low:
-                p[..., : high - low].masked_fill_(torch.arange(low, high) < first_d[rows, None], 0)
-            ds = torch.sub((dout_b @ v_d[:, keys].mT).view(shape), delta[:, :, rows]).mul_(p)
+                p[..., : high - low].masked_fill_(torch.arange(low, high) < first_d[queries, None], 0)
+            ds = torch.sub((dout_b @ v_d[:, keys].mT).view(shape), delta_d[:, :, queries]).mul_(p)
             p, ds = (t.to(q.dtype).view(kv_heads, -1, stop - low) for t in (p, ds))
             dv_d[:, keys] += p.mT @ dout_b
             dk_d[:, keys] += ds.mT @ q_b
-            dq_d[:, :, rows] = (ds @ scaled_k[:, keys]).view(kv_heads, -1, stop - start, size)
-    return dq_THD, *(t.new_empty(t.shape).copy_(dt.transpose(0, 1)) for t, dt in ((k, dk_KTD), (v, dv_KTD)))
+            dq_d[:, :, queries] = (ds @ scaled_k[:, keys]).view(kv_heads, -1, stop - start, head_dim)
+    dk = k.new_empty(k.shape).copy_(dk_KTD.transpose(0, 1))
+    dv = v.new_empty(v.shape).copy_(dv_KTD.transpose(0, 1))
+    return dq, dk, dv
 
 
 # ------------------------------------------------------------------------------------------- operators and autograd
@@ -417,7 +478,10 @@ _attention = operator(
     "attention(Tensor q, Tensor k, Tensor v, Tensor first, Tensor last) -> (Tensor, Tensor)",
     cuda=_attention_triton,
     cpu=_attention_torch,
-    fake=lambda q, k, v, first, last: (q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=wide(q.dtype))),
+    fake=lambda q, k, v, first, last: (
+        q.new_empty(q.shape),
+        q.new_empty(q.shape[1], q.shape[0], dtype=accumulate_dtype(q.dtype)),
+    ),
 )
 _attention_backward = operator(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor first, Tensor last)"
@@ -429,7 +493,7 @@ _attention_backward = operator(
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps its inputs, its output and one number a query and head; the weights are computed again in backward."""
+    """Keeps its inputs, its output and the log-sum-exp of each query and head; backward computes the weights again."""
 
     @staticmethod
     def forward(ctx, q, k, v, first, last):
@@ -444,12 +508,15 @@ class _Attention(torch.autograd.Function):
 
 
 def attention(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, first_T: Tensor, last_T: Tensor) -> Tensor:
-    """`attention_definition`, in tiles; last [T], int32, is first's mirror, for backward: the last row that sees the key.
+    """`attention_definition`, in tiles: the matrix of scores never exists. S > T takes one document, forward only.
 
-    Where S > T there is one document, last is not read, and gradients are refused with a ValueError.
+    Args:
+        last_T: the last query that sees each key, [T] int32, for backward; not read where S > T.
+
+    Raises:
+        ValueError: S > T, and an input requires a gradient.
     """
-    if len(k_SKD) != len(q_THD) and torch.is_grad_enabled() and any(t.requires_grad for t in (q_THD, k_SKD, v_SKD)):
-        raise ValueError(
-            f"attention has gradients only where every key's token is a query's too: {len(q_THD)} queries, {len(k_SKD)} keys"
-        )
+    tokens, keys = len(q_THD), len(k_SKD)
+    if tokens != keys and torch.is_grad_enabled() and any(t.requires_grad for t in (q_THD, k_SKD, v_SKD)):
+        raise ValueError(f"attention has no backward for keys without a query: got {tokens} queries, {keys} keys")
     return _Attention.apply(q_THD, k_SKD, v_SKD, first_T, last_T)

@@ -1,6 +1,6 @@
 """The last projection and the cross-entropy of its logits, in chunks of rows: the whole logits matrix never exists.
 
-The gradient of the hidden states is computed while a chunk's logits are at hand (as in Liger-Kernel's fused linear
+The gradient of the hidden states is computed in forward, from each chunk's logits (as in Liger-Kernel's fused linear
 cross-entropy, arXiv:2410.10989), so backward only scales its rows. The gradient of a trained weight is a sum over rows,
 weighted by the gradient of each row's loss, so backward computes the logits again; a frozen weight costs nothing.
 
@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minorca_kernels.operator import operator, wide
+from minorca_kernels.operator import accumulate_dtype, operator
 
 # Rows of a chunk. On CUDA, 1024 rows fill 132 processors in both products: 7.8 waves for logits, 1 for gradients.
 CHUNK_ROWS = {"cuda": 1024, "cpu": 256}
-# Logits that a program holds in registers, 16 a thread: three programs fit a processor, so one computes while others load.
+# Logits that a program holds in registers, 16 a thread. Three programs fit a processor: one computes while others load.
 MAX_BLOCK_V = 8192
 
 
@@ -105,7 +105,7 @@ def _forward(
     cross_entropy, chunk_rows: int, x: Tensor, weight: Tensor, targets: Tensor, x_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Losses [M], and the gradient of each row's own loss with respect to its x: [M, H], or [0] where not needed."""
-    losses = x.new_empty(len(x), dtype=wide(x.dtype))
+    losses = x.new_empty(len(x), dtype=accumulate_dtype(x.dtype))
     dx = torch.empty_like(x) if x_gradient else x.new_empty(0)
     for start in range(0, len(x), chunk_rows):
         rows = slice(start, start + chunk_rows)
@@ -136,7 +136,7 @@ _linear_cross_entropy = operator(
     cuda=lambda *arguments: _forward(_cross_entropy_triton, CHUNK_ROWS["cuda"], *arguments),
     cpu=lambda *arguments: _forward(_cross_entropy_torch, CHUNK_ROWS["cpu"], *arguments),
     fake=lambda x, weight, targets, x_gradient: (
-        x.new_empty(x.shape[0], dtype=wide(x.dtype)),
+        x.new_empty(x.shape[0], dtype=accumulate_dtype(x.dtype)),
         torch.empty_like(x) if x_gradient else x.new_empty(0),
     ),
 )

@@ -1,4 +1,4 @@
-"""The matrix product of two tiles, summed in fp32 (fp64 for fp64); of fp32 tiles without rounding them to TF32."""
+"""The matrix product of two tiles, summed in fp32 (fp64 for fp64); fp32 tiles are not rounded to TF32."""
 
 import triton
 import triton.language as tl
@@ -9,14 +9,17 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def dot(a, b, wide: tl.constexpr):
-    if _INTERPRETED:  # whose bf16 product is wrong
-        a, b = a.to(wide), b.to(wide)
-    return tl.dot(a, b, input_precision="ieee", out_dtype=wide)
+def dot(a, b, acc_dtype: tl.constexpr):
+    # the interpreter's bf16 product is wrong
+    if _INTERPRETED:
+        a = a.to(acc_dtype)
+        b = b.to(acc_dtype)
+    return tl.dot(a, b, input_precision="ieee", out_dtype=acc_dtype)
 
 
 @triton.jit
-def add_dot(total, a, b):
+def add_dot(acc, a, b):
     if _INTERPRETED:
-        a, b = a.to(total.dtype), b.to(total.dtype)
-    return tl.dot(a, b, total, input_precision="ieee", out_dtype=total.dtype)
+        a = a.to(acc.dtype)
+        b = b.to(acc.dtype)
+    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)

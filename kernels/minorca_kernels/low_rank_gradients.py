@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minorca_kernels.dot import add_dot, dot
-from minorca_kernels.operator import processors, rows, wide
+from minorca_kernels.operator import accumulate_dtype, as_rows, multiprocessor_count
 
 
 @triton.jit
@@ -60,12 +60,12 @@ def low_rank_gradients(dy_TN: Tensor, b_NR: Tensor, inner_TR: Tensor) -> tuple[T
     # a tile of 32 KiB; for every number read, R / BM + R / columns_a_program more are written, and read again
     bm, bn = max(1024 * 16 // dy_TN.element_size() // max(padded, 32), 16), 64
     blocks = triton.cdiv(tokens, bm)
-    parts = min(triton.cdiv(columns, bn), triton.cdiv(2 * processors(dy_TN.device), blocks))
+    parts = min(triton.cdiv(columns, bn), triton.cdiv(2 * multiprocessor_count(dy_TN.device), blocks))
     columns_a_program = triton.cdiv(triton.cdiv(columns, bn), parts) * bn
     parts = triton.cdiv(columns, columns_a_program)
-    ds_shares = dy_TN.new_empty(parts, tokens, rank, dtype=wide(dy_TN.dtype))
+    ds_shares = dy_TN.new_empty(parts, tokens, rank, dtype=accumulate_dtype(dy_TN.dtype))
     db_shares = ds_shares.new_empty(blocks, columns, rank)
-    dy_TN, inner_TR = rows(dy_TN), rows(inner_TR)
+    dy_TN, inner_TR = as_rows(dy_TN), as_rows(inner_TR)
     steps = dy_TN.stride(0), inner_TR.stride(0)
     sizes = {"R": rank, "PADDED": padded, "BM": bm, "BN": bn, "num_warps": 8, "num_stages": 2}
     _pass[(blocks, parts)](

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minorca_kernels.dot import add_dot
-from minorca_kernels.operator import rows
+from minorca_kernels.operator import as_rows
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _product(
 def low_rank_matmul(x_MK: Tensor, w_NK: Tensor, s_MR: Tensor, b_NR: Tensor) -> Tensor:
     """x [M, K], w [N, K], s [M, R], b [N, R] -> x w^T + s b^T [M, N], summed in fp32 (fp64 for fp64). w and b may be transposed."""
     (m, depth), n, rank = x_MK.shape, w_NK.shape[0], s_MR.shape[1]
-    x_MK, y = rows(x_MK), x_MK.new_empty(m, n)
+    x_MK, y = as_rows(x_MK), x_MK.new_empty(m, n)
     bm, bn, bk = (128, 256, 64) if x_MK.element_size() == 2 else (64, 64, 32)
     steps = x_MK.stride(0), *w_NK.stride(), *b_NR.stride()
     br = min(max(triton.next_power_of_2(rank), 16), bk)

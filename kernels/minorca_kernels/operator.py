@@ -1,31 +1,35 @@
-"""How an operation becomes an operator of torch: one schema, an implementation a device, and the shapes of what it returns.
+"""Registers an operation as a PyTorch operator: a schema, an implementation for each device, and its results' shapes.
 
-Registered, an operation is opaque to `torch.compile`, can be named by selective activation checkpointing, and is checked by
-`torch.library.opcheck`. All are functional: no operator changes an element of its arguments. An `autograd.Function` calls them.
+A registered operation is opaque to `torch.compile`, can be named by selective activation checkpointing, and is checked
+by `torch.library.opcheck`. All operators are functional: none changes its arguments. An `autograd.Function` calls them.
 """
 
 from collections.abc import Callable
 
 import torch
 import triton
+from triton import knobs
 
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the Triton kernels run on CPU tensors, for tests
+# TRITON_INTERPRET=1: the Triton kernels run on CPU tensors, for tests.
+INTERPRETED = knobs.runtime.interpret
 
 
 def operator(schema: str, cuda: Callable, cpu: Callable, fake: Callable) -> Callable:
-    """Registers `minorca::SCHEMA` and returns it, ready to be called.
+    """Registers `minorca::SCHEMA` and returns the operator, a callable.
 
     Args:
-        schema: as torch.library.define takes it, the operator's name in front.
-        cuda: launches the Triton kernels. Where Triton is interpreted, CPU tensors take this one too.
-        cpu: the same in plain PyTorch.
-        fake: from the arguments' shapes to empty results of the right shapes, strides and dtypes.
+        schema: as in `torch.library.define`, beginning with the operator's name.
+        cuda: launches the Triton kernels. Where Triton is interpreted, it runs for CPU tensors too.
+        cpu: the same operation in plain PyTorch.
+        fake: returns empty results of the right shapes, strides and dtypes.
     """
     name = schema[: schema.index("(")]
 
-    @torch.no_grad()  # autograd sees the operator, not what it is made of
+    # Autograd differentiates the autograd.Function around the operator, not its implementation.
+    @torch.no_grad()
     def on_cuda(first, *arguments):
-        with torch.cuda.device_of(first):  # Triton launches on the current device, whatever its arguments' is
+        # Triton launches on the current device, which may not be the arguments' device.
+        with torch.cuda.device_of(first):
             return cuda(first, *arguments)
 
     @torch.no_grad()
@@ -45,27 +49,32 @@ def uses_triton(x: torch.Tensor) -> bool:
 
 
 def can_skip_dispatch(x: torch.Tensor) -> bool:
-    """Whether nobody differentiates or traces what is done with x on the CPU: then the operator's way there, some 20 microseconds
-    of each of hundreds of calls a token, is saved."""
+    """Whether an operation on x can call its CPU implementation directly: without gradients, tracing or Triton.
+
+    Dispatching an operator takes some 20 microseconds, and generating a token takes hundreds of calls.
+    """
     return not (x.is_cuda or INTERPRETED or torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums: fp32, or fp64 for fp64."""
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of `dtype` are summed: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def rows(x: torch.Tensor) -> torch.Tensor:
-    """x [..., N] as [M, N] with adjacent columns; the distance between rows may be anything."""
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """Reshapes x [..., N] to [M, N] with a last stride of 1; the stride of rows may be anything."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors; elsewhere a small number, so that a test's program loops too."""
+def multiprocessor_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 2 for the interpreter, so that programs loop in tests too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def architecture() -> int:
-    """What Triton compiles for, 90 for sm_90: the current GPU's."""
-    return 90 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
+def compute_capability() -> int:
+    """What Triton compiles for, the current GPU's: 90 for sm_90. The interpreter counts as sm_90."""
+    if INTERPRETED:
+        return 90
+    # the checker sees the driver's abstract base class, which returns None
+    return triton.runtime.driver.active.get_current_target().arch  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,7 +1,10 @@
-"""Root-mean-square normalisation in the Llama casting order: statistics in fp32, cast, then the weight; alone, or of a sum.
+"""Root-mean-square normalisation, alone or of a sum, in Llama's order: statistics in fp32, a cast, then the weight.
 
 Source: Zhang and Sennrich 2019 (arXiv:1910.07467); the order is that of transformers' LlamaRMSNorm.
+Axes: M rows (all leading axes of x), H hidden size.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minorca_kernels.operator import can_skip_dispatch, operator, processors, rows, wide
+from minorca_kernels.operator import accumulate_dtype, as_rows, can_skip_dispatch, multiprocessor_count, operator
 
 
 def rms_norm_definition(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., H], weight [H] -> [..., H] in x's dtype; fp64 stays fp64."""
-    value = x.to(wide(x.dtype))
+    """x [..., H], weight [H] -> [..., H] in x's dtype; statistics in fp32 (fp64 for fp64)."""
+    value = x.to(accumulate_dtype(x.dtype))
     rstd = torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
     return (value * rstd).to(x.dtype) * weight
 
@@ -29,90 +32,103 @@ def add_rms_norm_definition(x: Tensor, update: Tensor, weight: Tensor, eps: floa
 
 
 @triton.jit
-def _forward(
-    x,
-    update,
-    weight,
-    total,
-    y,
-    rstd,
-    x_row,
-    update_row,
+def _forward_kernel(
+    x_ptr,
+    update_ptr,
+    weight_ptr,
+    total_ptr,
+    y_ptr,
+    rstd_ptr,
+    stride_x,
+    stride_update,
     H: tl.constexpr,
     EPS: tl.constexpr,
     ADD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < H
-    dtype = y.dtype.element_ty
-    wide = tl.float64 if dtype == tl.float64 else tl.float32
-    value = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(wide)
+    column = tl.arange(0, BLOCK_H)
+    mask = column < H
+    dtype = y_ptr.dtype.element_ty
+    acc_dtype = tl.float64 if dtype == tl.float64 else tl.float32
+    x = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(acc_dtype)
     if ADD:
-        value = (value + tl.load(update + row * update_row + column, mask=inside, other=0.0).to(wide)).to(dtype)
-        tl.store(total + row * H + column, value, mask=inside)
-        value = value.to(wide)
-    r = 1 / tl.sqrt(tl.sum(value * value, 0) / H + EPS)
-    tl.store(rstd + row, r)
-    normed = (value * r).to(dtype).to(wide)
-    tl.store(y + row * H + column, normed * tl.load(weight + column, mask=inside, other=0.0).to(wide), mask=inside)
+        update = tl.load(update_ptr + row * stride_update + column, mask=mask, other=0.0).to(acc_dtype)
+        total = (x + update).to(dtype)
+        tl.store(total_ptr + row * H + column, total, mask=mask)
+        x = total.to(acc_dtype)
+    rstd = 1 / tl.sqrt(tl.sum(x * x, 0) / H + EPS)
+    tl.store(rstd_ptr + row, rstd)
+    x_hat = (x * rstd).to(dtype).to(acc_dtype)
+    y_ptrs = y_ptr + row * H + column
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(acc_dtype)
+    tl.store(y_ptrs, x_hat * weight, mask=mask)
 
 
 @triton.jit
-def _backward(
-    dy,
-    dtotal,
-    x,
-    weight,
-    rstd,
-    dx,
-    partials,
+def _backward_kernel(
+    dy_ptr,
+    dtotal_ptr,
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,
+    partial_dweight_ptr,
     rows,
-    dy_row,
-    dtotal_row,
-    x_row,
+    stride_dy,
+    stride_dtotal,
+    stride_x,
     H: tl.constexpr,
     ADD: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WEIGHT_GRADIENT: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
-    # each program takes every so many rows, and keeps its share of the weight's gradient in registers
-    column = tl.arange(0, BLOCK)
-    inside = column < H
-    dtype = dx.dtype.element_ty
-    wide = tl.float64 if dtype == tl.float64 else tl.float32
-    w = tl.load(weight + column, mask=inside, other=0.0).to(wide)
-    dweight = tl.zeros([BLOCK], wide)
-    for turn in range(tl.program_id(0), rows, tl.num_programs(0)):
-        row = tl.cast(turn, tl.int64)
-        r = tl.load(rstd + row)
-        normed = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(wide) * r
-        d = tl.load(dy + row * dy_row + column, mask=inside, other=0.0).to(wide)
-        if WEIGHT:
-            dweight += d * normed.to(dtype).to(wide)
-        d *= w
-        # the normalisation takes out what lies along the normed row
-        d = (d - normed * (tl.sum(d * normed, 0) / H)) * r
+    # Rows are dealt to the programs in turn; each keeps its partial sum of the weight's gradient in registers.
+    column = tl.arange(0, BLOCK_H)
+    mask = column < H
+    dtype = dx_ptr.dtype.element_ty
+    acc_dtype = tl.float64 if dtype == tl.float64 else tl.float32
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(acc_dtype)
+    dweight = tl.zeros([BLOCK_H], acc_dtype)
+    for index in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        rstd = tl.load(rstd_ptr + row)
+        x_hat = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(acc_dtype) * rstd
+        dx = tl.load(dy_ptr + row * stride_dy + column, mask=mask, other=0.0).to(acc_dtype)
+        if WEIGHT_GRADIENT:
+            dweight += dx * x_hat.to(dtype).to(acc_dtype)
+        dx *= weight
+        # the normalisation removes the component along the normalised row
+        dx = (dx - x_hat * (tl.sum(dx * x_hat, 0) / H)) * rstd
         if ADD:
-            d += tl.load(dtotal + row * dtotal_row + column, mask=inside, other=0.0).to(wide)
-        tl.store(dx + row * H + column, d, mask=inside)
-    if WEIGHT:
-        tl.store(partials + tl.program_id(0).to(tl.int64) * H + column, dweight, mask=inside)
+            dx += tl.load(dtotal_ptr + row * stride_dtotal + column, mask=mask, other=0.0).to(acc_dtype)
+        tl.store(dx_ptr + row * H + column, dx, mask=mask)
+    if WEIGHT_GRADIENT:
+        tl.store(partial_dweight_ptr + tl.program_id(0).to(tl.int64) * H + column, dweight, mask=mask)
 
 
-def _sizes(x: Tensor) -> dict[str, int]:
+def _constants(x: Tensor, **flags: Any) -> dict[str, Any]:
     block = triton.next_power_of_2(x.shape[-1])
-    return {"H": x.shape[-1], "BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}  # 16 elements a thread
+    # 16 elements a thread
+    return {"H": x.shape[-1], "BLOCK_H": block, "num_warps": min(max(block // 512, 1), 16), **flags}
 
 
 def _add_rms_norm_triton(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    x_MH, update_MH = rows(x), x if update is None else rows(update)
-    y, rstd = torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(x_MH.shape[0], dtype=wide(x.dtype))
+    """(sum, norm, rstd of each row); without an update, (norm, norm, rstd)."""
+    x_MH = as_rows(x)
+    update_MH = x_MH if update is None else as_rows(update)
+    y, rstd = _empty_forward(x, weight, eps)
     total = y if update is None else torch.empty_like(y)
-    steps = x_MH.stride(0), update_MH.stride(0)
-    _forward[(len(rstd),)](
-        x_MH, update_MH, weight.contiguous(), total, y, rstd, *steps, EPS=eps, ADD=update is not None, **_sizes(x)
+    _forward_kernel[(len(rstd),)](
+        x_MH,
+        update_MH,
+        weight.contiguous(),
+        total,
+        y,
+        rstd,
+        x_MH.stride(0),
+        update_MH.stride(0),
+        **_constants(x, EPS=eps, ADD=update is not None),
     )
     return total, y, rstd
 
@@ -120,33 +136,34 @@ def _add_rms_norm_triton(x: Tensor, update: Tensor | None, weight: Tensor, eps: 
 def _rms_norm_backward_triton(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, weight_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    dy, x_MH, add = rows(dy), rows(x), dtotal is not None
-    dtotal = rows(dtotal) if add else dy
+    dy_MH = as_rows(dy)
+    x_MH = as_rows(x)
+    dtotal_MH = dy_MH if dtotal is None else as_rows(dtotal)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    programs = min(len(rstd), 4 * processors(x.device)) if weight_gradient else len(rstd)
-    partials = x.new_empty(programs if weight_gradient else 0, x.shape[-1], dtype=rstd.dtype)
-    arguments = (
-        dy,
-        dtotal,
+    programs = min(len(rstd), 4 * multiprocessor_count(x.device)) if weight_gradient else len(rstd)
+    partial_dweight = x.new_empty(programs if weight_gradient else 0, x.shape[-1], dtype=rstd.dtype)
+    _backward_kernel[(programs,)](
+        dy_MH,
+        dtotal_MH,
         x_MH,
         weight.contiguous(),
         rstd,
         dx,
-        partials,
+        partial_dweight,
         len(rstd),
-        dy.stride(0),
-        dtotal.stride(0),
+        dy_MH.stride(0),
+        dtotal_MH.stride(0),
         x_MH.stride(0),
+        **_constants(x, ADD=dtotal is not None, WEIGHT_GRADIENT=weight_gradient),
     )
-    _backward[(programs,)](*arguments, ADD=add, WEIGHT=weight_gradient, **_sizes(x))
-    return dx, partials.sum(0).to(weight.dtype) if weight_gradient else weight.new_empty(0)
+    return dx, partial_dweight.sum(0).to(weight.dtype) if weight_gradient else weight.new_empty(0)
 
 
 # ----------------------------------------------------------------------------------------------------- plain PyTorch
 
 
 def _rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    value = x.to(wide(x.dtype))
+    value = x.to(accumulate_dtype(x.dtype))
     rstd = torch.rsqrt(torch.linalg.vecdot(value, value) / x.shape[-1] + eps)
     return (value * rstd[..., None]).to(x.dtype).mul_(weight).contiguous(), rstd.flatten()
 
@@ -160,57 +177,59 @@ def _rms_norm_backward_torch(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, weight_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     rstd = rstd.view(*x.shape[:-1], 1)
-    normed = x.to(rstd.dtype) * rstd
+    x_hat = x.to(rstd.dtype) * rstd
     dweight = weight.new_empty(0)
     if weight_gradient:
-        dweight = (dy.to(rstd.dtype) * normed.to(x.dtype)).flatten(0, -2).sum(0).to(weight.dtype)
-    scaled = dy.to(rstd.dtype) * weight
-    # the normalisation takes out what lies along the normed row
-    mean = torch.linalg.vecdot(scaled, normed)[..., None] / x.shape[-1]
-    dx = scaled.addcmul_(normed, mean, value=-1).mul_(rstd)
+        dweight = (dy.to(rstd.dtype) * x_hat.to(x.dtype)).flatten(0, -2).sum(0).to(weight.dtype)
+    dx_hat = dy.to(rstd.dtype) * weight
+    # the normalisation removes the component along the normalised row
+    mean = torch.linalg.vecdot(dx_hat, x_hat)[..., None] / x.shape[-1]
+    dx = dx_hat.addcmul_(x_hat, mean, value=-1).mul_(rstd)
     return (dx if dtotal is None else dx.add_(dtotal)).to(x.dtype).contiguous(), dweight
 
 
 # ------------------------------------------------------------------------------------------- operators and autograd
 
 
-def _like_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(x.shape[:-1].numel(), dtype=wide(x.dtype))
+def _empty_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return y, x.new_empty(x.shape[:-1].numel(), dtype=accumulate_dtype(x.dtype))
 
 
-def _like_backward(
+def _empty_add_forward(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), *_empty_forward(x, weight, eps)
+
+
+def _empty_backward(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, weight_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.new_empty(
-        weight.shape if weight_gradient else 0
-    )
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return dx, weight.new_empty(weight.shape if weight_gradient else 0)
 
 
 _rms_norm = operator(
     "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
     cuda=lambda x, weight, eps: _add_rms_norm_triton(x, None, weight, eps)[1:],
     cpu=_rms_norm_torch,
-    fake=_like_norm,
+    fake=_empty_forward,
 )
 _add_rms_norm = operator(
     "add_rms_norm(Tensor x, Tensor update, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
     cuda=_add_rms_norm_triton,
     cpu=_add_rms_norm_torch,
-    fake=lambda x, update, weight, eps: (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        *_like_norm(x, weight, eps),
-    ),
+    fake=_empty_add_forward,
 )
 _rms_norm_backward = operator(
-    "rms_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor rstd, bool weight_gradient) -> (Tensor, Tensor)",
+    "rms_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor rstd, bool weight_gradient)"
+    " -> (Tensor, Tensor)",
     cuda=_rms_norm_backward_triton,
     cpu=_rms_norm_backward_torch,
-    fake=_like_backward,
+    fake=_empty_backward,
 )
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps x and one number a row; the normalised rows are computed again in backward."""
+    """Keeps x and the rstd of each row; backward computes the normalised rows again."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -226,7 +245,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _AddRMSNorm(torch.autograd.Function):
-    """Keeps the sum, which the residual stream keeps too; what flows back along both outputs is added in the same pass."""
+    """Keeps the sum, which the residual stream keeps too; backward adds both outputs' gradients in the same pass."""
 
     @staticmethod
     def forward(ctx, x, update, weight, eps):
@@ -242,14 +261,15 @@ class _AddRMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm_definition`; no weight gradient is computed where the weight is frozen."""
+    """`rms_norm_definition`, fused; a frozen weight's gradient is not computed."""
     if can_skip_dispatch(x):
         return F.rms_norm(x, weight.shape, None, eps).mul_(weight)
     return _RMSNorm.apply(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm_definition` in one pass; x and update have one shape."""
+    """`add_rms_norm_definition` in one pass; x and update have the same shape."""
     if can_skip_dispatch(x):
-        return (total := x + update), rms_norm(total, weight, eps)
+        total = x + update
+        return total, rms_norm(total, weight, eps)
     return _AddRMSNorm.apply(x, update, weight, eps)

@@ -1,31 +1,36 @@
-"""Rotary position embedding on the queries and keys of a fused qkv buffer, half-split layout (the one of Hugging Face's
-weights), in fp32.
+"""Rotary position embedding of the queries and keys in a fused qkv buffer, in fp32.
 
-Source: Su et al. 2021 (arXiv:2104.09864). Positions are given, so packed documents may each start again at 0.
+The layout is half-split, as in Hugging Face's weights: number i of a head is rotated with number i + D/2.
+
+Source: Su et al. 2021 (arXiv:2104.09864). Positions are given, so each of several packed documents may start at 0.
+Axes: T tokens, H query heads, K key heads, D head size, P = D/2 rotated pairs of a head; N = (H + 2 K) D.
 """
 
 import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from minorca_kernels.operator import can_skip_dispatch, operator, rows
+from minorca_kernels.operator import as_rows, can_skip_dispatch, operator
 
 
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """positions [T] (integers) -> cos and sin, each [T, D/2] fp32, of position times theta^(-2i/D)."""
     exponents = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.int64).float() / head_dim
-    angles = positions_T.float()[:, None] * (1.0 / theta**exponents)
-    return angles.cos(), angles.sin()
+    angles_TP = positions_T.float()[:, None] * (1.0 / theta**exponents)
+    return angles_TP.cos(), angles_TP.sin()
 
 
-def _rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    # in the tables' precision (fp32), cast once: bf16 angles lose positions past a few hundred
-    first, second = x_THD.chunk(2, dim=-1)
-    cos, sin = cos_TD[:, None], sin_TD[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THD.dtype)
+def _rotate(x_THD: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+    # in the tables' precision (fp32), cast once: bf16 angles cannot tell positions past a few hundred apart
+    first_THP, second_THP = x_THD.chunk(2, dim=-1)
+    cos_T1P = cos_TP[:, None]
+    sin_T1P = sin_TP[:, None]
+    rotated = (first_THP * cos_T1P - second_THP * sin_T1P, second_THP * cos_T1P + first_THP * sin_T1P)
+    return torch.cat(rotated, dim=-1).to(x_THD.dtype)
 
 
 def _split(qkv_TN: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
@@ -33,123 +38,138 @@ def _split(qkv_TN: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
 
 
 def rope_definition(
-    qkv_TN: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: int, kv_heads: int
+    qkv_TN: Tensor, cos_TP: Tensor, sin_TP: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv [T, (Hq + 2 Hkv) D] -> q [T, Hq, D] and k [T, Hkv, D], each pair (i, i + D/2) of a head rotated, and v as it is.
+    """qkv [T, (H + 2 K) D] -> q [T, H, D] and k [T, K, D], each pair (i, i + D/2) of a head rotated, and v unchanged.
 
-    Tables [T, D/2] from `rope_tables`.
+    The tables [T, D/2] come from `rope_tables`.
     """
     q, k, v = _split(qkv_TN, heads, kv_heads)
-    return _rotate(q, cos_TD, sin_TD), _rotate(k, cos_TD, sin_TD), v
+    return _rotate(q, cos_TP, sin_TP), _rotate(k, cos_TP, sin_TP), v
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton
-# a program rotates all heads of one token: its angles are read once
+# A program rotates all heads of one token, and so loads its angles once.
 
 
 @triton.jit
-def _turn(source, target, cos, sin, column, inside, HEADS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
-    head = tl.arange(0, PADDED)[:, None]
-    place, here = head * D + column, (head < HEADS) & inside
-    dtype = target.dtype.element_ty
-    first = tl.load(source + place, mask=here, other=0.0).to(cos.dtype)
-    second = tl.load(source + D // 2 + place, mask=here, other=0.0).to(cos.dtype)
-    tl.store(target + place, (first * cos - second * sin).to(dtype), mask=here)
-    tl.store(target + D // 2 + place, (second * cos + first * sin).to(dtype), mask=here)
-
-
-@triton.jit
-def _angles(cos, sin, row, column, inside, dtype: tl.constexpr, D: tl.constexpr):
-    wide = tl.float64 if dtype == tl.float64 else tl.float32
-    c = tl.load(cos + row * (D // 2) + column, mask=inside, other=0.0).to(wide)
-    s = tl.load(sin + row * (D // 2) + column, mask=inside, other=0.0).to(wide)
-    return c, s
-
-
-@triton.jit
-def _forward(
-    qkv,
+def _rotate_heads(
+    source_ptr,
+    target_ptr,
     cos,
     sin,
-    q,
-    k,
-    qkv_row,
+    pair,
+    pair_mask,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+):
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    offset = head * D + pair
+    mask = (head < HEADS) & pair_mask
+    dtype = target_ptr.dtype.element_ty
+    first = tl.load(source_ptr + offset, mask=mask, other=0.0).to(cos.dtype)
+    second = tl.load(source_ptr + D // 2 + offset, mask=mask, other=0.0).to(cos.dtype)
+    tl.store(target_ptr + offset, (first * cos - second * sin).to(dtype), mask=mask)
+    tl.store(target_ptr + D // 2 + offset, (second * cos + first * sin).to(dtype), mask=mask)
+
+
+@triton.jit
+def _load_tables(cos_ptr, sin_ptr, row, pair, pair_mask, dtype: tl.constexpr, D: tl.constexpr):
+    acc_dtype = tl.float64 if dtype == tl.float64 else tl.float32
+    cos = tl.load(cos_ptr + row * (D // 2) + pair, mask=pair_mask, other=0.0).to(acc_dtype)
+    sin = tl.load(sin_ptr + row * (D // 2) + pair, mask=pair_mask, other=0.0).to(acc_dtype)
+    return cos, sin
+
+
+@triton.jit
+def _forward_kernel(
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_ptr,
+    k_ptr,
+    stride_qkv,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
-    PADDED: tl.constexpr,
-    KV_PADDED: tl.constexpr,
-    HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_KV_HEADS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, HALF)[None]
-    inside = column < D // 2
-    c, s = _angles(cos, sin, row, column, inside, q.dtype.element_ty, D)
-    qkv += row * qkv_row
-    _turn(qkv, q + row * HEADS * D, c, s, column, inside, HEADS, D, PADDED)
-    _turn(qkv + HEADS * D, k + row * KV_HEADS * D, c, s, column, inside, KV_HEADS, D, KV_PADDED)
+    pair = tl.arange(0, BLOCK_P)[None]
+    pair_mask = pair < D // 2
+    cos, sin = _load_tables(cos_ptr, sin_ptr, row, pair, pair_mask, q_ptr.dtype.element_ty, D)
+    qkv_ptr += row * stride_qkv
+    _rotate_heads(qkv_ptr, q_ptr + row * HEADS * D, cos, sin, pair, pair_mask, HEADS, D, BLOCK_HEADS)
+    _rotate_heads(
+        qkv_ptr + HEADS * D, k_ptr + row * KV_HEADS * D, cos, sin, pair, pair_mask, KV_HEADS, D, BLOCK_KV_HEADS
+    )
 
 
 @triton.jit
-def _backward(
-    dq,
-    dk,
-    dv,
-    cos,
-    sin,
-    dqkv,
-    dq_row,
-    dk_row,
-    dv_row,
+def _backward_kernel(
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    cos_ptr,
+    sin_ptr,
+    dqkv_ptr,
+    stride_dq,
+    stride_dk,
+    stride_dv,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
-    PADDED: tl.constexpr,
-    KV_PADDED: tl.constexpr,
-    HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_KV_HEADS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, HALF)[None]
-    inside = column < D // 2
-    c, s = _angles(cos, sin, row, column, inside, dqkv.dtype.element_ty, D)
-    dqkv += row * (HEADS + 2 * KV_HEADS) * D
-    _turn(dq + row * dq_row, dqkv, c, -s, column, inside, HEADS, D, PADDED)
-    _turn(dk + row * dk_row, dqkv + HEADS * D, c, -s, column, inside, KV_HEADS, D, KV_PADDED)
-    place = tl.arange(0, KV_PADDED * HALF * 2)
-    here = place < KV_HEADS * D
-    tl.store(dqkv + (HEADS + KV_HEADS) * D + place, tl.load(dv + row * dv_row + place, mask=here, other=0.0), mask=here)
+    pair = tl.arange(0, BLOCK_P)[None]
+    pair_mask = pair < D // 2
+    cos, sin = _load_tables(cos_ptr, sin_ptr, row, pair, pair_mask, dqkv_ptr.dtype.element_ty, D)
+    dqkv_ptr += row * (HEADS + 2 * KV_HEADS) * D
+    _rotate_heads(dq_ptr + row * stride_dq, dqkv_ptr, cos, -sin, pair, pair_mask, HEADS, D, BLOCK_HEADS)
+    _rotate_heads(
+        dk_ptr + row * stride_dk, dqkv_ptr + HEADS * D, cos, -sin, pair, pair_mask, KV_HEADS, D, BLOCK_KV_HEADS
+    )
+    offset = tl.arange(0, BLOCK_KV_HEADS * BLOCK_P * 2)
+    mask = offset < KV_HEADS * D
+    target_ptrs = dqkv_ptr + (HEADS + KV_HEADS) * D + offset
+    dv = tl.load(dv_ptr + row * stride_dv + offset, mask=mask, other=0.0)
+    tl.store(target_ptrs, dv, mask=mask)
 
 
-def _sizes(heads: int, kv_heads: int, head_dim: int) -> dict[str, int]:
-    padded, kv_padded, half = map(triton.next_power_of_2, (heads, kv_heads, head_dim // 2))
-    warps = min(max(padded * half // 512, 1), 8)  # 16 bytes a load in bf16, 4 of them a thread at 32 heads of 128
+def _constants(heads: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
+    block_heads, block_kv_heads, block_pairs = map(triton.next_power_of_2, (heads, kv_heads, head_dim // 2))
     return {
         "HEADS": heads,
         "KV_HEADS": kv_heads,
         "D": head_dim,
-        "PADDED": padded,
-        "KV_PADDED": kv_padded,
-        "HALF": half,
-        "num_warps": warps,
+        "BLOCK_HEADS": block_heads,
+        "BLOCK_KV_HEADS": block_kv_heads,
+        "BLOCK_P": block_pairs,
+        # loads of 16 bytes in bf16, 4 of them a thread at 32 heads of 128
+        "num_warps": min(max(block_heads * block_pairs // 512, 1), 8),
     }
 
 
 def _rope_triton(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
-    q, k = _like_rope(qkv, cos, sin, heads, kv_heads)
-    qkv = rows(qkv)
-    _forward[(len(qkv),)](
-        qkv, cos.contiguous(), sin.contiguous(), q, k, qkv.stride(0), **_sizes(heads, kv_heads, q.shape[2])
-    )
+    q, k = _empty_rope(qkv, cos, sin, heads, kv_heads)
+    qkv = as_rows(qkv)
+    constants = _constants(heads, kv_heads, q.shape[2])
+    _forward_kernel[(len(qkv),)](qkv, cos.contiguous(), sin.contiguous(), q, k, qkv.stride(0), **constants)
     return q, k
 
 
 def _rope_backward_triton(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    sizes = _sizes(dq.shape[1], dk.shape[1], dq.shape[2])
-    dqkv = _like_rope_backward(dq, dk, dv, cos, sin)
-    dq, dk, dv = (rows(d.flatten(1)) for d in (dq, dk, dv))
-    _backward[(len(dq),)](
-        dq, dk, dv, cos.contiguous(), sin.contiguous(), dqkv, dq.stride(0), dk.stride(0), dv.stride(0), **sizes
-    )
+    constants = _constants(dq.shape[1], dk.shape[1], dq.shape[2])
+    dqkv = _empty_rope_backward(dq, dk, dv, cos, sin)
+    dq, dk, dv = (as_rows(gradient.flatten(1)) for gradient in (dq, dk, dv))
+    strides = dq.stride(0), dk.stride(0), dv.stride(0)
+    _backward_kernel[(len(dq),)](dq, dk, dv, cos.contiguous(), sin.contiguous(), dqkv, *strides, **constants)
     return dqkv
 
 
@@ -157,18 +177,18 @@ def _rope_backward_triton(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: 
 
 
 @functools.lru_cache(maxsize=1)
-def _whole_heads(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The tables for both halves of a head, [T, 1, D]: made once for all the layers that share them."""
-    return torch.cat((cos, cos), dim=1)[:, None], torch.cat((-sin, sin), dim=1)[:, None]
+def _head_tables(cos_TP: Tensor, sin_TP: Tensor) -> tuple[Tensor, Tensor]:
+    """The tables for both halves of a head, [T, 1, D]: computed once for all layers, which share the tables."""
+    return torch.cat((cos_TP, cos_TP), dim=1)[:, None], torch.cat((-sin_TP, sin_TP), dim=1)[:, None]
 
 
 def _rope_torch(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
     """q and k are views of one new tensor."""
-    cos_T1D, sin_T1D = _whole_heads(cos, sin)
-    turned = qkv.view(len(qkv), heads + 2 * kv_heads, -1)[:, : heads + kv_heads]  # q and k at once
-    turned = turned.to(torch.promote_types(qkv.dtype, cos.dtype))
-    turned = torch.addcmul(turned * cos_T1D, turned.roll(turned.shape[2] // 2, dims=2), sin_T1D).to(qkv.dtype)
-    return turned[:, :heads], turned[:, heads:]
+    cos_T1D, sin_T1D = _head_tables(cos, sin)
+    qk = qkv.view(len(qkv), heads + 2 * kv_heads, -1)[:, : heads + kv_heads]
+    qk = qk.to(torch.promote_types(qkv.dtype, cos.dtype))
+    qk = torch.addcmul(qk * cos_T1D, qk.roll(qk.shape[2] // 2, dims=2), sin_T1D).to(qkv.dtype)
+    return qk[:, :heads], qk[:, heads:]
 
 
 def _rope_backward_torch(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -178,12 +198,12 @@ def _rope_backward_torch(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: T
 # ------------------------------------------------------------------------------------------- operators and autograd
 
 
-def _like_rope(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+def _empty_rope(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
     head_dim = qkv.shape[1] // (heads + 2 * kv_heads)
     return qkv.new_empty(qkv.shape[0], heads, head_dim), qkv.new_empty(qkv.shape[0], kv_heads, head_dim)
 
 
-def _like_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _empty_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return dq.new_empty(dq.shape[0], (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[2])
 
 
@@ -191,19 +211,21 @@ _rope = operator(
     "rope(Tensor qkv, Tensor cos, Tensor sin, int heads, int kv_heads) -> (Tensor, Tensor)",
     cuda=_rope_triton,
     cpu=lambda *arguments: tuple(t.contiguous() for t in _rope_torch(*arguments)),
-    fake=_like_rope,
+    fake=_empty_rope,
 )
 _rope_backward = operator(
     "rope_backward(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin) -> Tensor",
     cuda=_rope_backward_triton,
     cpu=_rope_backward_torch,
-    fake=_like_rope_backward,
+    fake=_empty_rope_backward,
 )
 
 
 class _Rope(torch.autograd.Function):
-    """A rotation's derivative is the inverse rotation, so nothing but the tables is kept; the three gradients are gathered into
-    one buffer in the same pass."""
+    """Keeps the tables alone: a rotation's derivative is the inverse rotation.
+
+    Backward gathers the three gradients into one buffer in the same pass.
+    """
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, heads, kv_heads):
@@ -216,9 +238,9 @@ class _Rope(torch.autograd.Function):
         return _rope_backward(dq, dk, dv, *ctx.saved_tensors), None, None, None, None
 
 
-def rope(qkv_TN: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`rope_definition`; q and k are new, v is a view of the buffer."""
+def rope(qkv_TN: Tensor, cos_TP: Tensor, sin_TP: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`rope_definition`, fused; q and k are new tensors, v is a view of the buffer."""
     if can_skip_dispatch(qkv_TN):
         v_TKD = qkv_TN.view(len(qkv_TN), heads + 2 * kv_heads, -1)[:, heads + kv_heads :]
-        return *_rope_torch(qkv_TN, cos_TD, sin_TD, heads, kv_heads), v_TKD
-    return _Rope.apply(qkv_TN, cos_TD, sin_TD, heads, kv_heads)
+        return *_rope_torch(qkv_TN, cos_TP, sin_TP, heads, kv_heads), v_TKD
+    return _Rope.apply(qkv_TN, cos_TP, sin_TP, heads, kv_heads)

@@ -1,4 +1,9 @@
-"""SwiGLU on the fused [gate | up] buffer. Source: Shazeer 2020 (arXiv:2002.05202); rounding order as in transformers."""
+"""SwiGLU on the fused [gate | up] buffer. Source: Shazeer 2020 (arXiv:2002.05202); rounding order as in transformers.
+
+Axes: T tokens, I intermediate size; a fused buffer is [T, 2I].
+"""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minorca_kernels.operator import can_skip_dispatch, operator, rows
+from minorca_kernels.operator import as_rows, can_skip_dispatch, operator
 
 
 def swiglu_definition(gate_up_TI: Tensor) -> Tensor:
@@ -16,45 +21,57 @@ def swiglu_definition(gate_up_TI: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton
-# tiles of a row, not whole rows: a thread holds 8 values of each operand, 16 bytes in bf16
+# A program computes a part of a row: a thread holds 8 values of each operand, 16 bytes in bf16.
 
 
 @triton.jit
-def _forward(gate_up, y, gate_up_row, y_row, I: tl.constexpr, BLOCK: tl.constexpr):
-    row = (tl.program_id(0) // tl.cdiv(I, BLOCK)).to(tl.int64)
-    column = tl.program_id(0) % tl.cdiv(I, BLOCK) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < I
-    dtype = y.dtype.element_ty
-    wide = tl.float64 if dtype == tl.float64 else tl.float32
-    gate = tl.load(gate_up + row * gate_up_row + column, mask=inside, other=0.0).to(wide)
-    up = tl.load(gate_up + row * gate_up_row + I + column, mask=inside, other=0.0).to(wide)
-    silu = (gate / (1 + tl.exp(-gate))).to(dtype).to(wide)
-    tl.store(y + row * y_row + column, silu * up, mask=inside)
+def _forward_kernel(gate_up_ptr, y_ptr, stride_gate_up, stride_y, INTERMEDIATE: tl.constexpr, BLOCK_I: tl.constexpr):
+    row = (tl.program_id(0) // tl.cdiv(INTERMEDIATE, BLOCK_I)).to(tl.int64)
+    column = tl.program_id(0) % tl.cdiv(INTERMEDIATE, BLOCK_I) * BLOCK_I + tl.arange(0, BLOCK_I)
+    mask = column < INTERMEDIATE
+    dtype = y_ptr.dtype.element_ty
+    acc_dtype = tl.float64 if dtype == tl.float64 else tl.float32
+    gate = tl.load(gate_up_ptr + row * stride_gate_up + column, mask=mask, other=0.0).to(acc_dtype)
+    up = tl.load(gate_up_ptr + row * stride_gate_up + INTERMEDIATE + column, mask=mask, other=0.0).to(acc_dtype)
+    silu = (gate / (1 + tl.exp(-gate))).to(dtype).to(acc_dtype)
+    tl.store(y_ptr + row * stride_y + column, silu * up, mask=mask)
 
 
 @triton.jit
-def _backward(
-    dy, gate_up, dgate_up, y, dy_row, gate_up_row, I: tl.constexpr, PRODUCT: tl.constexpr, BLOCK: tl.constexpr
+def _backward_kernel(
+    dy_ptr,
+    gate_up_ptr,
+    dgate_up_ptr,
+    y_ptr,
+    stride_dy,
+    stride_gate_up,
+    INTERMEDIATE: tl.constexpr,
+    WITH_OUTPUT: tl.constexpr,
+    BLOCK_I: tl.constexpr,
 ):
-    row = (tl.program_id(0) // tl.cdiv(I, BLOCK)).to(tl.int64)
-    column = tl.program_id(0) % tl.cdiv(I, BLOCK) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < I
-    dtype = dgate_up.dtype.element_ty
-    wide = tl.float64 if dtype == tl.float64 else tl.float32
-    d = tl.load(dy + row * dy_row + column, mask=inside, other=0.0).to(wide)
-    gate = tl.load(gate_up + row * gate_up_row + column, mask=inside, other=0.0).to(wide)
-    up = tl.load(gate_up + row * gate_up_row + I + column, mask=inside, other=0.0).to(wide)
+    row = (tl.program_id(0) // tl.cdiv(INTERMEDIATE, BLOCK_I)).to(tl.int64)
+    column = tl.program_id(0) % tl.cdiv(INTERMEDIATE, BLOCK_I) * BLOCK_I + tl.arange(0, BLOCK_I)
+    mask = column < INTERMEDIATE
+    dtype = dgate_up_ptr.dtype.element_ty
+    acc_dtype = tl.float64 if dtype == tl.float64 else tl.float32
+    dy = tl.load(dy_ptr + row * stride_dy + column, mask=mask, other=0.0).to(acc_dtype)
+    gate = tl.load(gate_up_ptr + row * stride_gate_up + column, mask=mask, other=0.0).to(acc_dtype)
+    up = tl.load(gate_up_ptr + row * stride_gate_up + INTERMEDIATE + column, mask=mask, other=0.0).to(acc_dtype)
     sigmoid = 1 / (1 + tl.exp(-gate))
-    silu = (gate * sigmoid).to(dtype).to(wide)
-    tl.store(dgate_up + row * 2 * I + column, d * up * sigmoid * (1 + gate * (1 - sigmoid)), mask=inside)
-    tl.store(dgate_up + row * 2 * I + I + column, d * silu, mask=inside)
-    if PRODUCT:
-        tl.store(y + row * I + column, silu * up, mask=inside)
+    silu = (gate * sigmoid).to(dtype).to(acc_dtype)
+    tl.store(dgate_up_ptr + row * 2 * INTERMEDIATE + column, dy * up * sigmoid * (1 + gate * (1 - sigmoid)), mask=mask)
+    tl.store(dgate_up_ptr + row * 2 * INTERMEDIATE + INTERMEDIATE + column, dy * silu, mask=mask)
+    if WITH_OUTPUT:
+        tl.store(y_ptr + row * INTERMEDIATE + column, silu * up, mask=mask)
 
 
-def _sizes(inner: int) -> dict[str, int]:
-    block = min(1024, triton.next_power_of_2(inner))
-    return {"I": inner, "BLOCK": block, "num_warps": max(block // 256, 1)}
+def _constants(intermediate_size: int, **flags: Any) -> dict[str, Any]:
+    block = min(1024, triton.next_power_of_2(intermediate_size))
+    return {"INTERMEDIATE": intermediate_size, "BLOCK_I": block, "num_warps": max(block // 256, 1), **flags}
+
+
+def _grid(y: Tensor, constants: dict[str, Any]) -> tuple[int]:
+    return (len(y) * triton.cdiv(constants["INTERMEDIATE"], constants["BLOCK_I"]),)
 
 
 def _swiglu_triton(gate_up: Tensor) -> Tensor:
@@ -64,17 +81,20 @@ def _swiglu_triton(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_into(gate_up_TI: Tensor, out_TI: Tensor) -> None:
-    """Writes `swiglu` into out [T, I], whose rows may lie any distance apart."""
-    gate_up_TI, sizes = rows(gate_up_TI), _sizes(out_TI.shape[1])
-    grid = (len(out_TI) * triton.cdiv(out_TI.shape[1], sizes["BLOCK"]),)
-    _forward[grid](gate_up_TI, out_TI, gate_up_TI.stride(0), out_TI.stride(0), **sizes)
+    """Writes `swiglu` into out [T, I], whose rows may have any stride. Launches the Triton kernel."""
+    gate_up_TI = as_rows(gate_up_TI)
+    constants = _constants(out_TI.shape[1])
+    grid = _grid(out_TI, constants)
+    _forward_kernel[grid](gate_up_TI, out_TI, gate_up_TI.stride(0), out_TI.stride(0), **constants)
 
 
-def _swiglu_backward_triton(dy: Tensor, gate_up: Tensor, product: bool) -> tuple[Tensor, Tensor]:
-    dgate_up, y = _like_backward(dy, gate_up, product)
-    dy, gate_up, sizes = rows(dy), rows(gate_up), _sizes(dy.shape[1])
-    grid = (len(dy) * triton.cdiv(dy.shape[1], sizes["BLOCK"]),)
-    _backward[grid](dy, gate_up, dgate_up, y, dy.stride(0), gate_up.stride(0), PRODUCT=product, **sizes)
+def _swiglu_backward_triton(dy: Tensor, gate_up: Tensor, with_output: bool) -> tuple[Tensor, Tensor]:
+    dgate_up, y = _empty_backward(dy, gate_up, with_output)
+    dy = as_rows(dy)
+    gate_up = as_rows(gate_up)
+    constants = _constants(dy.shape[1], WITH_OUTPUT=with_output)
+    grid = _grid(dy, constants)
+    _backward_kernel[grid](dy, gate_up, dgate_up, y, dy.stride(0), gate_up.stride(0), **constants)
     return dgate_up, y
 
 
@@ -86,14 +106,14 @@ def _swiglu_torch(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up).contiguous()
 
 
-def _swiglu_backward_torch(dy: Tensor, gate_up: Tensor, product: bool) -> tuple[Tensor, Tensor]:
+def _swiglu_backward_torch(dy: Tensor, gate_up: Tensor, with_output: bool) -> tuple[Tensor, Tensor]:
     gate, up = gate_up.chunk(2, dim=-1)
-    dgate_up, y = _like_backward(dy, gate_up, product)
+    dgate_up, y = _empty_backward(dy, gate_up, with_output)
     dgate, dup = dgate_up.chunk(2, dim=-1)
     dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
     silu = F.silu(gate)
     torch.mul(dy, silu, out=dup)
-    if product:
+    if with_output:
         torch.mul(silu, up, out=y)
     return dgate_up, y
 
@@ -101,8 +121,8 @@ def _swiglu_backward_torch(dy: Tensor, gate_up: Tensor, product: bool) -> tuple[
 # ------------------------------------------------------------------------------------------- operators and autograd
 
 
-def _like_backward(dy: Tensor, gate_up: Tensor, product: bool) -> tuple[Tensor, Tensor]:
-    return gate_up.new_empty(gate_up.shape), gate_up.new_empty(dy.shape if product else 0)
+def _empty_backward(dy: Tensor, gate_up: Tensor, with_output: bool) -> tuple[Tensor, Tensor]:
+    return gate_up.new_empty(gate_up.shape), gate_up.new_empty(dy.shape if with_output else 0)
 
 
 _swiglu = operator(
@@ -111,12 +131,12 @@ _swiglu = operator(
     cpu=_swiglu_torch,
     fake=lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
 )
-# the product is what the forward returned, made again while gate and up are at hand
+# (dgate_up, y): with_output computes the forward's output again while gate and up are loaded; otherwise y is empty
 swiglu_backward = operator(
-    "swiglu_backward(Tensor dy, Tensor gate_up, bool product) -> (Tensor, Tensor)",
+    "swiglu_backward(Tensor dy, Tensor gate_up, bool with_output) -> (Tensor, Tensor)",
     cuda=_swiglu_backward_triton,
     cpu=_swiglu_backward_torch,
-    fake=_like_backward,
+    fake=_empty_backward,
 )
 
 
@@ -135,5 +155,5 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_up_TI: Tensor) -> Tensor:
-    """`swiglu_definition`."""
+    """`swiglu_definition`, fused."""
     return _swiglu_torch(gate_up_TI) if can_skip_dispatch(gate_up_TI) else _SwiGLU.apply(gate_up_TI)

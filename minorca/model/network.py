@@ -1,8 +1,8 @@
 """The Mistral network, top to bottom. Source: Jiang et al. 2023 (arXiv:2310.06825).
 
 A batch is flat: T tokens, documents end to end, no padding and no batch axis. Axes in names: T tokens, H hidden, I
-intermediate, Hq and Hkv heads (K), D head size, V vocabulary. The file knows nothing of adapters, of how
-weights are stored or of sharding, which come from outside (lora.py, projection.py, train/parallel.py).
+intermediate, Hq and Hkv heads (K), D head size, P = D/2 rotated pairs, V vocabulary. The file knows nothing of
+adapters, of how weights are stored or of sharding, which come from outside (lora.py, projection.py, train/parallel.py).
 """
 
 from collections.abc import Callable, Iterator
@@ -62,9 +62,9 @@ class Block(nn.Module):
         self.gate_up = Projection(stacked["gate_up"])
         self.down = Projection(stacked["down"], gated_input=True)
 
-    def forward(self, x_TH: Tensor, cos_TD: Tensor, sin_TD: Tensor, attend) -> Tensor:
+    def forward(self, x_TH: Tensor, cos_TP: Tensor, sin_TP: Tensor, attend) -> Tensor:
         qkv_TN = self.qkv(self.attention_norm(x_TH))
-        q_THD, k_TKD, v_TKD = rope(qkv_TN, cos_TD, sin_TD, self.arch.heads, self.arch.kv_heads)
+        q_THD, k_TKD, v_TKD = rope(qkv_TN, cos_TP, sin_TP, self.arch.heads, self.arch.kv_heads)
         x_TH, normed_TH = self.mlp_norm(x_TH, self.o(attend(self.layer, q_THD, k_TKD, v_TKD).flatten(1)))
         return x_TH + self.down(self.gate_up(normed_TH))
 
@@ -109,8 +109,8 @@ class Mistral(nn.Module):
         """
         if attend is None:
             attend = PackedAttention(cu_seqlens, len(tokens_T), self.arch.window, tokens_T.device)
-        cos_TD, sin_TD = rope_tables(attend.positions, self.arch.head_dim, self.arch.rope_theta)
+        cos_TP, sin_TP = rope_tables(attend.positions, self.arch.head_dim, self.arch.rope_theta)
         x_TH = self.embedding(tokens_T)
         for block in self.layers:
-            x_TH = block(x_TH, cos_TD, sin_TD, attend)
+            x_TH = block(x_TH, cos_TP, sin_TP, attend)
         return head(self.norm(x_TH), self.embedding if self.head is None else self.head)

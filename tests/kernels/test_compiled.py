@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for GPUs that are not here and passes the gates of benchmarks.compiled, and each gate can refuse."""
+"""Every Triton kernel compiles without a GPU and passes the checks of benchmarks.compiled; each check can fail."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from tests.helpers import ROOT
 
 
 def run(*command, **options) -> subprocess.CompletedProcess:
-    """A Python of its own: here Triton may be interpreted, and has its own idea of the device."""
+    """Runs another Python process: in this one Triton may be interpreted, and its device is fixed."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     return subprocess.run(
@@ -31,26 +31,29 @@ import triton.language as tl
 from benchmarks.compiled import examine, recorded, target
 
 @triton.jit
-def good(x, y, BLOCK: tl.constexpr):
+def good(x_ptr, y_ptr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    tl.store(y + i, tl.load(x + i) + 1)
+    tl.store(y_ptr + i, tl.load(x_ptr + i) + 1)
 
 @triton.jit
-def spilling(x, y, BLOCK: tl.constexpr):
+def spilling(x_ptr, y_ptr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    value = tl.load(x + i)
-    tl.store(y + i, value / tl.sum(value, 0))  # all of it is live while it is summed
+    value = tl.load(x_ptr + i)
+    # the whole block is live while it is summed
+    tl.store(y_ptr + i, value / tl.sum(value, 0))
 
 @triton.jit
-def narrow(x, y, BLOCK: tl.constexpr):
+def narrow(x_ptr, y_ptr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    tl.store(y + i, tl.load(x + 3 * i) + 1)
+    tl.store(y_ptr + i, tl.load(x_ptr + 3 * i) + 1)
 
 @triton.jit
-def product(x, y, M: tl.constexpr, K: tl.constexpr):
-    m, k = tl.arange(0, M), tl.arange(0, K)
-    a, b = tl.load(x + m[:, None] * K + k), tl.load(x + k[:, None] * M + m)
-    tl.store(y + m[:, None] * M + m, tl.dot(a, b))
+def product(x_ptr, y_ptr, M: tl.constexpr, K: tl.constexpr):
+    m = tl.arange(0, M)
+    k = tl.arange(0, K)
+    a = tl.load(x_ptr + m[:, None] * K + k)
+    b = tl.load(x_ptr + k[:, None] * M + m)
+    tl.store(y_ptr + m[:, None] * M + m, tl.dot(a, b))
 
 target(90)
 with recorded(warmup=True):
@@ -64,14 +67,14 @@ with recorded(warmup=True):
         "no wgmma": product[(1,)](half, x, M=64, K=64, num_warps=2),
         "large": product[(1,)](half, x, M=128, K=512),
     }
-print(json.dumps({name: examine(kernel, 90)["refused"] for name, kernel in kernels.items()}))
+print(json.dumps({name: examine(kernel, 90)["rejected"] for name, kernel in kernels.items()}))
 """
 
 
-def test_gates(tmp_path):
-    (tmp_path / "gates.py").write_text(KERNELS)
-    refused = json.loads(run(tmp_path / "gates.py", check=True).stdout)
-    print(refused)
-    assert refused.pop("spilling").startswith("spills")
-    assert refused.pop("large").endswith("bytes of shared memory")
-    assert refused == {"good": "", "wgmma": "", "narrow": "no loads of 128 bits", "no wgmma": "no wgmma"}
+def test_checks(tmp_path):
+    (tmp_path / "checks.py").write_text(KERNELS)
+    rejected = json.loads(run(tmp_path / "checks.py", check=True).stdout)
+    print(rejected)
+    assert rejected.pop("spilling").startswith("spills")
+    assert rejected.pop("large").endswith("bytes of shared memory")
+    assert rejected == {"good": "", "wgmma": "", "narrow": "no loads of 128 bits", "no wgmma": "no wgmma"}

@@ -1,18 +1,18 @@
-"""What only a GPU can show: attention's kernels, logits beside transformers, and that CUDA computes what the CPU does."""
+"""Tests that need a GPU: attention's kernels, logits compared with transformers, and CUDA compared with the CPU."""
 
 import os
 
-os.environ.setdefault(
-    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # cuBLAS is deterministic with it, if set before its first call
+# makes cuBLAS deterministic, if set before its first call
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import functools
 import itertools
 
 import pytest
 import torch
 
 from benchmarks.cases import cases
-from benchmarks.kernels import drawn, error, exact, prepared
+from benchmarks.kernels import error, random_inputs, reference_results, timed_part
 from minorca import load_model
 from minorca.generate import generate
 from minorca.generate.engine import Engine
@@ -33,9 +33,10 @@ def ends(lengths: list[int]) -> torch.Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)])
 
 
-def back_ends(attend, q) -> list[str]:
-    """Every one that can compute this, the one that would be chosen or not; FA3 and FA4 run in varlen's place."""
-    head_dim, half = q.shape[-1], q.dtype != torch.float32
+def backends(attend, q) -> list[str]:
+    """All backends that can compute this, chosen by default or not; FA3 and FA4 run in varlen's place."""
+    head_dim = q.shape[-1]
+    half = q.dtype != torch.float32
     found = ["own"]
     if half and varlen_attn is not None:
         found.append(attend.flash or "varlen")
@@ -47,11 +48,10 @@ def back_ends(attend, q) -> list[str]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("heads, kv_heads, size", [(4, 2, 64), (8, 2, 128), (3, 3, 80)])
 @pytest.mark.parametrize("window", [64, 300, None])
-@pytest.mark.parametrize(
-    "factors", [(-1,), (0,), (1,), (3,), (1, 3, -1, 0)], ids=str
-)  # of W: W-1, W, W+1, 3W, and all packed
+# document lengths: 3 stands for 3 W, the others are added to W
+@pytest.mark.parametrize("factors", [(-1,), (0,), (1,), (3,), (1, 3, -1, 0)], ids=str)
 def test_attention(dtype, heads, kv_heads, size, window, factors):
-    """Of every back end: values and gradients at most twice as far from fp64 as the formula's, the window reached exactly."""
+    """For each backend, errors against fp64 are at most twice the formula's, and queries see exactly the window."""
     w = window or 100
     lengths = [3 * w if factor == 3 else w + factor for factor in factors]
     generator = torch.Generator().manual_seed(0)
@@ -59,30 +59,27 @@ def test_attention(dtype, heads, kv_heads, size, window, factors):
     *inputs, dout = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
     attend = PackedAttention(ends(lengths), sum(lengths), window, DEVICE)
 
-    def run(function, wide):
-        leaves = [t.to(wide).requires_grad_() for t in inputs]
+    def run(function, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
         out = function(*leaves)
-        return [out, *torch.autograd.grad(out, leaves, dout.to(wide))]
+        return [out, *torch.autograd.grad(out, leaves, dout.to(dtype))]
 
     exact = run(lambda q, k, v: attention_definition(q, k, v, attend.first), torch.float64)
     plain = run(lambda q, k, v: plain_attention(q, k, v, attend.first), dtype)
     expected = [visible(torch.tensor([length - 1]), torch.arange(length), window)[0] for length in lengths]
-    for choice in back_ends(attend, inputs[0]):
-        ours = run(lambda q, k, v: attend.run(choice, q, k, v), dtype)
+    for choice in backends(attend, inputs[0]):
+        attend_by_choice = functools.partial(attend.run, choice)
+        ours = run(attend_by_choice, dtype)
         for name, reference, allowed, got in zip(("out", "dq", "dk", "dv"), exact, plain, ours):
-            error, bound = (
-                relative_error(got, reference),
-                2 * relative_error(allowed, reference) + torch.finfo(dtype).eps,
-            )
-            assert error <= bound, (choice, name)
+            bound = 2 * relative_error(allowed, reference) + torch.finfo(dtype).eps
+            assert relative_error(got, reference) <= bound, (choice, name)
+        # v's gradient is nonzero where each document's last query sees it
         q, k, v = (t.detach().requires_grad_() for t in inputs)
-        (reached,) = torch.autograd.grad(
-            attend.run(choice, q, k, v)[ends(lengths)[1:] - 1].sum(), v
-        )  # from each document's last query
-        assert torch.equal(reached.abs().sum((1, 2)).cpu() > 0, torch.cat(expected)), choice
+        last_queries = ends(lengths)[1:] - 1
+        (dv,) = torch.autograd.grad(attend_by_choice(q, k, v)[last_queries].sum(), v)
+        assert torch.equal(dv.abs().sum((1, 2)).cpu() > 0, torch.cat(expected)), choice
         if choice == "own":
-            again = run(lambda q, k, v: attend.run("own", q, k, v), dtype)
-            assert all(map(torch.equal, again, ours))
+            assert all(map(torch.equal, run(attend_by_choice, dtype), ours))
     chosen = run(lambda q, k, v: attend(0, q, k, v), dtype)
     assert all(relative_error(got, reference) < 0.05 for got, reference in zip(chosen, exact))
 
@@ -90,7 +87,7 @@ def test_attention(dtype, heads, kv_heads, size, window, factors):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("window", [1000, None])
 def test_our_attention_repeats_to_the_bit(dtype, window):
-    """A long packed batch, its values inside the fused buffer: forward and backward, five times."""
+    """A long packed batch whose values are part of a fused buffer: forward and backward, five times."""
     lengths = [5000, 3, 1500, 1689]
     generator = torch.Generator(DEVICE).manual_seed(0)
     q, k = (
@@ -111,7 +108,7 @@ def test_our_attention_repeats_to_the_bit(dtype, window):
 
 @pytest.mark.parametrize("window", [None, 300])
 def test_chunks_of_a_prompt(window):
-    """Their queries against all keys so far, as the whole prompt's."""
+    """A chunk's queries attend to all keys so far, as in the whole prompt."""
     attend = PackedAttention(ends([1000]), 1000, window, DEVICE)
     q, k, v = (torch.randn(1000, heads, 128, device=DEVICE, dtype=torch.bfloat16) for heads in (8, 2, 2))
     whole = attention(q, k, v, attend.first, attend.last)
@@ -123,11 +120,12 @@ def test_chunks_of_a_prompt(window):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("heads, kv_heads, size", [(9, 3, 64), (32, 8, 128), (8, 1, 80)])
 def test_decoding_in_a_graph(dtype, heads, kv_heads, size):
-    """Captured once, it is right for all lengths and values to come; no bit of a row depends on the others."""
+    """A graph captured once is right for other lengths and values; no bit of a row depends on the other rows."""
     q = torch.randn(5, heads, size, device=DEVICE, dtype=dtype)
     k, v = torch.randn(5, 1000, 2 * kv_heads, size, device=DEVICE, dtype=dtype).split(kv_heads, 2)
     lengths = torch.ones(5, dtype=torch.int64, device=DEVICE)
-    decode_attention(q, k, v, lengths)  # compiles
+    # compiles the kernels
+    decode_attention(q, k, v, lengths)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = decode_attention(q, k, v, lengths)
@@ -149,11 +147,11 @@ CASES = list(cases(tokens=2048, window=1024, small=()))
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_a_7b_models_shapes(case):
-    """Each kernel in bf16 as benchmarks.kernels runs it: the same bits twice, and at most twice as far from fp32 as the definition."""
-    reference = exact(case)
+    """Each kernel in bf16, as in benchmarks.kernels: deterministic, its error at most twice the definition's."""
+    reference = reference_results(case)
 
     def results(provider):
-        return prepared(case, case.providers[provider], drawn(case))()
+        return timed_part(case, case.providers[provider], random_inputs(case))()
 
     ours = results("ours")
     assert all(map(torch.equal, ours, results("ours")))
@@ -163,9 +161,10 @@ def test_a_7b_models_shapes(case):
 @pytest.mark.parametrize("window", [None, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_equal_transformers(dtype, window, save_mistral):
-    """Of packed documents: at most twice as far from fp64 as transformers in the same dtype, and 1e-5 in fp32."""
+    """Errors against fp64 of packed documents are at most twice those of transformers; in fp32 both agree to 1e-5."""
     directory, theirs = save_mistral(sliding_window=window)
-    ours, lengths = load_model(directory, dtype, DEVICE), [1, 15, 16, 17, 48]
+    ours = load_model(directory, dtype, DEVICE)
+    lengths = [1, 15, 16, 17, 48]
     tokens = torch.randint(128, (sum(lengths),), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     with torch.no_grad():
         logits = ours(tokens, ends(lengths))
@@ -179,13 +178,13 @@ def test_logits_equal_transformers(dtype, window, save_mistral):
 def test_training_equals_the_cpu(save_mistral):
     """Twenty steps in fp32: every loss to 1e-4."""
     directory, _ = save_mistral(sliding_window=16)
-    here, there = (train(directory, torch.float32, device, 20)[0] for device in ("cuda", "cpu"))
-    assert here == pytest.approx(there, rel=1e-4) and here[-1] < here[0]
+    on_cuda, on_cpu = (train(directory, torch.float32, device, 20)[0] for device in ("cuda", "cpu"))
+    assert on_cuda == pytest.approx(on_cpu, rel=1e-4) and on_cuda[-1] < on_cuda[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_training_repeats_to_the_bit(dtype, save_mistral):
-    """In PyTorch's deterministic mode: the losses of three steps and the adapters they leave."""
+    """In PyTorch's deterministic mode: the losses of three steps and the trained adapters."""
     directory, _ = save_mistral(sliding_window=16)
     torch.use_deterministic_algorithms(True)
     try:
@@ -197,15 +196,17 @@ def test_training_repeats_to_the_bit(dtype, save_mistral):
 
 @pytest.mark.parametrize("window", [None, 8])
 def test_generation_equals_the_cpu(window, save_mistral):
-    """Greedy ids in fp32, prompts of several lengths together, past the window."""
+    """Greedy ids in fp32, for prompts of several lengths in one batch, beyond the window."""
     directory, _ = save_mistral(sliding_window=window)
     prompts = [[1, 5, 9], [7], list(range(3, 23))]
-    here, there = (generate(load_model(directory, torch.float32, device), prompts, 24) for device in (DEVICE, "cpu"))
-    assert here == there
+    on_cuda, on_cpu = (
+        generate(load_model(directory, torch.float32, device), prompts, 24) for device in (DEVICE, "cpu")
+    )
+    assert on_cuda == on_cpu
 
 
 def answers(engine: Engine, requests: list[Request]) -> list[list[tuple]]:
-    """What each request got: ids, and the log probabilities of the likeliest."""
+    """(id, log-probability, top log-probabilities, finish reason) of each token of each request."""
     outs = {request: [] for request in requests}
     for request in requests:
         engine.add(request)
@@ -216,24 +217,28 @@ def answers(engine: Engine, requests: list[Request]) -> list[list[tuple]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_captured_step_repeats_to_the_bit_whoever_is_beside(dtype, save_mistral):
-    """Steps run by graphs, in caches that grow and roll; drawn and greedy neighbours come and go, which changes what is captured."""
+def test_a_captured_step_repeats_to_the_bit_with_any_neighbours(dtype, save_mistral):
+    """Graphs run the steps while caches grow and roll over, and sampling and greedy neighbours force new captures."""
     model = load_model(save_mistral(sliding_window=24)[0], dtype, DEVICE)
-    asked = lambda: Request([5, 9, 30], 60, Sampling(temperature=1.0, top_p=0.9, seed=4), logprobs=3)  # noqa: E731
+
+    def request() -> Request:
+        return Request([5, 9, 30], 60, Sampling(temperature=1.0, top_p=0.9, seed=4), logprobs=3)
+
     neighbours = [
         Request([7] * 40, 20),
         Request([8], 70, Sampling(temperature=0.7, repetition_penalty=1.2)),
         Request([9, 4], 5),
     ]
-    alone, *_ = answers(Engine(model, 3, 200), [asked()])
-    beside, *_ = answers(Engine(model, 3, 200), [asked(), *neighbours])
-    assert alone == beside and len(alone) == 60
+    alone, *_ = answers(Engine(model, 3, 200), [request()])
+    with_neighbours, *_ = answers(Engine(model, 3, 200), [request(), *neighbours])
+    assert alone == with_neighbours and len(alone) == 60
 
 
-def test_a_stop_id_ends_an_answer_though_the_next_step_is_under_way(save_mistral):
+def test_a_stop_id_ends_an_answer_while_the_next_step_runs(save_mistral):
     model = load_model(save_mistral()[0], torch.float32, DEVICE)
     whole = generate(model, [[5, 9, 30]], 40)[0]
-    engine, stop = Engine(model, 2, 100), whole[7]
+    stop = whole[7]
+    engine = Engine(model, 2, 100)
     stopped, other = answers(engine, [Request([5, 9, 30], 40, stop_ids={stop}), Request([5, 9, 30], 40)])
     end = whole.index(stop) + 1
     assert [id for id, *_ in stopped] == whole[:end] and stopped[-1][-1] == "stop" and [id for id, *_ in other] == whole

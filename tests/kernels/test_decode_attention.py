@@ -1,4 +1,4 @@
-"""One query a sequence against its filled slots, on both implementations a CPU has, as test_attention.py."""
+"""Attention of one query a sequence to its filled slots. On the CPU, as test_attention.py, in both implementations."""
 
 import itertools
 import sys
@@ -10,35 +10,35 @@ from minorca_kernels import decode_attention, decode_attention_definition, decod
 from minorca_kernels.operator import INTERPRETED
 from tests.helpers import relative_error
 
-KERNELS = sys.modules[decode_attention.__module__]
+KERNEL_MODULE = sys.modules[decode_attention.__module__]
 
 
-def drawn(lengths, slots, group, size, dtype=torch.float64, kv_heads=2):
-    """q, k, v and lengths; keys and values are views of one buffer, NaN where no row sees them."""
-    random = torch.Generator().manual_seed(0)
+def random_inputs(lengths, slots, group, size, dtype=torch.float64, kv_heads=2):
+    """q, k, v and lengths; keys and values are views of one buffer, NaN in empty slots."""
+    generator = torch.Generator().manual_seed(0)
     q, buffer = (
-        torch.randn(len(lengths), *shape, size, generator=random, dtype=torch.float64).to(dtype)
+        torch.randn(len(lengths), *shape, size, generator=generator, dtype=torch.float64).to(dtype)
         for shape in ((kv_heads * group,), (slots, 2 * kv_heads))
     )
-    lengths = torch.tensor(lengths)
-    buffer[torch.arange(slots) >= lengths[:, None]] = torch.nan
-    return q, *buffer.split(kv_heads, 2), lengths
+    lengths_N = torch.tensor(lengths)
+    buffer[torch.arange(slots) >= lengths_N[:, None]] = torch.nan
+    k, v = buffer.split(kv_heads, 2)
+    return q, k, v, lengths_N
 
 
-def ends(slots):
-    """Lengths at the ends of a buffer of so many slots."""
+def edge_lengths(slots):
+    """Lengths at both ends of a buffer, and one past it."""
     return [0, 1, slots - 1, slots, slots + 5]
 
 
 @pytest.fixture(params=[1, 3, 64] if INTERPRETED else [1])
 def splits(request, monkeypatch):
-    """Of the kernels, where there are five rows of two key heads."""
-    monkeypatch.setattr(KERNELS, "processors", lambda device: 5 * request.param)
+    """The number of splits, for five sequences with two key heads."""
+    monkeypatch.setattr(KERNEL_MODULE, "multiprocessor_count", lambda device: 5 * request.param)
 
 
-def test_the_definition_is_the_sentence():
-    """Written out in Python loops."""
-    q, k, v, lengths = drawn(ends(7), 7, 3, 8)
+def test_the_definition_equals_python_loops():
+    q, k, v, lengths = random_inputs(edge_lengths(7), 7, 3, 8)
     out = decode_attention_definition(q, k, v, lengths)
     for (n, length), head in itertools.product(enumerate(lengths.tolist()), range(6)):
         filled = range(min(length, 7))
@@ -54,7 +54,7 @@ def test_the_definition_is_the_sentence():
 @pytest.mark.parametrize("slots", [1, 7, 64, 200])
 @pytest.mark.parametrize("group, size", [(1, 64), (3, 64), (4, 128), (8, 80)])
 def test_equals_the_definition(group, size, slots, splits, poisoned):
-    q, k, v, lengths = drawn(ends(slots), slots, group, size)
+    q, k, v, lengths = random_inputs(edge_lengths(slots), slots, group, size)
     out, expected = (function(q, k, v, lengths) for function in (decode_attention, decode_attention_definition))
     assert relative_error(out, expected) < 1e-12 and out.is_contiguous() and not out[0].any()
 
@@ -63,8 +63,8 @@ def test_equals_the_definition(group, size, slots, splits, poisoned):
 @pytest.mark.parametrize("splits", [3], indirect=True)
 def test_rounding(dtype, splits):
     """At most twice as far from fp64 as the formula in the same dtype."""
-    q, k, v, lengths = drawn([200] * 5, 200, 4, 128, dtype)
-    exact = decode_attention_definition(*(t.double() for t in (q, k, v)), lengths)
+    q, k, v, lengths = random_inputs([200] * 5, 200, 4, 128, dtype)
+    exact = decode_attention_definition(q.double(), k.double(), v.double(), lengths)
     weights = (torch.einsum("nkgd,nskd->nkgs", q.unflatten(1, (2, 4)), k) * 128**-0.5).softmax(-1)
     plain = torch.einsum("nkgs,nskd->nkgd", weights, v).flatten(1, 2)
     out = decode_attention(q, k, v, lengths)
@@ -76,33 +76,37 @@ def test_rounding(dtype, splits):
 @pytest.mark.parametrize("threads", [1] if INTERPRETED else [1, 2])
 @pytest.mark.parametrize("size, length", [(20, 150), *([] if INTERPRETED else [(64, 64), (64, 130)])])
 def test_no_bit_depends_on_a_neighbour(dtype, threads, size, length, monkeypatch):
-    """On its place among them, what they hold, or how much; from call to call, or on who prepared the groups."""
-    monkeypatch.setattr(KERNELS, "processors", lambda device: 8)  # 3 splits
-    before, slots, results = torch.get_num_threads(), 150, []
+    """On the sequence's position, the others' contents or lengths, the call, or where the groups are computed."""
+    # 3 splits
+    monkeypatch.setattr(KERNEL_MODULE, "multiprocessor_count", lambda device: 8)
+    threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    slots = 150
+    results = []
     for others in ([length] * 5, [0, 64, 65, 150, 151]):
-        for place in (0, 3, 4):
-            lengths = [*others[:place], length, *others[place + 1 :]]
-            *tensors, lengths_N = drawn(lengths, slots, 3, size, dtype, kv_heads=1)
-            tensors[2][:place] = torch.nan
-            for t, row in zip(tensors, drawn([length], slots, 3, size, dtype, kv_heads=1)):
-                t[place] = row[0]
-            results.append(decode_attention(*tensors, lengths_N)[place])
-            results.append(decode_attention(*tensors, lengths_N, decode_groups(lengths, slots))[place])
-    torch.set_num_threads(before)
+        for position in (0, 3, 4):
+            lengths = [*others[:position], length, *others[position + 1 :]]
+            q, k, v, lengths_N = random_inputs(lengths, slots, 3, size, dtype, kv_heads=1)
+            v[:position] = torch.nan
+            for t, alone in zip((q, k, v), random_inputs([length], slots, 3, size, dtype, kv_heads=1)):
+                t[position] = alone[0]
+            results.append(decode_attention(q, k, v, lengths_N)[position])
+            results.append(decode_attention(q, k, v, lengths_N, decode_groups(lengths, slots))[position])
+    torch.set_num_threads(threads_before)
     assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("splits", [3], indirect=True)
 def test_the_order_of_slots_does_not_matter(splits):
-    q, k, v, lengths = drawn([200] * 5, 200, 1, 64)
-    turned = [torch.cat([t[:, 77:], t[:, :77]], 1) for t in (k, v)]  # as a rolling buffer is
-    assert relative_error(decode_attention(q, *turned, lengths), decode_attention(q, k, v, lengths)) < 1e-12
+    q, k, v, lengths = random_inputs([200] * 5, 200, 1, 64)
+    # as in a buffer that has rolled over
+    rolled_k, rolled_v = (t.roll(-77, dims=1) for t in (k, v))
+    assert relative_error(decode_attention(q, rolled_k, rolled_v, lengths), decode_attention(q, k, v, lengths)) < 1e-12
 
 
 @pytest.mark.parametrize("lengths", [[3], [0], [5, 5, 0, 0, 9, 12, 12]])
-def test_groups_are_the_rows(lengths):
-    """Each row once, in order, with what it has filled."""
+def test_groups_are_the_sequences(lengths):
+    """Each sequence once, in order, with its number of filled slots."""
     groups = decode_groups(lengths, 9)
     assert [row for start, stop, _ in groups for row in range(start, stop)] == list(range(len(lengths)))
     assert [filled for start, stop, filled in groups for _ in range(start, stop)] == [
@@ -110,30 +114,30 @@ def test_groups_are_the_rows(lengths):
     ]
 
 
-@pytest.mark.parametrize("steps", [(2**31, 64, 16), (64, 2**27, 16), (16, 32, 2**30)], ids=["rows", "slots", "heads"])
-def test_offsets_past_32_bits(steps):
-    """Of the memory between, nothing is touched."""
-    q, k, v, lengths = drawn([17, 17], 17, 1, 8, torch.float16)
-    memory = torch.empty(2 * sum(size * step for size, step in zip(k.shape, steps)), dtype=torch.float16)
-    views = [memory.as_strided(k.shape, (*steps, 1), offset) for offset in (0, 2**12)]
-    for view, t in zip(views, (k, v)):
-        view.copy_(t)
-    assert torch.equal(
-        decode_attention(q, *views, lengths), decode_attention(q, *(view.clone() for view in views), lengths)
-    )
+@pytest.mark.parametrize("strides", [(2**31, 64, 16), (64, 2**27, 16), (16, 32, 2**30)], ids=["rows", "slots", "heads"])
+def test_offsets_past_32_bits(strides):
+    """Memory between the elements is never touched."""
+    q, k, v, lengths = random_inputs([17, 17], 17, 1, 8, torch.float16)
+    memory = torch.empty(2 * sum(size * stride for size, stride in zip(k.shape, strides)), dtype=torch.float16)
+    far_k, far_v = (memory.as_strided(k.shape, (*strides, 1), offset) for offset in (0, 2**12))
+    far_k.copy_(k)
+    far_v.copy_(v)
+    expected = decode_attention(q, far_k.clone(), far_v.clone(), lengths)
+    assert torch.equal(decode_attention(q, far_k, far_v, lengths), expected)
 
 
 def test_strides_change_nothing():
-    """Queries inside a wider buffer, and vectors whose numbers are not adjacent."""
-    q, k, v, lengths = drawn([7, 3, 1], 7, 3, 16)
+    """Queries that are part of a larger buffer, and tensors whose last stride is not 1."""
+    q, k, v, lengths = random_inputs([7, 3, 1], 7, 3, 16)
     expected = decode_attention(q, k, v, lengths)
-    wider = torch.cat([torch.full_like(q, torch.nan), q], 1)[:, q.shape[1] :]
-    assert torch.equal(decode_attention(wider, k, v, lengths), expected)
-    assert relative_error(decode_attention(*(t.mT.contiguous().mT for t in (q, k, v)), lengths), expected) < 1e-12
+    part = torch.cat([torch.full_like(q, torch.nan), q], 1)[:, q.shape[1] :]
+    assert torch.equal(decode_attention(part, k, v, lengths), expected)
+    q, k, v = (t.mT.contiguous().mT for t in (q, k, v))
+    assert relative_error(decode_attention(q, k, v, lengths), expected) < 1e-12
 
 
 def test_the_operator_is_sound():
     """Schema, shapes and tracing."""
-    arguments = drawn([7, 3], 7, 2, 16, torch.float32)
+    arguments = random_inputs([7, 3], 7, 2, 16, torch.float32)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.minorca.decode_attention.default, arguments, test_utils=tests)

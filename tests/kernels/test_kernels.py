@@ -1,11 +1,11 @@
 """Every operation against its definition, in both implementations: plain PyTorch, and Triton's kernels.
 
-On the CPU the kernels run where Triton is interpreted: `TRITON_INTERPRET=1 pytest tests/test_kernels.py`. bf16 is tested on a
-GPU (`-m cuda`) and for plain PyTorch: the interpreter's bf16 arithmetic is wrong.
+On the CPU the Triton kernels run interpreted: `TRITON_INTERPRET=1 pytest tests/kernels`. bf16 is tested on a GPU
+(`-m cuda`) and in plain PyTorch: the interpreter's bf16 arithmetic is wrong.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from minorca_kernels import (
     STRATEGIES,
     Adapter,
     DenseWeight,
-    FrozenWeight,
     PaddedWeight,
     add_rms_norm,
     add_rms_norm_definition,
@@ -40,24 +40,30 @@ from tests.helpers import Calls, relative_error
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 )
-cross_entropy_module, lora_linear_module = (
-    sys.modules[f"minorca_kernels.{name}"] for name in ("cross_entropy", "lora_linear")
-)
+# `import minorca_kernels.lora_linear` would give the function of that name
+cross_entropy_module = sys.modules["minorca_kernels.cross_entropy"]
+lora_linear_module = sys.modules["minorca_kernels.lora_linear"]
 
 
 class Case(NamedTuple):
-    """An operation and its definition on tensors of shapes that a size gives: 0 for gradcheck, 1 odd, 2 larger."""
+    """An operation and its definition, as functions of tensors whose shapes depend on a size.
+
+    Size 0 is for gradcheck, 1 has odd shapes, 2 is larger.
+    """
 
     operation: Callable
     definition: Callable
     shapes: Callable[[int], list[tuple[int, ...]]]
 
 
-TOKENS, HIDDEN = (3, 33, 70), (9, 123, 320)  # one row block or several
-SHORT_CHUNKS = {"cuda": 16, "cpu": 16}  # rows of the cross-entropy's chunks: several, the last one incomplete
+# by size: one block of rows or several
+TOKENS = (3, 33, 70)
+HIDDEN = (9, 123, 320)
+# rows of the cross-entropy's chunks: several chunks, the last one incomplete
+SHORT_CHUNKS = {"cuda": 16, "cpu": 16}
 
 
-def both(function: Callable, definition: Callable, arguments: Callable, shapes: Callable) -> Case:
+def make_case(function: Callable, definition: Callable, arguments: Callable, shapes: Callable) -> Case:
     return Case(lambda *inputs: function(*arguments(*inputs)), lambda *inputs: definition(*arguments(*inputs)), shapes)
 
 
@@ -70,17 +76,17 @@ def qkv_arguments(qkv: Tensor) -> tuple:
     return qkv, *rope_tables(positions, qkv.shape[1] // 7, 1e4), 3, 2
 
 
-def adapters(ab: tuple[Tensor, ...], n: int, seed: int = 0) -> list[Adapter]:
-    """Two adapters of different ranks, on the first rows and the last of n: those between have none."""
+def adapters(ab: Sequence[Tensor], n: int, seed: int = 0) -> list[Adapter]:
+    """Two adapters of different ranks, on the first and the last of n rows; the rows between have none."""
     return [Adapter(0, len(ab[1]), ab[0], ab[1], seed + 1), Adapter(n - len(ab[3]), n, ab[2], ab[3], seed + 2)]
 
 
 # made once: torch.compile does not trace the constructor of a parameter
-WEIGHTS: dict[tuple, FrozenWeight] = {}
+WEIGHTS: dict[tuple, DenseWeight] = {}
 
 
 def lora_case(strategy: str, dropout: float, of_swiglu: bool) -> Case:
-    def frozen(x: Tensor) -> FrozenWeight:
+    def frozen(x: Tensor) -> DenseWeight:
         k = x.shape[1] // 2 if of_swiglu else x.shape[1]
         key = (strategy, k, x.dtype, str(x.device))
         if key not in WEIGHTS:
@@ -104,21 +110,21 @@ def lora_case(strategy: str, dropout: float, of_swiglu: bool) -> Case:
 
 
 CASES = {
-    "rms_norm": both(
+    "rms_norm": make_case(
         rms_norm, rms_norm_definition, lambda x, w: (x, w, 1e-5), lambda n: [(TOKENS[n], HIDDEN[n]), (HIDDEN[n],)]
     ),
-    "rms_norm, three axes": both(
+    "rms_norm, three axes": make_case(
         rms_norm, rms_norm_definition, lambda x, w: (x, w, 1e-5), lambda n: [(2, TOKENS[n], 8 << n), (8 << n,)]
     ),
-    "add_rms_norm": both(
+    "add_rms_norm": make_case(
         add_rms_norm,
         add_rms_norm_definition,
         lambda x, u, w: (x, u, w, 1e-5),
         lambda n: 2 * [(TOKENS[n], HIDDEN[n])] + [(HIDDEN[n],)],
     ),
-    "swiglu": both(swiglu, swiglu_definition, lambda x: (x,), lambda n: [(TOKENS[n], 2 * (8, 616, 1601)[n])]),
-    "rope": both(rope, rope_definition, qkv_arguments, lambda n: [(TOKENS[n], 7 * (4, 24, 64)[n])]),
-    "linear_cross_entropy": both(
+    "swiglu": make_case(swiglu, swiglu_definition, lambda x: (x,), lambda n: [(TOKENS[n], 2 * (8, 616, 1601)[n])]),
+    "rope": make_case(rope, rope_definition, qkv_arguments, lambda n: [(TOKENS[n], 7 * (4, 24, 64)[n])]),
+    "linear_cross_entropy": make_case(
         linear_cross_entropy,
         linear_cross_entropy_definition,
         lambda x, w: (x, w, targets(x, len(w))),
@@ -139,7 +145,7 @@ NEEDS_TRITON = {name for name in CASES if "fused" in name or ("augmented" in nam
 @pytest.fixture(params=CASES)
 def case(request, monkeypatch, poisoned) -> Case:
     if request.param in NEEDS_TRITON and not INTERPRETED and not torch.cuda.is_available():
-        pytest.skip("has no plain PyTorch")
+        pytest.skip("exists in Triton alone")
     monkeypatch.setattr(lora_linear_module, "MIN_TOKENS_AUGMENTED", 0)
     monkeypatch.setattr(cross_entropy_module, "CHUNK_ROWS", SHORT_CHUNKS)
     return CASES[request.param]
@@ -147,8 +153,8 @@ def case(request, monkeypatch, poisoned) -> Case:
 
 def inputs(case: Case, size: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    draws = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in case.shapes(size)]
-    return [t.to(dtype).to(device).requires_grad_() for t in draws]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in case.shapes(size)]
+    return [t.to(dtype).to(device).requires_grad_() for t in tensors]
 
 
 def run(function: Callable, leaves: list[Tensor]) -> list[Tensor]:
@@ -159,19 +165,19 @@ def run(function: Callable, leaves: list[Tensor]) -> list[Tensor]:
 
 
 def output_gradient(out: Tensor) -> Tensor:
-    """Another number for each element of an output."""
+    """A different number for each element of an output."""
     gradient = torch.linspace(-1, 2, out.numel(), dtype=torch.float64, device=out.device)
     return gradient.reshape(out.shape).to(out.dtype)
 
 
 def assert_as_close(ours: list[Tensor], plain: list[Tensor], exact: list[Tensor]) -> None:
-    """The rule of FlashAttention's tests: an error at most twice plain PyTorch's own, beside rounding once."""
+    """The rule of FlashAttention's tests: at most twice the error of plain PyTorch, plus one rounding."""
     assert len(ours) == len(plain) == len(exact)
     for index, (mine, theirs, reference) in enumerate(zip(ours, plain, exact)):
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
-        once = reference.abs().max() * torch.finfo(mine.dtype).eps
-        error, allowed = ((t.double() - reference).abs().max() for t in (mine, theirs))
-        assert error <= 2 * allowed + once, (index, error, allowed, once)
+        rounding = reference.abs().max() * torch.finfo(mine.dtype).eps
+        error, plain_error = ((t.double() - reference).abs().max() for t in (mine, theirs))
+        assert error <= 2 * plain_error + rounding, (index, error, plain_error, rounding)
 
 
 def test_gradients_are_derivatives(case):
@@ -189,32 +195,36 @@ def test_equals_its_definition(case, dtype, device, size):
     assert_as_close(run(case.operation, leaves), run(case.definition, leaves), exact)
 
 
+def padded_rows(t: Tensor) -> Tensor:
+    return F.pad(t, (8, 24))[..., 8:-24]
+
+
+def interleaved(t: Tensor) -> Tensor:
+    return torch.stack((t, -t), -1)[..., 0]
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.mT.contiguous().mT if t.dim() > 1 else t
+
+
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-def test_strides_change_nothing(case, device):
-    """Rows far apart, columns apart, and a transposed matrix give what a compact one does; so do strided gradients."""
+@pytest.mark.parametrize("layout", [padded_rows, interleaved, transposed])
+def test_strides_change_nothing(case, layout, device):
+    """Views with any strides, of inputs and of gradients, give the results of contiguous tensors."""
+
+    def operation(*leaves: Tensor) -> tuple[Tensor, ...]:
+        out = case.operation(*map(layout, leaves))
+        outs = out if isinstance(out, tuple) else (out,)
+        # the gradient of an output arrives transposed
+        return tuple(transposed(o * 1.0) + 0 for o in outs)
+
     leaves = inputs(case, 1, torch.float32, device)
-    compact = run(case.operation, leaves)
-
-    def apart(t: Tensor) -> Tensor:
-        return F.pad(t, (8, 24))[..., 8:-24]
-
-    def stepped(t: Tensor) -> Tensor:
-        return torch.stack((t, -t), -1)[..., 0]
-
-    def transposed(t: Tensor) -> Tensor:
-        return t.mT.contiguous().mT if t.dim() > 1 else t
-
-    def strided_gradient(out):
-        return tuple(transposed(o * 1.0) + 0 for o in out) if isinstance(out, tuple) else transposed(out * 1.0) + 0
-
-    for layout in (apart, stepped, transposed):
-        views = run(lambda *parts: strided_gradient(case.operation(*map(layout, parts))), leaves)
-        for mine, reference in zip(views, compact):
-            # an order of sums that depends on the layout is cuBLAS's and MKL's own
-            assert torch.allclose(mine, reference, rtol=1e-4, atol=1e-5 * reference.abs().max().item()), layout.__name__
+    for mine, reference in zip(run(operation, leaves), run(case.operation, leaves), strict=True):
+        # in cuBLAS and MKL the order of sums depends on the layout
+        assert torch.allclose(mine, reference, rtol=1e-4, atol=1e-5 * reference.abs().max().item())
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="plain PyTorch's offsets are not ours")
+@pytest.mark.skipif(not INTERPRETED, reason="tests the Triton kernels' offsets")
 @pytest.mark.parametrize(
     "name",
     [
@@ -227,7 +237,7 @@ def test_strides_change_nothing(case, device):
     ],
 )
 def test_offsets_past_two_to_the_31(name):
-    """Row 2 of every activation, and of every gradient, lies 2^31 elements behind row 0. Only the pages touched exist."""
+    """Row 2 of every activation and gradient is 2^31 elements after row 0. Memory between them is never touched."""
 
     def far(t: Tensor) -> Tensor:
         if t.dim() < 2 or len(t) != 3:
@@ -235,37 +245,35 @@ def test_offsets_past_two_to_the_31(name):
         rows = torch.empty_strided((3, t[0].numel()), (2**30 + 64, 1), dtype=t.dtype)
         return rows.copy_(t.flatten(1)).view(t.shape)
 
-    case, calls = CASES[name], Calls()
+    case = CASES[name]
     leaves = [
         t.detach()[:3].clone().requires_grad_() if len(t) == TOKENS[1] else t for t in inputs(case, 1, torch.float16)
     ]
-    with calls:
+    with Calls() as calls:
         run(case.operation, leaves)
-    assert len(calls.made) == 2  # forward and backward
+    # forward and backward
+    assert len(calls.made) == 2
     for operator, arguments in calls.made:
-        near = operator(*arguments)
-        for expected, got in zip(
-            torch.utils._pytree.tree_leaves(near),
-            torch.utils._pytree.tree_leaves(operator(*map_tensors(far, arguments))),
-        ):
-            assert torch.equal(expected, got)
+        expected = tree_leaves(operator(*arguments))
+        found = tree_leaves(operator(*map_tensors(far, arguments)))
+        assert all(map(torch.equal, found, expected))
 
 
 def map_tensors(function: Callable, arguments: tuple) -> tuple:
-    return torch.utils._pytree.tree_map_only(Tensor, function, arguments)
+    return tree_map_only(Tensor, function, arguments)
 
 
-@pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")  # the Function on top is what differentiates
+# the autograd.Function around the operator differentiates
+@pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")
 @pytest.mark.parametrize("layout", ["compact", "transposed"])
 def test_operators_are_what_they_declare(case, layout):
-    """torch's own check of schema, strides of results, and tracing, on inputs that need gradients, forward and backward."""
+    """torch's own checks of schema, results' strides, and tracing, with inputs that require gradients."""
     with Calls() as calls:
         run(case.operation, inputs(case, 1, torch.float32))
 
     def laid_out(t: Tensor) -> Tensor:
-        if (
-            layout == "compact" and t.dim() == 2 and t.stride(0) > t.shape[1] and t.stride(1) == 1
-        ):  # W with its scratch columns
+        # W with its scratch columns
+        if layout == "compact" and t.dim() == 2 and t.stride(0) > t.shape[1] and t.stride(1) == 1:
             return PaddedWeight(t.detach(), t.stride(0) - t.shape[1]).weight.requires_grad_()
         t = t.detach().clone(memory_format=torch.preserve_format)
         t = t.mT.contiguous().mT if layout == "transposed" and t.dim() > 1 and t.is_contiguous() else t
@@ -314,7 +322,7 @@ def test_no_gradient_where_it_is_not_needed(name, frozen):
     assert all(torch.allclose(mine, reference, rtol=1e-6) for mine, reference in zip(gradients, expected, strict=True))
     # a norm's forward returns tensors of the frozen weight's size by chance: its backward alone is examined
     examined = calls.made if name == "linear_cross_entropy" else calls.made[-1:]
-    results = torch.utils._pytree.tree_leaves([operator(*arguments) for operator, arguments in examined])
+    results = tree_leaves([operator(*arguments) for operator, arguments in examined])
     sizes = [t.numel() for t in results if t.shape not in [t.shape for t in trained]]
     assert leaves[frozen].numel() not in sizes
 
@@ -362,31 +370,34 @@ def test_equal_weights_scale_the_gradient_as_one_number(dtype):
 def test_no_rows_have_a_sum_and_a_gradient_of_zero():
     x, w = (torch.randn(shape, requires_grad=True) for shape in ((0, 12), (19, 12)))
     loss = linear_cross_entropy(x, w, targets(x, 19)).sum()
-    loss.backward()
-    assert loss.item() == 0 and x.grad.shape == (0, 12) and not w.grad.any()
+    dx, dw = torch.autograd.grad(loss, (x, w))
+    assert loss.item() == 0 and dx.shape == (0, 12) and not dw.any()
 
 
 def test_the_loss_never_holds_more_than_a_chunk_of_logits():
-    """Its largest tensor is a chunk of logits, whatever the number of rows; counted in what its implementation makes."""
+    """The largest tensor that its implementation allocates is a chunk of logits, whatever the number of rows."""
 
     class Largest(TorchDispatchMode):
         size = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            for t in torch.utils._pytree.tree_leaves(out):
+            for t in tree_leaves(out):
                 self.size = max(self.size, t.nbytes if isinstance(t, Tensor) else 0)
             return out
 
-    sizes, module = [], cross_entropy_module
+    sizes = []
+    module = cross_entropy_module
     cross_entropy = module._cross_entropy_triton if INTERPRETED else module._cross_entropy_torch
     for tokens in (64, 512):
-        x, w = torch.randn(tokens, 8), torch.randn(1000, 8)  # fp32
+        x = torch.randn(tokens, 8)
+        w = torch.randn(1000, 8)
         with Largest() as largest:
             losses, _ = module._forward(cross_entropy, 16, x, w, targets(x, 1000), True)
             module._weight_gradient(cross_entropy, 16, losses, x, w, targets(x, 1000))
         sizes.append(largest.size)
-    assert sizes == 2 * [16 * 1000 * 4]
+    bytes_fp32 = 4
+    assert sizes == 2 * [16 * 1000 * bytes_fp32]
 
 
 def test_dropout_is_a_function_of_its_seed():
@@ -413,7 +424,8 @@ def test_only_scratch_columns_are_written():
 
 def test_rope_depends_on_distance_alone():
     """Scores of rotated queries and keys do not change when all positions shift."""
-    qkv, scores = torch.randn(7, 12 * 8), []
+    qkv = torch.randn(7, 12 * 8)
+    scores = []
     for shift in (0, 1000):
         q, k, _ = rope(qkv, *rope_tables(torch.arange(7) + shift, 8, 1e4), 4, 4)
         scores.append(torch.einsum("qhd,khd->hqk", q, k))
@@ -421,8 +433,10 @@ def test_rope_depends_on_distance_alone():
 
 
 class ReadsWrittenMemory(TorchDispatchMode):
-    """Checks what oneDNN may read of the operands of a matrix product on CPUs with AMX (oneDNN#5717): each row up to the
-    next multiple of 32 elements. Where new memory holds NaN, all of it must have been written."""
+    """Checks that all memory which oneDNN may read in a matrix product has been written: new memory holds NaN.
+
+    On CPUs with AMX it reads each row of an operand up to the next multiple of 32 elements (oneDNN#5717).
+    """
 
     products = 0
 
@@ -463,4 +477,4 @@ def test_no_product_reads_memory_that_nobody_wrote(k, n, ranks, strategy, dropou
         y, s = module._forward(x, tensors, weight.kind, n, a, b, *settings)
         results = module._backward(module._gradients_torch, dy, x, tensors, weight.kind, a, b, s, *settings, True)
     assert mode.products >= 6 and y.isfinite().all()
-    assert all(result.isfinite().all() for result in torch.utils._pytree.tree_leaves(results))
+    assert all(result.isfinite().all() for result in tree_leaves(results))
