@@ -1,6 +1,6 @@
 """Formats the JSON files of a folder as a markdown page: python -m benchmarks.table FOLDER writes FOLDER/table.md.
 
-python -m benchmarks.table --readme writes the README's table of kernels, from the newest GPU results in
+python -m benchmarks.table --docs writes the table of kernels in docs/benchmarks.md, from the newest GPU results in
 benchmarks/results/.
 """
 
@@ -166,8 +166,8 @@ def measured_kernels(results: Path) -> Path | None:
     return max(found, key=lambda path: re.findall(r"\d{4}-\d\d-\d\d", path.parent.name), default=None)
 
 
-def readme_kernels(results: Path) -> str:
-    """A table of the kernels with targets: the limit, the fraction of it to reach, and the fraction reached."""
+def kernel_targets(results: Path) -> str:
+    """A table of the kernels with targets: the limit, the fraction of it to reach and the fraction reached."""
     from benchmarks.cases import cases
 
     path = measured_kernels(results)
@@ -177,32 +177,33 @@ def readme_kernels(results: Path) -> str:
         for row in result["rows"]
         if "seconds" in row
     }
-    rows: dict[tuple, list] = {}
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
     for case in cases():
         for provider, target in case.targets.items():
             kernel = case.kernel if provider == "ours" else f"{case.kernel}, {provider.upper()}"
-            row = rows.setdefault((kernel, case.shape), [kernel, case.shape, LIMITS[case.limit], "", "", "", ""])
-            column = 5 if case.direction == "backward" else 3
-            row[column] = f"{100 * target:.3g}%"
+            row = rows.setdefault((kernel, case.shape, LIMITS[case.limit]), {})
+            direction = "backward" if case.direction == "backward" else "forward"
+            row[f"{direction}: at least"] = f"{100 * target:.3g}%"
             if case.direction == "both":
-                row[5] = "in forward"
+                row["backward: at least"] = "in forward"
             if measured := found.get((case.kernel, case.shape, case.direction, provider)):
                 seconds = measured["seconds"]["median"]
-                row[column + 1] = f"**{percent(measured['reached'])}**, {1e6 * seconds:,.0f} µs"
-    header = ["kernel", "shape", "limit", "forward: at least", "forward", "backward: at least", "backward"]
+                row[direction] = f"**{percent(measured['reached'])}**, {1e6 * seconds:,.0f} µs"
+    columns = ["forward: at least", "backward: at least"]
+    source = "No GPU has been measured yet."
     if path:
+        columns = ["forward: at least", "forward", "backward: at least", "backward"]
         folder = path.parent.relative_to(results.parent.parent)
-        figure = f"![each kernel's share of its limit]({folder}/kernels.png)"
+        figure = f"![each kernel's share of its limit](../{folder}/kernels.png)"
         source = f"Measured on {result['machine']['device']}, in `{folder}`:\n\n{figure}"
-    else:
-        source = "No GPU has been measured yet: the measured columns are empty."
-    return f"{grid(header, list(rows.values()))}\n\n{source}"
+    cells = [[*names, *(row.get(column, "") for column in columns)] for names, row in rows.items()]
+    return f"{grid(['kernel', 'shape', 'limit', *columns], cells)}\n\n{source}"
 
 
-def with_kernels(readme: str, results: Path) -> str:
-    """The README with a new table of kernels between its two markers."""
-    block = f"<!-- kernels -->\n{readme_kernels(results)}\n<!-- /kernels -->"
-    return re.sub(r"<!-- kernels -->.*<!-- /kernels -->", lambda _: block, readme, flags=re.DOTALL)
+def with_kernels(document: str, results: Path) -> str:
+    """A document with a new table of kernels between its two markers."""
+    block = f"<!-- kernels -->\n{kernel_targets(results)}\n<!-- /kernels -->"
+    return re.sub(r"<!-- kernels -->.*<!-- /kernels -->", lambda _: block, document, flags=re.DOTALL)
 
 
 def page(folder: Path) -> str:
@@ -225,9 +226,9 @@ def page(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--readme":
-        readme = ROOT / "README.md"
-        readme.write_text(with_kernels(readme.read_text(), ROOT / "benchmarks" / "results"))
+    if sys.argv[1] == "--docs":
+        document = ROOT / "docs" / "benchmarks.md"
+        document.write_text(with_kernels(document.read_text(), ROOT / "benchmarks" / "results"))
         sys.exit()
     folder = Path(sys.argv[1])
     (folder / "table.md").write_text(page(folder))

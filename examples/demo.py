@@ -1,6 +1,6 @@
 """`make demo`: fine-tunes SmolLM2-135M on examples/data and shows what it learned.
 
-Before and after, 32 held-out questions are answered greedily, all together, and scored by a program.
+32 held-out questions are answered greedily, all together, before and after training, and scored by a program.
 """
 
 import json
@@ -11,17 +11,21 @@ from make_data import extract_answer
 
 import minorca
 from minorca import cli
-from minorca.generate.__main__ import generate
+from minorca.generate import generate
 from minorca.model.build import fast_dtype
 from minorca.train import __main__ as train_command
 
 HERE = Path(__file__).parent
-MODEL, RUN, QUESTIONS, MAX_NEW_TOKENS = HERE / "model", HERE.parent / "runs" / "quickstart", 32, 64
+MODEL = HERE / "model"
+RUN = HERE.parent / "runs" / "quickstart"
+QUESTIONS = 32
+MAX_NEW_TOKENS = 64
 
 
-def answers(rows: list[dict], adapter: Path | None) -> list[str]:
+def answer(rows: list[dict], adapter: Path | None) -> list[str]:
     """The model's answers to the rows' questions, through its chat template."""
-    tok, model = minorca.load_tokenizer(MODEL), minorca.load_model(MODEL, fast_dtype(), adapter=adapter)
+    tok = minorca.load_tokenizer(MODEL)
+    model = minorca.load_model(MODEL, fast_dtype(), adapter=adapter)
     prompts = []
     for row in rows:
         system = [{"role": "system", "content": row["system_prompt"]}] if row["system_prompt"] else []
@@ -29,47 +33,38 @@ def answers(rows: list[dict], adapter: Path | None) -> list[str]:
     return [tok.decode(ids) for ids in generate(model, prompts, MAX_NEW_TOKENS, stop_ids=tok.stop_ids)]
 
 
-def score(rows: list[dict], texts: list[str]) -> int:
-    """How many end in the row's own answer."""
-    return sum(extract_answer(text) == extract_answer(row["response"]) for row, text in zip(rows, texts))
+def is_right(row: dict, text: str) -> bool:
+    """Whether a text ends in the row's own answer."""
+    return extract_answer(text) == extract_answer(row["response"])
 
 
 def main(argv: list[str]) -> None:
     started = time.time()
-    rows = [json.loads(line) for line in (HERE / "data" / "eval.jsonl").open(encoding="utf-8")][:QUESTIONS]
-    before = answers(rows, None)
-    print(f"before: {score(rows, before)} of {QUESTIONS} held-out answers right", flush=True)
-    dtype = str(fast_dtype()).removeprefix("torch.")
-    train_command.main(
-        [
-            "--config",
-            str(HERE.parent / "configs" / "quickstart.yaml"),
-            "--model.path",
-            str(MODEL),
-            "--model.dtype",
-            dtype,
-            "--train.output",
-            str(RUN),
-        ]
-    )
-    after = answers(rows, RUN / "adapter")
-    losses = [line["eval_loss"] for line in map(json.loads, (RUN / "metrics.jsonl").open()) if "eval_loss" in line]
+    with (HERE / "data" / "eval.jsonl").open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file][:QUESTIONS]
+    before = answer(rows, None)
+    right_before = [is_right(row, text) for row, text in zip(rows, before)]
+    print(f"before: {sum(right_before)} of {QUESTIONS} held-out answers right", flush=True)
 
-    shown = next(
-        (
-            n
-            for n in range(QUESTIONS)
-            if score(rows[n : n + 1], after[n : n + 1]) > score(rows[n : n + 1], before[n : n + 1])
-        ),
-        0,
-    )
-    print(f"\nquestion: {rows[shown]['question']}\n\nbefore: {before[shown]}\n\nafter: {after[shown]}\n")
+    options = {
+        "config": HERE.parent / "configs" / "quickstart.yaml",
+        "model.path": MODEL,
+        "model.dtype": str(fast_dtype()).removeprefix("torch."),
+        "train.output": RUN,
+    }
+    train_command.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+
+    after = answer(rows, RUN / "adapter")
+    right_after = [is_right(row, text) for row, text in zip(rows, after)]
+    with (RUN / "metrics.jsonl").open() as file:
+        losses = [line["eval_loss"] for line in map(json.loads, file) if "eval_loss" in line]
+    learned = [n for n in range(QUESTIONS) if right_after[n] and not right_before[n]]
+    example = learned[0] if learned else 0
+    print(f"\nquestion: {rows[example]['question']}\n\nbefore: {before[example]}\n\nafter: {after[example]}\n")
     print(f"held-out loss: {losses[0]:.3f} before, {losses[-1]:.3f} after")
-    print(f"right answers: {score(rows, before)} of {QUESTIONS} before, {score(rows, after)} after")
-    print(
-        f"{time.time() - started:.0f} seconds; the adapter is in {RUN / 'adapter'}, the curves in {RUN / 'curves.png'}"
-    )
-    print(f"talk to it: .venv/bin/python -m minorca.generate --model {MODEL} --adapter {RUN / 'adapter'} --chat")
+    print(f"right answers: {sum(right_before)} of {QUESTIONS} before, {sum(right_after)} after")
+    print(f"{time.time() - started:.0f} seconds; {RUN} has the adapter and the curves")
+    print(f"chat with it: .venv/bin/python -m minorca.generate --model {MODEL} --adapter {RUN / 'adapter'} --chat")
 
 
 if __name__ == "__main__":

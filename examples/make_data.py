@@ -1,8 +1,8 @@
-"""Makes the small instruction set of the quickstart: python examples/make_data.py [OUTPUT_DIR]
+"""Makes the small data set of the quickstart: python examples/make_data.py [OUTPUT_DIR]
 
-Rows have OpenOrca's columns and its manner (a system prompt from Orca's list, a question, an explained response), but
-every question has one right answer that a program can check, and every response ends with "The answer is X.". The seed
-is fixed: the same files come out every time.
+Rows have OpenOrca's columns and style (a system prompt from Orca's list, a question, an explained response), but every
+question has one right answer that a program can check, and every response ends with "The answer is X.". The seed is
+fixed, so every run writes the same files.
 """
 
 import argparse
@@ -53,15 +53,34 @@ ENDINGS = [
     'Finish with "The answer is" and the answer.',
     'Explain, then write "The answer is ...".',
 ]
-WEEK = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-NAMES = "Anna Ben Carla David Emma Frank Grace Henry Irene Jack Laura Maria Nina Oscar Paul Rosa Sam Tom".split()
+WEEK = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+NAMES = [
+    "Anna",
+    "Ben",
+    "Carla",
+    "David",
+    "Emma",
+    "Frank",
+    "Grace",
+    "Henry",
+    "Irene",
+    "Jack",
+    "Laura",
+    "Maria",
+    "Nina",
+    "Oscar",
+    "Paul",
+    "Rosa",
+    "Sam",
+    "Tom",
+]
 GROUPS = {
-    "fruit": "apple banana cherry grape lemon mango orange peach pear plum".split(),
-    "animal": "bear cow dog fox goat horse lion mouse rabbit tiger".split(),
-    "color": "black blue brown green pink purple red white yellow gray".split(),
-    "tool": "hammer saw drill wrench shovel rake ladder brush axe nail".split(),
-    "instrument": "piano violin guitar drum flute trumpet cello harp banjo organ".split(),
-    "vehicle": "car bus train bicycle truck boat plane tractor van ship".split(),
+    "fruit": ["apple", "banana", "cherry", "grape", "lemon", "mango", "orange", "peach", "pear", "plum"],
+    "animal": ["bear", "cow", "dog", "fox", "goat", "horse", "lion", "mouse", "rabbit", "tiger"],
+    "color": ["black", "blue", "brown", "green", "pink", "purple", "red", "white", "yellow", "gray"],
+    "tool": ["hammer", "saw", "drill", "wrench", "shovel", "rake", "ladder", "brush", "axe", "nail"],
+    "instrument": ["piano", "violin", "guitar", "drum", "flute", "trumpet", "cello", "harp", "banjo", "organ"],
+    "vehicle": ["car", "bus", "train", "bicycle", "truck", "boat", "plane", "tractor", "van", "ship"],
 }
 WORDS = [word for words in GROUPS.values() for word in words]
 ORDINALS = ["first", "second", "third", "fourth", "fifth"]
@@ -97,7 +116,8 @@ def reverse(rng):
 def pick(rng):
     words = rng.sample(WORDS, 5)
     position = rng.randint(1, 5)
-    listed, ordinal = ", ".join(words), ORDINALS[position - 1]
+    listed = ", ".join(words)
+    ordinal = ORDINALS[position - 1]
     question = rng.choice(
         [
             f"Read the list and tell me its {ordinal} word: {listed}.",
@@ -140,7 +160,8 @@ def initials(rng):
 
 
 def weekday(rng):
-    start, steps = rng.randrange(7), rng.randint(2, 6)
+    start = rng.randrange(7)
+    steps = rng.randint(2, 6)
     day = WEEK[start]
     question = rng.choice(
         [
@@ -155,13 +176,16 @@ def weekday(rng):
 
 
 def story(rng):
-    name, thing = rng.choice(NAMES), rng.choice("apples pears plums books coins marbles pencils stamps".split())
+    name = rng.choice(NAMES)
+    thing = rng.choice(["apples", "pears", "plums", "books", "coins", "marbles", "pencils", "stamps"])
     have, more = rng.randint(2, 9), rng.randint(2, 9)
-    total, less = have + more, rng.randint(1, 5)
+    total = have + more
+    less = rng.randint(1, 5)
     question = rng.choice(
         [
             f"{name} has {have} {thing}, buys {more} more and gives away {less}. How many {thing} are left?",
-            f"There are {have} {thing} in a box. {name} puts in {more} and takes out {less}. How many are in the box now?",
+            f"There are {have} {thing} in a box. {name} puts in {more} and takes out {less}. "
+            "How many are in the box now?",
             f"{name} found {have} {thing} on Monday and {more} on Tuesday, then lost {less}. How many {thing} remain?",
         ]
     )
@@ -202,7 +226,8 @@ def odd_one(rng):
 def owner(rng):
     names = rng.sample(NAMES, 3)
     things = rng.sample([word for word in WORDS if word not in GROUPS["color"]], 3)
-    verb, chosen = rng.choice(["has", "wants", "bought", "drew"]), rng.randrange(3)
+    verb = rng.choice(["has", "wants", "bought", "drew"])
+    chosen = rng.randrange(3)
     facts = [f"{name} {verb} the {thing}" for name, thing in zip(names, things)]
     text = ". ".join(facts)
     question = rng.choice(
@@ -226,7 +251,8 @@ def largest(rng):
             f"You are given a list of numbers and must output the biggest one.\nInput: {listed}",
         ]
     )
-    best, steps = numbers[0], []
+    best = numbers[0]
+    steps = []
     for number in numbers[1:]:
         steps.append(f"{number} or {best}: {max(best, number)}")
         best = max(best, number)
@@ -264,7 +290,8 @@ def make_rows(number: int, rng: random.Random, asked: set[str]) -> list[dict[str
         asked.add(question)
         submix = FAMILIES[family]
         prompts = [SYSTEM_PROMPTS[which - 1] for which in SUBMIXES[submix]]
-        brevity = [1 / (40 + len(prompt)) for prompt in prompts]  # long ones are rare: they cost time, not thought
+        # Long prompts are rare: they cost training time and teach nothing here.
+        brevity = [1 / (40 + len(prompt)) for prompt in prompts]
         rows.append(
             {
                 "id": f"{submix}.{len(asked)}",
@@ -282,7 +309,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("output", type=Path, nargs="?", default=Path(__file__).parent / "data", metavar="OUTPUT_DIR")
     output = parser.parse_args(arguments).output
     output.mkdir(parents=True, exist_ok=True)
-    rng, asked = random.Random(0), set()
+    rng = random.Random(0)
+    asked: set[str] = set()
     for name, number in [("train", TRAIN_ROWS), ("eval", EVAL_ROWS)]:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in make_rows(number, rng, asked)]
         (output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")

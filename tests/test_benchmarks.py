@@ -1,30 +1,30 @@
-"""The table of kernels: what is measured becomes a page, a figure and the README's rows."""
+"""The table of kernels: what is measured becomes a page, a figure and the rows of docs/benchmarks.md."""
 
 import json
 import shutil
 import subprocess
 
 from benchmarks.plot import plot
-from benchmarks.table import page, readme_kernels, with_kernels
+from benchmarks.table import kernel_targets, page, with_kernels
 from tests.helpers import ROOT
 from tests.kernels.test_compiled import run
 
 
-def test_readme_is_generated():
-    readme = (ROOT / "README.md").read_text()
-    assert "<!-- kernels -->" in readme
-    assert readme == with_kernels(readme, ROOT / "benchmarks" / "results"), "python -m benchmarks.table --readme"
+def test_the_table_of_kernels_is_generated():
+    document = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert "<!-- kernels -->" in document
+    assert document == with_kernels(document, ROOT / "benchmarks" / "results"), "python -m benchmarks.table --docs"
 
 
 def test_kernels(tmp_path):
-    """On the CPU, tiny: every case of ours runs, is right, and is shown; only a GPU's figures reach the README."""
+    """On the CPU, tiny: every case of ours runs, is right, and is shown; only a GPU's figures reach the docs."""
     folder = tmp_path / "results" / "machine-2000-01-01"
     run("-m", "benchmarks.kernels", "--smoke", "--output", folder, check=True, stderr=subprocess.PIPE)
     result = json.loads((folder / "kernels.json").read_text())
     rows = [row for row in result["rows"] if row["provider"] == "ours"]
     assert rows and all(row.get("wrong") is False and row["seconds"]["median"] > 0 for row in rows)
     assert "## Kernels" in page(folder) and plot(folder).stat().st_size
-    assert "No GPU" in readme_kernels(folder.parent)
+    assert "No GPU" in kernel_targets(folder.parent)
 
     # made up: no GPU is here
     gpu = result | {"machine": {"device": "a GPU"}, "device_type": "cuda", "smoke": False}
@@ -32,5 +32,5 @@ def test_kernels(tmp_path):
     gpu["rows"] = [row | {"shape": "8192 x 4096", "reached": 0.5} for row in (forward, backward)]
     shutil.copytree(folder, newer := tmp_path / "results" / "gpu-2000-01-02")
     (newer / "kernels.json").write_text(json.dumps(gpu))
-    table = readme_kernels(folder.parent)
+    table = kernel_targets(folder.parent)
     assert "a GPU" in table and table.count("**50.0%**") == 2 and "gpu-2000-01-02" in table

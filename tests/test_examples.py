@@ -1,14 +1,15 @@
 """The committed example data is what its generator makes, and its answers are right."""
 
-import importlib.util
 import json
 import re
-from pathlib import Path
+import runpy
+from types import SimpleNamespace
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-SPEC = importlib.util.spec_from_file_location("make_data", EXAMPLES / "make_data.py")
-make_data = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(make_data)
+from tests.helpers import ROOT
+
+EXAMPLES = ROOT / "examples"
+# examples/ is not a package
+make_data = SimpleNamespace(**runpy.run_path(str(EXAMPLES / "make_data.py")))
 
 
 def rows(name):
@@ -19,7 +20,7 @@ TRAIN, EVAL = rows("train.jsonl"), rows("eval.jsonl")
 
 
 def answer_again(question):
-    """The answer worked out from the question's text alone, by other means than the generator's."""
+    """The answer, computed from the question's text alone and in another way than the generator does."""
     task, _ = question.rsplit("\n", 1)
     words = [word for word in re.findall(r"[a-z]+", task) if word in make_data.WORDS]
     numbers = [int(number) for number in re.findall(r"\d+", task)]
@@ -32,7 +33,8 @@ def answer_again(question):
     if re.search("reverse|around|last to first", task):
         return ", ".join(reversed(words))
     if ordinal := re.search("(first|second|third|fourth|fifth) (?:word|one)", task):
-        return words["first second third fourth fifth".split().index(ordinal[1])]
+        ordinals: list[str] = ["first", "second", "third", "fourth", "fifth"]
+        return words[ordinals.index(ordinal[1])]
     if re.search("Replace|Copy|substitute", task):
         (old,) = {word for word in words if words.count(word) == 2}
         text = words[:4] if "Text:" in task else words[2:]
@@ -53,7 +55,7 @@ def answer_again(question):
         have, more, less = numbers
         return str(have + more - less)
     if days:
-        week = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+        week = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
         return week[(week.index(days[0]) + numbers[0]) % 7]
     (factor,) = [factor for unit, parts, factor in make_data.UNITS if unit in task and parts in task]
     return str(factor * numbers[-1])
@@ -82,7 +84,9 @@ def test_columns_ids_and_system_prompts_are_openorcas():
 
 def test_no_held_out_question_was_trained_on():
     train, held_out = [{row["question"].rsplit("\n", 1)[0] for row in part} for part in (TRAIN, EVAL)]
-    assert len(train) == 1000 and len(held_out) == 100 and not train & held_out  # whatever ending the question has
+    assert len(train) == 1000 and len(held_out) == 100
+    # the questions without their endings
+    assert not train & held_out
 
 
 def test_the_last_answer_counts():
