@@ -3,7 +3,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-version = re.search(r'__version__ = "(.+)"', (Path(__file__).parent / "minorca" / "__init__.py").read_text())[1]
+source = (Path(__file__).parent / "minorca" / "__init__.py").read_text()
+version = re.findall(r'^__version__ = "(.+)"', source, re.M)[0]
 
 setup(
     name="minorca",
@@ -11,7 +12,7 @@ setup(
     description="A low-level PyTorch engine for Mistral models: fine-tuning with LoRA, generation, a server",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # `kernels` is a package root of its own: its import name, minorca_kernels, collides with nobody's
+    # `kernels` is a package root of its own: its import name, minorca_kernels, collides with no other package
     packages=find_packages(include=["minorca", "minorca.*"]) + find_packages("kernels"),
     package_dir={"minorca_kernels": "kernels/minorca_kernels"},
     package_data={"minorca.serve": ["page.html"]},
@@ -22,8 +23,10 @@ setup(
         "sentencepiece",
         "tokenizers",
         "jinja2",
-        "datasets>=4",  # older ones run scripts of a hub's repository
-        "numpy<2.4",  # triton 3.6's interpreter fails with 2.4
+        # older ones run scripts of a hub's repository
+        "datasets>=4",
+        # triton 3.6's interpreter fails with 2.4
+        "numpy<2.4",
         "pydantic>=2",
         "pyyaml",
         "tqdm",
@@ -35,15 +38,17 @@ setup(
     ],
     extras_require={
         "test": [
-            "pytest",
-            "transformers",
-            "peft",
-            "mistral-common",
+            "basedpyright==1.40.2",
             "gguf",
-            "openai",
             "httpx",
-            "schemathesis",
+            "mistral-common",
+            "openai",
+            "peft",
             "playwright",
+            "pytest",
+            "ruff==0.17.6",
+            "schemathesis",
+            "transformers",
         ],
     },
     entry_points={"console_scripts": ["minorca = minorca.__main__:main"]},

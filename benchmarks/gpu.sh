@@ -30,7 +30,7 @@ else
 fi
 part device 35 python -m benchmarks.device --output "$folder"
 # a process a file, for most of the time goes into compiling
-part tests 95 sh -c 'grep -l mark.cuda tests/*.py | xargs -n 1 -P 8 python -m pytest -m cuda -q -rfE -p no:cacheprovider'
+part tests 95 sh -c 'grep -rl --include="*.py" mark.cuda tests | xargs -n 1 -P 8 python -m pytest -m cuda -q -rfE -p no:cacheprovider'
 part kernels 140 python -m benchmarks.kernels $kernels --output "$folder"
 part train-full 90 python -m benchmarks.train_step $shape $full --rows full --output "$folder"
 part train-short 80 python -m benchmarks.train_step $shape $short --rows short --output "$folder"

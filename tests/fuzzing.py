@@ -97,7 +97,7 @@ def _checkpoint(home: Path, adapter: Path) -> None:
     moments = {f"{moment}.{name}": t.clone() for moment in ("exp_avg", "exp_avg_sq") for name, t in tensors.items()}
     save_file(moments, home / "optimizer.safetensors")
     (home / "state.json").write_text(
-        '{"step": 5, "updates": 5, "ranks": 1, "threads": 1, "torch": "2.13", "run": {"lora.rank": 4}}'
+        '{"format": 1, "step": 5, "updates": 5, "ranks": 1, "threads": 1, "torch": "2.13", "run": {"lora.rank": 4}}'
     )
     write_manifest(home)
 
