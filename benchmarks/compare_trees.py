@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -122,8 +123,9 @@ class Worker:
     def __init__(self, tree: Tree):
         # -P: the script's own folder is not on the path.
         command = [sys.executable, "-P", __file__, "--worker", str(tree.path)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, cwd=tree.path, env=tree.environment, **pipes)
+        self.process = subprocess.Popen(
+            command, cwd=tree.path, env=tree.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def __enter__(self) -> "Worker":
         return self
@@ -135,7 +137,7 @@ class Worker:
     def call(self, name: str, *arguments: Any) -> Any:
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps([name, arguments], default=str), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
+        line = self.process.stdout.readline() if self.process.stdout else ""
         if not line:
             raise Failed(f"{name}{arguments}: see the error above")
         return json.loads(line)
@@ -147,16 +149,19 @@ class Server:
     def __init__(self, tree: Tree, dtype: str, adapter: Path | None = None):
         adapters = ["--adapter", f"adapter={adapter}"] if adapter else []
         command = [sys.executable, "-m", "minorca.serve", "--model", str(tree.model), "--port", "0", *adapters]
-        self.log = tempfile.TemporaryFile("w+")
-        pipes = {"stdout": subprocess.PIPE, "stderr": self.log, "text": True}
-        self.process = subprocess.Popen(command, cwd=tree.path, env=tree.environment | SERVED_IN[dtype], **pipes)
+        self.log = tree.folder / f"serve-{dtype}.log"
+        environment = tree.environment | SERVED_IN[dtype]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=tree.path, env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+            )
 
     def __enter__(self) -> "Server":
-        found = re.search(r"http://127\.0\.0\.1:\d+", self.process.stdout.readline())
+        line = self.process.stdout.readline() if self.process.stdout else ""
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
         if not found:
             self.__exit__()
-            self.log.seek(0)
-            raise Failed(f"the server did not start: {self.log.read()[-1000:]}")
+            raise Failed(f"the server did not start: {self.log.read_text()[-1000:]}")
         self.address = found[0]
         with urllib.request.urlopen(f"{self.address}/v1/models") as answer:
             self.base = json.load(answer)["data"][0]["id"]
@@ -242,11 +247,8 @@ def generate_seconds(model: str, dtype: str, prompts: list[list[int]], new_token
 
 def check_modules(tree: Path) -> None:
     """Stops where any of minorca's modules came from elsewhere than the checkout."""
-    import minorca.export
-    import minorca.generate
-    import minorca.serve
-    import minorca.train
-
+    for package in ("export", "generate", "serve", "train"):
+        importlib.import_module(f"minorca.{package}")
     for name, module in sorted(sys.modules.items()):
         origin = getattr(module, "__file__", None)
         if name.startswith("minorca") and origin and not Path(origin).resolve().is_relative_to(tree):
@@ -547,7 +549,9 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    options = argparse.ArgumentParser(prog="python -m benchmarks.compare_trees", description=__doc__.partition("\n")[0])
+    options = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare_trees", description=(__doc__ or "").partition("\n")[0]
+    )
     options.add_argument("before", type=Path, metavar="BEFORE", help="a checkout, or a file that --save wrote")
     options.add_argument("after", type=Path, nargs="?", metavar="AFTER", help="a checkout; left out with --save")
     options.add_argument("--only", choices=("bits", "speed"), help="default: both")
@@ -559,7 +563,7 @@ def main() -> int:
     paths = [path.resolve() for path in (args.before, args.after) if path and not path.is_file()]
     for path in paths:
         if not (path / "minorca").is_dir():
-            options.error(f"{path}: is no checkout of minorca, and no file either")
+            options.error(f"{path}: neither a checkout of minorca nor a file")
     if len(paths) < 2 and args.only == "speed":
         options.error("speed needs two checkouts")
     if args.save and args.before.is_file():
