@@ -1,18 +1,22 @@
 #!/bin/bash
-# Everything a machine with CUDA can tell, in at most nine minutes: benchmarks/gpu.sh FOLDER
-# Works without installing. A part that fails, or runs out of its time, does not stop the rest; the exit status is how many did.
-# Liger-Kernel stands in the kernel table where it can be imported: pip install --no-deps --target DIR liger-kernel; PYTHONPATH=DIR
-# SMOKE=1 tries the script itself with tiny sizes, on any machine.
+# Runs all tests and benchmarks that need a GPU, in at most nine minutes: benchmarks/gpu.sh FOLDER
+# Needs no installation. A part that fails or exceeds its time does not stop the others; the exit status is the number
+# of failed parts. The kernel table includes Liger-Kernel if it can be imported:
+# pip install --no-deps --target DIR liger-kernel; PYTHONPATH=DIR
+# SMOKE=1 tests the script itself with tiny sizes, on any machine.
 folder=$(mkdir -p "${1:?usage: benchmarks/gpu.sh FOLDER}" && cd "$1" && pwd) || exit
 cd "$(dirname "$0")/.." || exit
 export PYTHONPATH=.:kernels:$PYTHONPATH PYTHONUNBUFFERED=1
-export PYTORCH_ALLOC_CONF=expandable_segments:True # two sides of different shapes share the GPU's memory
+# two sides of different shapes share the GPU's memory
+export PYTORCH_ALLOC_CONF=expandable_segments:True
 failed=0
 
-part() { # part NAME SECONDS COMMAND...: its output in FOLDER/NAME.txt, and the last lines of it here
+# part NAME SECONDS COMMAND...: writes the output to FOLDER/NAME.txt, and prints its last lines
+part() {
     local name=$1 seconds=$2 start=$SECONDS
     shift 2
-    [ -z "$SMOKE" ] || seconds=600 # the limits below are a GPU's
+    # the limits below are for a GPU
+    [ -z "$SMOKE" ] || seconds=600
     timeout -k 5 "$seconds" "$@" >"$folder/$name.txt" 2>&1
     local status=$?
     tail -n 3 "$folder/$name.txt"
@@ -21,7 +25,7 @@ part() { # part NAME SECONDS COMMAND...: its output in FOLDER/NAME.txt, and the 
 }
 
 if [ -z "$SMOKE" ]; then
-    python -c 'import torch; assert torch.cuda.is_available()' || { echo "no CUDA: SMOKE=1 tries the script without"; exit 1; }
+    python -c 'import torch; assert torch.cuda.is_available()' || { echo "CUDA is not available; SMOKE=1 tests the script without it"; exit 1; }
     shape="--shape 7b" full="--tokens 8192" short=$full
     decode="--batch 1,8,32 --prompt-tokens 512 --new-tokens 32 --first-token 128,512,2048" kernels="--seconds 105"
 else
@@ -29,8 +33,8 @@ else
     decode="--batch 1,2 --prompt-tokens 16 --new-tokens 8 --first-token 8" kernels=--smoke
 fi
 part device 35 python -m benchmarks.device --output "$folder"
-# a process a file, for most of the time goes into compiling
-part tests 95 sh -c 'grep -l mark.cuda tests/*.py | xargs -n 1 -P 8 python -m pytest -m cuda -q -rfE -p no:cacheprovider'
+# one process per file, because compiling takes most of the time
+part tests 95 sh -c 'grep -rl --include="*.py" mark.cuda tests | xargs -n 1 -P 8 python -m pytest -m cuda -q -rfE -p no:cacheprovider'
 part kernels 140 python -m benchmarks.kernels $kernels --output "$folder"
 part train-full 90 python -m benchmarks.train_step $shape $full --rows full --output "$folder"
 part train-short 80 python -m benchmarks.train_step $shape $short --rows short --output "$folder"

@@ -11,17 +11,21 @@ from make_data import extract_answer
 
 import minorca
 from minorca import cli
-from minorca.generate.__main__ import generate
+from minorca.generate import generate
 from minorca.model.build import fast_dtype
 from minorca.train import __main__ as train_command
 
 HERE = Path(__file__).parent
-MODEL, RUN, QUESTIONS, MAX_NEW_TOKENS = HERE / "model", HERE.parent / "runs" / "quickstart", 32, 64
+MODEL = HERE / "model"
+RUN = HERE.parent / "runs" / "quickstart"
+QUESTIONS = 32
+MAX_NEW_TOKENS = 64
 
 
 def answers(rows: list[dict], adapter: Path | None) -> list[str]:
     """The model's answers to the rows' questions, through its chat template."""
-    tok, model = minorca.load_tokenizer(MODEL), minorca.load_model(MODEL, fast_dtype(), adapter=adapter)
+    tok = minorca.load_tokenizer(MODEL)
+    model = minorca.load_model(MODEL, fast_dtype(), adapter=adapter)
     prompts = []
     for row in rows:
         system = [{"role": "system", "content": row["system_prompt"]}] if row["system_prompt"] else []
@@ -30,7 +34,7 @@ def answers(rows: list[dict], adapter: Path | None) -> list[str]:
 
 
 def score(rows: list[dict], texts: list[str]) -> int:
-    """How many end in the row's own answer."""
+    """The number of texts whose answer is that of the row."""
     return sum(extract_answer(text) == extract_answer(row["response"]) for row, text in zip(rows, texts))
 
 
@@ -55,21 +59,17 @@ def main(argv: list[str]) -> None:
     after = answers(rows, RUN / "adapter")
     losses = [line["eval_loss"] for line in map(json.loads, (RUN / "metrics.jsonl").open()) if "eval_loss" in line]
 
-    shown = next(
-        (
-            n
-            for n in range(QUESTIONS)
-            if score(rows[n : n + 1], after[n : n + 1]) > score(rows[n : n + 1], before[n : n + 1])
-        ),
-        0,
-    )
+    def improved(n: int) -> bool:
+        return score([rows[n]], [after[n]]) > score([rows[n]], [before[n]])
+
+    shown = next(filter(improved, range(QUESTIONS)), 0)
     print(f"\nquestion: {rows[shown]['question']}\n\nbefore: {before[shown]}\n\nafter: {after[shown]}\n")
     print(f"held-out loss: {losses[0]:.3f} before, {losses[-1]:.3f} after")
     print(f"right answers: {score(rows, before)} of {QUESTIONS} before, {score(rows, after)} after")
     print(
         f"{time.time() - started:.0f} seconds; the adapter is in {RUN / 'adapter'}, the curves in {RUN / 'curves.png'}"
     )
-    print(f"talk to it: .venv/bin/python -m minorca.generate --model {MODEL} --adapter {RUN / 'adapter'} --chat")
+    print(f"chat with it: .venv/bin/python -m minorca.generate --model {MODEL} --adapter {RUN / 'adapter'} --chat")
 
 
 if __name__ == "__main__":

@@ -161,7 +161,8 @@ def story(rng):
     question = rng.choice(
         [
             f"{name} has {have} {thing}, buys {more} more and gives away {less}. How many {thing} are left?",
-            f"There are {have} {thing} in a box. {name} puts in {more} and takes out {less}. How many are in the box now?",
+            f"There are {have} {thing} in a box. {name} puts in {more} and takes out {less}. "
+            "How many are in the box now?",
             f"{name} found {have} {thing} on Monday and {more} on Tuesday, then lost {less}. How many {thing} remain?",
         ]
     )
@@ -264,7 +265,8 @@ def make_rows(number: int, rng: random.Random, asked: set[str]) -> list[dict[str
         asked.add(question)
         submix = FAMILIES[family]
         prompts = [SYSTEM_PROMPTS[which - 1] for which in SUBMIXES[submix]]
-        brevity = [1 / (40 + len(prompt)) for prompt in prompts]  # long ones are rare: they cost time, not thought
+        # long ones, which take more time to train on, are rare
+        brevity = [1 / (40 + len(prompt)) for prompt in prompts]
         rows.append(
             {
                 "id": f"{submix}.{len(asked)}",
@@ -278,11 +280,12 @@ def make_rows(number: int, rng: random.Random, asked: set[str]) -> list[dict[str
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Makes the small instruction set of the quickstart.")
     parser.add_argument("output", type=Path, nargs="?", default=Path(__file__).parent / "data", metavar="OUTPUT_DIR")
     output = parser.parse_args(arguments).output
     output.mkdir(parents=True, exist_ok=True)
-    rng, asked = random.Random(0), set()
+    rng = random.Random(0)
+    asked: set[str] = set()
     for name, number in [("train", TRAIN_ROWS), ("eval", EVAL_ROWS)]:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in make_rows(number, rng, asked)]
         (output / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")

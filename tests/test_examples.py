@@ -1,4 +1,4 @@
-"""The committed example data is what its generator makes, and its answers are right."""
+"""The committed example data equals the generator's output, and its answers are correct."""
 
 import importlib.util
 import json
@@ -7,8 +7,13 @@ from pathlib import Path
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SPEC = importlib.util.spec_from_file_location("make_data", EXAMPLES / "make_data.py")
+assert SPEC and SPEC.loader
 make_data = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(make_data)
+
+
+ORDINALS = ["first", "second", "third", "fourth", "fifth"]
+WEEK = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 
 
 def rows(name):
@@ -19,7 +24,7 @@ TRAIN, EVAL = rows("train.jsonl"), rows("eval.jsonl")
 
 
 def answer_again(question):
-    """The answer worked out from the question's text alone, by other means than the generator's."""
+    """The answer from the question's text alone, computed independently of the generator."""
     task, _ = question.rsplit("\n", 1)
     words = [word for word in re.findall(r"[a-z]+", task) if word in make_data.WORDS]
     numbers = [int(number) for number in re.findall(r"\d+", task)]
@@ -32,7 +37,7 @@ def answer_again(question):
     if re.search("reverse|around|last to first", task):
         return ", ".join(reversed(words))
     if ordinal := re.search("(first|second|third|fourth|fifth) (?:word|one)", task):
-        return words["first second third fourth fifth".split().index(ordinal[1])]
+        return words[ORDINALS.index(ordinal[1])]
     if re.search("Replace|Copy|substitute", task):
         (old,) = {word for word in words if words.count(word) == 2}
         text = words[:4] if "Text:" in task else words[2:]
@@ -53,8 +58,7 @@ def answer_again(question):
         have, more, less = numbers
         return str(have + more - less)
     if days:
-        week = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-        return week[(week.index(days[0]) + numbers[0]) % 7]
+        return WEEK[(WEEK.index(days[0]) + numbers[0]) % 7]
     (factor,) = [factor for unit, parts, factor in make_data.UNITS if unit in task and parts in task]
     return str(factor * numbers[-1])
 
@@ -81,8 +85,9 @@ def test_columns_ids_and_system_prompts_are_openorcas():
 
 
 def test_no_held_out_question_was_trained_on():
+    # without the last line, which only says how to phrase the answer
     train, held_out = [{row["question"].rsplit("\n", 1)[0] for row in part} for part in (TRAIN, EVAL)]
-    assert len(train) == 1000 and len(held_out) == 100 and not train & held_out  # whatever ending the question has
+    assert len(train) == 1000 and len(held_out) == 100 and not train & held_out
 
 
 def test_the_last_answer_counts():

@@ -1,4 +1,4 @@
-"""What the README says of the tests is so."""
+"""The tests that the README names exist."""
 
 import re
 
