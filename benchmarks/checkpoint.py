@@ -1,11 +1,11 @@
-"""What a checkpoint costs: python -m benchmarks.checkpoint [--model DIR | --shape 7b] [--saves N] [--output FOLDER]
+"""The time that a checkpoint takes: python -m benchmarks.checkpoint [--model DIR | --shape 7b] [--saves N]
+[--output FOLDER]
 
-Saves as minorca.train does, with `keep: 2`: gather, write, synchronise to disk, hash, rename, verify the new one and the one before,
-remove the oldest. The stall is all of it, for the loop waits; the limit beside it is the time to write and synchronise as many bytes,
-in the same run. Weights other than the adapters' stay on the meta device: none of theirs are saved.
+Saves as minorca.train does, with `keep: 2`: gather, write, synchronise to disk, hash, rename, verify the new checkpoint
+and the previous one, remove the oldest. The training loop waits for all of it. The limit, measured in the same run, is
+the time to write and synchronise as many bytes. Frozen weights, which are not saved, stay on the meta device.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -20,14 +20,15 @@ from minorca.config import Config, DataConfig, ModelConfig, OptimConfig, TrainCo
 from minorca.model.architecture import Architecture, read_architecture
 from minorca.model.build import build_model
 from minorca.model.lora import LoRASettings, add_adapters
+from minorca.model.network import Mistral
 from minorca.train import checkpoint
 from minorca.train.optim import adamw
 from minorca.train.ranks import init_distributed
 from minorca.train.trainable import Adapters, TrainableSet
 
 
-def adapted(arch: Architecture, settings: LoRASettings) -> nn.Module:
-    """A model whose adapters alone take memory."""
+def adapted(arch: Architecture, settings: LoRASettings) -> Mistral:
+    """A model on the meta device, with adapters on the CPU."""
     model = build_model(arch, torch.bfloat16)
     add_adapters(model, settings)
     for module in model.modules():
@@ -37,9 +38,11 @@ def adapted(arch: Architecture, settings: LoRASettings) -> nn.Module:
     return model
 
 
-def written(directory: Path, size: int) -> float:
-    """Seconds to write so many bytes and have them on the disk."""
-    chunk, path, started = os.urandom(2**24), directory / "bytes", time.perf_counter()
+def write_seconds(directory: Path, size: int) -> float:
+    """Seconds to write `size` bytes and synchronise them to disk."""
+    chunk = os.urandom(2**24)
+    path = directory / "bytes"
+    started = time.perf_counter()
     with path.open("wb") as file:
         for start in range(0, size, len(chunk)):
             file.write(chunk[: size - start])
@@ -51,8 +54,10 @@ def written(directory: Path, size: int) -> float:
 
 
 def main() -> None:
-    options: argparse.ArgumentParser = parser("benchmarks.checkpoint", __doc__.partition("\n")[0])
-    options.add_argument("--rank", type=int, default=16, metavar="N", help="of the adapters, on all projections")
+    options = parser("benchmarks.checkpoint", "The time that a checkpoint takes.")
+    options.add_argument(
+        "--rank", type=int, default=16, metavar="N", help="of the adapters, on all projections; default: 16"
+    )
     options.add_argument("--saves", type=int, default=7, metavar="N")
     args = options.parse_args()
     if args.output:
@@ -62,26 +67,27 @@ def main() -> None:
         config = Config(ModelConfig(str(args.model)), DataConfig(""), train=TrainConfig(output=folder))
         if args.shape:
             (output / "config.json").write_text(json.dumps(SHAPES[args.shape]))
-        arch, settings = (
-            read_architecture(output if args.shape else args.model),
-            LoRASettings(args.rank, 2.0 * args.rank),
-        )
-        model = adapted(arch, settings)
+        settings = LoRASettings(args.rank, 2.0 * args.rank)
+        model = adapted(read_architecture(output if args.shape else args.model), settings)
         trainable = TrainableSet([Adapters(model, settings, str(args.model))])
         optimizer = adamw(trainable.parameters.values(), OptimConfig())
         for parameter in trainable.parameters.values():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-        stalls, limits, directory = [], [], output / "checkpoints"
-        for step in range(1, args.saves + 3):  # the first two remove none
+        stalls = []
+        limits = []
+        directory = output / "checkpoints"
+        # the first two remove no older checkpoint, and are not counted
+        for step in range(1, args.saves + 3):
             started = time.perf_counter()
             threads = torch.get_num_threads()
             state = checkpoint.State(checkpoint.FORMAT, step, step, world.size, threads, torch.__version__, {})
             checkpoint.save(directory, trainable, optimizer, state, config.train.keep, world)
             stalls.append(time.perf_counter() - started)
             size = sum(path.stat().st_size for path in checkpoint.published(directory)[-1].iterdir())
-            limits.append(written(output, size))
-    stall, every = spread(stalls[2:]), config.train.checkpoint_every
+            limits.append(write_seconds(output, size))
+    stall = spread(stalls[2:])
+    every = config.train.checkpoint_every
     report(
         {
             "model": args.shape or args.model.name,
@@ -91,7 +97,7 @@ def main() -> None:
             "stall_seconds": stall,
             "write_and_sync_seconds": spread(limits[2:]),
             "checkpoint_every": every,
-            # a step that takes longer than this spends less than a hundredth of the time on checkpoints
+            # with longer steps, checkpoints take less than 1% of the time
             "step_seconds_for_one_percent": stall["median"] / every * 99,
         },
         f"checkpoint-{args.shape or args.model.name}",

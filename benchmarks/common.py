@@ -1,4 +1,4 @@
-"""What the benchmarks share: the clock, the model under test and its peer, and the JSON they write."""
+"""Shared by the benchmarks: the clock, the model under test, transformers' model to compare with, and JSON reports."""
 
 import argparse
 import contextlib
@@ -26,7 +26,8 @@ from minorca.model.projection import Projection
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {
-    "7b": {  # config.json of Mistral-7B-v0.3
+    # config.json of Mistral-7B-v0.3
+    "7b": {
         "model_type": "mistral",
         "architectures": ["MistralForCausalLM"],
         "vocab_size": 32768,
@@ -47,7 +48,7 @@ SHAPES = {
 
 
 def clock() -> float:
-    """Seconds, once the device has done all it was given."""
+    """The time in seconds, after the device has finished its work."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -64,7 +65,7 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
         "--model", type=Path, default=ROOT / "examples" / "model", metavar="DIR", help="default: examples/model"
     )
     options.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of --model")
-    options.add_argument("--layers", type=int, metavar="N", help="of --shape; default: all it has")
+    options.add_argument("--layers", type=int, metavar="N", help="number of layers of --shape; default: all")
     options.add_argument("--dtype", choices=("bfloat16", "float32"), default=str(fast_dtype()).removeprefix("torch."))
     options.add_argument("--output", type=Path, metavar="FOLDER", help="write the JSON there too")
     return options
@@ -83,18 +84,20 @@ def model_under_test(args: argparse.Namespace) -> Iterator[tuple[Path, Mistral]]
         model = build_model(read_architecture(directory), dtype).to_empty(device=DEVICE).eval()
         torch.manual_seed(0)
         for name, parameter in model.named_parameters():
-            nn.init.ones_(parameter) if "norm" in name else nn.init.normal_(parameter, std=0.02)
+            if "norm" in name:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)
         yield Path(directory), model
 
 
 def peer(directory: Path, model: Mistral) -> nn.Module:
-    """transformers' model of the directory's configuration, its weights views of minorca's: one copy in memory serves both."""
+    """transformers' model of the directory's configuration; its weights are views of minorca's and take no memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def stacked(module: str) -> Tensor:
-        weight = model.get_submodule(module)
-        weight = weight.base if isinstance(weight, Projection) else weight
-        return weight.weight.detach()
+        owner = model.get_submodule(module)
+        return owner.get_parameter("base.weight" if isinstance(owner, Projection) else "weight").detach()
 
     config = AutoConfig.from_pretrained(directory)
     with torch.device("meta"):
@@ -108,14 +111,15 @@ def peer(directory: Path, model: Mistral) -> nn.Module:
     }
     theirs.load_state_dict(views, strict=False, assign=True)
     theirs.tie_weights()
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(DEVICE)  # its tables are in no state dict
+    # its tables are not in the state dict
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(DEVICE)
     return theirs.eval()
 
 
 def machine() -> dict:
-    """Names and versions; the commit from git, or from a file COMMIT where the checkout has no git."""
+    """Device, versions and commit; the commit is read from git, or else from a file COMMIT."""
 
-    def said(*command: str) -> str | None:
+    def output_of(*command: str) -> str | None:
         try:
             return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
@@ -132,15 +136,17 @@ def machine() -> dict:
 
     cuda = DEVICE.type == "cuda"
     cpu = re.search(r"model name\s*: (.*)", read(Path("/proc/cpuinfo")))
+    processor = cpu[1] if cpu else platform.machine()
+    driver_query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
-        "device": torch.cuda.get_device_name() if cuda else cpu[1] if cpu else platform.machine(),
+        "device": torch.cuda.get_device_name() if cuda else processor,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "triton", "transformers", "peft")},
         "cuda": torch.version.cuda,
-        "cuda_driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
-        "commit": said("git", "describe", "--always", "--dirty") or read(ROOT / "COMMIT").strip() or None,
+        "cuda_driver": output_of(*driver_query) if cuda else None,
+        "commit": output_of("git", "describe", "--always", "--dirty") or read(ROOT / "COMMIT").strip() or None,
     }
 
 

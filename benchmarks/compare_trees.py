@@ -270,7 +270,7 @@ def worker(tree: Path) -> None:
 
 def hash_of(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def hashes(file: Path) -> dict[str, str]:

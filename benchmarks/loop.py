@@ -1,8 +1,8 @@
-"""Where a run's time goes: python -m benchmarks.loop [--steps N] [--output FOLDER] [--section.key VALUE ...]
+"""The time of a run by phase: python -m benchmarks.loop [--steps N] [--output FOLDER] [--section.key VALUE ...]
 
-A run of minorca.train on the quickstart's model and rows, with `--profile`; the shares are the medians over its steps, read from its
-metrics.jsonl, of the time each phase took. The first three steps are left out: the third is the one the profiler watches. FOLDER also
-gets what it wrote; the trace opens in chrome://tracing or Perfetto.
+Runs minorca.train on the quickstart's model and rows, with `--profile`. The shares are medians over the steps in
+metrics.jsonl, without the first three, the last of which is profiled. The profile is copied to FOLDER; its trace opens
+in chrome://tracing or Perfetto.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from minorca.train.metrics import PHASES
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(prog="python -m benchmarks.loop", description=__doc__.partition("\n")[0])
+    options = argparse.ArgumentParser(prog="python -m benchmarks.loop", description="The time of a run by phase.")
     options.add_argument("--steps", type=int, default=20, metavar="N", help="at least 4 (default: 20)")
     options.add_argument("--output", type=Path, metavar="FOLDER", help="write the JSON and the trace there too")
     args, settings = options.parse_known_args()

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.common import ROOT, report, spread
 from minorca.data.chat_template import render_chat
@@ -36,6 +36,7 @@ from minorca.generate import generate
 from minorca.generate.text_stream import REPLACEMENT
 from minorca.model.build import fast_dtype, load_model
 from minorca.model.network import Mistral
+from minorca_kernels import FrozenWeight
 
 NEW_TOKENS = 32
 # Logits are about 20, where neighbouring values of bf16 are 0.125 apart.
@@ -230,6 +231,10 @@ async def load(server: Server, asked: list[str], clients: int, seconds: float, r
     return phase
 
 
+def last_logits(hidden_TH: Tensor, weight: FrozenWeight) -> Tensor:
+    return weight.linear(hidden_TH[-1:])[0]
+
+
 @torch.inference_mode()
 def widest_gap(model: Mistral, tok: Tokenizer, prompt: list[int], text: str) -> float | None:
     """How far below the largest logit an answer's tokens are at most; None if one of them is not within TOLERANCE.
@@ -244,7 +249,7 @@ def widest_gap(model: Mistral, tok: Tokenizer, prompt: list[int], text: str) -> 
             if tok.decode(ids) == text:
                 return widest
             continue
-        logits_V = model(torch.tensor(prompt + ids), head=lambda hidden, head: F.linear(hidden[-1], head)).float()
+        logits_V = model(torch.tensor(prompt + ids), head=last_logits).float()
         below_V = logits_V.max() - logits_V
         for token in (below_V <= tolerance).nonzero()[:, 0].tolist():
             if text.startswith(tok.decode([*ids, token]).rstrip(REPLACEMENT)):
@@ -318,7 +323,7 @@ def main() -> int:
         "answers are wrong": wrong.total(),
         "tokens are lost": figures["lost_tokens"],
         "requests still run": any(figures[name]["idle_after_seconds"] > IDLE_TIMEOUT for name in phases),
-        "the server has grown": growth > GROWTH,
+        "the server's memory has grown": growth > GROWTH,
     }
     result = {
         "model": args.model.name,
@@ -338,7 +343,7 @@ def main() -> int:
         "wrong": [
             {"question": asked[number], "expected": offline[number], "found": text} for number, text in list(wrong)[:5]
         ],
-        "problems": [what for what, is_so in problems.items() if is_so],
+        "problems": [problem for problem, found in problems.items() if found],
     }
     report(result, "serve-load", args.output)
     return 1 if result["problems"] else 0

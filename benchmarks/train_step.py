@@ -1,20 +1,21 @@
 """One training step of LoRA, minorca beside transformers + PEFT: python -m benchmarks.train_step
 
-A step is forward, backward, clipping and AdamW over the same synthetic rows, two micro-batches of at most --tokens tokens
-for minorca, which packs. The peer is what a careful user of transformers would write: SDPA, PEFT's fp32 adapters, autocast
-in bf16 as its Trainer does, fused AdamW, rows sorted by length and padded to the longest of their micro-batch, of which none
-holds more than --tokens with its padding. Both share one copy of the frozen weights and start from the same adapter; their
-losses must agree in the first two steps. Where a micro-batch does not fit into the GPU, that side halves its own.
+A step is forward, backward, clipping and AdamW over the same synthetic rows, which minorca packs into two micro-batches
+of at most --tokens tokens. The other side is what a careful user of transformers would write: SDPA, PEFT's fp32
+adapters, autocast in bf16 as in its Trainer, fused AdamW, and rows sorted by length and padded to the longest of their
+micro-batch, which has at most --tokens tokens, padding included. Both share one copy of the frozen weights and start
+from the same adapter; their losses must agree in the first two steps. A side whose micro-batches do not fit into the
+GPU's memory halves them.
 
-Steps alternate, one side after the other. Tokens a second count real tokens, no padding. Peak memory is what CUDA allocated
-for one side alone, or the resident memory of a process that runs one side alone (Python and its libraries included).
+The sides alternate step by step. Tokens per second do not count padding. Peak memory is what CUDA allocated for one
+side alone, or the resident memory of a process that runs one side alone (Python and its libraries included).
 """
 
 import contextlib
 import itertools
 import subprocess
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,26 +34,29 @@ from minorca.train.metrics import peak_flops, peak_memory_bytes, training_flops
 from minorca.train.objectives import NextToken
 from minorca.train.optim import adamw, clip_gradients
 
-SETTINGS, OPTIM = LoRASettings(rank=16, alpha=32), OptimConfig()
+SETTINGS = LoRASettings(rank=16, alpha=32)
+OPTIM = OptimConfig()
+# minimum, maximum, and the median and sigma of a log-normal distribution
 LENGTHS = {
     "full": (512, 1024, 720, 0.3),
     "short": (16, 200, 60, 0.7),
-}  # least, most, and median and sigma of a lognormal
-TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of the losses, relative
+}
+# of the losses, relative
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 
 
-def plan(store: TokenStore, tokens: int) -> list[list[int]]:
+def plan(store: TokenStore, tokens: int) -> list[np.ndarray]:
     """The rows of minorca's micro-batches, packed."""
     return list(itertools.chain(*plan_epoch(store.lengths, tokens, 1, packing=True, seed=0, epoch=0)))
 
 
 def draw_rows(kind: str, vocabulary: int, tokens: int) -> TokenStore:
-    """Random rows, until one more would need a third micro-batch; of each the last 30 to 70 % of its tokens are trained."""
+    """Random rows that fill two micro-batches; the last 30 to 70% of each row's tokens are trained."""
     random = np.random.default_rng(0)
-    least, most, median, sigma = LENGTHS[kind]
+    shortest, longest, median, sigma = LENGTHS[kind]
     store = TokenStore(np.empty(0, np.int32), np.empty(0, bool), np.zeros(1, np.int64))
     while True:
-        length = int(np.clip(random.lognormal(np.log(median), sigma), least, most))
+        length = int(np.clip(random.lognormal(np.log(median), sigma), shortest, longest))
         ids = random.integers(vocabulary, size=length, dtype=np.int32)
         trained = np.arange(length) >= random.uniform(0.3, 0.7) * length
         longer = TokenStore(
@@ -66,10 +70,12 @@ def draw_rows(kind: str, vocabulary: int, tokens: int) -> TokenStore:
 
 
 class Ours:
-    """minorca. `step` is one training step that stops at the end of each of its parts to be timed."""
+    """minorca. `step` is one training step, and yields the name of each part when the part ends."""
 
     def __init__(self, store: TokenStore, model: Mistral, directory: Path, adapter: dict[str, Tensor]):
-        self.store, self.trained, self.model = store, int(store.trained.sum()), model.train()
+        self.store = store
+        self.trained = int(store.trained.sum())
+        self.model = model.train()
         self.adapters = list(adapter_parameters(model).values())
         self.optimizer = adamw(self.adapters, OPTIM)
 
@@ -99,16 +105,19 @@ class Theirs:
     def __init__(self, store: TokenStore, model: Mistral, directory: Path, adapter: dict[str, Tensor]):
         from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-        self.store, self.trained = store, int(store.trained.sum())
+        self.store = store
+        self.trained = int(store.trained.sum())
         targets = [f"{target}_proj" for target in SETTINGS.targets]
-        config = LoraConfig(r=SETTINGS.rank, lora_alpha=SETTINGS.alpha, target_modules=targets, task_type="CAUSAL_LM")
+        alpha = int(SETTINGS.alpha)
+        config = LoraConfig(r=SETTINGS.rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
         self.model = get_peft_model(peer(directory, model), config).train()
         set_peft_model_state_dict(self.model, adapter)
         self.adapters = [p for p in self.model.parameters() if p.requires_grad]
         half = model.embedding.weight.dtype == torch.bfloat16
         self.precision = torch.autocast(DEVICE.type, torch.bfloat16) if half else contextlib.nullcontext()
-        settings = OPTIM.lr, tuple(OPTIM.betas), OPTIM.eps, OPTIM.weight_decay
-        self.optimizer = torch.optim.AdamW(self.adapters, *settings, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.adapters, OPTIM.lr, OPTIM.betas, OPTIM.eps, OPTIM.weight_decay, fused=True
+        )
 
     def arrange(self, tokens: int) -> list[int]:
         groups: list[list[int]] = [[]]
@@ -150,9 +159,10 @@ class Theirs:
 SIDES = {"ours": Ours, "theirs": Theirs}
 
 
-def timed(side: Ours | Theirs) -> Counter:
+def timed(side: Ours | Theirs) -> dict[str, float]:
     """One step's seconds by part."""
-    parts, start = Counter(), clock()
+    parts = defaultdict(float)
+    start = clock()
     for part in side.step():
         now = clock()
         parts[part] += now - start
@@ -161,7 +171,7 @@ def timed(side: Ours | Theirs) -> Counter:
 
 
 def warm_up(side: Ours | Theirs, tokens: int) -> tuple[int, list[int]]:
-    """The first step; returns the micro-batches' limit it fits the GPU with, at most `tokens`, and their sizes."""
+    """Runs the first step; returns the largest micro-batch that fits, at most `tokens`, and the sizes of all."""
     while True:
         sizes = side.arrange(tokens)
         if DEVICE.type == "cuda":
@@ -173,7 +183,7 @@ def warm_up(side: Ours | Theirs, tokens: int) -> tuple[int, list[int]]:
             tokens //= 2
             if tokens < side.store.lengths.max():
                 raise
-        side.batches = None
+        side.batches = []
         side.optimizer.zero_grad()
         torch.cuda.empty_cache()
 
@@ -188,7 +198,8 @@ def measure(args, names: list[str]) -> dict:
         adapter = {name: p.detach().cpu().clone() for name, p in adapter_parameters(model).items()}
         sides, results = {}, {}
         for name in names:
-            others = torch.cuda.memory_allocated() - weights if sides else 0  # what the side before keeps
+            # what the previous side keeps
+            others = torch.cuda.memory_allocated() - weights if sides else 0
             side = sides[name] = SIDES[name](store, model, directory, adapter)
             tokens, sizes = warm_up(side, args.tokens)
             results[name] = {
@@ -207,7 +218,7 @@ def measure(args, names: list[str]) -> dict:
             model.arch, sum(map(torch.numel, adapter.values())), store.lengths.tolist(), int(store.trained.sum())
         )
     for name, result in results.items():
-        seconds = spread([part.total() for part in steps[name]])
+        seconds = spread([sum(step.values()) for step in steps[name]])
         peak = peak_flops(DEVICE, getattr(torch, args.dtype))
         result |= {
             "seconds": seconds,
@@ -229,9 +240,11 @@ def main() -> None:
     options = parser("benchmarks.train_step", "One LoRA training step, minorca beside transformers + PEFT.")
     options.add_argument("--rows", choices=LENGTHS, default="full", help="512 to 1024 tokens each, or short: 16 to 200")
     options.add_argument(
-        "--steps", type=int, default=5, metavar="N", help="timed steps of each side, after one that is not"
+        "--steps", type=int, default=5, metavar="N", help="timed steps of each side, after a warm-up step; default: 5"
     )
-    options.add_argument("--tokens", type=int, default=2048, metavar="N", help="a micro-batch holds at most")
+    options.add_argument(
+        "--tokens", type=int, default=2048, metavar="N", help="maximum size of a micro-batch; default: 2048"
+    )
     options.add_argument("--only", choices=SIDES, help="run one side alone and print its peak memory in bytes")
     args = options.parse_args()
     if args.tokens < LENGTHS[args.rows][1]:
@@ -241,7 +254,8 @@ def main() -> None:
         print(measure(args, [args.only])[args.only]["peak_memory_bytes"])
         return
     alone = {}
-    if DEVICE.type == "cpu":  # a process's peak is of all it has ever run
+    # the peak of a process includes both sides, so each runs in a process of its own
+    if DEVICE.type == "cpu":
         for name in SIDES:
             command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--only", name]
             alone[name] = int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
@@ -254,9 +268,8 @@ def main() -> None:
     for ours, theirs in zip(*(result[name]["losses"][:2] for name in SIDES)):
         print(f"loss: ours {ours:.6f}, theirs {theirs:.6f}")
         if not abs(ours - theirs) <= TOLERANCE[args.dtype] * theirs:
-            sys.exit(
-                f"benchmarks.train_step: error: the losses differ by more than {TOLERANCE[args.dtype]:g} of their size"
-            )
+            limit = f"{TOLERANCE[args.dtype]:g}, relative"
+            sys.exit(f"benchmarks.train_step: error: the losses differ by more than {limit}")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-CACHE = tempfile.TemporaryDirectory()  # rendered rows of this run of the tests, and nobody else's
+# this test run renders rows into a cache of its own
+CACHE = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 import pytest
 import torch
 
-from tests.helpers import ROOT, random_mistral, save_tokenizer
+from tests.helpers import ROOT, Workplace, random_mistral, save_tokenizer
 
 torch.set_num_threads(1)
 
@@ -28,21 +29,26 @@ def smollm2() -> Path:
     return directory
 
 
+def filled_with_nan(allocate):
+    """The allocator, whose floating-point tensors are filled with NaN."""
+
+    def allocate_nan(*arguments, **options):
+        tensor = allocate(*arguments, **options)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    return allocate_nan
+
+
 @pytest.fixture
 def poisoned(monkeypatch) -> None:
-    """New memory holds NaN: what a kernel forgets to write shows."""
+    """Fills uninitialized memory with NaN, so that elements that a kernel does not write are detected."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-
-        def allocate(*arguments, original=getattr(owner, name), **options):
-            tensor = original(*arguments, **options)
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-        monkeypatch.setattr(owner, name, allocate)
+        monkeypatch.setattr(owner, name, filled_with_nan(getattr(owner, name)))
 
 
 @pytest.fixture
 def save_mistral(tmp_path):
-    """save_mistral(**fields) -> (directory in Hugging Face's layout, transformers' model)."""
+    """save_mistral(**fields): a directory in Hugging Face's layout, and transformers' model, which it holds."""
 
     def save(seed: int = 0, shard_size: str = "5GB", **fields):
         model = random_mistral(seed, **fields)
@@ -54,43 +60,18 @@ def save_mistral(tmp_path):
 
 
 @pytest.fixture
-def workplace(save_mistral, tmp_path):
-    """A model with a tokenizer, OpenOrca-like rows, and `options(...)`: the command line of a short run on them."""
+def workplace(save_mistral, tmp_path) -> Workplace:
+    """A small random model with a tokenizer, and 60 rows in OpenOrca's format."""
     import json
     import random
 
     directory, model = save_mistral(vocab_size=260, sliding_window=24, tie_word_embeddings=True, initializer_range=0.08)
     save_tokenizer(directory)
-    (tmp_path / "empty.yaml").write_text("{}")  # not the quickstart
     draw = random.Random(0)
     with (tmp_path / "rows.jsonl").open("w") as file:
         for n in range(60):
             word = "".join(draw.choices("abcdef", k=draw.randint(1, 12)))
             system = draw.choice(["", "Be brief."])
-            file.write(
-                json.dumps(
-                    {"id": f"t0.{n}", "system_prompt": system, "question": f"Reverse {word}", "response": word[::-1]}
-                )
-                + "\n"
-            )
-
-    def options(output: str = "run", **settings) -> list[str]:
-        settings = {
-            "model.path": directory,
-            "model.dtype": "float32",
-            "data.train": tmp_path / "rows.jsonl",
-            "data.seq_len": 128,
-            "lora.rank": 4,
-            "optim.lr": 0.01,
-            "train.batch_tokens": 512,
-            "train.micro_batch_tokens": 128,
-            "train.output": tmp_path / output,
-        } | settings
-        return [
-            "--config",
-            str(tmp_path / "empty.yaml"),
-            *(t for key, value in settings.items() for t in (f"--{key}", str(value))),
-        ]
-
-    options.model, options.path = model, tmp_path
-    return options
+            row = {"id": f"t0.{n}", "system_prompt": system, "question": f"Reverse {word}", "response": word[::-1]}
+            file.write(json.dumps(row) + "\n")
+    return Workplace(tmp_path, directory, model)

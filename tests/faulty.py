@@ -1,7 +1,8 @@
-"""`python faulty.py POINT COUNT OPTIONS...`: minorca.train with a fault put in at a place that no outside hand could hit.
+"""Runs minorca.train with an injected fault: python faulty.py POINT COUNT OPTIONS...
 
-The process kills itself (SIGKILL) at the COUNTth passing of POINT. `nan loss` and `nan gradient` instead make the loss of the row
-COUNT (or only its gradient) a NaN, on every passing; the others are of rank COUNT, or of COUNT seconds in which rank 1 sleeps.
+A point of `POINTS` kills the process (SIGKILL) when it is reached for the COUNTth time. `nan loss` and `nan gradient`
+make the loss of row COUNT, or its gradient alone, NaN whenever the row is trained on. Of the points of `RANK_FAULTS`,
+`slow reading` makes rank 1 sleep for COUNT seconds; the others happen on rank COUNT.
 """
 
 import os
@@ -25,14 +26,14 @@ def die(*_, **__):
 
 
 def half_written(tensors, path, *rest):
-    """What a kill within a write leaves: the file's first half."""
+    """Leaves the first half of the file, as a kill during the write does."""
     save_file(tensors, path, *rest)
     os.truncate(path, Path(path).stat().st_size // 2)
     die()
 
 
 def half_removed(path):
-    """What a kill within a removal leaves."""
+    """Leaves the directory with one file less, as a kill during the removal does."""
     next(Path(path).iterdir()).unlink()
     die()
 
@@ -49,40 +50,47 @@ def always(*_, **__):
     return True
 
 
-def of_a_new_checkpoint(path, *_):
+def is_new_checkpoint(path, *_):
     return "step-" in path.name and ".tmp-" in path.name
 
 
-def of_what_is_there(path, *_, **__):
+def is_existing_directory(path, *_, **__):
     return Path(path).is_dir()
 
 
 save_file = checkpoint.save_file
-POINTS = {  # name -> (owner, attribute, what is called in its place, which calls count)
+# name -> (owner and attribute that are replaced, the function to call at the COUNTth call, which calls count)
+POINTS = {
     "before forward": (step, "batch_outcome", die, always),
     "after backward": (TrainableSet, "clip_gradients", die, always),
     "in a write": (checkpoint, "save_file", half_written, always),
     "before the manifest": (checkpoint, "write_manifest", die, always),
     "after the manifest": (checkpoint, "write_manifest", after(files.write_manifest), always),
-    "before the rename": (Path, "rename", die, of_a_new_checkpoint),
-    "after the rename": (Path, "rename", after(Path.rename), of_a_new_checkpoint),
+    "before the rename": (Path, "rename", die, is_new_checkpoint),
+    "after the rename": (Path, "rename", after(Path.rename), is_new_checkpoint),
     "before the removal": (checkpoint, "prune", die, always),
-    "in the removal": (shutil, "rmtree", half_removed, of_what_is_there),
+    "in the removal": (shutil, "rmtree", half_removed, is_existing_directory),
 }
 
 
 def inject(point: str, count: int) -> None:
     if point.startswith("nan"):
-        return spoil(point, count)
-    if point in ODD:
-        return ODD[point](count)
+        make_nan(point, count)
+    elif point in RANK_FAULTS:
+        RANK_FAULTS[point](count)
+    else:
+        kill_at(point, count)
+
+
+def kill_at(point: str, count: int) -> None:
     owner, name, fault, counts = POINTS[point]
-    original, passed = getattr(owner, name), 0
+    original = getattr(owner, name)
+    calls = 0
 
     def counted(*arguments, **options):
-        nonlocal passed
-        passed += counts(*arguments, **options)
-        return (fault if passed == count else original)(*arguments, **options)
+        nonlocal calls
+        calls += counts(*arguments, **options)
+        return (fault if calls == count else original)(*arguments, **options)
 
     setattr(owner, name, counted)
 
@@ -97,7 +105,7 @@ def slow_reading(seconds: int) -> None:
     inputs.read_data = slow
 
 
-def killed_while_loading(rank: int) -> None:
+def kill_while_loading(rank: int) -> None:
     load_weights = build.load_weights
     build.load_weights = die if os.environ["RANK"] == str(rank) else load_weights
 
@@ -105,12 +113,13 @@ def killed_while_loading(rank: int) -> None:
 def other_settings(rank: int) -> None:
     parse_config = cli.parse_config
 
-    def another(*arguments):
+    def parse_other(*arguments):
         args, config = parse_config(*arguments)
-        config.optim.lr *= 1 + (os.environ["RANK"] == str(rank))
+        if os.environ["RANK"] == str(rank):
+            config.optim.lr *= 2
         return args, config
 
-    cli.parse_config = another
+    cli.parse_config = parse_other
 
 
 def other_rows(rank: int) -> None:
@@ -118,37 +127,43 @@ def other_rows(rank: int) -> None:
 
     def fewer(config):
         store, held_out = read_data(config)
-        return (store.select(range(len(store) - 1)) if os.environ["RANK"] == str(rank) else store), held_out
+        if os.environ["RANK"] == str(rank):
+            store = store.select(range(len(store) - 1))
+        return store, held_out
 
     inputs.read_data = fewer
 
 
-ODD = {
+RANK_FAULTS = {
     "slow reading": slow_reading,
-    "while loading": killed_while_loading,
+    "while loading": kill_while_loading,
     "other lr": other_settings,
     "other rows": other_rows,
 }
 
 
-def spoil(point: str, row: int) -> None:
-    make_batch, batch_outcome, spoilt = step.make_batch, step.batch_outcome, set()
+def make_nan(point: str, row: int) -> None:
+    make_batch = step.make_batch
+    batch_outcome = step.batch_outcome
+    # the tokens of batches that contain the row
+    affected = set()
 
-    def noting(store, rows):
+    def recorded_batch(store, rows):
         batch = make_batch(store, rows)
         if row in rows:
-            spoilt.add(batch.tokens.numpy().tobytes())
+            affected.add(batch.tokens.numpy().tobytes())
         return batch
 
-    def spoilt_outcome(model, objective, batch, normalizer):
+    def outcome_with_nan(model, objective, batch, normalizer):
         outcome = batch_outcome(model, objective, batch, normalizer)
         loss = outcome.loss
-        if batch.tokens.cpu().numpy().tobytes() in spoilt and len(batch.targets):
-            # the square root of 0 has a value and no finite slope
+        if batch.tokens.cpu().numpy().tobytes() in affected and len(batch.targets):
+            # the square root is finite at 0, its derivative is not
             outcome.loss = loss * torch.nan if point == "nan loss" else loss + (loss - loss.detach()).sqrt()
         return outcome
 
-    step.make_batch, step.batch_outcome = noting, spoilt_outcome
+    step.make_batch = recorded_batch
+    step.batch_outcome = outcome_with_nan
 
 
 if __name__ == "__main__":

@@ -1,28 +1,39 @@
-"""What several tests share: small random models in Hugging Face's format, as transformers writes them, and whole runs."""
+"""Shared by several tests: small random models in Hugging Face's format, written by transformers, and whole runs."""
 
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, MistralForCausalLM
 
 ROOT = Path(__file__).parent.parent
 
 
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return (
-        torch.linalg.vector_norm(ours.double() - theirs.double()) / torch.linalg.vector_norm(theirs.double())
-    ).item()
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """|ours - theirs| / |theirs| in the 2-norm, computed in fp64."""
+    norm = torch.linalg.vector_norm
+    return float((norm(ours.double() - theirs.double()) / norm(theirs.double())).detach())
+
+
+def gradients_of(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The gradient of each parameter; every one must have a gradient."""
+    gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    assert gradients.keys() == parameters.keys()
+    return gradients
 
 
 class Calls(TorchDispatchMode):
-    """Notes the calls of our operators made within it: [(operator, arguments)]."""
+    """Records the calls of our operators in its block, as (operator, arguments)."""
 
     def __init__(self):
         super().__init__()
@@ -35,9 +46,9 @@ class Calls(TorchDispatchMode):
 
 
 def random_mistral(seed: int = 0, **fields) -> MistralForCausalLM:
-    """A small fp32 Mistral of transformers with random weights, norms included (ones would hide a missing weight)."""
+    """transformers' Mistral, small, in fp32, with random weights, norms included (ones would hide a missing weight)."""
     torch.manual_seed(seed)
-    config = {
+    config: dict[str, Any] = {
         "vocab_size": 128,
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -62,7 +73,8 @@ def random_adapter(base, directory, targets, **config):
     from peft import LoraConfig, get_peft_model
 
     names = [f"{target}_proj" for target in targets]
-    model = get_peft_model(base, LoraConfig(target_modules=names, task_type="CAUSAL_LM", **{"r": 4} | config))
+    fields: dict[str, Any] = {"r": 4} | config
+    model = get_peft_model(base, LoraConfig(target_modules=names, task_type="CAUSAL_LM", **fields))
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -84,23 +96,58 @@ def save_tokenizer(directory) -> None:
     (directory / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
 
 
+@dataclass(frozen=True)
+class Workplace:
+    """A model and rows to train on; called, it gives the command line of a short run on them.
+
+    Attributes:
+        path: the directory of rows.jsonl and of the runs' outputs.
+        model_path: the model's directory, with a tokenizer.
+        model: transformers' model with the same weights.
+    """
+
+    path: Path
+    model_path: Path
+    model: MistralForCausalLM
+
+    def __call__(self, output: str = "run", **settings) -> list[str]:
+        settings = {
+            "model.path": self.model_path,
+            "model.dtype": "float32",
+            "data.train": self.path / "rows.jsonl",
+            "data.seq_len": 128,
+            "lora.rank": 4,
+            "optim.lr": 0.01,
+            "train.batch_tokens": 512,
+            "train.micro_batch_tokens": 128,
+            "train.output": self.path / output,
+        } | settings
+        return [f"--{key}={value}" for key, value in settings.items()]
+
+
 def lines_of(output) -> list[dict]:
-    """A run's metrics.jsonl."""
+    """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def wait_until(true, seconds: float = 60) -> None:
+def wait_until(condition, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it took too long"
+    while not condition():
+        assert time.monotonic() < deadline, f"the condition did not hold within {seconds} s"
         time.sleep(0.005)
 
 
-SAME = ("loss", "grad_norm", "lr", "tokens", "trained_tokens")  # of a step's line: what no machine's speed changes
+# the keys of a step's line that do not depend on the machine's speed
+SAME = ("loss", "grad_norm", "lr", "tokens", "trained_tokens")
 
 
 def training(options, ranks: int = 0, faulty: tuple = (), restarts: int = 0, **popen) -> subprocess.Popen:
-    """A run in processes of its own: `ranks` of torchrun, or one without it; `faulty` names the fault that tests/faulty.py makes."""
+    """Starts a run in processes of its own: `ranks` of torchrun, or one process without torchrun where `ranks` is 0.
+
+    Args:
+        faulty: the fault to inject, as (point, count); see tests/faulty.py.
+        popen: further arguments of `subprocess.Popen`.
+    """
     program = [str(ROOT / "tests" / "faulty.py"), *map(str, faulty)] if faulty else ["-m", "minorca.train"]
     launcher = [
         "-m",
@@ -115,8 +162,8 @@ def training(options, ranks: int = 0, faulty: tuple = (), restarts: int = 0, **p
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
     }
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment} | popen
-    return subprocess.Popen([sys.executable, *(launcher if ranks else []), *program, *options], **pipes)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    return subprocess.Popen([sys.executable, *(launcher if ranks else []), *program, *options], **pipes | popen)
 
 
 def torchrun(ranks: int, options: list[str]) -> None:
@@ -126,7 +173,7 @@ def torchrun(ranks: int, options: list[str]) -> None:
 
 
 def assert_same_bits(one, two) -> None:
-    """Every line of both runs once, in order, with the same floats; the same adapters."""
+    """Both runs have the same lines in the same order, with equal floats, and bit-identical adapters."""
     from safetensors.torch import load_file
 
     keys = ("step", "eval_loss", *SAME)
@@ -137,8 +184,11 @@ def assert_same_bits(one, two) -> None:
 
 
 def assert_same_run(one, two, losses: float = 1e-5) -> None:
-    """Losses, norms and counts of every line within 1e-5 relative (of the first ten steps' losses: as given), and adapters that
-    tell the same."""
+    """Losses, norms and counts of every line agree within 1e-5, relative, and the adapters within 1e-3.
+
+    Args:
+        losses: the relative tolerance of the first ten steps' losses.
+    """
     from safetensors.torch import load_file
 
     assert [line["step"] for line in lines_of(one)] == [line["step"] for line in lines_of(two)]

@@ -1,4 +1,4 @@
-"""Settings from a file and the command line: all that is wrong is said at once, and all that is right is kept."""
+"""Settings from a file and the command line: all errors are reported at once, and valid settings are kept."""
 
 import dataclasses
 import re
@@ -12,15 +12,17 @@ from minorca.config import Config, defaults
 from minorca.config_file import _ELSEWHERE, settings, write_config
 from tests.helpers import ROOT
 
-# every setting with its documented default, but for the two that must be given and the output's name
+# every setting with its documented default; the two paths have none
 SETTINGS = """
 model:    {path: DIR, dtype: bfloat16, quantize: none}
 lora:     {rank: 16, alpha: 32, dropout: 0.0, targets: [q, k, v, o, gate, up, down], rslora: false, init: null}
 data:     {train: PATH, eval: null, limit: null, format: openorca, template: auto, seq_len: 4096, packing: true,
            store: null, train_on: response, too_long: drop, empty_response: drop}
-optim:    {lr: 2.0e-4, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.0, warmup_steps: 0, schedule: cosine, max_grad_norm: 1.0}
-train:    {objective: sft, steps: null, epochs: 1, batch_tokens: 32768, micro_batch_tokens: 4096, seed: 0, output: runs/run,
-           checkpoint_every: 100, keep: 2, eval_every: 0, log_every: 1, resume: auto, nonfinite: stop, deterministic: false, wandb: null}
+optim:    {lr: 2.0e-4, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.0, warmup_steps: 0, schedule: cosine,
+           max_grad_norm: 1.0}
+train:    {objective: sft, steps: null, epochs: 1, batch_tokens: 32768, micro_batch_tokens: 4096, seed: 0,
+           output: runs/run, checkpoint_every: 100, keep: 2, eval_every: 0, log_every: 1, resume: auto, nonfinite: stop,
+           deterministic: false, wandb: null}
 parallel: {shard: auto, replicate: 1, activation_checkpointing: none, cpu_offload: false, timeout: 300}
 """
 MINIMAL = "model: {path: DIR}\ndata: {train: PATH}\n"
@@ -29,7 +31,7 @@ LEAVES = [(section, key, value) for section, keys in yaml.safe_load(SETTINGS).it
 
 @pytest.fixture
 def read(tmp_path):
-    """read(text of run.yaml, *options) -> Config."""
+    """read(text, *options): the Config of a run.yaml with this text, and of options."""
 
     def read(text: str, *options: str) -> Config:
         (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
@@ -46,7 +48,7 @@ def plain(config: Config) -> dict:
 
 
 def complaints(read, text: str, *options: str) -> list[str]:
-    """What a file and options are refused for, one string each; each names the file, or the option."""
+    """The error messages for a file and options; each names the file or the option."""
     with pytest.raises(UserError) as caught:
         read(text, *options)
     problems = caught.value.problems
@@ -64,18 +66,17 @@ def test_the_documented_settings_are_all_there_are_with_their_defaults(read):
 
 @pytest.mark.parametrize("section, key, value", LEAVES, ids=lambda part: str(part))
 def test_every_setting_is_also_an_option(section, key, value, read):
-    """Each option gives its key the value that it would have in the file; the file is left without that key."""
+    """The option sets the key, which the file lacks, to the same value."""
     values = yaml.safe_load(SETTINGS)
     del values[section][key]
     given = "DIR2" if key in ("path", "train", "output") else value
-    config = read(
-        yaml.safe_dump(values), f"--{section}.{key}", yaml.safe_dump(given, default_flow_style=True).split("\n")[0]
-    )
+    text = yaml.safe_dump(given, default_flow_style=True).split("\n")[0]
+    config = read(yaml.safe_dump(values), f"--{section}.{key}", text)
     assert plain(config)[section] == yaml.safe_load(SETTINGS)[section] | {key: given}
 
 
 def test_everything_wrong_is_reported_at_once(read):
-    """Unknown keys, sections and options, types, ranges and contradictions in one message, each once and nothing else."""
+    """Unknown keys, sections and options, types, ranges and contradictions: each is reported once, and nothing else."""
     text = """
 model: {path: DIR, dtype: float16, colour: red}
 lora: {rank: 0, dropout: 1.0, targets: [q, x], rslora: 3}
@@ -163,7 +164,7 @@ def test_complaints(text, expected, read):
 
 
 def test_what_was_complained_of_is_no_part_of_a_contradiction(read):
-    """seq_len's default, put in the place of nonsense, would not fit this micro-batch."""
+    """An invalid seq_len is not replaced by its default, which would exceed this micro-batch."""
     text = "model: {path: DIR}\ndata: {train: PATH, seq_len: long}\ntrain: {micro_batch_tokens: 1024}"
     assert not [complaint for complaint in complaints(read, text) if "micro_batch_tokens" in complaint]
 
@@ -247,14 +248,9 @@ def test_an_option_that_is_no_yaml_is_a_wrong_type(option, value, read):
 
 
 def test_numbers_with_an_exponent_are_numbers(read):
-    """In YAML 1.1, and so for PyYAML, 2e-4 without a point is text."""
-    config = read(MINIMAL + "optim: {lr: 2e-4, eps: 1E-8, weight_decay: 1e+1, max_grad_norm: .5e1}")
-    assert (config.optim.lr, config.optim.eps, config.optim.weight_decay, config.optim.max_grad_norm) == (
-        2e-4,
-        1e-8,
-        10.0,
-        5.0,
-    )
+    """In YAML 1.1, which PyYAML implements, 2e-4 without a point is a string."""
+    optim = read(MINIMAL + "optim: {lr: 2e-4, eps: 1E-8, weight_decay: 1e+1, max_grad_norm: .5e1}").optim
+    assert (optim.lr, optim.eps, optim.weight_decay, optim.max_grad_norm) == (2e-4, 1e-8, 10.0, 5.0)
 
 
 @pytest.mark.parametrize(
@@ -262,11 +258,13 @@ def test_numbers_with_an_exponent_are_numbers(read):
     [
         SETTINGS,
         "model: {path: 'a: #b é 日本'}\nlora: {targets: [up], alpha: 0.1}\ndata: {train: PATH, eval: 0.1}\n"
-        "optim: {lr: 1.2345678901234567e-05}\ntrain: {steps: 3, eval_every: 2}\nparallel: {shard: fsdp, cpu_offload: true}",
+        "optim: {lr: 1.2345678901234567e-05}\ntrain: {steps: 3, eval_every: 2}\n"
+        "parallel: {shard: fsdp, cpu_offload: true}",
     ],
 )
 def test_what_is_written_reads_back_equal(text, read, tmp_path):
-    config, file = read(text), tmp_path / "written.yaml"
+    config = read(text)
+    file = tmp_path / "written.yaml"
     write_config(config, file)
     assert parse_config(config_parser("minorca.train", ""), ["--config", str(file)])[1] == config
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml", "written.yaml"]
@@ -275,6 +273,7 @@ def test_what_is_written_reads_back_equal(text, read, tmp_path):
 def test_the_quickstart_is_a_valid_configuration():
     quickstart = ROOT / "configs" / "quickstart.yaml"
     _, config = parse_config(config_parser("minorca.train", ""), ["--config", str(quickstart)])
+    assert isinstance(config.data.train, str)
     assert (ROOT / config.data.train).is_file()
 
 
@@ -337,7 +336,7 @@ def test_the_places_that_other_tools_keys_have_here_exist():
 
 
 def test_a_range_is_reported_beside_an_unknown_section(read):
-    """Whatever the section's name has in common with the message."""
+    """Also if the section's name is a part of the other message."""
     for name in ("e", "is", "lr", "expected"):
         found = complaints(read, MINIMAL + f"optim: {{lr: -1.0}}\n{name}: {{}}")
         assert len(found) == 2 and found[1] == "optim.lr is -1.0; expected a positive number"

@@ -1,4 +1,4 @@
-"""Commands as users run them: what users can mend ends with status 2 and one line that says what, and leaves nothing behind."""
+"""Commands as users run them: a user's error ends with status 2 and one line for each problem, and writes no files."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ ROW = {"id": "1", "system_prompt": "", "question": "the quick brown fox", "respo
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A directory with a model and its tokenizer, adapters for it and for another, and something to train on."""
+    """A directory with a model, its tokenizer, adapters for it and for other models, and a row to train on."""
     root = tmp_path_factory.mktemp("original")
     random_mistral(vocab_size=512).save_pretrained(root / "model")
     byte_level(root / "model")
@@ -46,19 +47,23 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def here(original, tmp_path, monkeypatch):
-    """A copy of that directory to break, as the working directory."""
+    """A copy of `original`, to be damaged, as the working directory."""
     for source in original.rglob("*"):
         copy = tmp_path / source.relative_to(original)
-        copy.mkdir() if source.is_dir() else copy.write_bytes(source.read_bytes())
+        if source.is_dir():
+            copy.mkdir()
+        else:
+            copy.write_bytes(source.read_bytes())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture(autouse=True)
 def leave_the_process_as_it_was():
-    """A command is the last thing its process does: here it is not."""
+    """Restores signal handlers and the process group, which a command leaves changed because its process ends."""
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite started in the background would ignore it
+    # tests started in the background would ignore SIGINT
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for signum, handler in before.items():
         signal.signal(signum, handler)
@@ -74,7 +79,7 @@ def tree(root: Path) -> dict[str, str]:
 
 
 def refusal(main, argv: list[str], capsys) -> str:
-    """What a command that must fail says, after it failed as all do and changed nothing."""
+    """The error message of a command that must fail, and which must have changed nothing."""
     capsys.readouterr()
     before = tree(Path.cwd())
     with pytest.raises(SystemExit) as ended:
@@ -92,7 +97,7 @@ def cut(path: str) -> None:
 
 
 def shrink_vocabulary(rows: int = 128) -> None:
-    """The model of `here` with fewer rows than its tokenizer has ids."""
+    """Replaces the model by one with fewer rows than its tokenizer has ids."""
     random_mistral(vocab_size=rows).save_pretrained("model")
 
 
@@ -102,7 +107,8 @@ def edit(path: str, **changes) -> None:
 
 WEIGHTS, ADAPTER = "model/model.safetensors", "adapter/adapter_model.safetensors"
 GENERATE = ["--model", "model", "--prompt", "Hello"]
-GENERATING = {  # what breaks the directory, options, what is said
+# what damages the directory, options, expected message
+GENERATING = {
     "no directory": (None, ["--model", "./nowhere", "--prompt", "x"], r"./nowhere: no such directory"),
     "hub id": (
         None,
@@ -246,7 +252,7 @@ def test_one_line_and_status_two(main, break_it, argv, complaint, here, capsys):
 
 
 def test_where_nothing_is_wrong(here, capsys):
-    """What the cases above break does work, and writes where it was told to and nowhere else."""
+    """Without the damage of the cases above commands succeed, and write only to their outputs."""
     before = tree(here)
     cli.run(minorca.generate.__main__.main, [*GENERATE, "--adapter", "adapter", "--max-new-tokens", "3", "--json"])
     assert json.loads(capsys.readouterr().out)["tokens"] <= 3
@@ -270,7 +276,7 @@ def stopped_by(signum):
 
 
 @pytest.mark.parametrize(
-    "main, status, said",
+    "main, status, expected",
     [
         (lambda argv: None, None, ""),
         (raising(UserError("a.json:\n  field x\n")), 2, "minorca: error: a.json: field x\n"),
@@ -279,21 +285,22 @@ def stopped_by(signum):
     ],
     ids=["done", "error", "SIGINT", "SIGTERM"],
 )
-def test_the_ways_a_command_ends(main, status, said, capfd):
+def test_the_ways_a_command_ends(main, status, expected, capfd):
     try:
         cli.run(main, [])
         found = None
     except SystemExit as ended:
         found = ended.code
-    assert found == status and capfd.readouterr().err == said
+    assert found == status and capfd.readouterr().err == expected
 
 
-def command(*argv: str, reader_gone: bool = False) -> tuple[int, str | None, str]:
-    """A command in a process of its own, optionally with standard output that nobody reads any more."""
+def command(*argv: str, close_stdout: bool = False) -> tuple[int, str | None, str]:
+    """Runs a command in a process of its own, optionally with a closed pipe as standard output."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PYTHONUNBUFFERED": ""}
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    with subprocess.Popen([sys.executable, "-m", *argv], **pipe) as process:
-        if reader_gone:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-m", *argv], env=environment, **pipes) as process:
+        if close_stdout:
+            assert process.stdout
             process.stdout.close()
             process.stdout = None
         out, err = process.communicate(timeout=60)
@@ -301,12 +308,11 @@ def command(*argv: str, reader_gone: bool = False) -> tuple[int, str | None, str
 
 
 def test_processes():
-    """The same from outside, side by side for time's sake: an error, and help for a reader that has gone."""
+    """In processes of their own, in parallel: an error, and help written to a closed pipe."""
     with ThreadPoolExecutor() as pool:
         failed = pool.submit(command, "minorca", "generate", "--model", "a/b", "--prompt", "x")
-        helped = pool.submit(command, "minorca.export", "--help", reader_gone=True)
+        helped = pool.submit(command, "minorca.export", "--help", close_stdout=True)
     status, out, err = failed.result()
-    assert (status, out) == (2, "") and re.fullmatch(
-        "minorca: error: a/b: no such directory.*hf download a/b .*\n", err
-    )
+    assert (status, out) == (2, "")
+    assert re.fullmatch("minorca: error: a/b: no such directory.*hf download a/b .*\n", err)
     assert helped.result() == (0, None, "")

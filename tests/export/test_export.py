@@ -1,6 +1,7 @@
-"""Merged and converted weights against PEFT's own merging, and read back by transformers."""
+"""Merged and converted weights equal those that PEFT merges, and transformers loads them."""
 
 import json
+from typing import Any
 
 import peft
 import pytest
@@ -20,7 +21,7 @@ TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def adapted(model, directory, targets=TARGETS, **fields):
-    """An adapter by PEFT with B drawn at random, saved to `directory`; the model with it merged in by PEFT."""
+    """Saves a PEFT adapter with random B to `directory`; returns the model into which PEFT has merged it."""
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **fields)
     with_adapter = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(2)
@@ -37,9 +38,11 @@ def logits_of(model) -> torch.Tensor:
 
 
 def read_back(directory):
-    """An exported model as transformers reads it; it warns of no missing, surplus or mismatched tensor."""
-    model, told = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", output_loading_info=True)
-    assert not any(told.values()), told
+    """An exported model loaded by transformers, which finds no missing, unexpected or mismatched tensor."""
+    options = {"attn_implementation": "eager", "output_loading_info": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, **options)
+    model, info = loaded
+    assert not any(info.values()), info
     return model
 
 
@@ -54,7 +57,7 @@ def read_back(directory):
     ids=["plain", "rslora", "tied", "some targets"],
 )
 def test_merging_equals_pefts(fields, lora, save_mistral, tmp_path):
-    """Read by transformers and by ourselves, in fp32; the adapter changes the logits."""
+    """In transformers and here, in fp32; the adapter changes the logits."""
     directory, theirs = save_mistral(**fields)
     without = logits_of(theirs)
     expected = logits_of(adapted(theirs, tmp_path / "adapter", **lora))
@@ -67,7 +70,7 @@ def test_merging_equals_pefts(fields, lora, save_mistral, tmp_path):
 
 @pytest.mark.parametrize("layout", [as_bin, as_bin_shards, as_consolidated, as_hub_cache])
 def test_merging_from_every_layout(layout, save_mistral, tmp_path):
-    """The same tensors, to the bit, as from plain safetensors; the base's files are left as they were."""
+    """The tensors are bit-identical to those from plain safetensors; the base model's files are unchanged."""
     directory, theirs = save_mistral()
     adapted(theirs, tmp_path / "adapter")
     export(directory, tmp_path / "adapter", tmp_path / "expected")
@@ -82,7 +85,7 @@ def test_merging_from_every_layout(layout, save_mistral, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [None, 8])
 def test_conversion_of_mistrals_layout(dtype, window, save_mistral, tmp_path):
-    """Without an adapter nothing is lost: transformers reads the model back, in the type that the files have."""
+    """Without an adapter transformers loads the same model, in the dtype of the files."""
     directory, theirs = save_mistral(sliding_window=window, rope_theta=5e4)
     as_consolidated(directory, dtype)
     export(directory, None, tmp_path / "converted")
@@ -93,7 +96,7 @@ def test_conversion_of_mistrals_layout(dtype, window, save_mistral, tmp_path):
 
 
 def test_shards_load_in_transformers(save_mistral, tmp_path, monkeypatch):
-    """No shard over the limit, no two neighbours that could be one, and the same logits."""
+    """No shard exceeds the limit, there are no more than needed, and the logits are the same."""
     directory, theirs = save_mistral()
     adapted(theirs, tmp_path / "adapter")
     export(directory, tmp_path / "adapter", tmp_path / "whole")
@@ -102,18 +105,17 @@ def test_shards_load_in_transformers(save_mistral, tmp_path, monkeypatch):
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
     shards = {file.name: load_file(file) for file in (tmp_path / "sharded").glob("model-*.safetensors")}
     sizes = [sum(tensor.nbytes for tensor in tensors.values()) for tensors in shards.values()]
-    assert (
-        max(sizes) <= 60_000
-        and 4 < len(sizes) < 2 * sum(sizes) / 60_000
-        and index["metadata"]["total_size"] == sum(sizes)
-    )
+    assert max(sizes) <= 60_000
+    # two neighbouring shards together exceed the limit
+    assert 4 < len(sizes) < 2 * sum(sizes) / 60_000
+    assert index["metadata"]["total_size"] == sum(sizes)
     assert index["weight_map"] == {name: file for file, tensors in shards.items() for name in tensors}
     assert not (tmp_path / "sharded" / "model.safetensors").exists()
     assert torch.equal(logits_of(read_back(tmp_path / "sharded")), logits_of(read_back(tmp_path / "whole")))
 
 
 def test_bf16_is_rounded_once(save_mistral, tmp_path):
-    """W + scale B A in fp32, then one rounding: bit-equal to the formula, and not what bf16 arithmetic gives."""
+    """W + scale B A is computed in fp32 and rounded once: not the result of bf16 arithmetic."""
     directory, theirs = save_mistral()
     theirs.to(torch.bfloat16).save_pretrained(directory)
     base = load_file(directory / "model.safetensors")
@@ -124,16 +126,18 @@ def test_bf16_is_rounded_once(save_mistral, tmp_path):
     assert merged.keys() == base.keys() and len(adapter) == 2 * 7 * 2
     rounded_twice = 0
     for name, weight in base.items():
-        a, b = (adapter.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{x}.weight") for x in "AB")
-        expected = weight if a is None else (weight.float() + 2.0 * (b @ a)).to(torch.bfloat16)
-        assert torch.equal(merged[name], expected), name
-        if a is not None:
-            rounded_twice += int((merged[name] != weight + (2.0 * (b @ a)).to(torch.bfloat16)).sum())
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{prefix}.lora_A.weight" not in adapter:
+            assert torch.equal(merged[name], weight), name
+            continue
+        update = 2.0 * (adapter[f"{prefix}.lora_B.weight"] @ adapter[f"{prefix}.lora_A.weight"])
+        assert torch.equal(merged[name], (weight.float() + update).to(torch.bfloat16)), name
+        rounded_twice += int((merged[name] != weight + update.to(torch.bfloat16)).sum())
     assert rounded_twice > 0
 
 
 def test_what_belongs_to_the_model_comes_along(save_mistral, tmp_path, capsys):
-    """Configuration, tokenizer and template are copied, weights of another format are not; the command says what it wrote."""
+    """Configuration, tokenizer and template are copied, other formats' weights are not; the output is printed."""
     directory, _ = save_mistral(vocab_size=512)
     byte_level(directory)
     for name in ("chat_template.jinja", "generation_config.json", "special_tokens_map.json", "README.md"):

@@ -1,4 +1,4 @@
-"""Every layout that weights come in gives the same numbers, and whatever is wrong with files is said by file and key."""
+"""Every layout of weights gives the same numbers, and errors in files name the file and the key."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -46,7 +46,7 @@ def edit(path: Path, **changes) -> None:
     write(path, {key: value for key, value in values.items() if value is not ...})
 
 
-# ------------------------------------------------------------------------------------------- layouts, against one another
+# ----------------------------------------------------------------------------------------- layouts, against one another
 
 
 def as_bin(directory: Path) -> None:
@@ -55,7 +55,7 @@ def as_bin(directory: Path) -> None:
 
 
 def as_bin_shards(directory: Path) -> None:
-    """As transformers 4 wrote them (Mistral-7B-OpenOrca's are such)."""
+    """As written by transformers 4, for example those of Mistral-7B-OpenOrca."""
     tensors = load_file(directory / "model.safetensors")
     names, weight_map = list(tensors), {}
     for number, part in enumerate((names[::2], names[1::2]), 1):
@@ -67,8 +67,10 @@ def as_bin_shards(directory: Path) -> None:
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Hugging Face's rows of q or k in Mistral's order: the inverse of what transformers' convert script does to them,
-    w.view(heads, size / 2, 2, columns).transpose(1, 2)."""
+    """The rows of q or k in Mistral's order, from Hugging Face's.
+
+    The inverse of transformers' conversion script: w.view(heads, size / 2, 2, columns).transpose(1, 2).
+    """
     size = len(weight) // heads
     order = [
         head * size + pair + half * (size // 2) for head in range(heads) for pair in range(size // 2) for half in (0, 1)
@@ -78,7 +80,8 @@ def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 def as_consolidated(directory: Path, dtype: torch.dtype = torch.float32, **params) -> None:
     """Mistral's own layout from Hugging Face's; `params` are fields of params.json (... removes one)."""
-    config, tensors = read(directory / "config.json"), load_file(directory / "model.safetensors")
+    config = read(directory / "config.json")
+    tensors = load_file(directory / "model.safetensors")
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     native = {
         "tok_embeddings.weight": tensors["model.embed_tokens.weight"],
@@ -114,15 +117,14 @@ def as_consolidated(directory: Path, dtype: torch.dtype = torch.float32, **param
     }
     write(directory / "params.json", fields)
     edit(directory / "params.json", **params)
-    save_file(
-        {name: tensor.to(dtype).contiguous() for name, tensor in native.items()}, directory / "consolidated.safetensors"
-    )
+    native = {name: tensor.to(dtype).contiguous() for name, tensor in native.items()}
+    save_file(native, directory / "consolidated.safetensors")
     (directory / "model.safetensors").unlink()
     (directory / "config.json").unlink()
 
 
 def as_hub_cache(directory: Path) -> None:
-    """The directory of links into ../../blobs that Hugging Face's cache keeps for each revision."""
+    """As in Hugging Face's cache: a directory of symbolic links into ../../blobs."""
     blobs = directory.parent / "models--cache" / "blobs"
     snapshot = directory.parent / "models--cache" / "snapshots" / "0123abcd"
     blobs.mkdir(parents=True)
@@ -137,7 +139,7 @@ def as_hub_cache(directory: Path) -> None:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("layout", [as_bin, as_bin_shards, as_consolidated, as_hub_cache])
 def test_every_layout_is_the_same_model(layout, tied, save_mistral):
-    """Logits bit-equal to those of plain safetensors; a wrong permutation of q or k moves them by far."""
+    """Logits are bit-identical to those from plain safetensors; a wrong permutation of q or k would change them."""
     directory, _ = save_mistral(sliding_window=9, tie_word_embeddings=tied)
     expected = logits(directory)
     layout(directory)
@@ -153,9 +155,10 @@ def test_shards_with_an_index(shard_size, save_mistral):
 
 
 def test_a_head_saved_beside_the_embedding_it_is_tied_to(save_mistral):
-    """.bin files of tied models hold both names; they must be equal."""
+    """.bin files of tied models contain both names; their tensors must be equal."""
     directory, _ = save_mistral(tie_word_embeddings=True)
-    expected, file = logits(directory), directory / "model.safetensors"
+    expected = logits(directory)
+    file = directory / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
     assert torch.equal(logits(directory), expected)
@@ -176,25 +179,31 @@ def test_files_of_any_float_type_are_rounded_once(held, loaded, save_mistral, tm
 
 @pytest.mark.parametrize("layout", [None, as_consolidated], ids=str)
 def test_ranks_copy_their_own_rows_in_blocks(layout, save_mistral, monkeypatch):
-    """Five ranks' shards, put together, are the whole: neither they nor blocks of seven rows end where heads or tensors do."""
+    """The shards of five ranks make up the whole, though shards and blocks end within heads and tensors."""
     monkeypatch.setattr(weights, "BLOCK_ROWS", 7)
     directory, theirs = save_mistral(vocab_size=129)
     if layout:
         layout(directory)
-    arch, shards = read_architecture(directory), []
+    arch = read_architecture(directory)
+    shards = []
 
     def shard(_, module, mesh):
         for name, parameter in list(module.named_parameters(recurse=False)):
             own = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
             module.register_parameter(name, torch.nn.Parameter(own, requires_grad=False))
 
+    def local(parameter: torch.Tensor) -> torch.Tensor:
+        assert isinstance(parameter, DTensor)
+        return parameter.to_local()
+
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=5)
     try:
         for place in range(5):
-            mesh = DeviceMesh("cpu", torch.arange(5).roll(place))  # this process, rank 0, comes there
+            # this process, rank 0, at that place of the mesh
+            mesh = DeviceMesh("cpu", torch.arange(5).roll(place))
             model = distribute_module(build_model(arch, torch.float32), mesh, shard)
             weights.load_weights(model.to_empty(device="cpu"), weights.open_model(directory))
-            shards.append({name: parameter.to_local() for name, parameter in model.named_parameters()})
+            shards.append({name: local(parameter) for name, parameter in model.named_parameters()})
     finally:
         dist.destroy_process_group()
     for module, tensors in source_tensors(arch, "huggingface").items():
@@ -223,7 +232,7 @@ print(max(seen) - before, sum(p.nbytes for p in model.parameters()), len(seen))
 
 @pytest.mark.parametrize("layout", ["hf", "native"])
 def test_loading_takes_the_memory_of_the_model_alone(layout, tmp_path):
-    """And says how fast it was. 236 MB, of which one stacked projection is more than half: a second copy of it would show."""
+    """And logs its speed. Of 236 MB, one stacked projection is more than half: a second copy of it would be noticed."""
     sizes = {
         "hidden_size": 2048,
         "intermediate_size": 16384,
@@ -242,26 +251,27 @@ def test_loading_takes_the_memory_of_the_model_alone(layout, tmp_path):
     text = json.dumps(header).encode()
     with (tmp_path / ("consolidated.safetensors" if layout == "native" else FILE)).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + size)  # a hole: zeros that take no disk
+        # a sparse file of zeros
+        file.truncate(8 + len(text) + size)
 
-    output = subprocess.run(
-        [sys.executable, "-c", SAMPLED_LOAD, tmp_path], capture_output=True, text=True, check=True
-    ).stdout
-    said, figures = output.splitlines()
+    command = [sys.executable, "-c", SAMPLED_LOAD, tmp_path]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    logged, figures = output.splitlines()
     peak, model, samples = map(int, figures.split())
     assert model == size and samples > 10 and model * 0.95 < peak < model * 1.15
-    gigabytes, seconds, speed = map(
-        float, re.fullmatch(r"minorca.files.weights model: (\S+) GB in (\S+) s, (\S+) GB/s", said).groups()
-    )
+    found = re.fullmatch(r"minorca.files.weights model: (\S+) GB in (\S+) s, (\S+) GB/s", logged)
+    assert found, logged
+    gigabytes, seconds, speed = map(float, found.groups())
     assert gigabytes == round(size / 1e9, 2)
-    assert (
-        size / 1e9 / (speed + 0.06) <= seconds + 0.006 and (speed - 0.06) * (seconds - 0.006) <= size / 1e9
-    )  # each is rounded
+    # both are rounded
+    assert size / 1e9 / (speed + 0.06) <= seconds + 0.006
+    assert (speed - 0.06) * (seconds - 0.006) <= size / 1e9
 
 
-# --------------------------------------------------------------------------------------------------------- configurations
+# ------------------------------------------------------------------------------------------------------- configurations
 
-MISTRAL = {  # Mistral-7B-v0.1's config.json
+# config.json of Mistral-7B-v0.1
+MISTRAL = {
     "architectures": ["MistralForCausalLM"],
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -290,7 +300,8 @@ NEMO = LATER | {
     "vocab_size": 131072,
     "max_position_embeddings": 128000,
 }
-SMOLLM2 = {  # SmolLM2-135M's
+# config.json of SmolLM2-135M
+SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -311,7 +322,8 @@ SMOLLM2 = {  # SmolLM2-135M's
     "tie_word_embeddings": True,
     "vocab_size": 49152,
 }
-PARAMS = {  # Mistral's own params.json of v0.3
+# params.json of Mistral-7B-v0.3
+PARAMS = {
     "dim": 4096,
     "n_layers": 32,
     "head_dim": 128,
@@ -325,10 +337,8 @@ PARAMS = {  # Mistral's own params.json of v0.3
 V01 = Architecture(32000, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e4, 4096, False, 32768)
 V02 = Architecture(32000, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e6, None, False, 32768)
 V03 = Architecture(32768, 4096, 14336, 32, 32, 8, 128, 1e-5, 1e6, None, False, 32768)
-PLAIN = {
-    "rope_theta": ...,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}  # as transformers 5 writes it
+# as transformers 5 writes it
+PLAIN = {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 KNOWN = {
     "v0.1": (MISTRAL, V01),
     "v0.1 by transformers 5": (MISTRAL | PLAIN, V01),
@@ -359,8 +369,9 @@ def test_configurations_of_known_models(name, tmp_path):
     "changes, theta, window",
     [
         ({}, 1e6, None),
-        ({"rope_theta": ...}, 1e6, None),  # v0.2, whose file does not say
-        ({"rope_theta": ..., "sliding_window": 4096}, 1e4, 4096),  # v0.1, whose file does not either
+        # the files of v0.2 and v0.1 have no rope_theta
+        ({"rope_theta": ...}, 1e6, None),
+        ({"rope_theta": ..., "sliding_window": 4096}, 1e4, 4096),
         ({"sliding_window": "4096"}, 1e6, 4096),
         ({"sliding_window": [4096] * 32}, 1e6, 4096),
         ({"_sliding_window": 1024}, 1e6, 1024),
@@ -374,7 +385,7 @@ def test_configurations_in_mistrals_layout(changes, theta, window, tmp_path):
 
 
 def test_both_spellings_of_rope_give_the_same_logits(save_mistral):
-    """transformers 5 writes rope_parameters, 4 wrote rope_theta: a theta other than the default shows which is read."""
+    """transformers 5 writes rope_parameters, 4 wrote rope_theta; theta differs from the default."""
     directory, _ = save_mistral(rope_theta=123456.0)
     expected = logits(directory)
     assert read(directory / "config.json")["rope_parameters"]["rope_theta"] == 123456.0
@@ -466,18 +477,17 @@ def test_a_configuration_that_is_no_json_object(text, complaint, tmp_path):
         read_architecture(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------ bad weights
+# ---------------------------------------------------------------------------------------------------------- bad weights
 
 
 def set_tensor(name: str, change):
-    """An edit of model.safetensors: `change(tensor or None)` in the place of one tensor, None to remove it."""
+    """An edit of model.safetensors: replaces a tensor by `change(tensor or None)`; None removes it."""
 
     def apply(directory: Path) -> None:
-        tensors = load_file(directory / "model.safetensors")
+        file = directory / "model.safetensors"
+        tensors = load_file(file)
         tensors[name] = change(tensors.get(name))
-        save_file(
-            {key: tensor for key, tensor in tensors.items() if tensor is not None}, directory / "model.safetensors"
-        )
+        save_file({key: tensor for key, tensor in tensors.items() if tensor is not None}, file)
 
     return apply
 
@@ -502,7 +512,7 @@ def truncated(data: bytes) -> bytes:
     return data[: len(data) // 2]
 
 
-def last_row_gone(tensor):
+def without_last_row(tensor):
     return tensor[:-1].clone()
 
 
@@ -519,9 +529,9 @@ FILE, BIN, NORM = "model.safetensors", "pytorch_model.bin", "model.norm.weight"
 EXTRA, BIAS = "model.layers.2.mlp.extra.weight", "model.layers.0.self_attn.q_proj.bias"
 BAD_WEIGHTS = {
     "missing tensor": (set_tensor(Q1, lambda t: None), "", Q1),
-    "surplus tensor": (set_tensor(EXTRA, lambda t: torch.ones(3)), FILE, EXTRA),
+    "unexpected tensor": (set_tensor(EXTRA, lambda t: torch.ones(3)), FILE, EXTRA),
     "a bias": (set_tensor(BIAS, lambda t: torch.ones(64)), FILE, BIAS),
-    "wrong shape": (set_tensor(Q0, last_row_gone), FILE, rf"{Q0} has shape \[63, 64\]; .*\[64, 64\]"),
+    "wrong shape": (set_tensor(Q0, without_last_row), FILE, rf"{Q0} has shape \[63, 64\]; .*\[64, 64\]"),
     "a vector for a matrix": (set_tensor(Q0, lambda t: t[0].clone()), FILE, rf"{Q0} has shape \[64\]; .*\[64, 64\]"),
     "integers": (set_tensor(Q0, as_integers), FILE, f"{Q0} is I8"),
     "fp8": (set_tensor(Q0, as_fp8), FILE, f"{Q0} is F8_E4M3"),
@@ -531,7 +541,7 @@ BAD_WEIGHTS = {
     "pointer": (set_bytes(lambda data: LFS), FILE, "Git LFS pointer"),
     "page": (set_bytes(lambda data: b"\n<!DOCTYPE html><html>404</html>"), FILE, "is a web page"),
     "bin: missing tensor": (in_bin(set_tensor(NORM, lambda t: None)), "", NORM),
-    "bin: wrong shape": (in_bin(set_tensor(Q0, last_row_gone)), BIN, rf"{Q0} has shape \[63, 64\]"),
+    "bin: wrong shape": (in_bin(set_tensor(Q0, without_last_row)), BIN, rf"{Q0} has shape \[63, 64\]"),
     "bin: integers": (in_bin(set_tensor(Q0, as_integers)), BIN, f"{Q0} is torch.int8"),
     "bin: fp8": (in_bin(set_tensor(Q0, as_fp8)), BIN, f"{Q0} is torch.float8_e4m3fn"),
     "bin: truncated": (set_bytes(truncated, as_bin, BIN), BIN, "cannot be read"),
@@ -563,7 +573,7 @@ def pointing(name: str, file):
 
 
 def stray_duplicate(directory: Path) -> None:
-    """Another shard holds a tensor a second time, with other numbers: which one is the model's?"""
+    """Another shard contains a tensor a second time, with other values."""
     shards = sorted(directory.glob("model-*.safetensors"))
     holder = directory / read(directory / "model.safetensors.index.json")["weight_map"][Q0]
     other = next(shard for shard in shards if shard != holder)
@@ -571,16 +581,17 @@ def stray_duplicate(directory: Path) -> None:
 
 
 def not_in_the_index(directory: Path) -> None:
-    index_of(lambda index: {"weight_map": {name: file for name, file in index["weight_map"].items() if name != Q0}})(
-        directory
-    )
+    path = directory / "model.safetensors.index.json"
+    weight_map = read(path)["weight_map"]
+    del weight_map[Q0]
+    write(path, {"weight_map": weight_map})
 
 
-def one_shard_gone(directory: Path) -> None:
+def missing_shard(directory: Path) -> None:
     next(directory.glob("model-00002-of-*.safetensors")).unlink()
 
 
-def one_shard_cut(directory: Path) -> None:
+def truncated_shard(directory: Path) -> None:
     shard = next(directory.glob("model-00002-of-*.safetensors"))
     shard.write_bytes(truncated(shard.read_bytes()))
 
@@ -592,15 +603,15 @@ BAD_INDICES = {
     "deeper directory": (pointing(Q0, "sub/weights.safetensors"), INDEX, "'sub/weights.safetensors'"),
     "dots": (pointing(Q0, ".."), INDEX, r"'\.\.'"),
     "zero byte": (pointing(Q0, "a\0b"), INDEX, r"'a\\x00b'"),
-    "no text": (pointing(Q0, 3), INDEX, "the file 3"),
-    "file that is not there": (pointing(Q0, "model-9.safetensors"), INDEX, "model-9.safetensors, which is not in"),
-    "key no file holds": (pointing(EXTRA, "model-00001-of-00006.safetensors"), SHARD, EXTRA),
+    "not text": (pointing(Q0, 3), INDEX, "the file 3"),
+    "missing file": (pointing(Q0, "model-9.safetensors"), INDEX, "model-9.safetensors, which is not in"),
+    "key that no file contains": (pointing(EXTRA, "model-00001-of-00006.safetensors"), SHARD, EXTRA),
     "no map": (index_of(lambda index: {"metadata": {}}), INDEX, "weight_map"),
     "map of another kind": (index_of(lambda index: {"weight_map": [Q0]}), INDEX, "weight_map"),
     "stray duplicate": (stray_duplicate, SHARD, f"holds {Q0}, which {SHARD} holds too"),
     "tensor the index leaves out": (not_in_the_index, SHARD, f"{Q0}, which the index does not name"),
-    "shard gone": (one_shard_gone, INDEX, "names the file model-00002-of-.*, which is not in"),
-    "shard cut": (one_shard_cut, SHARD, "not a whole safetensors file"),
+    "missing shard": (missing_shard, INDEX, "names the file model-00002-of-.*, which is not in"),
+    "truncated shard": (truncated_shard, SHARD, "not a whole safetensors file"),
 }
 
 
@@ -624,7 +635,7 @@ def test_an_index_that_names_the_wrong_shard(save_mistral):
 
 
 class Malicious:
-    """Unpickling it makes a directory."""
+    """Creates a directory when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -638,15 +649,16 @@ def test_a_malicious_bin_does_not_run(old_format, save_mistral, tmp_path):
     directory, _ = save_mistral()
     tensors = load_file(directory / "model.safetensors")
     as_bin(directory)
-    torch.save(
-        tensors | {Q0: Malicious(tmp_path / "ran")}, directory / BIN, _use_new_zipfile_serialization=not old_format
-    )
+    malicious = tensors | {Q0: Malicious(tmp_path / "ran")}
+    torch.save(malicious, directory / BIN, _use_new_zipfile_serialization=not old_format)
     with pytest.raises(UserError, match=f"^{directory / BIN}: cannot be read") as caught:
         logits(directory)
     assert not (tmp_path / "ran").exists()
-    assert not re.search("weights_only|trust", str(caught.value))  # torch's own advice is how to run it
+    # torch's own message advises how to run it
+    assert not re.search("weights_only|trust", str(caught.value))
+    # without the restriction it runs
     torch.load(directory / BIN, weights_only=False)
-    assert (tmp_path / "ran").exists()  # it would have run
+    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("value", [[torch.ones(2)], {"a": 1}, {"a": [torch.ones(1)]}], ids=str)
@@ -679,7 +691,7 @@ def test_a_path_that_is_no_directory(path, complaint):
 
 
 def test_reading_leaves_the_files_alone(save_mistral):
-    """fp32 .bin tensors are mapped from the file; nothing may be written through that mapping."""
+    """fp32 tensors of .bin files are memory-mapped; writes to the model must not reach the file."""
     directory, _ = save_mistral()
     as_bin(directory)
     before = (directory / BIN).read_bytes()

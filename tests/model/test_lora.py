@@ -1,4 +1,6 @@
-"""Adapters against PEFT: its files, its logits, its gradients."""
+"""Adapters compared with PEFT: files, logits and gradients."""
+
+import json
 
 import pytest
 import torch
@@ -11,9 +13,9 @@ from minorca.model.attention import PackedAttention
 from minorca.model.build import build_model
 from minorca.model.layout import TARGETS
 from minorca.model.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters
-from minorca_kernels import rope_tables
+from minorca_kernels import linear_cross_entropy, rope_tables
 from minorca_kernels.operator import INTERPRETED
-from tests.helpers import random_adapter, relative_error
+from tests.helpers import gradients_of, random_adapter, relative_error
 
 TOKENS = torch.randint(128, (40,), generator=torch.Generator().manual_seed(1))
 CHOICES = [TARGETS, ("q", "v"), ("k", "up"), ("o", "down"), ("gate",)]
@@ -22,7 +24,7 @@ CHOICES = [TARGETS, ("q", "v"), ("k", "up"), ("o", "down"), ("gate",)]
 @pytest.mark.parametrize("targets", CHOICES, ids="+".join)
 @pytest.mark.parametrize("rslora", [False, True])
 def test_pefts_adapter_loads_here(targets, rslora, save_mistral, tmp_path):
-    """Logits of base and adapter, unmerged, are PEFT's."""
+    """The logits of the base model with the adapter, unmerged, are PEFT's."""
     directory, base = save_mistral(sliding_window=16)
     theirs = random_adapter(base, tmp_path / "adapter", targets, r=3, lora_alpha=5, use_rslora=rslora)
     ours = load_model(directory, torch.float32, "cpu", adapter=tmp_path / "adapter")
@@ -32,7 +34,7 @@ def test_pefts_adapter_loads_here(targets, rslora, save_mistral, tmp_path):
 
 @pytest.mark.parametrize("targets", CHOICES, ids="+".join)
 def test_our_adapter_loads_in_peft(targets, save_mistral, tmp_path):
-    """The other way round, from an adapter made and saved here."""
+    """An adapter that is created and saved here has the same logits in PEFT."""
     directory, base = save_mistral()
     settings = LoRASettings(rank=4, alpha=6, targets=targets, rslora=True)
     model = load_model(directory, torch.float32, "cpu")
@@ -50,9 +52,7 @@ def test_our_adapter_loads_in_peft(targets, save_mistral, tmp_path):
 
 
 def test_gradients_equal_pefts(save_mistral, tmp_path):
-    """The gradient of every adapter tensor, for a loss over some of the positions, to 1e-4."""
-    from minorca_kernels import linear_cross_entropy
-
+    """The gradient of every adapter tensor, for a loss over some of the positions, within 1e-4."""
     directory, base = save_mistral(sliding_window=16, tie_word_embeddings=True)
     theirs = random_adapter(base, tmp_path / "adapter", TARGETS, r=3)
     ours = load_model(directory, torch.float32, "cpu", adapter=tmp_path / "adapter")
@@ -62,8 +62,9 @@ def test_gradients_equal_pefts(save_mistral, tmp_path):
         parameter.requires_grad_("lora_" in name)
     logits = theirs(TOKENS[None]).logits[0]
     torch.nn.functional.cross_entropy(logits[rows], TOKENS[rows + 1], reduction="sum").backward()
-    expected = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if p.requires_grad}
-    gradients = {name: p.grad for name, p in adapter_parameters(ours).items()}
+    trained = {name.replace(".default", ""): p for name, p in theirs.named_parameters() if p.requires_grad}
+    expected = gradients_of(trained)
+    gradients = gradients_of(adapter_parameters(ours))
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         assert relative_error(gradient, expected[name]) <= 1e-4, name
@@ -80,7 +81,10 @@ def test_the_start_is_pefts_and_depends_on_seed_and_name_alone(save_mistral):
         init_adapters(model, seed)
         return adapter_parameters(model)
 
-    one, again, few, other = start(0, TARGETS), start(0, TARGETS), start(0, ("q",)), start(1, TARGETS)
+    one = start(0, TARGETS)
+    again = start(0, TARGETS)
+    few = start(0, ("q",))
+    other = start(1, TARGETS)
     for name, values in one.items():
         assert torch.equal(values, again[name]) and (name not in few or torch.equal(values, few[name]))
         if "lora_B" in name:
@@ -104,8 +108,6 @@ def test_the_start_is_pefts_and_depends_on_seed_and_name_alone(save_mistral):
     ],
 )
 def test_what_we_would_compute_differently_is_refused(field, value, save_mistral, tmp_path):
-    import json
-
     _, base = save_mistral()
     random_adapter(base, tmp_path / "adapter", ("q",))
     path = tmp_path / "adapter" / "adapter_config.json"
@@ -127,16 +129,20 @@ def test_another_models_adapter_is_refused(save_mistral, tmp_path):
             load_model(directory, torch.float32, "cpu", adapter=tmp_path / name)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter cannot be traced")
+@pytest.mark.skipif(INTERPRETED, reason="torch.compile cannot trace the interpreter")
 def test_a_block_compiles_without_a_break(save_mistral):
-    """With adapters, packed documents and a window: the same values and gradients."""
+    """With adapters, packed documents and a window: one graph, and the same values and gradients."""
     model = load_model(save_mistral(sliding_window=8)[0], torch.float32, "cpu")
     add_adapters(model, LoRASettings(rank=4, alpha=8))
     init_adapters(model, seed=0)
     attend = PackedAttention(torch.tensor([0, 11, 40]), 40, 8, torch.device("cpu"))
     tables = rope_tables(attend.positions, 16, 1e4)
-    x, block = torch.randn(40, 64, requires_grad=True), model.layers[0]
+    x = torch.randn(40, 64, requires_grad=True)
+    block = model.layers[0]
+    _, qkv = next(model.projections())
+    assert qkv.lora
+    adapters = list(qkv.lora.a.values())
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     outs = [function(x, *tables, attend) for function in (block, compiled)]
-    gradients = [torch.autograd.grad(out.square().sum(), [x, *block.qkv.lora.a.values()]) for out in outs]
+    gradients = [torch.autograd.grad(out.square().sum(), [x, *adapters]) for out in outs]
     assert torch.equal(*outs) and all(map(torch.equal, *gradients))

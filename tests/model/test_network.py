@@ -1,17 +1,21 @@
-"""The network against transformers' MistralForCausalLM, and the properties of windows and documents."""
+"""The network compared with transformers' MistralForCausalLM, and the properties of windows and documents."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from minorca import load_model
 from tests.helpers import relative_error
 
-SHAPES = [  # hidden, heads, kv heads, head_dim
+# hidden, heads, kv heads, head_dim
+SHAPES = [
     (64, 4, 2, None),
     (48, 3, 1, None),
-    (96, 9, 3, 16),  # head_dim x heads != hidden, as Nemo
+    # as in Nemo, head_dim x heads != hidden
+    (96, 9, 3, 16),
     (40, 5, 5, 8),
 ]
 CONFIGURATIONS = [
@@ -27,7 +31,7 @@ def tokens_of(length: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("c", CONFIGURATIONS, ids=str)
 def test_logits_equal_transformers(c, save_mistral):
-    """fp32 logits to 1e-5 with the same top-1, each document of a packed batch against transformers on it alone."""
+    """Each document of a packed batch has transformers' logits, within 1e-5 in fp32, and the same top token."""
     hidden, heads, kv, head_dim = c["shape"]
     directory, theirs = save_mistral(
         hidden_size=hidden,
@@ -52,7 +56,8 @@ def test_logits_equal_transformers(c, save_mistral):
 def test_another_document_changes_nothing_to_the_bit(save_mistral):
     """Replacing the tokens of one packed document leaves the logits of the others bit-identical."""
     directory, _ = save_mistral(sliding_window=8)
-    model, cu_seqlens = load_model(directory, torch.float32, "cpu"), torch.tensor([0, 20, 53, 60])
+    model = load_model(directory, torch.float32, "cpu")
+    cu_seqlens = torch.tensor([0, 20, 53, 60])
     one = torch.cat([tokens_of(20), tokens_of(33, seed=1), tokens_of(7, seed=2)])
     other = torch.cat([tokens_of(20), tokens_of(33, seed=3), tokens_of(7, seed=2)])
     with torch.no_grad():
@@ -61,12 +66,13 @@ def test_another_document_changes_nothing_to_the_bit(save_mistral):
 
 
 @pytest.mark.parametrize("window", [1, 5, 16])
-def test_the_gradient_reaches_the_window_and_no_further(window, save_mistral):
-    """One layer: the logit at q depends on key q-W+1 and not on q-W."""
+def test_the_gradient_reaches_the_window_and_no_further(window, save_mistral, monkeypatch):
+    """With one layer, the logit at q depends on key q-W+1 and not on q-W."""
     directory, _ = save_mistral(sliding_window=window, num_hidden_layers=1)
-    model, length = load_model(directory, torch.float32, "cpu"), 48
+    model = load_model(directory, torch.float32, "cpu")
+    length = 48
     embedded = model.embedding(tokens_of(length)).detach().requires_grad_()
-    model.embedding.forward = lambda tokens: embedded
+    monkeypatch.setattr(model.embedding, "forward", lambda tokens_T: embedded)
     for q in (window - 1, window, 40):
         (gradient,) = torch.autograd.grad(model(tokens_of(length))[q].sum(), embedded)
         reached = gradient.abs().sum(-1).nonzero()[:, 0].tolist()
@@ -81,23 +87,19 @@ def test_cu_seqlens_must_cover_the_tokens(save_mistral):
 
 
 def test_a_llama_has_no_window(tmp_path):
-    """transformers' Llama ignores the field, so this engine does."""
-    import transformers
-
-    config = transformers.LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=8,
-    )
-    theirs = transformers.LlamaForCausalLM(config).eval()
+    """transformers' Llama ignores `sliding_window`, and so does this engine."""
+    fields: dict[str, Any] = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 8,
+    }
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
     theirs.save_pretrained(tmp_path)
     with torch.no_grad():
-        logits, expected = (
-            load_model(tmp_path, torch.float32, "cpu")(tokens_of(40)),
-            theirs(tokens_of(40)[None]).logits[0],
-        )
+        logits = load_model(tmp_path, torch.float32, "cpu")(tokens_of(40))
+        expected = theirs(tokens_of(40)[None]).logits[0]
     assert relative_error(logits, expected) <= 1e-5

@@ -1,4 +1,6 @@
-"""A real pretrained model against transformers: SmolLM2-135M-Instruct."""
+"""A real pretrained model compared with transformers: SmolLM2-135M-Instruct."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,14 +36,13 @@ def both(smollm2):
 def test_chat_ids_equal_transformers(both, messages):
     _, _, tok, theirs = both
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert render_chat(tok, messages) == expected and tok.decode(expected) == theirs.decode(
-        expected, skip_special_tokens=True
-    )
+    assert render_chat(tok, messages) == expected
+    assert tok.decode(expected) == theirs.decode(expected, skip_special_tokens=True)
 
 
 def test_logits_equal_transformers(both):
     ours, theirs, tok, _ = both
-    ids = torch.tensor(render_chat(tok, MESSAGES) + tok.encode(open(__file__).read()))[:600]
+    ids = torch.tensor(render_chat(tok, MESSAGES) + tok.encode(Path(__file__).read_text()))[:600]
     with torch.no_grad():
         expected = theirs(ids[None]).logits[0]
         logits = ours(ids)

@@ -1,4 +1,4 @@
-"""Faults, each put in: a run that is killed, stopped, starved or fed NaN loses nothing that it had saved, and says what happened."""
+"""Injected faults: kills, signals, full disks and NaN never damage what a run has saved, and the cause is reported."""
 
 import os
 import random
@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minorca import UserError, cli
+from minorca.data.packing import plan_epoch
 from minorca.signals import Terminated, raise_terminated
 from minorca.train import __main__ as train_command
 from minorca.train import build, checkpoint, inputs, loop, metrics, step
@@ -35,29 +37,31 @@ def lines(run: Path) -> int:
 
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
-    """The processes of a torchrun's ranks, in their order."""
+    """The process ids of a torchrun's ranks, in order of rank."""
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    rank = {}
+    pids = {}
     for pid in map(int, found):
         try:
             variables = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in v)
-            rank[int(variables["RANK"])] = pid
+            pids[int(variables["RANK"])] = pid
         except (OSError, KeyError):
             continue
-    return [rank[n] for n in sorted(rank)]
+    return [pids[rank] for rank in sorted(pids)]
 
 
 def kill_at_random(options: list[str], run: Path, kills: int, seed: int) -> int:
-    """Starts a run again and again, and kills it so often at random moments of its loop; returns the kills that found it running."""
-    draw, done = random.Random(seed), 0
+    """Starts a run `kills` times and kills it at random moments of its loop; returns how often it was still running."""
+    draw = random.Random(seed)
+    killed = 0
     for _ in range(kills):
-        process, before = training(options), lines(run)
-        wait_until(lambda: lines(run) != before or process.poll() is not None)
+        process = training(options)
+        before = lines(run)
+        wait_until(lambda process=process, before=before: lines(run) != before or process.poll() is not None)
         time.sleep(draw.uniform(0, 0.4))
         process.kill()
-        done += process.wait() == -signal.SIGKILL
+        killed += process.wait() == -signal.SIGKILL
         process.communicate()
-    return done
+    return killed
 
 
 def finish(options: list[str]) -> None:
@@ -67,14 +71,15 @@ def finish(options: list[str]) -> None:
 
 
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(workplace, tmp_path):
-    """Once at a random moment and once in the middle of a checkpoint's file."""
+    """Killed once at a random moment, and once while it writes a checkpoint's file."""
     train_command.main(workplace("whole", **KILLED))
     options = workplace("killed", **KILLED)
     assert kill_at_random(options, tmp_path / "killed", kills=1, seed=0) == 1
     process = training(options, faulty=("in a write", 2))
     assert process.wait(60) == -signal.SIGKILL, process.communicate()[1]
     process.communicate()
-    assert list((tmp_path / "killed" / "checkpoints").glob("*.tmp-*"))  # what it left half-written
+    # the half-written checkpoint is left behind
+    assert list((tmp_path / "killed" / "checkpoints").glob("*.tmp-*"))
     finish(options)
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")
     assert not list((tmp_path / "killed" / "checkpoints").glob("*.tmp-*"))
@@ -93,7 +98,7 @@ def test_twenty_kills_at_random_moments(workplace, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_a_kill_at_every_point_of_a_step_and_a_save(ranks, workplace, tmp_path):
-    """Each point is passed a few times first, so that each start gets further than the one before."""
+    """Each point is reached a few times before the kill, so that every start gets further than the one before."""
     settings = {
         "train.steps": 60,
         "train.checkpoint_every": 2,
@@ -101,7 +106,8 @@ def test_a_kill_at_every_point_of_a_step_and_a_save(ranks, workplace, tmp_path):
         "parallel.shard": "fsdp" if ranks else "none",
     }
     torchrun(ranks or 1, workplace("whole", **settings))
-    options, draw = workplace("killed", **settings), random.Random(2)
+    options = workplace("killed", **settings)
+    draw = random.Random(2)
     for point in faulty.POINTS:
         process = training(options, ranks, faulty=(point, draw.randint(3, 5)))
         out, err = process.communicate(timeout=120)
@@ -113,27 +119,29 @@ def test_a_kill_at_every_point_of_a_step_and_a_save(ranks, workplace, tmp_path):
 
 @pytest.mark.slow
 def test_ten_kills_of_either_rank_under_torchruns_restarts(workplace, tmp_path):
-    """torchrun starts both anew each time, and they find the newest checkpoint by themselves."""
+    """torchrun restarts both ranks each time, and they resume from the newest checkpoint."""
     settings = KILLED | {"train.steps": 600, "parallel.shard": "fsdp"}
     torchrun(2, workplace("whole", **settings))
-    draw, run = random.Random(3), tmp_path / "killed"
+    draw = random.Random(3)
+    run = tmp_path / "killed"
     process = training(
         workplace("killed", **settings), ranks=2, restarts=30, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
     killed = 0
     while process.poll() is None and killed < 10:
         before = lines(run)
-        wait_until(lambda: lines(run) > before or process.poll() is not None, 120)
+        wait_until(lambda before=before: lines(run) > before or process.poll() is not None, 120)
         time.sleep(draw.uniform(0, 0.4))
-        if len(pids := ranks_of(process)) == 2:
+        pids = ranks_of(process)
+        if len(pids) == 2:
             os.kill(draw.choice(pids), signal.SIGKILL)
             killed += 1
-            wait_until(lambda: not set(pids) & set(ranks_of(process)), 120)
+            wait_until(lambda pids=pids: not set(pids) & set(ranks_of(process)), 120)
     assert process.wait(240) == 0 and killed == 10
     assert_same_bits(tmp_path / "whole", run)
 
 
-# ----------------------------------------------------------------------------------------------------------------- signals
+# -------------------------------------------------------------------------------------------------------------- signals
 
 
 @pytest.fixture(autouse=True)
@@ -147,8 +155,9 @@ def signals_as_in_a_command():
 
 
 def on_call(monkeypatch, owner, name: str, count: int, act) -> None:
-    """`act` before the count-th call of owner.name."""
-    original, calls = getattr(owner, name), 0
+    """Calls `act` before the count-th call of owner.name."""
+    original = getattr(owner, name)
+    calls = 0
 
     def called(*arguments, **options):
         nonlocal calls
@@ -160,7 +169,7 @@ def on_call(monkeypatch, owner, name: str, count: int, act) -> None:
     monkeypatch.setattr(owner, name, called)
 
 
-# 4 micro-batches a step and 3 of held-out rows, before step 1 and after steps 4, 8 and 12
+# a step has 4 micro-batches; an evaluation, before step 1 and after steps 4, 8 and 12, has 3
 SIGNALLED = {
     "train.steps": 12,
     "train.checkpoint_every": 100,
@@ -168,7 +177,8 @@ SIGNALLED = {
     "train.eval_every": 4,
     "lora.dropout": 0.1,
 }
-MOMENTS = {  # when the signal comes -> (owner, name, which call), the step that is saved
+# when the signal arrives -> (owner, name, which call), and the step that is saved
+MOMENTS: dict[str, tuple[tuple[Any, str, int], int]] = {
     "in a forward": ((step, "batch_outcome", 3 + 4 * 2 + 2), 3),
     "in an update": ((TrainableSet, "clip_gradients", 6), 6),
     "in an evaluation": ((loop, "evaluate", 2), 4),
@@ -179,18 +189,19 @@ MOMENTS = {  # when the signal comes -> (owner, name, which call), the step that
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_heard_at_any_moment(moment, signum, workplace, tmp_path, monkeypatch):
-    """The step under way is finished and saved, the process leaves, and the same command goes on to the same bits."""
+    """The current step is finished and saved, the process ends, and the same command resumes to the same bits."""
     train_command.main(workplace("whole", **SIGNALLED))
-    place, step = MOMENTS[moment]
+    (owner, name, count), saved = MOMENTS[moment]
     with monkeypatch.context() as patch:
-        on_call(patch, *place, lambda: signal.raise_signal(signum))
-        if moment == "in a save":  # of the last step: there is nothing left to stop
+        on_call(patch, owner, name, count, lambda: signal.raise_signal(signum))
+        # the only save is after the last step, when no step is left to skip
+        if moment == "in a save":
             train_command.main(workplace("stopped", **SIGNALLED))
         else:
             with pytest.raises(KeyboardInterrupt if signum == signal.SIGINT else Terminated):
                 train_command.main(workplace("stopped", **SIGNALLED))
             assert not (tmp_path / "stopped" / "adapter").exists()
-    assert [path.name for path in checkpoint.published(tmp_path / "stopped" / "checkpoints")] == [f"step-{step:08d}"]
+    assert [path.name for path in checkpoint.published(tmp_path / "stopped" / "checkpoints")] == [f"step-{saved:08d}"]
     train_command.main(workplace("stopped", **SIGNALLED))
     assert_same_bits(tmp_path / "whole", tmp_path / "stopped")
 
@@ -207,7 +218,7 @@ def test_a_signal_while_loading_ends_at_once(owner, name, workplace, tmp_path, m
 @pytest.mark.slow
 @pytest.mark.parametrize("to_all", [True, False])
 def test_ranks_agree_on_the_step_to_stop_after(to_all, workplace, tmp_path):
-    """SIGTERM to torchrun, which passes it on, or to one rank alone."""
+    """SIGTERM is sent to torchrun, which forwards it, or to one rank alone."""
     settings = KILLED | {"train.steps": 400, "train.checkpoint_every": 1000}
     process = training(workplace(**settings), ranks=2)
     wait_until(lambda: lines(tmp_path / "run") > 20)
@@ -217,13 +228,14 @@ def test_ranks_agree_on_the_step_to_stop_after(to_all, workplace, tmp_path):
     assert time.monotonic() - started < 20
     (saved,) = checkpoint.published(tmp_path / "run" / "checkpoints")
     assert saved.name == f"step-{lines_of(tmp_path / 'run')[-1]['step']:08d}"
-    assert "SIGTERM: stopped after step" in out and "minorca: " not in err, err
+    assert "SIGTERM: stopped after step" in out
+    assert "minorca: " not in err, err
     torchrun(2, workplace("whole", **settings))
     torchrun(2, workplace(**settings))
     assert_same_bits(tmp_path / "whole", tmp_path / "run")
 
 
-# ------------------------------------------------------------------------------------------------------------- lost ranks
+# ----------------------------------------------------------------------------------------------------------- lost ranks
 
 
 def test_a_rank_that_dies_is_named_by_the_others(workplace, tmp_path):
@@ -247,14 +259,15 @@ def test_a_rank_that_hangs_is_named_by_the_others(workplace, tmp_path):
     victim = ranks_of(process)[1]
     os.kill(victim, signal.SIGSTOP)
     started = time.monotonic()
-    _, err = process.communicate(timeout=90)  # torchrun gives the stopped one 30 seconds to end
+    # torchrun gives the stopped rank 30 seconds to end
+    _, err = process.communicate(timeout=90)
     assert time.monotonic() - started < 60 and process.returncode == 1
     assert re.search(rf"minorca: rank 0 ends because rank 1 \(process {victim} on ", err), err
 
 
 @pytest.mark.slow
 def test_a_rank_that_reads_for_long_is_waited_for(workplace, tmp_path):
-    """The time limit is for what ranks do together; how long one of them reads and loads has none."""
+    """parallel.timeout limits collective operations, not how long a rank reads and loads."""
     process = training(workplace(**{"train.steps": 2, "parallel.timeout": 10}), ranks=2, faulty=("slow reading", 15))
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
@@ -273,54 +286,56 @@ def test_a_rank_that_dies_while_loading_is_named_by_the_others(workplace, tmp_pa
 
 @pytest.mark.slow
 def test_ranks_must_be_given_the_same(workplace, tmp_path):
-    """Settings and files: a rank that trains on other rows would spoil all, without a word."""
+    """Settings and files: a rank that trained on other rows would silently corrupt the run."""
     for point, key in (("other lr", "optim.lr"), ("other rows", "the rows")):
         process = training(workplace(), ranks=2, faulty=(point, 1))
         _, err = process.communicate(timeout=60)
-        assert err.count("minorca: error: ") == 1 and f"minorca: error: the ranks differ in {key}; start all" in err, (
-            err
-        )
+        assert err.count("minorca: error: ") == 1, err
+        assert f"minorca: error: the ranks differ in {key}; start all" in err, err
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
 def test_what_one_rank_cannot_do_is_said_once(workplace, tmp_path):
-    """Whether one rank fails or all of them do: one line, no traceback."""
-    wrong = ({"model.path": tmp_path / "nowhere"}, {"data.train": "nowhere.jsonl"}, *[{"train.nonfinite": "never"}] * 4)
-    for options in (workplace(**settings) for settings in wrong):
-        process = training(options, ranks=2)
+    """Whether one rank fails or all of them do: one line and no traceback."""
+    no_model = {"model.path": tmp_path / "nowhere"}
+    no_data = {"data.train": "nowhere.jsonl"}
+    invalid = {"train.nonfinite": "never"}
+    for settings in (no_model, no_data, *[invalid] * 4):
+        process = training(workplace(**settings), ranks=2)
         _, err = process.communicate(timeout=60)
         assert err.count("minorca: ") == 1 and err.count("minorca: error: ") == 1, err
-    # the second rank finds a row that the first does not train on
+    # only one rank trains on the row
     process = training(workplace(), ranks=2, faulty=("nan loss", 3))
     _, err = process.communicate(timeout=60)
     assert err.count("minorca: error: ") == 1 and not re.search(r'File "[^"]*minorca/', err), err
 
 
-# ------------------------------------------------------------------------------------------------- disks, NaN, two runs at once
+# ----------------------------------------------------------------------------------------- disks, NaN, two runs at once
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
 def test_a_full_disk_costs_no_checkpoint(share, workplace, tmp_path, monkeypatch):
-    """At any byte of a save: an error that says so, nothing half-written, the checkpoint before as it was, and a run that goes on."""
+    """At any byte of a save: an error, nothing half-written, the previous checkpoint intact, and a run that resumes."""
     settings = {"train.steps": 4, "train.checkpoint_every": 2}
     train_command.main(workplace("whole", **settings))
     largest = (tmp_path / "whole" / "checkpoints" / "step-00000002" / "optimizer.safetensors").stat().st_size
-    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    save_file, saves = checkpoint.save_file, 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_file = checkpoint.save_file
+    saves = 0
 
-    def starved(*arguments):
+    def save_to_full_disk(*arguments):
         nonlocal saves
         saves += 1
         if saves == 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * largest), hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * largest), limits[1]))
         save_file(*arguments)
 
     with (
         monkeypatch.context() as patch,
         pytest.raises(UserError, match="step-00000004: cannot be written .*nothing half-written was left"),
     ):
-        patch.setattr(checkpoint, "save_file", starved)
+        patch.setattr(checkpoint, "save_file", save_to_full_disk)
         try:
             train_command.main(workplace(**settings))
         finally:
@@ -331,18 +346,19 @@ def test_a_full_disk_costs_no_checkpoint(share, workplace, tmp_path, monkeypatch
 
 
 def test_a_disk_that_is_full_between_saves(workplace, tmp_path):
-    """Whichever file a step writes to first: one line, and the same command goes on."""
+    """Whichever file a step writes to first: one error, and the same command resumes."""
     settings = {"train.steps": 6, "train.checkpoint_every": 2}
     train_command.main(workplace("whole", **settings))
-    limits, step = resource.getrlimit(resource.RLIMIT_FSIZE), metrics.Record.step
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    record_step = metrics.Record.step
 
-    def starved(record, number, *rest):
+    def record_to_full_disk(record, number, *rest):
         if number == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-        step(record, number, *rest)
+        record_step(record, number, *rest)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="run: .*what was saved is intact"):
-        patch.setattr(metrics.Record, "step", starved)
+        patch.setattr(metrics.Record, "step", record_to_full_disk)
         try:
             train_command.main(workplace(**settings))
         finally:
@@ -355,27 +371,29 @@ NONFINITE = {"train.steps": 6, "train.checkpoint_every": 1, "lora.dropout": 0.1}
 
 
 @pytest.fixture
-def spoilt(monkeypatch):
-    """spoilt(kind, row): within it, the row's loss or gradient is a NaN."""
+def make_nan(monkeypatch):
+    """make_nan(kind, row): for the rest of the test, the row's loss or gradient is NaN."""
 
-    def spoil(kind: str, row: int) -> None:
+    def make(kind: str, row: int) -> None:
+        # undone after the test
         monkeypatch.setattr(step, "make_batch", step.make_batch)
         monkeypatch.setattr(step, "batch_outcome", step.batch_outcome)
-        faulty.spoil(kind, row)
+        faulty.make_nan(kind, row)
 
-    return spoil
+    return make
 
 
 @pytest.mark.parametrize("kind", ["nan loss", "nan gradient"])
-def test_what_is_no_number_stops_the_run_before_the_update(kind, spoilt, workplace, tmp_path):
-    """With the step, the rank and the rows named, and the last checkpoint as it was."""
+def test_what_is_no_number_stops_the_run_before_the_update(kind, make_nan, workplace, tmp_path):
+    """The error names the step, the rank and the rows; the last checkpoint is intact."""
     train_command.main(workplace("whole", **NONFINITE))
-    spoilt(kind, 7)
-    with pytest.raises(
-        UserError, match=r"step (\d): the loss is .*from rank 0, .*rows .*rows.jsonl, line 8\b"
-    ) as error:
+    make_nan(kind, 7)
+    expected = r"step (\d): the loss is .*from rank 0, .*rows .*rows.jsonl, line 8\b"
+    with pytest.raises(UserError, match=expected) as error:
         train_command.main(workplace(**NONFINITE))
-    step = int(re.search(r"step (\d)", str(error.value))[1])
+    found = re.search(expected, str(error.value))
+    assert found
+    step = int(found[1])
     kept = checkpoint.published(tmp_path / "run" / "checkpoints")
     assert step > 1 and kept[-1].name == f"step-{step - 1:08d}"
     assert checkpoint.verify(kept[-1]).updates == step - 1
@@ -383,16 +401,20 @@ def test_what_is_no_number_stops_the_run_before_the_update(kind, spoilt, workpla
     assert [line["loss"] for line in after] == [line["loss"] for line in before[: step - 1]]
 
 
-def test_what_is_no_number_can_be_skipped(spoilt, workplace, tmp_path, monkeypatch):
-    """The step leaves no trace in adapter and optimizer, its line says so, and such a run resumes exactly too."""
-    spoilt("nan gradient", 7)
+def raise_interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_is_no_number_can_be_skipped(make_nan, workplace, tmp_path, monkeypatch):
+    """The step changes neither adapter nor optimizer, its line is marked, and such a run resumes exactly too."""
+    make_nan("nan gradient", 7)
     settings = NONFINITE | {"train.nonfinite": "skip"}
     train_command.main(workplace("whole", **settings))
     run = lines_of(tmp_path / "whole")
     (skipped,) = [n for n, line in enumerate(run) if line.get("skipped")]
     assert run[skipped]["grad_norm"] is None and len(run) == 6 and skipped + 1 < 6
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        on_call(patch, metrics.Record, "step", skipped + 2, lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+        on_call(patch, metrics.Record, "step", skipped + 2, raise_interrupt)
         train_command.main(workplace("stopped", **settings))
     assert checkpoint.verify(checkpoint.published(tmp_path / "stopped" / "checkpoints")[-1]).updates == skipped
     train_command.main(workplace("stopped", **settings))
@@ -404,27 +426,30 @@ def test_of_two_ranks_the_one_with_the_nan_is_named(workplace, tmp_path):
     process = training(workplace(**NONFINITE | {"parallel.shard": "fsdp"}), ranks=2, faulty=("nan loss", 7))
     _, err = process.communicate(timeout=60)
     assert err.count("minorca: error: ") == 1
-    rank = re.search(r"minorca: error: step \d: the loss is nan .*from rank (\d), .*line 8\b", err)[1]
+    found = re.search(r"minorca: error: step \d: the loss is nan .*from rank (\d), .*line 8\b", err)
+    assert found, err
     config = cli.parse_config(cli.config_parser("", ""), workplace(**NONFINITE))[1]
-    store, _ = loop.read_data(config)
-    steps = loop.plan_epoch(store.lengths, 128, 4, True, 0, 0)
-    (place,) = [index for step in steps for index, rows in enumerate(step) if 7 in rows]
-    assert int(rank) == place % 2
+    store, _ = inputs.read_data(config)
+    steps = plan_epoch(store.lengths, 128, 4, True, 0, 0)
+    (micro_batch,) = [index for step in steps for index, rows in enumerate(step) if 7 in rows]
+    assert int(found[1]) == micro_batch % 2
+
+
+HOLD_LOCK = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+time.sleep(60)
+"""
 
 
 def test_two_runs_cannot_write_one_output(workplace, tmp_path):
-    """And a lock outlives nobody: a run that was killed holds none."""
+    """The lock ends with the process that holds it, even if it was killed."""
     train_command.main(workplace(**{"train.steps": 1}))
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); "
-            "print('held', flush=True); time.sleep(60)",
-            tmp_path / "run" / ".lock",
-        ],
-        stdout=subprocess.PIPE,
-    )
+    command = [sys.executable, "-c", HOLD_LOCK, tmp_path / "run" / ".lock"]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert holder.stdout
     holder.stdout.readline()
     before = sorted(path.name for path in (tmp_path / "run").rglob("*"))
     with pytest.raises(UserError, match=r"train.output is .*run, where another run writes \(process \d+ on .*\)"):

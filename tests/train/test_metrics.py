@@ -1,4 +1,4 @@
-"""What a run tells: where its time went, what it is, and the same to those who watch elsewhere."""
+"""What a run reports: the time of its phases, its settings, and the same to TensorBoard and Weights & Biases."""
 
 import gzip
 import json
@@ -6,9 +6,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.flop_counter import FlopCounterMode
 
 from minorca import UserError
+from minorca.model.architecture import read_architecture
 from minorca.train import __main__ as train_command
 from minorca.train import loop, metrics
 from tests.helpers import lines_of
@@ -17,7 +20,7 @@ SHORT = {"train.steps": 6, "train.checkpoint_every": 2, "data.eval": 0.1, "train
 
 
 def test_a_steps_phases_are_its_time(workplace, tmp_path):
-    """What is done in a step adds up to it; a checkpoint counts for the step after it."""
+    """The phases add up to the step; a checkpoint counts for the step after it."""
     train_command.main(workplace(**SHORT))
     steps = [line for line in lines_of(tmp_path / "run") if "loss" in line]
     for line in steps:
@@ -34,8 +37,8 @@ def test_tensorboard_has_the_lines(workplace, tmp_path):
     events.Reload()
     lines = lines_of(tmp_path / "run")
     for key in ("loss", "grad_norm", "lr", "tokens_per_second", "forward_seconds", "eval_loss"):
-        told = [(line["step"], pytest.approx(line[key])) for line in lines if key in line]
-        assert [(event.step, event.value) for event in events.Scalars(key)] == told
+        expected = [(line["step"], pytest.approx(line[key])) for line in lines if key in line]
+        assert [(event.step, event.value) for event in events.Scalars(key)] == expected
 
 
 def test_an_evaluation_that_is_no_number_is_null(workplace, tmp_path, monkeypatch):
@@ -46,21 +49,25 @@ def test_an_evaluation_that_is_no_number_is_null(workplace, tmp_path, monkeypatc
 
 
 def test_weights_and_biases_has_the_lines(workplace, tmp_path, monkeypatch):
-    """By the names of its package; the package itself talks to a service."""
-    told, started = [], {}
+    """With a stand-in for the package, which would send them to a service."""
+    logged = []
+    started = {}
+
+    def log(values, step):
+        logged.append({"step": step, **values})
+
+    def finish():
+        logged.append("finished")
 
     def init(**options):
         started.update(options)
-        return SimpleNamespace(
-            log=lambda values, step: told.append({"step": step, **values}), finish=lambda: told.append("finished")
-        )
+        return SimpleNamespace(log=log, finish=finish)
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     train_command.main(workplace(**SHORT, **{"train.wandb": "orca"}))
     assert started["project"] == "orca" and started["config"]["lora"]["rank"] == 4
-    assert told == [
-        {name: value for name, value in line.items() if value is not None} for line in lines_of(tmp_path / "run")
-    ] + ["finished"]
+    lines = lines_of(tmp_path / "run")
+    assert logged == [*({key: value for key, value in line.items() if value is not None} for line in lines), "finished"]
 
 
 def test_weights_and_biases_must_be_installed(workplace, monkeypatch):
@@ -76,22 +83,24 @@ def test_a_profile_is_a_trace_and_what_holds_memory(workplace, tmp_path):
     assert [name for name in names if str(name).startswith("ProfilerStep#")] == ["ProfilerStep#2"]
     assert {"minorca::attention", "[memory]"} <= set(names)
     memory = (tmp_path / "run" / "profile" / "memory-rank0.txt").read_text()
-    assert "the most this process has held" in memory and "x torch.float32 [260, 64]" in memory  # the embedding
+    assert "the most this process has held" in memory
+    # the embedding
+    assert "x torch.float32 [260, 64]" in memory
 
 
 def test_what_a_start_prints(workplace, tmp_path, caplog):
-    """The model as its files resolve, what is trained, its memory, the rows, and what was found to go on from."""
+    """The model, the number of trained values, memory, the steps, and the checkpoint from which the run resumes."""
     caplog.set_level("INFO")
     train_command.main(workplace(**SHORT))
     first = caplog.text
-    for said in (
+    for expected in (
         "hidden_size=64",
         "window=24",
         "7,424 trained",
         "1 rank on cpu, each with 0.00 GB of weights (whole) in ",
         "6 steps, ",
     ):
-        assert said in first
+        assert expected in first
     assert f"{tmp_path / 'run'}: no checkpoint; starting at step 1" in first
     assert "tokens/s; data " in first and f"done: {tmp_path / 'run' / 'adapter'}" in first
     caplog.clear()
@@ -101,15 +110,14 @@ def test_what_a_start_prints(workplace, tmp_path, caplog):
 
 
 def test_flops_are_those_that_are_computed(save_mistral):
-    """Of one forward and backward of a model with adapters, as torch counts matrix products; attention apart, which it cannot see."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-    from transformers import MistralForCausalLM
+    """Of a forward and a backward of transformers' model with adapters, as torch counts its matrix products.
 
-    from minorca.model.architecture import read_architecture
-
+    Attention is counted separately: unlike ours, eager attention also computes masked pairs.
+    """
     directory, model = save_mistral(vocab_size=64)
-    arch, length, rank = read_architecture(directory), 24, 4
+    arch = read_architecture(directory)
+    length = 24
+    rank = 4
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     adapters = []
@@ -120,16 +128,12 @@ def test_flops_are_those_that_are_computed(save_mistral):
             layer.mlp.up_proj,
             layer.mlp.down_proj,
         ):
-            a, b = (
-                torch.randn(rank, linear.in_features, requires_grad=True),
-                torch.randn(linear.out_features, rank, requires_grad=True),
-            )
+            a = torch.randn(rank, linear.in_features, requires_grad=True)
+            b = torch.randn(linear.out_features, rank, requires_grad=True)
             linear.register_forward_hook(lambda module, inputs, output, a=a, b=b: output + inputs[0] @ a.T @ b.T)
             adapters += [a, b]
-    assert isinstance(model, MistralForCausalLM)
-    hidden = torch.randn(
-        1, length, arch.hidden_size, requires_grad=True
-    )  # as if there were a layer before: its gradient is counted
+    # requires a gradient, as the input of every layer but the first does
+    hidden = torch.randn(1, length, arch.hidden_size, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         model(inputs_embeds=hidden).logits.sum().backward()
     products = counter.get_total_flops() - _eager_attention(arch, length)
@@ -139,5 +143,5 @@ def test_flops_are_those_that_are_computed(save_mistral):
 
 
 def _eager_attention(arch, length: int) -> int:
-    """Two products of every query with every key, masked or not, forward, and twice as much backward."""
+    """FLOPs of two products of every query with every key, masked or not, and of twice as many in backward."""
     return 3 * 2 * 2 * length**2 * arch.heads * arch.head_dim * arch.layers

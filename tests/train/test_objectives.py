@@ -1,4 +1,4 @@
-"""What a batch is worth belongs to its objective: next-token loss, and one from outside."""
+"""Objectives: next-token loss, and one defined outside of the package."""
 
 import math
 
@@ -23,7 +23,7 @@ from tests.helpers import lines_of
 
 
 class ByRow:
-    """An objective from outside: the mean over rows of each row's mean loss, with the mean probability as a metric."""
+    """The mean over rows of each row's mean loss, with the mean probability as a metric."""
 
     def normalizer(self, store: TokenStore, rows: np.ndarray) -> int:
         return len(rows)
@@ -45,22 +45,24 @@ class ByRow:
 
 
 def run(options: list[str], objective, tmp_path) -> Learner:
-    """A short run in this process, as minorca.train makes it, with another objective."""
+    """A short run in this process, with the steps of minorca.train but another objective."""
     _, config = parse_config(config_parser("test", ""), options)
     with init_distributed(60) as world:
         inputs = read_inputs(config)
         learner = build(config, inputs.base, world)
         learner.objective = objective
         (tmp_path / "run").mkdir()
-        record = metrics.Record(config, 0, config.train.steps)
-        work = Run(config, world, inputs, learner, config.train.steps, record, [], 0, 0)
+        steps = config.train.steps
+        assert steps
+        record = metrics.Record(config, 0, steps)
+        work = Run(config, world, inputs, learner, steps, record, [], 0, 0)
         work.loop(inputs.schedule(config).step, lambda: None)
         work.finish(tmp_path / "run")
     return learner
 
 
 def test_an_objective_from_outside(workplace, tmp_path):
-    """The loop takes its loss, its normalizer and its metrics, in steps and in evaluations; and it learns."""
+    """The loop uses its loss, its normalizer and its metrics, in steps and in evaluations; the loss decreases."""
     run(workplace(**{"train.steps": 6, "data.eval": 0.2}), ByRow(), tmp_path)
     lines = lines_of(tmp_path / "run")
     steps = [line for line in lines if "loss" in line]
@@ -72,13 +74,15 @@ def test_an_objective_from_outside(workplace, tmp_path):
 
 
 def test_the_loss_by_row_is_the_mean_of_the_rows_means(workplace):
-    """Against transformers' model, a row at a time."""
+    """Compared with transformers' model, one row at a time."""
     _, config = parse_config(config_parser("test", ""), workplace(**{"data.eval": 0.2}))
     with init_distributed(60) as world:
         inputs = read_inputs(config)
         learner = build(config, inputs.base, world)
         learner.objective = ByRow()
+        assert inputs.held_out is not None
         values = evaluate(learner, inputs.held_out, config, world)
+    assert values is not None
     expected = []
     for row in range(len(inputs.held_out)):
         ids, mask = (torch.from_numpy(np.array(part)) for part in inputs.held_out.row(row))
@@ -89,11 +93,13 @@ def test_the_loss_by_row_is_the_mean_of_the_rows_means(workplace):
 
 
 def test_shares_of_micro_batches_add_up_to_the_loss_of_a_step():
-    """And their gradients to its gradient, whatever the normalizer."""
+    """Their gradients add up to its gradient, too."""
     random = np.random.default_rng(0)
     store = TokenStore(random.integers(50, size=40, dtype=np.int32), np.arange(40) % 3 > 0, np.array([0, 9, 20, 40]))
-    hidden, weight = torch.randn(40, 8, dtype=torch.float64), DenseWeight(torch.randn(50, 8, dtype=torch.float64))
-    objective, rows = NextToken(), np.arange(3)
+    hidden = torch.randn(40, 8, dtype=torch.float64)
+    weight = DenseWeight(torch.randn(50, 8, dtype=torch.float64))
+    objective = NextToken()
+    rows = np.arange(3)
     normalizer = objective.normalizer(store, rows)
     assert normalizer == store.trained_counts.sum()
 
@@ -101,7 +107,8 @@ def test_shares_of_micro_batches_add_up_to_the_loss_of_a_step():
         part = hidden[first:last].clone().requires_grad_()
         outcome = objective.head(make_batch(store, rows), normalizer)(part, weight)
         outcome.loss.backward()
-        return outcome.loss.item(), part.grad
+        assert part.grad is not None
+        return float(outcome.loss.detach()), part.grad
 
     loss, gradient = share(rows, 0, 40)
     shares = [share(rows[:1], 0, 9), share(rows[1:], 9, 40)]

@@ -1,5 +1,6 @@
-"""Any number of ranks, however they share the model, give one rank's losses; and runs move between them."""
+"""Any number of ranks, sharded or not, gives one rank's losses, and a run resumes on another number of ranks."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -11,13 +12,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.distributed.run import parse_args
 
 from minorca import cli
 from minorca.train import __main__ as train_command
 from minorca.train import checkpoint
 from tests.helpers import ROOT, assert_same_bits, assert_same_run, lines_of, torchrun, wait_until
 
-# 3 micro-batches a step, so that one of two ranks is left without a row in every step; tied weights; evaluations
+# 3 micro-batches a step, so that in every step one of two ranks has a micro-batch less than the other
 RANKED = {"train.steps": 20, "train.batch_tokens": 384, "data.eval": 0.1, "optim.lr": 0.003}
 
 
@@ -30,21 +32,21 @@ def test_two_ranks_give_one_ranks_losses(workplace, tmp_path):
 
 @pytest.mark.slow
 def test_the_matrix_of_ranks(workplace, tmp_path):
-    """Every way to share the model, on 1, 2 and 4 ranks, with every activation checkpointing: one rank's losses and adapters."""
+    """Every sharding, on 1, 2 and 4 ranks, with every activation checkpointing: one rank's losses and adapters."""
     train_command.main(workplace("one", **RANKED))
-    ways = {
+    shardings = {
         "none": {"shard": "none"},
         "auto": {},
         "fsdp": {"shard": "fsdp"},
         "offload": {"shard": "fsdp", "cpu_offload": "true"},
     }
-    cases = [(ranks, way, again) for ranks in (1, 2, 4) for way in ways for again in ("none", "selective", "full")]
-    cases += [(ranks, "replicas", again) for ranks in (2, 4) for again in ("none", "selective", "full")]
-    ways["replicas"] = {"shard": "fsdp", "replicate": 2}
-    for ranks, way, again in cases:
-        name = f"{ranks}-{way}-{again}"
-        options = {f"parallel.{key}": value for key, value in ways[way].items()}
-        torchrun(ranks, workplace(name, **RANKED | options | {"parallel.activation_checkpointing": again}))
+    shared = [(ranks, sharding) for ranks in (1, 2, 4) for sharding in shardings]
+    shared += [(ranks, "replicas") for ranks in (2, 4)]
+    shardings["replicas"] = {"shard": "fsdp", "replicate": 2}
+    for (ranks, sharding), recompute in itertools.product(shared, ("none", "selective", "full")):
+        name = f"{ranks}-{sharding}-{recompute}"
+        options = {f"parallel.{key}": value for key, value in shardings[sharding].items()}
+        torchrun(ranks, workplace(name, **RANKED | options | {"parallel.activation_checkpointing": recompute}))
         try:
             assert_same_run(tmp_path / "one", tmp_path / name, losses=1e-6)
         except AssertionError as error:
@@ -53,7 +55,7 @@ def test_the_matrix_of_ranks(workplace, tmp_path):
 
 @pytest.mark.slow
 def test_bf16_weights_with_fp32_adapters_shard(workplace, tmp_path):
-    """What FSDP casts is what one rank casts; sums of bf16 products in another order differ by their rounding."""
+    """The losses differ by the rounding of bf16 sums in another order alone; the saved adapters are fp32."""
     settings = RANKED | {"model.dtype": "bfloat16", "train.steps": 5}
     train_command.main(workplace("one", **settings))
     torchrun(2, workplace("two", **settings, **{"parallel.shard": "fsdp"}))
@@ -67,8 +69,10 @@ def test_bf16_weights_with_fp32_adapters_shard(workplace, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 4), (4, 2)])
 def test_a_run_resumes_on_another_number_of_ranks(before, after, workplace, tmp_path):
-    """8 steps on so many ranks, sharded where they are several, then the rest on others: the same rows in the same steps, the first
-    ten losses of the second part to 1e-6."""
+    """8 steps on `before` ranks, the rest on `after` ranks: the same rows in the same steps.
+
+    The first ten losses after resuming agree within 1e-6.
+    """
     settings = RANKED | {"train.checkpoint_every": 8}
     torchrun(before, workplace("one", **settings, **{"parallel.shard": "fsdp" if before > 1 else "none"}))
     shutil.copytree(tmp_path / "one", tmp_path / "moved")
@@ -82,7 +86,7 @@ def test_a_run_resumes_on_another_number_of_ranks(before, after, workplace, tmp_
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-6), a["step"]
 
 
-# -------------------------------------------------------------------------------------------------------------- several nodes
+# -------------------------------------------------------------------------------------------------------- several nodes
 
 
 def free_port() -> int:
@@ -92,7 +96,7 @@ def free_port() -> int:
 
 
 def node(options: list[str], endpoint: str, restarts: int) -> subprocess.Popen:
-    """One machine's torchrun, with one rank, as examples/slurm.sbatch starts it."""
+    """The torchrun of one machine, with one rank, as examples/slurm.sbatch starts it."""
     command = [
         "-m",
         "torch.distributed.run",
@@ -102,15 +106,14 @@ def node(options: list[str], endpoint: str, restarts: int) -> subprocess.Popen:
         "--rdzv-id=7",
     ]
     command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "-m", "minorca.train", *options]
-    quiet = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return subprocess.Popen(
-        [sys.executable, *command], env=os.environ | quiet, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, *command], env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 @pytest.mark.slow
 def test_two_nodes_give_one_ranks_losses(workplace, tmp_path):
-    """Two agents of torchrun that meet on loopback."""
+    """Two torchrun agents with a rendezvous on the loopback interface."""
     train_command.main(workplace("one", **RANKED))
     endpoint = f"127.0.0.1:{free_port()}"
     nodes = [node(workplace("two", **RANKED, **{"parallel.shard": "fsdp"}), endpoint, restarts=0) for _ in range(2)]
@@ -120,15 +123,13 @@ def test_two_nodes_give_one_ranks_losses(workplace, tmp_path):
 
 
 def children(process: subprocess.Popen) -> list[int]:
-    return [
-        int(pid)
-        for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    ]
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
+    return list(map(int, found.split()))
 
 
 @pytest.mark.slow
 def test_a_rank_that_dies_on_one_node_is_restarted_on_both(workplace, tmp_path):
-    """And the run resumes by itself, from the newest checkpoint, to the same bits."""
+    """The run resumes from the newest checkpoint to the same bits."""
     settings = RANKED | {"train.steps": 150, "train.checkpoint_every": 5}
     torchrun(2, workplace("whole", **settings))
     endpoint = f"127.0.0.1:{free_port()}"
@@ -142,20 +143,18 @@ def test_a_rank_that_dies_on_one_node_is_restarted_on_both(workplace, tmp_path):
 
 
 def test_the_examples_of_clusters():
-    """They parse, and give torchrun and minorca.train options they have."""
+    """They are valid, and so are their options of torchrun and minorca.train."""
     script = ROOT / "examples" / "slurm.sbatch"
     assert subprocess.run(["bash", "-n", script]).returncode == 0
     words = script.read_text().split("srun ")[1].split("&")[0].replace("\\\n", " ").split()
     arguments = words[words.index("torchrun") + 1 :]
-    from torch.distributed.run import parse_args
-
-    numbers = {
+    values = {
         '"$SLURM_JOB_NUM_NODES"': "2",
         '"$SLURM_JOB_ID"': "1",
         '"$head:29500"': "head:29500",
         '"$1"': "configs/quickstart.yaml",
     }
-    parsed = parse_args([numbers.get(word, word) for word in arguments])
+    parsed = parse_args([values.get(word, word) for word in arguments])
     assert (parsed.nnodes, parsed.max_restarts, parsed.training_script) == ("2", 3, "minorca.train")
     cli.config_parser("", "").parse_args(parsed.training_script_args)
 

@@ -1,4 +1,4 @@
-"""Resuming: the same bits as never stopping, from nothing that is damaged and into nothing that is another run."""
+"""Resuming gives the same bits as never stopping; damaged checkpoints and those of another run are refused."""
 
 import json
 import pickle
@@ -19,13 +19,13 @@ STOPPED = {"train.steps": 16, "train.checkpoint_every": 4, "lora.dropout": 0.1, 
 
 
 def stop_in(step: int, options: list[str], monkeypatch) -> None:
-    """A run that ends without a word while it notes this step."""
-    note = metrics.Record.step
+    """Starts a run that is interrupted when it records this step."""
+    record_step = metrics.Record.step
 
     def stop(record, number, *rest):
         if number == step:
             raise KeyboardInterrupt
-        note(record, number, *rest)
+        record_step(record, number, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(metrics.Record, "step", stop)
@@ -37,7 +37,7 @@ def steps_of(run: Path) -> list[int]:
 
 
 def test_stopped_three_times_it_is_as_if_never(workplace, tmp_path, monkeypatch):
-    """Four segments: a second and third resume too (the class of datasets#8308)."""
+    """Resuming a resumed run is exact too (compare huggingface/datasets#8308)."""
     train_command.main(workplace("whole", **STOPPED))
     for step in (7, 10, 14):
         stop_in(step, workplace("stopped", **STOPPED), monkeypatch)
@@ -47,7 +47,7 @@ def test_stopped_three_times_it_is_as_if_never(workplace, tmp_path, monkeypatch)
 
 
 def test_mixed_sources_resume_in_the_middle_of_an_epoch(workplace, tmp_path, monkeypatch):
-    """The place in an epoch whose rows a weight draws anew each time is a function of the step too."""
+    """Sources with weights, whose rows are drawn anew in each epoch."""
     sources = f"[{{path: {tmp_path / 'rows.jsonl'}, weight: 1.5}}, {{path: {tmp_path / 'more.jsonl'}, weight: 0.4}}]"
     shutil.copy(tmp_path / "rows.jsonl", tmp_path / "more.jsonl")
     settings = {"data.train": sources, "train.epochs": 3, "train.checkpoint_every": 5}
@@ -68,12 +68,12 @@ def test_nothing_is_unpickled(workplace, tmp_path, monkeypatch):
     assert len([line for line in lines_of(tmp_path / "run") if "loss" in line]) == 16
 
 
-# ------------------------------------------------------------------------------------------------ another run's checkpoint
+# --------------------------------------------------------------------------------------------- another run's checkpoint
 
 
 @pytest.fixture
 def refused(workplace):
-    """refused(**settings) -> the complaint of a second run in one output directory."""
+    """refused(**settings): the error message of a second run in the same output directory."""
 
     def second(**settings):
         with pytest.raises(UserError) as error:
@@ -92,7 +92,7 @@ def test_other_settings_do_not_resume(refused):
 
 
 def rewrite_state(directory: Path, change) -> None:
-    """Changes the state of a checkpoint, as another version would have written it, manifest included."""
+    """Changes a checkpoint's state, and its manifest accordingly, to what another version would have written."""
     path = directory / "state.json"
     state = json.loads(path.read_text())
     change(state)
@@ -103,7 +103,7 @@ def rewrite_state(directory: Path, change) -> None:
 
 @pytest.fixture
 def stopped(workplace, tmp_path, monkeypatch):
-    """stopped(change): a run of 4 steps, whose checkpoint of step 2 is changed, resumed; its options."""
+    """stopped(change): the options of a run of 4 steps that was stopped, its checkpoint of step 2 then changed."""
 
     def stop(change, **settings) -> list[str]:
         settings = {"train.steps": 4, "train.checkpoint_every": 2, "lora.dropout": 0.1} | settings
@@ -116,7 +116,7 @@ def stopped(workplace, tmp_path, monkeypatch):
 
 
 def test_an_earlier_versions_checkpoint_is_refused(stopped, tmp_path):
-    """Those had no format number."""
+    """Earlier checkpoints have no format number."""
     options = stopped(lambda state: state.pop("format"))
     message = "state.json: the checkpoint has no format number: an earlier version of minorca wrote it; finish the run"
     with pytest.raises(UserError, match=message):
@@ -128,7 +128,7 @@ def test_an_earlier_versions_checkpoint_is_refused(stopped, tmp_path):
 
 @pytest.mark.parametrize("key", ["lora.rslora", "data.template", "optim.betas", "data.limit"])
 def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(key, stopped, workplace, tmp_path):
-    """As if a later version had added it: the run resumes to the same bits, but not with another value."""
+    """As if a later version had added it: the run resumes to the same bits; another value is refused."""
     train_command.main(workplace("whole", **{"train.steps": 4, "lora.dropout": 0.1}))
     options = stopped(lambda state: state["run"].pop(key))
     other = {"lora.rslora": "true", "data.template": "chatml", "optim.betas": "[0.8, 0.9]", "data.limit": "40"}[key]
@@ -184,7 +184,7 @@ def test_another_base_or_other_rows_do_not_resume(change, complaint, refused, tm
 
 
 def test_a_run_resumes_wherever_its_files_have_moved(workplace, tmp_path):
-    """What counts of the base and of the rows is their content."""
+    """The base model and the rows are identified by their content."""
     train_command.main(workplace(**{"train.steps": 2}))
     model = next(tmp_path.glob("model-*"))
     shutil.copytree(model, tmp_path / "moved")
@@ -197,7 +197,7 @@ def test_a_run_resumes_wherever_its_files_have_moved(workplace, tmp_path):
 
 
 def test_the_adapter_a_run_began_with_is_known_by_its_content(workplace, tmp_path, monkeypatch):
-    """It may move; once there is a checkpoint it is not read into the model again; another one is refused."""
+    """It may move, and another one is refused."""
     train_command.main(workplace("first", **{"train.steps": 1}))
     train_command.main(workplace("other", **{"train.steps": 2}))
     settings = {"train.steps": 6, "train.checkpoint_every": 2}
@@ -211,15 +211,14 @@ def test_the_adapter_a_run_began_with_is_known_by_its_content(workplace, tmp_pat
 
 
 def test_a_run_that_began_from_a_path_goes_on_from_its_own(workplace, tmp_path, monkeypatch):
-    """The same command again, as torchrun's restarts give it."""
+    """The same command resumes from the run's own checkpoint, as a restart by torchrun needs."""
     settings = {"train.steps": 8, "train.checkpoint_every": 2, "train.keep": 9}
     train_command.main(workplace("whole", **settings))
     settings["train.resume"] = tmp_path / "whole" / "checkpoints" / "step-00000002"
     stop_in(7, workplace("branch", **settings), monkeypatch)
     train_command.main(workplace("branch", **settings))
-    assert [line["loss"] for line in lines_of(tmp_path / "branch")] == [
-        line["loss"] for line in lines_of(tmp_path / "whole")[2:]
-    ]
+    whole = [line["loss"] for line in lines_of(tmp_path / "whole")]
+    assert [line["loss"] for line in lines_of(tmp_path / "branch")] == whole[2:]
 
 
 def test_a_finished_run_without_its_checkpoints_is_not_written_over(workplace, tmp_path):
@@ -232,7 +231,7 @@ def test_a_finished_run_without_its_checkpoints_is_not_written_over(workplace, t
 
 
 def test_other_threads_are_told(workplace, tmp_path, monkeypatch, caplog):
-    """They split sums differently."""
+    """Another number of threads, which changes the order of sums, is logged."""
     stop_in(3, workplace(**{"train.steps": 4, "train.checkpoint_every": 1}), monkeypatch)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     train_command.main(workplace(**{"train.steps": 4, "train.checkpoint_every": 1}))
@@ -248,7 +247,7 @@ def test_lines_that_no_run_wrote_are_dropped(workplace, tmp_path, monkeypatch):
 
 
 def test_going_back_needs_the_later_checkpoints_gone(refused, workplace, tmp_path):
-    """Nothing is touched before the refusal."""
+    """A refused run changes nothing."""
     train_command.main(workplace("long", **{"train.steps": 4, "train.checkpoint_every": 1}))
     before = (tmp_path / "long" / "metrics.jsonl").read_text()
     earlier = tmp_path / "long" / "checkpoints" / "step-00000003"
@@ -258,15 +257,14 @@ def test_going_back_needs_the_later_checkpoints_gone(refused, workplace, tmp_pat
     shutil.rmtree(earlier.with_name("step-00000004"))
     shutil.rmtree(tmp_path / "long" / "adapter")
     train_command.main(workplace("long", **{"train.steps": 4, "train.resume": earlier}))
-    assert [line["loss"] for line in lines_of(tmp_path / "long")] == [
-        json.loads(line)["loss"] for line in before.splitlines()
-    ]
+    expected = [json.loads(line)["loss"] for line in before.splitlines()]
+    assert [line["loss"] for line in lines_of(tmp_path / "long")] == expected
 
 
-# --------------------------------------------------------------------------------------------------- damaged checkpoints
+# -------------------------------------------------------------------------------------------------- damaged checkpoints
 
 
-def truncate(newest: Path, older: Path) -> Path:
+def truncate(newest: Path, older: Path | None = None) -> Path:
     path = newest / "optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     return path
@@ -318,21 +316,25 @@ def empty_the_manifest(newest: Path, older: Path) -> str:
     return "MANIFEST.json, line 1: not valid JSON"
 
 
+DAMAGED = {"train.steps": 4, "train.checkpoint_every": 2}
+
+
 @pytest.fixture
 def damaged(workplace, tmp_path):
-    """damaged(how) -> what is said of a run whose newest checkpoint was damaged so; the run as it was meant lies in whole/."""
+    """damaged(how): the error of resuming from a checkpoint damaged by `how`, and what `how` expects it to contain.
+
+    The same run, undamaged, is in whole/.
+    """
 
     def damage(how) -> tuple[str, str]:
-        train_command.main(workplace(**settings))
+        train_command.main(workplace(**DAMAGED))
         newest, older = (tmp_path / "run" / "checkpoints" / f"step-0000000{n}" for n in (4, 2))
         expected = how(newest, older)
         with pytest.raises(UserError) as error:
-            train_command.main(workplace(**settings))
+            train_command.main(workplace(**DAMAGED))
         return str(error.value), str(expected)
 
-    settings = {"train.steps": 4, "train.checkpoint_every": 2}
-    damage.settings = settings
-    train_command.main(workplace("whole", **settings))
+    train_command.main(workplace("whole", **DAMAGED))
     return damage
 
 
@@ -344,25 +346,25 @@ def test_a_damaged_checkpoint_is_named_and_fallen_back_from_only_when_asked(how,
     assert expected in message and "set train.resume to last-good" in message
     if expected.startswith("/"):
         assert "does not match the manifest (expected {'bytes': " in message and "got {'bytes': " in message
-    train_command.main(workplace(**damaged.settings, **{"train.resume": "last-good"}))
+    train_command.main(workplace(**DAMAGED, **{"train.resume": "last-good"}))
     assert_same_bits(tmp_path / "whole", tmp_path / "run")
-    assert [path.name[:21] for path in (tmp_path / "run" / "checkpoints").glob("damaged-*")] == [
-        "damaged-step-00000004"
-    ]
+    (set_aside,) = (tmp_path / "run" / "checkpoints").glob("damaged-*")
+    assert set_aside.name[:21] == "damaged-step-00000004"
 
 
 def test_where_none_is_undamaged_nothing_starts_over(damaged, workplace, tmp_path):
     damaged(flip)
-    truncate(tmp_path / "run" / "checkpoints" / "step-00000002", None)
+    truncate(tmp_path / "run" / "checkpoints" / "step-00000002")
     with pytest.raises(UserError, match="none of its 2 checkpoints is undamaged"):
-        train_command.main(workplace(**damaged.settings, **{"train.resume": "last-good"}))
+        train_command.main(workplace(**DAMAGED, **{"train.resume": "last-good"}))
 
 
 def test_of_two_hundred_flipped_bits_none_goes_unseen(workplace, tmp_path):
     train_command.main(workplace(**{"train.steps": 1}))
     (directory,) = checkpoint.published(tmp_path / "run" / "checkpoints")
     checkpoint.verify(directory)
-    files, draw = sorted(directory.iterdir()), random.Random(0)
+    files = sorted(directory.iterdir())
+    draw = random.Random(0)
     for n in range(200):
         path = files[n % len(files)]
         whole = path.read_bytes()
@@ -376,27 +378,28 @@ def test_of_two_hundred_flipped_bits_none_goes_unseen(workplace, tmp_path):
 
 
 def test_a_damaged_checkpoint_counts_for_none(workplace, tmp_path, caplog):
-    """`keep` counts what verifies: the last good one is not removed for the sake of a damaged one."""
+    """`keep` counts undamaged checkpoints: a good one is not removed because a damaged one is newer."""
     settings = {"train.steps": 4, "train.checkpoint_every": 1, "train.keep": 9}
     train_command.main(workplace(**settings))
     directory = tmp_path / "run" / "checkpoints"
-    truncate(directory / "step-00000003", None)
+    truncate(directory / "step-00000003")
     checkpoint.prune(directory, keep=2)
     assert steps_of(tmp_path / "run") == [2, 3, 4]
     assert f"{directory / 'step-00000003' / 'optimizer.safetensors'}: does not match the manifest" in caplog.text
 
 
 def test_an_older_one_goes_only_after_the_newer_is_verified(workplace, tmp_path, monkeypatch):
-    """A new checkpoint that the disk did not keep as it was written costs none of the older ones."""
-    publish, settings = checkpoint.publish, {"train.steps": 3, "train.checkpoint_every": 1, "train.keep": 1}
+    """If a new checkpoint is damaged on the disk, no older one is removed."""
+    publish = checkpoint.publish
+    settings = {"train.steps": 3, "train.checkpoint_every": 1, "train.keep": 1}
 
-    def forget(directory, write):
+    def publish_damaged(directory, write):
         publish(directory, write)
-        truncate(directory, None)
+        truncate(directory)
 
-    train_command.main(workplace(**settings | {"train.steps": 3}))
+    train_command.main(workplace(**settings))
     assert steps_of(tmp_path / "run") == [3]
-    monkeypatch.setattr(checkpoint, "publish", forget)
+    monkeypatch.setattr(checkpoint, "publish", publish_damaged)
     train_command.main(workplace("bad", **settings))
     assert steps_of(tmp_path / "bad") == [1, 2, 3]
 

@@ -1,9 +1,10 @@
-"""The loop: against PEFT's numbers, and what a run leaves behind."""
+"""The training loop: PEFT's losses, and the files of a run."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -19,7 +20,7 @@ from minorca.train.optim import learning_rate
 from minorca.train.ranks import init_distributed
 from minorca.train.step import forward_backward
 from minorca.train.trainable import TrainableSet
-from tests.helpers import SAME, Calls, lines_of, relative_error
+from tests.helpers import SAME, Calls, gradients_of, lines_of, relative_error
 
 
 def config_of(options):
@@ -27,9 +28,10 @@ def config_of(options):
 
 
 def test_fifty_steps_follow_pefts_losses(workplace, tmp_path, monkeypatch):
-    """From the same adapter, on the same rows, every step's loss is within 1e-3 of transformers + PEFT's."""
+    """From the same adapter, on the same rows, every step's loss is within 1e-3 of that of transformers and PEFT."""
     options = workplace(**{"train.steps": 50, "optim.lr": 0.003, "optim.warmup_steps": 5, "optim.weight_decay": 0.1})
-    config, started = config_of(options), {}
+    config = config_of(options)
+    started = {}
     init = build.init_adapters
 
     def save_start(model, seed):
@@ -51,8 +53,10 @@ def test_fifty_steps_follow_pefts_losses(workplace, tmp_path, monkeypatch):
     steps = [(epoch, step) for epoch in range(50) for step in plan_epoch(store.lengths, 128, 4, True, 0, epoch)][:50]
     for n, (_, micro_batches) in enumerate(steps, 1):
         rows = [store.row(row) for micro_batch in micro_batches for row in micro_batch]
-        trained, total = sum(mask.sum() for _, mask in rows), 0.0
-        for ids, mask in rows:  # one row at a time: nothing of packing, of the flat batch or of the chunked loss
+        trained = sum(mask.sum() for _, mask in rows)
+        total = 0.0
+        # one row at a time, without packing and with PyTorch's loss
+        for ids, mask in rows:
             labels = torch.where(torch.tensor(mask), torch.tensor(ids).long(), -100)
             logits = theirs(torch.tensor(ids).long()[None]).logits[0]
             loss = F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum") / trained
@@ -71,9 +75,7 @@ def test_fifty_steps_follow_pefts_losses(workplace, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_learning_rates_are_those_of_transformers(schedule, workplace):
-    """Its schedules count from 0, with the first step's rate at 0; ours give the first step its share."""
-    import transformers
-
+    """Except that in warmup our first step already has a learning rate above 0."""
     optim = config_of(workplace(**{"optim.schedule": schedule, "optim.warmup_steps": 3})).optim
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=optim.lr)
     name = "constant_with_warmup" if schedule == "constant" else schedule
@@ -102,7 +104,7 @@ def test_a_finished_run_says_so(workplace, tmp_path, caplog):
 
 
 def test_a_run_starts_from_an_adapter(workplace, tmp_path):
-    """The second run's first evaluation is the first run's last; an adapter of another rank is refused by name."""
+    """The second run's first evaluation equals the first run's last; an adapter of another rank is refused."""
     settings = {"train.steps": 3, "data.eval": 0.1}
     train_command.main(workplace("first", **settings))
     init = {"lora.init": tmp_path / "first" / "adapter"}
@@ -113,10 +115,14 @@ def test_a_run_starts_from_an_adapter(workplace, tmp_path):
 
 
 def test_starting_over_leaves_no_line_of_the_first_start(workplace, tmp_path, monkeypatch):
-    """Stopped before the first checkpoint: the evaluation before step 1 stands once."""
+    """After a stop before the first checkpoint, the evaluation before step 1 is recorded once."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
     settings = {"train.steps": 2, "data.eval": 0.1}
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(TrainableSet, "clip_gradients", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(TrainableSet, "clip_gradients", interrupt)
         train_command.main(workplace(**settings))
     train_command.main(workplace(**settings))
     assert [line["step"] for line in lines_of(tmp_path / "run")] == [0, 1, 2, 2]
@@ -128,8 +134,10 @@ def test_an_output_that_cannot_be_made_is_named(workplace, tmp_path):
         train_command.main(workplace("file/run"))
 
 
-def step_gradients(workplace, accumulate: bool = False, dropout: float = 0.0, recompute: str = "none"):
-    """The loss and adapter gradients of one step of 4 micro-batches, or the same rows as one."""
+def step_gradients(
+    workplace, accumulate: bool = False, dropout: float = 0.0, recompute: str = "none"
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and adapter gradients of a step: of 4 micro-batches with `accumulate`, else of one with the same rows."""
     config = config_of(workplace(**{"parallel.activation_checkpointing": recompute, "lora.dropout": dropout}))
     with init_distributed(60) as world:
         learner = build.build(config, open_model(config.model.path), world)
@@ -145,12 +153,13 @@ def step_gradients(workplace, accumulate: bool = False, dropout: float = 0.0, re
     for n, rows in enumerate(micro_batches):
         seed_dropout(learner.model, 0, 1, n)
         loss += forward_backward(learner, make_batch(store, rows), trained, last=True).loss
-    return loss, {name: p.grad for name, p in learner.trainable.parameters.items()}
+    return loss, gradients_of(learner.trainable.parameters)
 
 
 def test_accumulation_changes_nothing(workplace):
-    """Four micro-batches are one large one: the loss is divided by the whole step's trained tokens."""
-    (loss, gradients), (whole_loss, whole) = step_gradients(workplace, accumulate=True), step_gradients(workplace)
+    """Four micro-batches are as one large one: the loss is divided by the trained tokens of the whole step."""
+    loss, gradients = step_gradients(workplace, accumulate=True)
+    whole_loss, whole = step_gradients(workplace)
     assert loss.item() == pytest.approx(whole_loss.item(), rel=1e-6)
     assert all(relative_error(gradients[name], whole[name]) < 1e-5 for name in whole)
 
@@ -158,16 +167,15 @@ def test_accumulation_changes_nothing(workplace):
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_activation_checkpointing_changes_no_bit(recompute, dropout, workplace):
-    """Dropout masks are a function of their seed, so what is computed again is the same."""
-    (loss, plain), (again_loss, again) = (
-        step_gradients(workplace, dropout=dropout, recompute=r) for r in ("none", recompute)
-    )
+    """Dropout masks are a function of their seed, so recomputation repeats them."""
+    loss, plain = step_gradients(workplace, dropout=dropout)
+    again_loss, again = step_gradients(workplace, dropout=dropout, recompute=recompute)
     assert loss == again_loss and all(torch.equal(plain[name], again[name]) for name in plain)
 
 
 @pytest.mark.parametrize("recompute, again", [("none", 0), ("selective", 1), ("full", 4)])
 def test_what_backward_computes_again(recompute, again, save_mistral):
-    """Of a layer's four projections, and attention."""
+    """The operators of a layer's four projections, and of attention."""
     model = load_model(save_mistral(num_hidden_layers=1)[0], torch.float32, "cpu")
     add_adapters(model, LoRASettings(rank=4, alpha=8))
     init_adapters(model, seed=0)

@@ -1,4 +1,4 @@
-"""What is trained is a set: one more kind of trained thing touches neither loop nor checkpoint nor parallelism."""
+"""The set of trained parameters: another member needs no change to the loop, checkpoints or parallelism."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from minorca import load_model
 from minorca.cli import config_parser, parse_config
 from minorca.model.network import Mistral, RMSNorm
 from minorca.train import checkpoint
@@ -16,10 +17,11 @@ from minorca.train.loop import Run
 from minorca.train.optim import adamw
 from minorca.train.ranks import init_distributed
 from minorca.train.trainable import Adapters, TrainableSet
+from tests.helpers import gradients_of
 
 
 class Norms:
-    """A trained thing from outside: the weights of all norms, in a file of their own."""
+    """A member defined outside of the package: the weights of all norms, saved in a file of their own."""
 
     def __init__(self, model: Mistral):
         self.model = model
@@ -41,7 +43,7 @@ class Norms:
 
 
 def train(options: list[str], stop: int, found: Path | None = None) -> Learner:
-    """Steps with adapters and norms trained, from a checkpoint or from the start, to step `stop`."""
+    """Trains adapters and norms, from the checkpoint `found` or from the start, up to step `stop`."""
     _, config = parse_config(config_parser("test", ""), options)
     with init_distributed(60) as world:
         inputs = read_inputs(config)
@@ -60,7 +62,7 @@ def train(options: list[str], stop: int, found: Path | None = None) -> Learner:
 
 
 def test_a_trained_thing_from_outside(workplace, tmp_path):
-    """It is trained, saved beside the adapters, and a resumed run has the same bits."""
+    """Norms are trained and saved beside the adapters, and a resumed run gives the same bits."""
     whole = train(workplace(**{"optim.schedule": "constant"}), 6)
     checkpoints = checkpoint.published(tmp_path / "run" / "checkpoints")
     assert {"adapter_model.safetensors", "norms.safetensors"} <= {path.name for path in checkpoints[-1].iterdir()}
@@ -75,8 +77,6 @@ def test_a_trained_thing_from_outside(workplace, tmp_path):
 
 
 def test_the_set_names_each_parameter_once(save_mistral):
-    from minorca import load_model
-
     model = load_model(save_mistral()[0], torch.float32, "cpu")
     norms = Norms(model)
     parameters = TrainableSet([norms]).parameters
@@ -86,11 +86,10 @@ def test_the_set_names_each_parameter_once(save_mistral):
 
 
 def test_clipping_is_by_the_norm_of_all(save_mistral):
-    from minorca import load_model
-
     trainable = TrainableSet([Norms(load_model(save_mistral()[0], torch.float32, "cpu"))])
     for parameter in trainable.parameters.values():
         parameter.grad = torch.ones_like(parameter)
     norm = trainable.clip_gradients(1.0)
     assert norm == pytest.approx((5 * 64) ** 0.5)
-    assert sum(p.grad.square().sum() for p in trainable.parameters.values()).item() == pytest.approx(1, rel=1e-4)
+    squares = [gradient.square().sum() for gradient in gradients_of(trainable.parameters).values()]
+    assert torch.stack(squares).sum().item() == pytest.approx(1, rel=1e-4)

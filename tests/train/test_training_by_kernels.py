@@ -1,5 +1,7 @@
-"""Twenty LoRA steps through the kernels give the losses of twenty through their definitions: on the CPU, on a GPU, and where
-Triton is interpreted (`TRITON_INTERPRET=1`), which takes long, two steps."""
+"""Twenty LoRA steps with the kernels give the losses of twenty with their definitions, on the CPU and on a GPU.
+
+Under Triton's interpreter (`TRITON_INTERPRET=1`), which is slow, two steps.
+"""
 
 import itertools
 import sys
@@ -30,8 +32,9 @@ CUDA = pytest.param(
 
 
 def train(directory, dtype: torch.dtype, device: str, steps: int) -> tuple[list[float], list[torch.Tensor]]:
-    """Losses of LoRA steps over the same packed rows, built as minorca.train builds, and the adapters after them."""
-    lengths, random = [40, 7, 25, 64], np.random.default_rng(0)
+    """Losses of LoRA steps over the same packed rows, with the model built as in minorca.train, and the adapters."""
+    lengths = [40, 7, 25, 64]
+    random = np.random.default_rng(0)
     store = TokenStore(
         random.integers(128, size=sum(lengths), dtype=np.int32),
         np.concatenate([np.arange(length) >= length // 3 for length in lengths]),
@@ -46,10 +49,11 @@ def train(directory, dtype: torch.dtype, device: str, steps: int) -> tuple[list[
     init_adapters(model, seed=0)
     adapters = adapter_parameters(model.train())
     head = NextToken().head
-    optimizer, losses = adamw(adapters.values(), OptimConfig(lr=1e-3)), []
+    optimizer = adamw(adapters.values(), OptimConfig(lr=1e-3))
+    losses = []
     for _ in range(steps):
         step = 0.0
-        for rows in ([0, 1], [2, 3]):
+        for rows in np.array([[0, 1], [2, 3]]):
             batch = make_batch(store, rows).to(torch.device(device))
             loss = model(batch.tokens, batch.cu_seqlens, head=head(batch, int(store.trained.sum()))).loss
             loss.backward()
