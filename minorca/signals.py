@@ -16,11 +16,13 @@ def raise_terminated(signum, frame):
 
 @contextlib.contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """Within it SIGINT and SIGTERM only add themselves to a list, so that what is under way can be finished. Repeated
-    ones too: at Ctrl-C a process of torchrun gets SIGINT from the terminal and again from torchrun.
+    """Within it SIGINT and SIGTERM are only added to a list, so that work in progress can be finished.
+
+    Repeated ones too: at Ctrl-C a process of torchrun gets SIGINT from the terminal and again from torchrun.
     """
     noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # which alone is told of signals
+    # which alone receives signals
+    if threading.current_thread() is not threading.main_thread():
         yield noted
         return
     before = {s: signal.signal(s, lambda signum, frame: noted.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)}

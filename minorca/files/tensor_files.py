@@ -18,21 +18,23 @@ from minorca.files.safe_io import find_file, parse_json, quote, read_json
 FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
 # The header of a file with 1,200 tensors has 150 thousand bytes, the pickle of one 250 thousand. Parsed they take up to
 # 60 times as much.
-HEADER_BYTES = 10 * 10**6
+MAX_HEADER_BYTES = 10 * 10**6
 # all that a state dict of plain tensors needs, as `torch.save` writes it
-PICKLED = {
+PICKLED_NAMES = {
     "collections OrderedDict",
     *(f"torch._utils _rebuild_{kind}" for kind in ("tensor_v2", "tensor_v3", "parameter")),
 }
-PICKLED |= {
+PICKLED_NAMES |= {
     f"torch {kind}Storage"
     for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
 }
-PICKLED |= {"torch.storage UntypedStorage", "torch float8_e4m3fn", "torch float8_e5m2"}  # to be refused by name
+# the last two are refused later, by name
+PICKLED_NAMES |= {"torch.storage UntypedStorage", "torch float8_e4m3fn", "torch float8_e5m2"}
+FORBIDDEN_OPCODES = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"}
 
 
 def _check_names(path: Path, names) -> None:
-    """UserError for a tensor's name that cannot be shown: messages hold names, and terminals obey control
+    """Raises UserError for a tensor's name that is not printable: messages contain names, and terminals obey control
     characters.
     """
     for name in names:
@@ -83,47 +85,46 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, Path] | None]:
 
 
 def open_safetensors(path: Path):
-    """`safe_open`, with complaints that name the file and say what it is instead, and of a name that is there twice."""
+    """`safe_open`, with errors that name the file and say what it is instead, and one for a repeated name."""
     try:
         if find_file(path.parent, path.name) is None:
             raise FileNotFoundError("no such file")
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            if size > HEADER_BYTES:
-                raise ValueError(f"a header of {size} bytes; expected at most {HEADER_BYTES}")
+            if size > MAX_HEADER_BYTES:
+                raise ValueError(f"a header of {size} bytes; expected at most {MAX_HEADER_BYTES}")
             handle = safe_open(path, framework="pt")
             parse_json(file.read(size))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        _refuse_what_is_no_weights(path)
+        _check_download(path)
         raise UserError(f"not a whole safetensors file ({str(error)[:300]}); download it again", path=path) from None
     _check_names(path, handle.keys())
     return handle
 
 
 def open_exactly(path: Path, shapes: dict[str, tuple[int, ...]]):
-    """A safetensors file, opened, once it is sure to hold just these tensors, of floating point.
+    """A safetensors file, opened, once it is sure to hold exactly these tensors, of floating point.
 
     Raises:
-        UserError: a tensor that is missing, surplus or of another shape or kind; names file and key.
+        UserError: a tensor that is missing, unexpected or of another shape or type; names file and key.
     """
     file = open_safetensors(path)
     keys = set(file.keys())
     for name in sorted(keys ^ set(shapes)):
-        raise UserError(f"{'holds' if name in keys else 'lacks'} {name}; was it made for another model?", path=path)
+        problem = "unexpected" if name in keys else "missing"
+        raise UserError(f"{problem} tensor {name}; was it made for another model?", path=path)
     for name, shape in shapes.items():
-        held = file.get_slice(name)
-        if held.get_dtype() not in FLOATS:
-            raise UserError(f"{name} is {held.get_dtype()}; expected a floating-point type", path=path)
-        if tuple(held.get_shape()) != shape:
-            raise UserError(
-                f"{name} has shape {held.get_shape()}; this model's has {list(shape)}; was it made for another one?",
-                path=path,
-            )
+        tensor = file.get_slice(name)
+        if tensor.get_dtype() not in FLOATS:
+            raise UserError(f"is {tensor.get_dtype()}; expected a floating-point type", path=path, field=name)
+        if tuple(tensor.get_shape()) != shape:
+            message = f"has shape {tensor.get_shape()}; expected {list(shape)}; was it made for another model?"
+            raise UserError(message, path=path, field=name)
     return file
 
 
-def _refuse_what_is_no_weights(path: Path) -> None:
-    """A `UserError` that says so where a file is what downloads often leave instead of weights."""
+def _check_download(path: Path) -> None:
+    """Raises UserError where a file is what a failed download often leaves instead of weights."""
     head = path.open("rb").read(64) if path.is_file() else b""
     if head.startswith(b"version https://git-lfs"):
         raise UserError("is a Git LFS pointer, not the weights; fetch the file itself (git lfs pull)", path=path)
@@ -131,44 +132,45 @@ def _refuse_what_is_no_weights(path: Path) -> None:
         raise UserError("is a web page, not weights; the download went wrong", path=path)
 
 
-def _refuse_surprises(path: Path) -> None:
-    """UnpicklingError where a .bin asks for more than a dictionary of plain tensors. PyTorch runs no code either, but
-    takes what memory the pickle asks for (bytearray(10**12), or a record that unpacks to a thousand times its size).
+def _check_pickle(path: Path) -> None:
+    """Raises UnpicklingError where a .bin needs more than a dictionary of plain tensors.
+
+    PyTorch runs no code either, but allocates what the pickle asks for (bytearray(10**12), or a record that unpacks to
+    a thousand times its size).
     """
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
             is_pickle = record.filename.endswith("data.pkl")
-            if record.compress_type != zipfile.ZIP_STORED or (is_pickle and record.file_size > HEADER_BYTES):
+            if record.compress_type != zipfile.ZIP_STORED or (is_pickle and record.file_size > MAX_HEADER_BYTES):
                 raise pickle.UnpicklingError
             for opcode, argument, _ in pickletools.genops(archive.read(record)) if is_pickle else ():
-                if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX") or opcode.name.startswith(
-                    "EXT"
-                ):
+                if opcode.name in FORBIDDEN_OPCODES or opcode.name.startswith("EXT"):
                     raise pickle.UnpicklingError
-                if opcode.name == "GLOBAL" and argument not in PICKLED:
+                if opcode.name == "GLOBAL" and argument not in PICKLED_NAMES:
                     raise pickle.UnpicklingError
 
 
 def _open_bin(path: Path) -> dict[str, Tensor]:
     """A pickled state dict, read without running code and without reading the data yet (memory-mapped)."""
     try:
-        _refuse_surprises(path)
+        _check_pickle(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:  # torch's own message tells how to run the code
+    # torch's own message explains how to run the code
+    except pickle.UnpicklingError:
         raise UserError(
             "cannot be read without running code that it holds; use the model's safetensors files", path=path
         ) from None
-    except Exception as error:  # torch has no common error for files that are cut or of another kind
-        _refuse_what_is_no_weights(path)
+    # torch has no common error for files that are truncated or of another kind
+    except Exception as error:
+        _check_download(path)
         reason = str(error).partition("\n")[0][:300]
         raise UserError(f"cannot be read as PyTorch weights ({reason}); download it again", path=path) from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError("expected a dictionary of tensors", path=path)
     _check_names(path, tensors)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if (
-        size > 2 * path.stat().st_size
-    ):  # views show one number as many; twice, for a head may share its storage with the embedding
+    # views may repeat one number many times; twice, because a head may share its storage with the embedding
+    if size > 2 * path.stat().st_size:
         raise UserError(
             f"its tensors take {size} bytes, far more than it has; use the model's safetensors files", path=path
         )
@@ -186,15 +188,14 @@ class TensorFiles:
         for path, handle in self._handles.items():
             for name in handle.keys():  # noqa: SIM118  (a file, not a dict)
                 if name in self.files:
-                    raise UserError(
-                        f"holds {name}, which {self.files[name].name} holds too; expected it once", path=path
-                    )
+                    raise UserError(f"duplicate tensor {name}, which is also in {self.files[name].name}", path=path)
                 self.files[name] = path
         for name, path in (index or {}).items():
             if self.files.get(name) != path:
-                raise UserError(f"does not hold {name}, which the index says it does", path=path)
-        if index is not None and (surplus := sorted(set(self.files) - set(index))):
-            raise UserError(f"holds {surplus[0]}, which the index does not name", path=self.files[surplus[0]])
+                raise UserError(f"missing tensor {name}, which the index places here", path=path)
+        if index is not None and (unexpected := sorted(set(self.files) - set(index))):
+            name = unexpected[0]
+            raise UserError(f"unexpected tensor {name}, which the index does not name", path=self.files[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
         handle = self._handles[self.files[name]]

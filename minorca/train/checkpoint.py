@@ -140,13 +140,12 @@ def _moment(optimizer: torch.optim.Optimizer, parameter: Tensor, moment: str) ->
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Removes the checkpoints older than the newest `keep` whose files verify; a damaged one counts for none, and is
-    reported.
-    """
+    """Removes the checkpoints older than the newest `keep` that verify; a damaged one does not count, and is logged."""
     verified = 0
     for path in reversed(published(directory)):
         if verified == keep:
-            shutil.rmtree(path.rename(_aside(path)))  # never half of one under its own name
+            # renamed first: a checkpoint's own name never stands for half of one
+            shutil.rmtree(path.rename(_temporary(path)))
             continue
         try:
             verify(path)
@@ -155,7 +154,7 @@ def prune(directory: Path, keep: int) -> None:
             log.warning("%s", error)
 
 
-def _aside(path: Path) -> Path:
+def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
 
 

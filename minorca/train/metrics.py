@@ -237,9 +237,11 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     loss, rate, speed = figure.subplots(1, 3)
-    memory, smoothed = max(0, 1 - 10 / max(1, len(train))), []  # averages over about a tenth of the run
+    # an exponential average over about a tenth of the run
+    decay = max(0, 1 - 10 / max(1, len(train)))
+    smoothed = []
     for line in train:
-        smoothed.append(memory * smoothed[-1] + (1 - memory) * line["loss"] if smoothed else line["loss"])
+        smoothed.append(decay * smoothed[-1] + (1 - decay) * line["loss"] if smoothed else line["loss"])
     loss.plot(steps, [line["loss"] for line in train], color="tab:blue", alpha=0.35, label="training")
     loss.plot(steps, smoothed, color="tab:blue", label="training, smoothed")
     if held_out:

@@ -608,7 +608,7 @@ BAD_INDICES = {
     "key that no file contains": (pointing(EXTRA, "model-00001-of-00006.safetensors"), SHARD, EXTRA),
     "no map": (index_of(lambda index: {"metadata": {}}), INDEX, "weight_map"),
     "map of another kind": (index_of(lambda index: {"weight_map": [Q0]}), INDEX, "weight_map"),
-    "stray duplicate": (stray_duplicate, SHARD, f"holds {Q0}, which {SHARD} holds too"),
+    "stray duplicate": (stray_duplicate, SHARD, f"duplicate tensor {Q0}, which is also in {SHARD}"),
     "tensor the index leaves out": (not_in_the_index, SHARD, f"{Q0}, which the index does not name"),
     "missing shard": (missing_shard, INDEX, "names the file model-00002-of-.*, which is not in"),
     "truncated shard": (truncated_shard, SHARD, "not a whole safetensors file"),
@@ -630,7 +630,7 @@ def test_an_index_that_names_the_wrong_shard(save_mistral):
     weight_map = read(directory / INDEX)["weight_map"]
     wrong = next(file for file in weight_map.values() if file != weight_map[Q0])
     pointing(Q0, wrong)(directory)
-    with pytest.raises(UserError, match=f"^{directory / wrong}: does not hold {Q0}"):
+    with pytest.raises(UserError, match=f"^{directory / wrong}: missing tensor {Q0}"):
         logits(directory)
 
 
