@@ -96,7 +96,7 @@ def test_conversion_of_mistrals_layout(dtype, window, save_mistral, tmp_path):
 
 
 def test_shards_load_in_transformers(save_mistral, tmp_path, monkeypatch):
-    """No shard exceeds the limit, there are no more than needed, and the logits are the same."""
+    """No shard exceeds the limit, no two neighbouring shards fit into one, and the logits are the same."""
     directory, theirs = save_mistral()
     adapted(theirs, tmp_path / "adapter")
     export(directory, tmp_path / "adapter", tmp_path / "whole")
