@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minorca.config import Config
 from minorca.config_file import write_config
@@ -242,9 +243,9 @@ class Run:
         self.clock("optimizer")
         self.learner.trainable.sum_gradients(self.world)
         grad_norm = self.learner.trainable.clip_gradients(self.config.optim.max_grad_norm)
-        names = list(sums)
-        totals = self.world.sum([loss, *signal_counts(self.noted), *sums.values()])
-        whole_loss, signals, sums = totals[0], totals[1:3], dict(zip(names, totals[3:]))
+        shares = [loss.item(), *signal_counts(self.noted), *(value.item() for value in sums.values())]
+        totals = self.world.sum(shares)
+        whole_loss, signals = totals[0], totals[1:3]
         self.stopped_by = common_signal(signals)
         lr = learning_rate(self.step, self.steps, self.config.optim)
         values = {"loss": whole_loss, "grad_norm": grad_norm, "lr": lr}
@@ -254,7 +255,9 @@ class Run:
         seconds = time.perf_counter() - started
         self.clock("other")
         if self.record:
-            self.record.step(self.step, values | self._measured(rows, normalizer, sums, seconds), phases)
+            self.record.step(
+                self.step, values | self._measured(rows, normalizer, dict(zip(sums, totals[3:])), seconds), phases
+            )
 
     def _gradients(self, micro_batches: Step, normalizer: int) -> tuple[float, dict[str, float]]:
         """Adds the gradients of this rank's micro-batches; returns its share of the step's loss, and of further
@@ -262,7 +265,7 @@ class Run:
         """
         world = self.world
         loss = torch.zeros((), device=world.device)
-        sums: dict[str, torch.Tensor] = {}
+        sums: dict[str, Tensor] = {}
         for first in range(0, len(micro_batches), world.size):
             index = first + world.rank
             last = first + world.size >= len(micro_batches)
@@ -273,7 +276,7 @@ class Run:
             loss += outcome.loss
             for name, value in outcome.sums.items():
                 sums[name] = sums[name] + value if name in sums else value
-        return loss.item(), {name: value.item() for name, value in sums.items()}
+        return loss, sums
 
     def _update(self, micro_batches: Step, lr: float, loss: float, grad_norm: float) -> dict:
         """Updates the parameters, unless the loss or gradient is NaN or infinite; returns what changes in the step's
