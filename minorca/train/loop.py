@@ -255,13 +255,13 @@ class Run:
         seconds = time.perf_counter() - started
         self.clock("other")
         if self.record:
-            self.record.step(
-                self.step, values | self._measured(rows, normalizer, dict(zip(sums, totals[3:])), seconds), phases
-            )
+            measured = self._measured(rows, normalizer, dict(zip(sums, totals[3:])), seconds)
+            self.record.step(self.step, values | measured, phases)
 
-    def _gradients(self, micro_batches: Step, normalizer: int) -> tuple[float, dict[str, float]]:
-        """Adds the gradients of this rank's micro-batches; returns its share of the step's loss, and of further
-        sums.
+    def _gradients(self, micro_batches: Step, normalizer: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Adds the gradients of this rank's micro-batches; returns its share of the step's loss, and of further sums.
+
+        Both are still on the device: reading them here would have it wait for the host.
         """
         world = self.world
         loss = torch.zeros((), device=world.device)
