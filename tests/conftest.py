@@ -1,6 +1,7 @@
 """The environment of all tests, and their fixtures."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ import torch
 from tests.helpers import ROOT, Workplace, random_mistral, save_tokenizer
 
 torch.set_num_threads(1)
+# A shell starts background processes with SIGINT ignored, which would be inherited by the commands under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
