@@ -220,8 +220,3 @@ def make_batch(store: TokenStore, rows: np.ndarray) -> Batch:
     targets_at = trained.nonzero()[:, 0]
     cu_seqlens = torch.from_numpy(np.cumsum([0, *(len(ids) for ids, _ in documents)]))
     return Batch(tokens, cu_seqlens, targets_at - 1, tokens[targets_at])
-
-
-def trained_tokens(store: TokenStore, micro_batches: Step) -> int:
-    """The number of trained tokens in a step, by which its loss is divided; no rank has to ask another for it."""
-    return int(store.trained_counts[np.concatenate(micro_batches)].sum())

@@ -97,7 +97,7 @@ def _merge(arch: Architecture, adapter: str | Path) -> Callable[[str, Tensor], T
     add_adapters(model, settings)
     file = open_adapter(adapter, adapter_parameters(model))
     updates = {
-        f"model.layers.{layer}.{part.huggingface_name}.weight": (part.peft_name(layer, "A"), part.peft_name(layer, "B"))
+        part.tensor_name(layer, "huggingface"): (part.peft_name(layer, "A"), part.peft_name(layer, "B"))
         for layer in range(arch.layers)
         for parts in projections(arch).values()
         for part in parts

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minorca.errors import UserError
 from minorca.files.tensor_files import FLOATS, TensorFiles
 from minorca.model.architecture import Architecture, model_directory, read_architecture
-from minorca.model.layout import SourceTensor, source_tensors
+from minorca.model.layout import SourceTensor, outside_name, source_tensors
 from minorca.model.network import RMSNorm
 from minorca.model.projection import Projection
 from minorca_kernels import FrozenWeight, fill_rows
@@ -69,7 +69,7 @@ def open_model(path: str | Path) -> ModelFiles:
             f"holds {len(files.files)} tensors; the configuration says {arch.layers} layers of nine each",
             path=directory,
         )
-    layout = "mistral" if "tok_embeddings.weight" in files.files else "huggingface"
+    layout = "mistral" if outside_name("embedding", "mistral") in files.files else "huggingface"
     tensors = source_tensors(arch, layout)
     expected = {tensor.name: tensor for stacked in tensors.values() for tensor in stacked}
     if missing := [name for name in expected if name not in files.files]:
@@ -93,12 +93,8 @@ def _check_unexpected(files: TensorFiles, name: str, arch: Architecture, layout:
     if name.endswith("rotary_emb.inv_freq"):
         return
     file = files.files[name]
-    embedding, head = (
-        ("tok_embeddings.weight", "output.weight")
-        if layout == "mistral"
-        else ("model.embed_tokens.weight", "lm_head.weight")
-    )
-    if arch.tied and name == head and files.shape(name) == files.shape(embedding):
+    embedding = outside_name("embedding", layout)
+    if arch.tied and name == outside_name("head", layout) and files.shape(name) == files.shape(embedding):
         if torch.equal(files.read(name, 0, arch.vocab_size), files.read(embedding, 0, arch.vocab_size)):
             return
         raise UserError(f"differs from {embedding}, but the configuration ties them", path=file, field=name)

@@ -56,6 +56,12 @@ class ProjectionSpec:
     def out_features(self) -> int:
         return self.stop - self.start
 
+    def tensor_name(self, layer: int, layout: str) -> str:
+        """The name of the weight in files of the layout "huggingface" or "mistral"."""
+        if layout == "mistral":
+            return f"layers.{layer}.{self.mistral_name}.weight"
+        return f"model.layers.{layer}.{self.huggingface_name}.weight"
+
     def peft_name(self, layer: int, matrix: str) -> str:
         """The name of the adapter's matrix "A" or "B" in PEFT's files."""
         return f"base_model.model.model.layers.{layer}.{self.huggingface_name}.lora_{matrix}.weight"
@@ -106,6 +112,11 @@ def projections(arch: Architecture) -> dict[str, tuple[ProjectionSpec, ...]]:
     return stacked
 
 
+def outside_name(module: str, layout: str) -> str:
+    """The name of the weight of "embedding", "norm" or "head" in files of the layout "huggingface" or "mistral"."""
+    return f"{_OUTSIDE_LAYERS[module][layout == 'mistral']}.weight"
+
+
 def source_tensors(arch: Architecture, layout: str) -> dict[str, list[SourceTensor]]:
     """Module of the network -> the tensors of the files that its weight stacks, in order.
 
@@ -115,7 +126,7 @@ def source_tensors(arch: Architecture, layout: str) -> dict[str, list[SourceTens
     mistral = layout == "mistral"
 
     def outside(module: str, rows: int, columns: int | None = None) -> dict[str, list[SourceTensor]]:
-        return {module: [SourceTensor(f"{_OUTSIDE_LAYERS[module][mistral]}.weight", rows, columns)]}
+        return {module: [SourceTensor(outside_name(module, layout), rows, columns)]}
 
     def norm(layer: int, module: str) -> dict[str, list[SourceTensor]]:
         name = f"{prefix}.{layer}.{_LAYER_NORMS[module][mistral]}.weight"
@@ -125,8 +136,8 @@ def source_tensors(arch: Architecture, layout: str) -> dict[str, list[SourceTens
         return {f"layers.{layer}.{group}": [projection(layer, spec) for spec in table[group]] for group in groups}
 
     def projection(layer: int, spec: ProjectionSpec) -> SourceTensor:
-        name = f"{prefix}.{layer}.{spec.mistral_name if mistral else spec.huggingface_name}.weight"
-        return SourceTensor(name, spec.out_features, spec.in_features, spec.rotary_heads if mistral else 0)
+        rotary_heads = spec.rotary_heads if mistral else 0
+        return SourceTensor(spec.tensor_name(layer, layout), spec.out_features, spec.in_features, rotary_heads)
 
     prefix = "layers" if mistral else "model.layers"
     table = projections(arch)

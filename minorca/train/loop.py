@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minorca.config import Config
 from minorca.config_file import write_config
+from minorca.data.packing import Step
 from minorca.errors import UserError
 from minorca.files.atomic import lock, publish
 from minorca.model.lora import seed_dropout
@@ -28,7 +29,7 @@ from minorca.train.inputs import Inputs, check_ranks_agree, read_inputs
 from minorca.train.optim import learning_rate
 from minorca.train.profiling import profiled
 from minorca.train.ranks import World, init_distributed
-from minorca.train.step import Step, evaluate, forward_backward, local_batch, locate_nonfinite
+from minorca.train.step import evaluate, forward_backward, local_batch, locate_nonfinite
 
 log = logging.getLogger("minorca.train")
 

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from minorca.config import Config
-from minorca.data.packing import Batch, make_batch, plan_epoch
+from minorca.data.packing import Batch, Step, make_batch, plan_epoch
 from minorca.data.store import TokenStore
 from minorca.model.attention import PackedAttention
 from minorca.model.lora import seed_dropout
@@ -16,8 +16,6 @@ from minorca.model.network import Mistral
 from minorca.train.build import Learner
 from minorca.train.objectives import Objective, Outcome
 from minorca.train.ranks import World
-
-Step = list[np.ndarray]
 
 
 def batch_outcome(model: Mistral, objective: Objective, batch: Batch, normalizer: float) -> Outcome:
