@@ -9,17 +9,14 @@ text                text, which is written as it is, without a template
 
 A message's weight is 0 or 1; an answer of weight 0 is excluded from the loss. On other messages it has no effect: under
 `data.train_on: response` only answers are trained, and under `all` everything is.
-
-A conversation is a list of messages {"role", "content"}, with "weight": 0 on an answer that is not trained.
 """
 
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from minorca.data.conversation import Conversation
 from minorca.errors import UserError
-
-Conversation = list[dict]
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
@@ -65,11 +62,11 @@ def _sharegpt(record: dict, counts: Counter) -> Conversation:
     for message in messages:
         if message["role"] == "system":
             message["content"] = _straighten_apostrophes(message["content"], counts)
-    return messages
+    return Conversation(messages)
 
 
 def _chat(record: dict, counts: Counter) -> Conversation:
-    return _messages(record, "messages", "role", "content", ROLES, counts)
+    return Conversation(_messages(record, "messages", "role", "content", ROLES, counts))
 
 
 def _alpaca(record: dict, counts: Counter) -> Conversation:
@@ -86,7 +83,8 @@ def _prompt_completion(record: dict, counts: Counter) -> Conversation:
         types = " and ".join(type_name(record[column]) for column in columns)
         raise UserError(f"are {types}; expected both text or both lists of messages", field="prompt and completion")
     prompt, completion = (_messages(record, column, "role", "content", ROLES, counts) for column in columns)
-    return [m | {"weight": 0} if m["role"] == "assistant" else m for m in prompt] + completion
+    excluded = [m | {"weight": 0} if m["role"] == "assistant" else m for m in prompt]
+    return Conversation(excluded + completion)
 
 
 def _plain_text(record: dict, counts: Counter) -> str:
@@ -105,12 +103,12 @@ FORMATS = {
 
 def _conversation(system: str, question: str, answer: str) -> Conversation:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    return Conversation([{"role": "system", "content": system}, *messages] if system else messages)
 
 
 def _messages(
     record: dict, column: str, role_key: str, text_key: str, roles: dict[str, str], counts: Counter
-) -> Conversation:
+) -> list[dict]:
     """The messages in a column. `roles` maps the names that the format knows to ours."""
     turns = record[column]
     expected = f"{{{role_key}, {text_key}}}"

@@ -16,7 +16,7 @@ import numpy as np
 
 from minorca.config import DataConfig
 from minorca.data.chat_template import render
-from minorca.data.formats import Conversation
+from minorca.data.conversation import Conversation
 from minorca.data.sources import Row, SourceReader, read_rows
 from minorca.data.store import TokenStore
 from minorca.data.tokenizer import Tokenizer, load_tokenizer
@@ -48,7 +48,7 @@ def render_row(row: Row, tok: Tokenizer, template: str, train_on: str) -> tuple[
             ids = tok.encode(row.content, bos=tok.adds_bos, eos=True)
             trained = np.ones(len(ids), bool)
         else:
-            rendered = render(tok, row.content, template, masked=train_on == "response")
+            rendered = render(tok, row.content.messages, template, masked=train_on == "response")
             ids = rendered.ids
             trained = np.array(rendered.trained, bool)
     except UserError as error:
@@ -67,7 +67,7 @@ def render_row(row: Row, tok: Tokenizer, template: str, train_on: str) -> tuple[
 def _has_empty_response(content: Conversation | str) -> bool:
     if isinstance(content, str):
         return not content.strip()
-    return any(m["role"] == "assistant" and m.get("weight") != 0 and not m["content"].strip() for m in content)
+    return any(m["role"] == "assistant" and m.get("weight") != 0 and not m["content"].strip() for m in content.messages)
 
 
 def render_rows(

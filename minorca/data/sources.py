@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from minorca.config import Source
-from minorca.data.formats import Conversation, convert_record, type_name
+from minorca.data.conversation import Conversation
+from minorca.data.formats import convert_record, type_name
 from minorca.errors import UserError
 from minorca.files import atomic
 from minorca.files.safe_io import parse_json
@@ -48,7 +49,7 @@ class SourceReader:
 
 
 class Row(NamedTuple):
-    """A row and its place. `content` is a conversation (see formats.py) or plain text."""
+    """A row and its place. `content` is a conversation or plain text."""
 
     path: str
     unit: str

@@ -9,7 +9,7 @@ import pandas
 
 from minorca import load_tokenizer
 from minorca.config import DataConfig, Format, Source
-from minorca.data.formats import Conversation
+from minorca.data.conversation import Conversation
 from minorca.data.prepare import prepare_store
 from minorca.data.sources import Row, open_source, read_rows
 from minorca.data.store import TokenStore
@@ -59,20 +59,22 @@ def rows_in(
 
 def messages_in(
     path: Path | str, format: Format = "openorca", limit: int | None = None, counts: Counter | None = None
-) -> list[Conversation]:
-    """The conversations of a file's rows."""
-    conversations = []
-    for row in rows_in(path, format, limit, counts):
-        assert not isinstance(row.content, str)
-        conversations.append(row.content)
-    return conversations
+) -> list[list[dict]]:
+    """The messages of a file's rows."""
+    return [messages_of(row) for row in rows_in(path, format, limit, counts)]
+
+
+def messages_of(row: Row) -> list[dict]:
+    assert isinstance(row.content, Conversation)
+    return row.content.messages
 
 
 def message(role: str, content, **more) -> dict:
     return {"role": role, "content": content} | more
 
 
-def conversation(system: str, *turns: str) -> Conversation:
+def conversation(system: str, *turns: str) -> list[dict]:
+    """The messages of a conversation."""
     messages = [message(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)]
     return [message("system", system), *messages] if system else messages
 

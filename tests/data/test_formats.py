@@ -15,6 +15,7 @@ from tests.data.samples import (
     conversation,
     message,
     messages_in,
+    messages_of,
     rows_in,
     write,
 )
@@ -27,7 +28,8 @@ def test_formats(name, suffix, tmp_path):
     records, expected = FORMATS[name]
     if suffix != "csv" or not any(isinstance(value, list) for value in records[0].values()):
         rows = rows_in(write(tmp_path / f"rows.{suffix}", records), name.split(",")[0])
-        assert [row.content for row in rows] == expected
+        contents = [row.content if isinstance(row.content, str) else messages_of(row) for row in rows]
+        assert contents == expected
 
 
 @pytest.mark.parametrize("format", ["sharegpt", "messages"])

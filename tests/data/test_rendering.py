@@ -13,6 +13,7 @@ from minorca import UserError, load_tokenizer
 from minorca.config import DataConfig
 from minorca.data import rendering
 from minorca.data.chat_template import render
+from minorca.data.conversation import Conversation
 from minorca.data.rendering import render_row, render_rows
 from minorca.data.sources import Row
 from tests.data import write_golden
@@ -28,7 +29,7 @@ def tok(tmp_path_factory):
 
 def rows_of(*responses: str) -> list[Row]:
     conversations = [conversation("", "Say it", response) for response in responses]
-    return [Row("rows.jsonl", "line", number, messages) for number, messages in enumerate(conversations, 1)]
+    return [Row("rows.jsonl", "line", number, Conversation(m)) for number, m in enumerate(conversations, 1)]
 
 
 RESPONSES = ["four", "", "  \n", "word " * 30, "word " * 300, "six"]
@@ -100,7 +101,7 @@ def test_plain_text(tok):
 
 def test_errors_name_the_row(tok, tmp_path):
     """And the model too, where its template is at fault."""
-    row = Row("rows.jsonl", "line", 3, [message("system", "x"), message("system", "y")])
+    row = Row("rows.jsonl", "line", 3, Conversation([message("system", "x"), message("system", "y")]))
     with pytest.raises(UserError, match="^rows.jsonl, line 3: .*first") as caught:
         render_row(row, tok, "chatml", "response")
     assert (caught.value.path, caught.value.where, caught.value.field) == ("rows.jsonl", "line 3", "messages[1]")

@@ -20,6 +20,7 @@ import pytest
 from minorca import UserError, load_tokenizer, render_chat
 from minorca.config import Source
 from minorca.data.chat_template import render
+from minorca.data.conversation import Conversation
 from minorca.data.sources import open_source, read_rows
 from minorca.generate.terminal_chat import run_chat
 from tests.data.test_tokenizer import V3, sentencepiece_directory
@@ -79,8 +80,8 @@ def turns(*contents: str, system: str = "") -> list[dict]:
 
 def saved(path) -> list[dict]:
     [row] = read_rows(open_source(Source(str(path), "messages"), None), None, Counter())
-    assert isinstance(row.content, list)
-    return row.content
+    assert isinstance(row.content, Conversation)
+    return row.content.messages
 
 
 def test_each_turn_has_all_before_it(tok, converse):
