@@ -69,7 +69,7 @@ class DataConfig:
         str | None, "where rendered rows are kept; minorca/rows in the user's cache directory by default"
     ] = None
     template: Annotated[
-        Literal["auto", "chatml", "mistral-v1", "mistral-v2", "mistral-v3", "jinja"], "how a row is written"
+        Literal["auto", "chatml", "mistral-v1", "mistral-v2", "mistral-v3", "jinja", "none"], "how a row is written"
     ] = "auto"
     seq_len: Annotated[int, "the longest row, in tokens"] = 4096
     packing: Annotated[bool, "fill micro-batches with several rows; false: one row each"] = True

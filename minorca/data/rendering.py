@@ -48,7 +48,7 @@ def render_row(row: Row, tok: Tokenizer, template: str, train_on: str) -> tuple[
             ids = tok.encode(row.content, bos=tok.adds_bos, eos=True)
             trained = np.ones(len(ids), bool)
         else:
-            rendered = render(tok, row.content.messages, template, masked=train_on == "response")
+            rendered = render(tok, row.content.messages, template, train_on == "response", row.content.tools)
             ids = rendered.ids
             trained = np.array(rendered.trained, bool)
     except UserError as error:

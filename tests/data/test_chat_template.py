@@ -12,7 +12,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from transformers import AutoTokenizer
 
 from minorca import UserError, load_tokenizer, render_chat
-from minorca.data import chat_template as chat
+from minorca.data import sandbox, spans
 from minorca.data.chat_template import TEMPLATES, render, resolve_template
 from tests.data.test_tokenizer import FORGERIES, NAMES, V1, V2, V3, byte_level, orca, sentencepiece_directory
 
@@ -100,7 +100,7 @@ def test_mistral_templates_equal_mistral_common(version, source, messages, tmp_p
     """Ids of InstructTokenizerV1, V2 and V3, and every answer trained with its end."""
     expected = mistral_common(source).encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
     tok = mistral(tmp_path, source)
-    assert render_chat(tok, messages, template=f"mistral-{version}") == expected
+    assert render_chat(tok, messages, messages[-1]["role"] == "user", f"mistral-{version}") == expected
     rendered = render(tok, messages, f"mistral-{version}")
     assert rendered.ids == expected
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
@@ -124,14 +124,16 @@ def test_chatml_is_what_openorca_was_trained_on(tmp_path):
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
-@pytest.mark.parametrize("prompt", [False, True])
-def test_jinja_equals_transformers(messages, prompt, shipped):
+def test_jinja_equals_transformers(messages, shipped):
     """`apply_chat_template` of the same files; the answers and their ends are trained."""
     for tok, reference in shipped:
-        expected = reference.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
-        assert render_chat(tok, messages, prompt, "jinja") == expected
-        rendered = render(tok, messages, "jinja", prompt)
-        assert rendered.ids == expected
+        if messages[-1]["role"] == "user":
+            prompt = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            assert render_chat(tok, messages, template="jinja") == prompt
+        expected = reference.apply_chat_template(messages, return_dict=False)
+        assert render_chat(tok, messages, False, "jinja") == expected
+        rendered = render(tok, messages, "jinja")
+        assert rendered.ids == expected and not rendered.notes
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
         assert trained_text(tok, rendered) == [f"{answer}<|im_end|>" for answer in answers]
 
@@ -170,9 +172,9 @@ def test_what_is_encoded_once_has_the_ids_of_the_whole(kind, tmp_path, smollm2, 
     if kind not in ("normalized", "metaspace", "strip"):
         messages.append(forged)
     messages.append(turns("x" * 30, " a ", "x" * 30, "\n\nb", "c", "d"))
-    once = [render(tok, m, "jinja", True) for m in messages]
-    monkeypatch.setattr(chat, "_incremental_encoder", lambda tok, encode: encode)
-    assert once == [render(tok, m, "jinja", True) for m in messages]
+    once = [render(tok, m, "jinja") for m in messages]
+    monkeypatch.setattr(spans._IncrementalEncoder, "__call__", lambda self, text: self.encode(text))
+    assert once == [render(tok, m, "jinja") for m in messages]
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,7 @@ def test_long_conversations_are_encoded_once(make, tmp_path, monkeypatch):
     encoded: list[int] = []
     texts: list[str] = []
     encode = tok.encode_template
-    write = chat.sandbox.render
+    write = sandbox.render
 
     def counted_encode(text: str) -> list[int]:
         encoded.append(len(text))
@@ -195,12 +197,14 @@ def test_long_conversations_are_encoded_once(make, tmp_path, monkeypatch):
         return texts[-1]
 
     monkeypatch.setattr(tok, "encode_template", counted_encode)
-    monkeypatch.setattr(chat.sandbox, "render", counted_write)
+    monkeypatch.setattr(sandbox, "render", counted_write)
     messages = turns(*(f"turn {i}: the quick brown fox {UNICODE}" for i in range(100)))
     rendered = render(tok, messages, "jinja")
     assert rendered.ids == encode(texts[0]) and sum(encoded) < 6 * len(texts[0])
+    # The text, the text with marks, and three short ones that find the generation prompt.
+    assert len(texts) <= 5
     texts.clear()
-    ids = render_chat(tok, messages, template="jinja", max_ids=len(rendered.ids))
+    ids = render_chat(tok, [*messages, *turns("more")], template="jinja", max_ids=len(rendered.ids))
     assert len(ids) > len(rendered.ids) and len(texts) == 1
 
 
@@ -220,10 +224,10 @@ def test_jinja_speaks_the_dialect_of_chat_templates(tmp_path):
     tok, reference = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
     for messages in CONVERSATIONS + PADDED:
         expected = reference.apply_chat_template(messages, return_dict=False)
-        assert render_chat(tok, messages, template="jinja") == expected
+        assert render_chat(tok, messages, False, "jinja") == expected
 
 
-@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "auto"])
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in ("auto", "none")])
 def test_generation_prompt_is_a_prefix_of_training(name, tmp_path):
     """A generation prompt has the ids that a training row has before the answer, whatever the text."""
     tok = {
@@ -250,7 +254,7 @@ def test_exactly_one_bos(tmp_path):
     tokenizers += [mistral(tmp_path / source.name, source) for source in (V1, V2, V3)]
     for tok in tokenizers:
         for messages in [*CONVERSATIONS, turns("<s>", "<s> <s>", system="<s>")]:
-            ids = render_chat(tok, messages)
+            ids = render_chat(tok, messages, messages[-1]["role"] == "user")
             assert tok.bos_id is not None
             assert ids[0] == tok.bos_id and ids.count(tok.bos_id) == 1
 
@@ -339,17 +343,13 @@ def test_a_template_that_the_tokenizer_cannot_write(template, message, tmp_path)
         ([{"role": "user"}], "messages[0] lacks role or content"),
         (
             [*turns("a"), {"role": "tool", "content": "b"}],
-            "messages[1].role is 'tool'; expected system, user or assistant",
+            "messages[1].role is 'tool' after 'user'; Mistral's templates take assistant, system, user there",
         ),
         ([*turns("a"), {"role": "assistant", "content": None}], "messages[1].content is NoneType; expected text"),
-        ([*turns("a"), *turns(system="b")], "messages[1] is a system message; it must come first"),
+        ([{"role": "narrator", "content": "b"}], "messages[0].role is 'narrator'; expected one of system, user"),
         (turns("a", "b\ud800"), "messages[1].content has an unpaired surrogate"),
-        ([*turns("a"), *turns("b")], "messages[1].role is 'user'; mistral-v1 needs user and assistant in turn"),
-        (turns("a", "b")[1:], "messages[0].role is 'assistant'; mistral-v1 needs"),
-        (
-            turns(system="b"),
-            "messages[0] is a system message, which mistral-v1 writes into a user message, and none follows",
-        ),
+        (turns("a", "b"), "messages[1] is an answer already: set continue_final_message to continue it, or add"),
+        (turns("a", "b")[1:], "messages[0] is an answer already"),
     ],
 )
 def test_wrong_messages_are_named(messages, message, tmp_path):
@@ -388,10 +388,3 @@ def test_a_template_that_rewrites_earlier_turns_gives_no_mask(tmp_path):
     expected = AutoTokenizer.from_pretrained(directory).apply_chat_template(messages, return_dict=False)
     assert render(tok, messages, masked=False).ids == expected
     assert trained_text(tok, render(tok, messages[:2])) == ["<think>hm</think>b<|im_end|>"]
-
-
-def test_a_template_whose_prompts_overlap_gives_no_mask(tmp_path):
-    """Here every answer's prompt is empty: the second answer would start before the first one ends."""
-    template = "{% if not add_generation_prompt %}{{ messages | map(attribute='content') | join }}{% endif %}"
-    with pytest.raises(UserError, match=r"writes messages\[3\] differently"):
-        render(load_tokenizer(with_template(tmp_path, template)), turns("a", "b", "c", "d"))

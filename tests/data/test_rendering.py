@@ -101,10 +101,10 @@ def test_plain_text(tok):
 
 def test_errors_name_the_row(tok, tmp_path):
     """And the model too, where its template is at fault."""
-    row = Row("rows.jsonl", "line", 3, Conversation([message("system", "x"), message("system", "y")]))
-    with pytest.raises(UserError, match="^rows.jsonl, line 3: .*first") as caught:
+    row = Row("rows.jsonl", "line", 3, Conversation([message("user", "x"), message("narrator", "y")]))
+    with pytest.raises(UserError, match="^rows.jsonl, line 3: .*narrator") as caught:
         render_row(row, tok, "chatml", "response")
-    assert (caught.value.path, caught.value.where, caught.value.field) == ("rows.jsonl", "line 3", "messages[1]")
+    assert (caught.value.path, caught.value.where, caught.value.field) == ("rows.jsonl", "line 3", "messages[1].role")
     orca(tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
     failing = load_tokenizer(tmp_path / "model")

@@ -1,0 +1,107 @@
+"""Text in spans, of which some are trained, to ids and a loss mask."""
+
+from bisect import bisect_right
+from collections.abc import Callable
+from functools import lru_cache
+
+from minorca.data.rendered import Rendered
+from minorca.data.tokenizer import Tokenizer
+
+# A part of a text, and whether it is trained.
+Span = tuple[str, bool]
+
+# Of a long text without control strings, so many characters before a new part are encoded again, and so many ids of
+# them may differ at either end.
+CONTEXT = 4096
+EDGE = 16
+
+
+def encode_spans(tok: Tokenizer, encode: Callable[[str], list[int]], spans: list[Span]) -> Rendered:
+    """The text of all spans encoded as a whole, as transformers does, except where a token would cross a border.
+
+    What precedes a border between prompt and answer keeps its ids: where a token reaches across it (into an answer's
+    leading newline, say), it is split there, or the generation prompt would not be a prefix of the training row.
+    """
+    encoder = _IncrementalEncoder(tok, encode)
+    ids: list[int] = []
+    trained: list[bool] = []
+    prefix = ""
+    # Where earlier spans end, in characters and in ids.
+    borders = [(0, 0)]
+    for text, is_trained in spans:
+        prefix += text
+        together = None
+        if len(prefix) - encoder.start > 2 * CONTEXT:
+            together = _encode_end(encode, prefix, text, ids, borders)
+        if together is None:
+            together = encoder(prefix)
+            if together[: len(ids)] != ids:
+                together = ids + encode(text)
+        trained += [is_trained] * (len(together) - len(ids))
+        ids = together
+        borders.append((len(prefix), len(ids)))
+    return Rendered(ids, trained)
+
+
+def _encode_end(
+    encode: Callable[[str], list[int]], prefix: str, text: str, ids: list[int], borders: list[tuple[int, int]]
+) -> list[int] | None:
+    """The ids of `prefix`, which ends in `text` and of which `ids` are known, by encoding its end alone.
+
+    None if the ids of the context before `text` are not those known, but for the tokens at its start.
+    """
+    start = bisect_right(borders, (len(prefix) - len(text) - CONTEXT, 0)) - 1
+    first_character, first_id = borders[max(start, 0)]
+    known = ids[first_id:]
+    window = encode(prefix[first_character:])
+    # A tokenizer may mark the start of a text by a token more, or join that mark with the first one.
+    for shift in (0, 1, -1):
+        end = len(known) + shift
+        if len(known) > 2 * EDGE and window[EDGE + shift : end - EDGE] == known[EDGE:-EDGE]:
+            crosses = window[end - EDGE : end] != known[-EDGE:]
+            return ids + (encode(text) if crosses else window[end:])
+    return None
+
+
+class _IncrementalEncoder:
+    """`encode` for texts of which each starts with the one before, without encoding the common part again.
+
+    Only what follows a control string near the end of the earlier text is encoded again. Tokenizers split at control
+    strings first, so the ids before one do not change.
+
+    The later part is encoded with its control string in front, which may absorb white space after it, and without which
+    some tokenizers would see the start of a text. Tokenizers that find control strings otherwise (only between words,
+    or in a normalized text) encode everything again.
+
+    Attributes:
+        head: the ids up to and including a control string.
+        start: where that string starts in the text.
+    """
+
+    def __init__(self, tok: Tokenizer, encode: Callable[[str], list[int]]):
+        self.tok = tok
+        self.encode = encode
+        self.longest = max(map(len, tok.control_ids), default=0)
+        self.head: list[int] = []
+        self.start = 0
+        self._splits = lru_cache(self._finds_alone)
+
+    def _finds_alone(self, control: str) -> bool:
+        encode = self.tok.encode_template
+        return encode(f"a{control}a") == encode(f"a{control}") + encode(f"{control}a")[1:]
+
+    def __call__(self, text: str) -> list[int]:
+        # The control string's id is in `head` already.
+        skipped = 1 if self.head else 0
+        ids = self.head + self.encode(text[self.start :])[skipped:]
+        end = self.start
+        cut = None
+        for n, piece in enumerate(self.tok.split_control(text[self.start :])):
+            end += len(piece)
+            # A string near the end may turn out to be part of a longer one.
+            if n % 2 and end - len(piece) + self.longest < len(text) and self._splits(piece):
+                cut = (end - len(piece), end)
+        if cut:
+            self.head = self.head + self.encode(text[self.start : cut[1]])[skipped:]
+            self.start = cut[0]
+        return ids
