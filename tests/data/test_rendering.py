@@ -16,6 +16,7 @@ from minorca.data.chat_template import render
 from minorca.data.conversation import Conversation
 from minorca.data.rendering import render_row, render_rows
 from minorca.data.sources import Row
+from minorca.data.tally import raise_errors
 from tests.data import write_golden
 from tests.data.samples import conversation, message, path_of, prepare
 from tests.data.test_chat_template import FORGETFUL
@@ -36,7 +37,10 @@ RESPONSES = ["four", "", "  \n", "word " * 30, "word " * 300, "six"]
 
 
 def rendered(tok, **settings):
-    return render_rows(rows_of(*RESPONSES), tok, DataConfig("train.jsonl", **settings), "chatml")
+    """The store and the counts of RESPONSES."""
+    store, tally = render_rows(rows_of(*RESPONSES), tok, DataConfig("train.jsonl", **settings), "chatml")
+    raise_errors([tally])
+    return store, tally.counts
 
 
 def test_empty_and_long_rows_are_dropped_and_counted(tok):
@@ -92,11 +96,11 @@ def test_what_is_trained(tok):
 def test_plain_text(tok):
     """No template: a bos if the tokenizer adds one, the text, the end."""
     rows = [Row("rows.jsonl", "line", number, text) for number, text in enumerate(["four", " \n"], 1)]
-    store, counts = render_rows(rows, tok, DataConfig("x", train_on="all"), "chatml")
+    store, tally = render_rows(rows, tok, DataConfig("x", train_on="all"), "chatml")
     ids, trained = store.row(0)
     assert ids.tolist() == tok.encode("four", bos=True, eos=True)
     assert trained.tolist() == [False] + [True] * (len(ids) - 1)
-    assert len(store) == 1 and counts["dropped: empty response"] == 1
+    assert len(store) == 1 and tally.counts["dropped: empty response"] == 1
 
 
 def test_errors_name_the_row(tok, tmp_path):
@@ -189,7 +193,7 @@ def test_parallel_is_serial(model, data, tmp_path, threads):
     threads(model, settings)
     parallel = prepare(replace(settings, store=str(tmp_path / "parallel")), model)
     files = {path.name: path.read_bytes() for path in path_of(parallel).iterdir()}
-    assert files == {path.name: path.read_bytes() for path in path_of(serial).iterdir()} and len(files) == 7
+    assert files == {path.name: path.read_bytes() for path in path_of(serial).iterdir()} and len(files) == 8
     assert parallel.sources[0].counts["dropped: too long"] > 5
 
 
