@@ -12,6 +12,7 @@ messages.py reads the messages. Other columns are counted and not used. `data.co
 of the data, `data.roles` the data's role names to ours.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -22,7 +23,7 @@ from minorca.data.messages import check_text, read_list, read_messages, read_tex
 from minorca.errors import UserError
 
 # A record as its data set has it, further role names, counts.
-Convert = Callable[[dict, dict[str, str], Counter], Conversation | str]
+Convert = Callable[[dict, Mapping[str, str], Counter], Conversation | str]
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -38,6 +39,7 @@ class RowFormat(NamedTuple):
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """All that it reads."""
         return self.needed + self.optional
 
 
@@ -60,11 +62,17 @@ def convert_record(
     """
     row_format = FORMATS[format]
     check_columns(record, format, columns)
-    sources = {name: columns.get(name, name) for name in row_format.columns}
-    used = set(sources.values())
-    counts.update(f"with the unused column {column}" for column in record if column not in used)
-    values = {name: record[column] for name, column in sources.items() if column in record}
-    return row_format.convert(values, dict(roles), counts)
+    sources = {name: columns.get(name, name) for name in row_format.columns} if columns else {}
+    if unused := record.keys() - (sources.values() if columns else row_format.columns):
+        counts.update(f"with the unused column {column}" for column in unused)
+    if columns:
+        record = {name: record[column] for name, column in sources.items() if column in record}
+    try:
+        return row_format.convert(record, roles, counts)
+    except UserError as error:
+        name, place = re.match(r"(\w+)(.*)", error.field or "").groups()  # pyright: ignore[reportOptionalMemberAccess]
+        error.field = f"{columns.get(name, name)}{place}"
+        raise
 
 
 def check_columns(record: dict, format: str, columns: Mapping[str, str] = NOTHING) -> None:
@@ -80,12 +88,12 @@ def check_columns(record: dict, format: str, columns: Mapping[str, str] = NOTHIN
             )
 
 
-def _openorca(record: dict, roles: dict[str, str], counts: Counter) -> Conversation:
+def _openorca(record: dict, roles: Mapping[str, str], counts: Counter) -> Conversation:
     system = _straighten_apostrophes(read_text(record, "system_prompt"), counts)
     return _conversation(system, read_text(record, "question"), read_text(record, "response"))
 
 
-def _sharegpt(record: dict, roles: dict[str, str], counts: Counter) -> Conversation:
+def _sharegpt(record: dict, roles: Mapping[str, str], counts: Counter) -> Conversation:
     conversation = _chat(record, roles, counts, "conversations")
     for message in conversation.messages:
         if message["role"] == "system":
@@ -93,7 +101,7 @@ def _sharegpt(record: dict, roles: dict[str, str], counts: Counter) -> Conversat
     return conversation
 
 
-def _chat(record: dict, roles: dict[str, str], counts: Counter, column: str = "messages") -> Conversation:
+def _chat(record: dict, roles: Mapping[str, str], counts: Counter, column: str = "messages") -> Conversation:
     messages = read_messages(record, column, roles, counts)
     system = {"role": "system", "content": read_text(record, "system")}
     if system["content"] and system not in messages:
@@ -103,7 +111,7 @@ def _chat(record: dict, roles: dict[str, str], counts: Counter, column: str = "m
     return Conversation(messages, read_tools(record))
 
 
-def _alpaca(record: dict, roles: dict[str, str], counts: Counter) -> Conversation:
+def _alpaca(record: dict, roles: Mapping[str, str], counts: Counter) -> Conversation:
     # Some copies of Alpaca write it for an empty input.
     counts["with the input <noinput>, read as text"] += record.get("input") == "<noinput>"
     question = "\n\n".join(filter(None, [read_text(record, "instruction"), read_text(record, "input")]))
@@ -118,7 +126,7 @@ def _alpaca(record: dict, roles: dict[str, str], counts: Counter) -> Conversatio
     return _conversation(read_text(record, "system"), *texts, question, read_text(record, "output"))
 
 
-def _prompt_completion(record: dict, roles: dict[str, str], counts: Counter) -> Conversation:
+def _prompt_completion(record: dict, roles: Mapping[str, str], counts: Counter) -> Conversation:
     columns = ("prompt", "completion")
     are_lists = [isinstance(record[column], list) for column in columns]
     if not any(are_lists):
@@ -131,7 +139,7 @@ def _prompt_completion(record: dict, roles: dict[str, str], counts: Counter) -> 
     return Conversation(excluded + completion, read_tools(record))
 
 
-def _plain_text(record: dict, roles: dict[str, str], counts: Counter) -> str:
+def _plain_text(record: dict, roles: Mapping[str, str], counts: Counter) -> str:
     return read_text(record, "text")
 
 

@@ -15,6 +15,7 @@ mask            an error: it excludes an answer in some tools and trains it in o
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from minorca.data.conversation import join_text_parts
@@ -46,7 +47,7 @@ EXCLUDED_BY = {"weight": 0, "loss_weight": 0, "train": 0, "training": 0, "loss":
 NUMBERS = ("weight", "loss_weight")
 
 
-def read_messages(record: dict, column: str, roles: dict[str, str], counts: Counter) -> list[dict]:
+def read_messages(record: dict, column: str, roles: Mapping[str, str], counts: Counter) -> list[dict]:
     """The messages in a column, as a Conversation has them.
 
     Args:
@@ -56,9 +57,9 @@ def read_messages(record: dict, column: str, roles: dict[str, str], counts: Coun
     Raises:
         UserError: a value that is invalid; `field` is its place in the column.
     """
-    roles = ROLES | roles
+    known = ROLES | dict(roles) if roles else ROLES
     turns = read_list(record[column], column, "a list of {role, content}")
-    return [_read_message(turn, f"{column}[{i}]", roles, counts) for i, turn in enumerate(turns)]
+    return [_read_message(turn, f"{column}[{i}]", known, counts) for i, turn in enumerate(turns)]
 
 
 def _read_message(turn: Any, place: str, roles: dict[str, str], counts: Counter) -> dict:

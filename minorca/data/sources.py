@@ -88,14 +88,14 @@ def read_rows(reader: SourceReader, limit: int | None, counts: Counter) -> Itera
         if isinstance(record, RowError):
             yield record
             continue
-        missing -= record.keys()
-        where = f"{file.unit} {number}"
+        if missing:
+            missing -= record.keys()
         try:
             content = convert_record(record, format, counts, columns, roles)
         except UserError as error:
             if file.is_table:
                 _check_table(record, format, columns, file)
-            yield RowError(error.message, path=file.path, where=where, field=error.field)
+            yield RowError(error.message, path=file.path, where=f"{file.unit} {number}", field=error.field)
             continue
         row_id = record.get(columns.get("id", "id"))
         has_id = format == "openorca" and row_id not in (None, "")
@@ -128,7 +128,7 @@ def _is_repeated(row_id: Any, content: Any, seen: dict[int, int], counts: Counte
     are 8-byte hashes, as there are millions.
     """
     id_hash = _hash(row_id)
-    row_hash = _hash((row_id, content.messages))
+    row_hash = _hash((row_id, *[message["content"] for message in content.messages]))
     if id_hash not in seen:
         seen[id_hash] = row_hash
         return False

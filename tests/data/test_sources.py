@@ -1,13 +1,16 @@
 """Rows from every kind of file and from hubs, where each is, and broken files."""
 
 import json
+from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from minorca import UserError
-from tests.data.samples import MESSAGES, RECORDS, messages_in, rows_in, write
+from minorca.config import Source
+from minorca.data.sources import open_source, read_rows
+from tests.data.samples import MESSAGES, RECORDS, messages_in, messages_of, rows_in, valid, write
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
@@ -201,3 +204,21 @@ def test_a_hub_id_is_read_by_datasets(source, file, limit, monkeypatch):
     monkeypatch.setattr(datasets, "get_dataset_split_names", fail)
     with pytest.raises(UserError, match=f"^{source}: no such file, and as a hub id it cannot be read"):
         rows_in(source)
+
+
+def test_the_split_and_the_configuration_of_a_hub_data_set(monkeypatch):
+    """Are passed on; a data set without the split names those that it has."""
+    import datasets
+
+    def load(path, *, name, split, **options):
+        if split not in ("train_sft", "test_sft"):
+            raise ValueError(f"Bad split: {split}")
+        return RECORDS if name == "en" else RECORDS[:1]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, name: ["train_sft", "test_sft"])
+    for name, rows in (("en", MESSAGES), (None, MESSAGES[:1])):
+        reader = open_source(Source("a/b", "openorca", split="train_sft", name=name), None)
+        assert [messages_of(row) for row in valid(read_rows(reader, None, Counter()))] == rows
+    with pytest.raises(UserError, match="^a/b: has no split train; set split of .* to one of train_sft, test_sft"):
+        rows_in("a/b")
