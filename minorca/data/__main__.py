@@ -70,10 +70,10 @@ def _describe(row: Row | RowError, outcome: Outcome, template: str, data: DataCo
     elif outcome.pieces[0][1] < count:
         parts.append(f"truncated to data.seq_len, {data.seq_len}")
     if outcome.empty_answers:
-        parts.append(f"{outcome.empty_answers} empty answers dropped with their questions")
+        parts.append(f"empty answers dropped with their questions: {outcome.empty_answers}")
     messages = [] if isinstance(row.content, str) else row.content.messages
     if excluded := sum(message["role"] == "assistant" and not is_trained_answer(message) for message in messages):
-        parts.append(f"{excluded} answers excluded by weight")
+        parts.append(f"answers excluded by weight: {excluded}")
     return ", ".join(parts)
 
 
