@@ -103,14 +103,14 @@ def _option_reader(kind) -> Callable[[str], object]:
     def read_sources(text: str):
         value = read(text)
         if not isinstance(value, list) and text.lstrip().startswith(("[", "{")) and not Path(text).exists():
-            expected = "a path, a hub id or a list [{path: FILE, format: NAME, weight: NUMBER}, ...]"
+            expected = "a path, a hub id or a list [FILE, {path: FILE, format: NAME, weight: NUMBER}, ...]"
             raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
         return value if isinstance(value, list) else text
 
     def read_text_or_null(text: str):
         return None if text == "null" else text
 
-    readers = {str: str, str | None: read_text_or_null, str | list[Source]: read_sources}
+    readers = {str: str, str | None: read_text_or_null, str | list[str | Source]: read_sources}
     return readers.get(kind, read)
 
 

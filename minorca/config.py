@@ -8,8 +8,10 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, cast
 
+from minorca.data.formats import FORMATS
+from minorca.data.messages import OUR_ROLES
 from minorca.errors import UserError
 from minorca.model.layout import TARGETS, Target
 
@@ -43,26 +45,38 @@ Format = Literal["openorca", "sharegpt", "messages", "alpaca", "prompt_completio
 
 @dataclass
 class Source:
-    """One file of several in data.train or data.eval.
+    """One source of several in data.train or data.eval.
 
     Attributes:
+        path: a file, a directory, a glob, a hub id or hub-id:FILE.
         format: None: that of data.format.
         weight: how often an epoch has each row; 0.5: half the rows, and the other half in the next epoch.
+        name: the configuration of a hub data set.
+        split: of a hub data set (None: train) or a directory.
+        columns, roles: None: those of data.columns and data.roles.
     """
 
     __pydantic_config__ = _STRICT
     path: str
     format: Format | None = None
     weight: float = 1.0
+    name: str | None = None
+    split: str | None = None
+    columns: dict[str, str] | None = None
+    roles: dict[str, str] | None = None
 
 
 @dataclass
 class DataConfig:
     __pydantic_config__ = _STRICT
     train: Annotated[
-        str | list[Source], "a parquet, JSONL or CSV file, a hub id, hub-id:FILE, or a list of {path, format, weight}"
+        str | list[str | Source],
+        "a file, a directory, a glob, a hub id, hub-id:FILE, or a list of these or of {path, format, weight, name, "
+        "split, columns, roles}",
     ]
-    eval: Annotated[str | float | list[Source] | None, "the same, or a fraction of the rows held out by seed"] = None
+    eval: Annotated[str | float | list[str | Source] | None, "the same, or a fraction of the rows held out by seed"] = (
+        None
+    )
     limit: Annotated[int | None, "rows to read at most, of each source"] = None
     format: Annotated[Format, "the columns of a row"] = "openorca"
     store: Annotated[
@@ -74,13 +88,35 @@ class DataConfig:
     seq_len: Annotated[int, "the longest row, in tokens"] = 4096
     packing: Annotated[bool, "fill micro-batches with several rows; false: one row each"] = True
     train_on: Annotated[Literal["response", "all"], "the tokens that count in the loss"] = "response"
-    too_long: Annotated[Literal["drop", "truncate", "error"], "what to do with rows over seq_len"] = "drop"
-    empty_response: Annotated[Literal["drop", "error"], "what to do with rows without an answer"] = "drop"
+    too_long: Annotated[
+        Literal["drop", "truncate", "split", "error"],
+        "what to do with rows over seq_len; split: text becomes several rows",
+    ] = "drop"
+    empty_response: Annotated[
+        Literal["drop", "error"],
+        "what to do with empty answers; drop: leave out their turn, or the row if none is left",
+    ] = "drop"
+    bad_rows: Annotated[Literal["error", "drop"], "what to do with invalid rows; both list them by reason"] = "error"
+    columns: Annotated[dict[str, str], "the names of a format's columns in the data, as {instruction: question}"] = (
+        field(default_factory=dict)
+    )
+    roles: Annotated[dict[str, str], "further names of roles in the data, as {narrator: system}"] = field(
+        default_factory=dict
+    )
 
-    def sources(self, what: str | float | list[Source] | None) -> list[Source]:
-        """The files that `train` or `eval` names, each with its format; none where it is a fraction or null."""
-        named = [Source(what)] if isinstance(what, str) else what if isinstance(what, list) else []
-        return [dataclasses.replace(source, format=source.format or self.format) for source in named]
+    def sources(self, what: str | float | list[str | Source] | None) -> list[Source]:
+        """What `train` or `eval` names, each with its format and names; none where it is a fraction or null."""
+        named = [what] if isinstance(what, str) else what if isinstance(what, list) else []
+        sources = [Source(source) if isinstance(source, str) else source for source in named]
+        return [
+            dataclasses.replace(
+                source,
+                format=source.format or self.format,
+                columns=self.columns if source.columns is None else source.columns,
+                roles=self.roles if source.roles is None else source.roles,
+            )
+            for source in sources
+        ]
 
 
 @dataclass
@@ -221,6 +257,8 @@ def problems(config: Config) -> Iterator[Problem]:
         if value_of(key) < 0:
             yield problem(f"is {value_of(key)}; expected 0 or more", key)
     data, lora, optim, train, parallel = config.data, config.lora, config.optim, config.train, config.parallel
+    if data.seq_len == 1 and data.too_long == "split":
+        yield problem("is 1; a piece of a text needs two tokens, of which the first is not trained", "data.seq_len")
     if not 0 <= lora.dropout < 1:
         yield problem(f"is {lora.dropout}; expected at least 0 and less than 1", "lora.dropout")
     if not all(0 <= beta < 1 for beta in optim.betas):
@@ -272,3 +310,22 @@ def _source_problems(data: DataConfig) -> Iterator[Problem]:
             if source.format == "text" and data.train_on == "response":
                 message = f"reads {source.path} as plain text, which has no responses; set data.train_on to all"
                 yield Problem((key, "data.train_on", "data.format"), UserError(message, field=key))
+            if source.format != "text" and data.too_long == "split":
+                message = (
+                    f"is split, but {key} reads {source.path} as {source.format}, and only text can be split; "
+                    "choose drop, truncate or error"
+                )
+                yield Problem(("data.too_long", key, "data.format"), UserError(message, field="data.too_long"))
+            yield from _name_problems(source, key)
+
+
+def _name_problems(source: Source, key: str) -> Iterator[Problem]:
+    known = FORMATS[cast(Format, source.format)].columns
+    for column in source.columns or {}:
+        if column not in known:
+            message = f"has {column} for {source.path}; format {source.format} has the columns {', '.join(known)}"
+            yield Problem(("data.columns", key, "data.format"), UserError(message, field="data.columns"))
+    for name, role in (source.roles or {}).items():
+        if role not in OUR_ROLES:
+            message = f"maps {name} to {role} for {source.path}; expected one of {', '.join(OUR_ROLES)}"
+            yield Problem(("data.roles", key), UserError(message, field="data.roles"))

@@ -265,6 +265,10 @@ def _type_errors(details: list, values: dict[str, dict]) -> Iterator[UserError]:
             kind, *place = detail["loc"][2:]
             if str(kind).startswith("list") != isinstance(values["data"][name[5:]], list):
                 continue
+            # Of an entry that may also be a path, what is wrong with it as a source.
+            if place[1:2] == ["str"]:
+                continue
+            place[1:2] = []
             name += "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
         if detail["type"] == "missing":
             message = "is missing"

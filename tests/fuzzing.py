@@ -179,9 +179,10 @@ def _read_rows(directory: Path) -> None:
             continue
         try:
             reader = open_source(Source(str(directory / f"rows.{directory.name}"), format), None)
-            reader.sha256()
-            for _ in read_rows(reader, 1000, Counter()):
-                pass
+            reader.identity()
+            for row in read_rows(reader, 1000, Counter()):
+                if isinstance(row, UserError):
+                    raise row
         except UserError as error:
             errors.append(error)
     if errors:

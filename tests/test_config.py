@@ -17,7 +17,8 @@ SETTINGS = """
 model:    {path: DIR, dtype: bfloat16, quantize: none}
 lora:     {rank: 16, alpha: 32, dropout: 0.0, targets: [q, k, v, o, gate, up, down], rslora: false, init: null}
 data:     {train: PATH, eval: null, limit: null, format: openorca, template: auto, seq_len: 4096, packing: true,
-           store: null, train_on: response, too_long: drop, empty_response: drop}
+           store: null, train_on: response, too_long: drop, empty_response: drop, bad_rows: error,
+           columns: {}, roles: {}}
 optim:    {lr: 2.0e-4, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.0, warmup_steps: 0, schedule: cosine,
            max_grad_norm: 1.0}
 train:    {objective: sft, steps: null, epochs: 1, batch_tokens: 32768, micro_batch_tokens: 4096, seed: 0,
@@ -146,6 +147,23 @@ extra: {key: 1}
         (MINIMAL + "parallel: {timeout: 1}", ["parallel.timeout is 1; expected 10"]),
         (MINIMAL + "train: {output: ' '}", ["train.output is empty"]),
         ("model: {path: DIR}\ndata: {train: PATH, format: text}", ["data.train reads PATH as plain text"]),
+        (
+            "model: {path: DIR}\ndata: {train: PATH, too_long: split}",
+            ["data.too_long is split, but data.train reads PATH as openorca, and only text can be split"],
+        ),
+        (
+            "model: {path: DIR}\ndata: {train: PATH, format: text, train_on: all, too_long: split, seq_len: 1}",
+            ["data.seq_len is 1; a piece of a text needs two tokens"],
+        ),
+        (
+            "model: {path: DIR}\ndata: {train: PATH, columns: {query: q}, roles: {bot: robot}}",
+            [
+                "data.columns has query for PATH; format openorca has the columns system_prompt, question,",
+                "data.roles maps bot to robot for PATH; expected one of system, user, assistant, tool",
+            ],
+        ),
+        ("model: {path: DIR}\ndata: {train: PATH, columns: {question: 1}}", ["data.columns is 1"]),
+        ("model: {path: DIR}\ndata: {train: [a, [b]]}", ["data.train[1] is ['b']"]),
         (MINIMAL + "1: {a: b}", ["1 is an unknown setting"]),
         (MINIMAL + "lora: {2024-01-01: 1}", ["lora.2024-01-01 is an unknown setting"]),
         (MINIMAL + "lora: {rank: '16'}", ["lora.rank is '16'"]),
@@ -365,4 +383,22 @@ def test_sources_are_also_an_option(read):
     assert [(source.path, source.format, source.weight) for source in config.data.sources(config.data.train)] == [
         ("a", "openorca", 2),
         ("b", "alpaca", 1),
+    ]
+    mixed = read(MINIMAL, "--data.train", "[a.jsonl, {path: b, split: test, name: en}, 'c/*.csv']").data
+    assert [(source.path, source.split, source.name) for source in mixed.sources(mixed.train)] == [
+        ("a.jsonl", None, None),
+        ("b", "test", "en"),
+        ("c/*.csv", None, None),
+    ]
+
+
+def test_columns_and_roles_of_a_source_replace_those_of_all(read):
+    text = (
+        "model: {path: DIR}\ndata: {train: [a, {path: b, columns: {}, roles: {bot: assistant}}], format: alpaca, "
+        "columns: {output: answer}, roles: {narrator: system}}"
+    )
+    data = read(text).data
+    assert [(source.columns, source.roles) for source in data.sources(data.train)] == [
+        ({"output": "answer"}, {"narrator": "system"}),
+        ({}, {"bot": "assistant"}),
     ]

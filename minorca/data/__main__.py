@@ -3,14 +3,19 @@
 import logging
 import sys
 from collections import Counter
-from itertools import groupby
+from itertools import groupby, pairwise
+
+import numpy as np
 
 from minorca import cli
-from minorca.config import Config
+from minorca.config import Config, DataConfig
 from minorca.data.chat_template import resolve_template
+from minorca.data.conversation import is_trained_answer
 from minorca.data.prepare import prepare_store
-from minorca.data.rendering import render_row
-from minorca.data.sources import open_source, read_rows
+from minorca.data.rendering import Outcome, decide
+from minorca.data.row_files import RowError
+from minorca.data.sources import Row, open_source, read_rows
+from minorca.data.tally import Tally, raise_errors
 from minorca.data.tokenizer import Tokenizer, load_tokenizer
 from minorca.errors import UserError
 
@@ -22,25 +27,76 @@ def _tokenizer(config: Config) -> tuple[Tokenizer, str]:
 
 
 def show(argv: list[str]) -> None:
-    parser = cli.config_parser(
-        "minorca.data show", "Prints rendered rows; «trained» tokens are marked (on a terminal, in green)."
+    description = (
+        "Prints rows as they are trained, and those that are not, with the reason. «Trained» tokens are marked (on a "
+        "terminal, in green). Control tokens are spelled out; text that only spells one has a backslash before it."
     )
+    parser = cli.config_parser("minorca.data show", description)
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to print, of each source (default: 3)")
     args, config = cli.parse_config(parser, argv)
     if args.rows < 1:
         raise UserError(f"is {args.rows}; expected at least 1", field="--rows")
     tok, template = _tokenizer(config)
-    mark_start, mark_end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("«", "»")
+    tally = Tally()
+    decided = []
     for source in config.data.sources(config.data.train):
         for row in read_rows(open_source(source, args.rows), args.rows, Counter()):
-            ids, trained = render_row(row, tok, template, config.data.train_on)
-            writer = "plain text" if isinstance(row.content, str) else f"template {template}"
-            print(f"--- {row.path}, {row.where}: {writer}, {len(ids)} tokens, {trained.sum()} trained")
-            edges = [0, *(i for i in range(1, len(ids)) if trained[i] != trained[i - 1]), len(ids)]
-            for begin, stop in zip(edges, edges[1:]):
-                text = visible_text(tok, ids[begin:stop].tolist())
-                print(f"{mark_start}{text}{mark_end}" if trained[begin] else text, end="")
-            print()
+            outcome = decide(row, tok, config.data, template)
+            decided.append((row, outcome))
+            if outcome.error and not outcome.dropped:
+                tally.add_error(outcome.error)
+    raise_errors([tally])
+    for row, outcome in decided:
+        print(f"--- {row.path}, {row.where}: {_describe(row, outcome, template, config.data)}")
+        if len(outcome.ids):
+            print(_marked_text(tok, outcome, config.data.seq_len))
+
+
+def _describe(row: Row | RowError, outcome: Outcome, template: str, data: DataConfig) -> str:
+    """What becomes of a row, in a line."""
+    count = len(outcome.ids)
+    limit = f"{count} tokens, data.seq_len is {data.seq_len}"
+    if outcome.error:
+        return f"dropped: {outcome.error.sentence}"
+    if outcome.dropped == "too long":
+        return f"dropped: too long: {limit}"
+    if outcome.dropped or isinstance(row, RowError):
+        return f"dropped: {outcome.dropped}"
+    trained = sum(int(outcome.trained[start + 1 : end].sum()) for start, end in outcome.pieces)
+    writer = "plain text" if isinstance(row.content, str) else f"template {template}"
+    parts = [writer, f"{count} tokens", f"{trained} trained"]
+    if len(outcome.pieces) > 1:
+        parts.append(f"split into {len(outcome.pieces)} rows")
+    elif outcome.pieces[0][1] < count:
+        parts.append(f"truncated to data.seq_len, {data.seq_len}")
+    if outcome.empty_answers:
+        parts.append(f"empty answers dropped with their questions: {outcome.empty_answers}")
+    messages = [] if isinstance(row.content, str) else row.content.messages
+    if excluded := sum(message["role"] == "assistant" and not is_trained_answer(message) for message in messages):
+        parts.append(f"answers excluded by weight: {excluded}")
+    return ", ".join(parts)
+
+
+def _marked_text(tok: Tokenizer, outcome: Outcome, seq_len: int) -> str:
+    """A row's text with what is trained of it marked, and with the places where it is cut."""
+    mark_start, mark_end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("«", "»")
+    count = len(outcome.ids)
+    trained = np.zeros(count, bool)
+    # Pieces overlap by a token: what starts at a piece's second token is what follows the cut.
+    cuts = {}
+    for start, end in outcome.pieces:
+        trained[start + 1 : end] = outcome.trained[start + 1 : end]
+        if end < count:
+            cuts[end] = "\n[cut here: a row ends, and the next starts with its last token]\n"
+    if outcome.pieces and outcome.pieces[-1][1] < count:
+        end = outcome.pieces[-1][1]
+        cuts[end] = f"\n[cut here: data.seq_len is {seq_len}, and the {count - end} tokens below are not used]\n"
+    edges = {0, *(i for i in range(1, count) if trained[i] != trained[i - 1]), *cuts, count}
+    parts = []
+    for begin, stop in pairwise(sorted(edges)):
+        text = visible_text(tok, outcome.ids[begin:stop].tolist())
+        parts += [cuts.get(begin, ""), f"{mark_start}{text}{mark_end}" if trained[begin] else text]
+    return "".join(parts)
 
 
 def prepare(argv: list[str]) -> None:
@@ -57,10 +113,28 @@ def prepare(argv: list[str]) -> None:
 
 
 def visible_text(tok: Tokenizer, ids: list[int]) -> str:
-    """The text of ids, with control tokens shown as their strings."""
+    """The text of ids, with control tokens shown as their strings.
+
+    Text that spells a control string has a backslash before it. Backslashes before either are doubled, so that every
+    text shows differently.
+    """
     names = {i: name for name, i in tok.control_ids.items()}
-    runs = groupby(ids, key=lambda i: i in names)
-    return "".join("".join(names[i] for i in run) if control else tok.decode(list(run)) for control, run in runs)
+    runs = [(control, list(run)) for control, run in groupby(ids, key=lambda i: i in names)]
+    parts = []
+    for n, (control, run) in enumerate(runs):
+        if control:
+            parts += [names[i] for i in run]
+            continue
+        # Ordinary text at even indices, control strings at odd ones.
+        pieces = tok.split_control(tok.decode(run))
+        for m, piece in enumerate(pieces):
+            if m % 2:
+                parts.append(f"\\{piece}")
+            elif m + 1 < len(pieces) or n + 1 < len(runs):
+                parts.append(piece + "\\" * (len(piece) - len(piece.rstrip("\\"))))
+            else:
+                parts.append(piece)
+    return "".join(parts)
 
 
 def main(argv: list[str]) -> None:

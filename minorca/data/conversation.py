@@ -1,6 +1,8 @@
 """A conversation: what a row of every format but text becomes, and what the templates write."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 
 @dataclass
@@ -16,3 +18,51 @@ class Conversation:
 
     messages: list[dict]
     tools: list[dict] = field(default_factory=list)
+
+
+def join_text_parts(parts: list) -> str:
+    """The text of a message's content that is a list of parts, one a line, as OpenAI's API has it.
+
+    Raises:
+        ValueError: a part that is not {"type": "text", "text": ...}.
+    """
+    if not all(map(_is_text_part, parts)):
+        raise ValueError('expected a string or a list of {"type": "text", "text": ...}')
+    return "\n".join(part["text"] for part in parts)
+
+
+def _is_text_part(part: Any) -> bool:
+    return (
+        isinstance(part, dict)
+        and part.keys() == {"type", "text"}
+        and part["type"] == "text"
+        and isinstance(part["text"], str)
+    )
+
+
+def is_trained_answer(message: dict) -> bool:
+    """Whether a message is an answer that counts in the loss."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
+def drop_empty_answers(messages: list[dict]) -> tuple[list[dict], int]:
+    """Drops the turns whose answer would be trained and is empty: from the user's message to before the next one.
+
+    An answer is empty if it has no text but white space, and no tool calls.
+
+    Returns:
+        The messages that are left, and how many answers were empty.
+    """
+    empty = [is_trained_answer(m) and not m["content"].strip() and not m.get("tool_calls") for m in messages]
+    if not any(empty):
+        return messages, 0
+    roles = [message["role"] for message in messages]
+    # Consecutive messages of the user are one question; system messages belong to no turn.
+    starts = [i for i, role in enumerate(roles) if role == "user" and (i == 0 or roles[i - 1] != "user")]
+    kept = []
+    for start, end in pairwise([0, *starts, len(messages)]):
+        if any(empty[start:end]):
+            kept += [message for message in messages[start:end] if message["role"] == "system"]
+        else:
+            kept += messages[start:end]
+    return kept, sum(empty)

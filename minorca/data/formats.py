@@ -1,25 +1,30 @@
 """The formats of a data set's rows: which columns each needs, and how a record becomes a conversation or plain text.
 
-openorca            id (optional), system_prompt, question, response; other columns are counted and not used
-sharegpt            conversations: [{from: system | human | user | gpt | assistant | chatgpt, value, weight (optional)}]
-messages            messages: [{role: system | user | assistant, content, weight (optional)}]
-alpaca              instruction, input (optional; after the instruction and a blank line), output, system (optional)
+openorca            id (optional), system_prompt, question, response
+sharegpt            conversations: messages; system, tools (both optional)
+messages            messages; system, tools (both optional)
+alpaca              instruction, input (optional; after the instruction and a blank line), output; system, history (both
+                    optional; history: [question, answer] pairs, before the instruction; its answers are trained too)
 prompt_completion   prompt, completion: both text, or both lists of messages, of which the prompt's are not trained
 text                text, which is written as it is, without a template
 
-A message's weight is 0 or 1; an answer of weight 0 is excluded from the loss. On other messages it has no effect: under
-`data.train_on: response` only answers are trained, and under `all` everything is.
+messages.py reads the messages. Other columns are counted and not used. `data.columns` maps a format's columns to those
+of the data, `data.roles` the data's role names to ours.
 """
 
+import re
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 from minorca.data.conversation import Conversation
+from minorca.data.messages import check_text, read_list, read_messages, read_text, read_tools, type_name
 from minorca.errors import UserError
 
-ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+# A record as its data set has it, further role names, counts.
+Convert = Callable[[dict, Mapping[str, str], Counter], Conversation | str]
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class RowFormat(NamedTuple):
@@ -28,140 +33,133 @@ class RowFormat(NamedTuple):
     `convert` raises a UserError whose `field` is the column, and the place in it, that is invalid.
     """
 
-    convert: Callable[[dict, Counter], Conversation | str]
+    convert: Convert
     needed: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All that it reads."""
+        return self.needed + self.optional
 
-def convert_record(record: dict, format: str, counts: Counter) -> Conversation | str:
-    """A record (a row's values by column) as a conversation or plain text; `counts` gets what is ignored or changed.
+
+def convert_record(
+    record: dict,
+    format: str,
+    counts: Counter,
+    columns: Mapping[str, str] = NOTHING,
+    roles: Mapping[str, str] = NOTHING,
+) -> Conversation | str:
+    """A record (a row's values by column) as a conversation or plain text.
+
+    Args:
+        counts: gets what is ignored or changed.
+        columns: the format's names of columns, and those of the record.
+        roles: the record's names of roles, and ours.
 
     Raises:
         UserError: a missing column or an invalid value; `field` names it.
     """
     row_format = FORMATS[format]
-    for column in row_format.needed:
-        if column not in record:
+    check_columns(record, format, columns)
+    sources = {name: columns.get(name, name) for name in row_format.columns} if columns else {}
+    if unused := record.keys() - (sources.values() if columns else row_format.columns):
+        counts.update(f"with the unused column {column}" for column in unused)
+    if columns:
+        record = {name: record[column] for name, column in sources.items() if column in record}
+    try:
+        return row_format.convert(record, roles, counts)
+    except UserError as error:
+        name, place = re.match(r"(\w+)(.*)", error.field or "").groups()  # pyright: ignore[reportOptionalMemberAccess]
+        error.field = f"{columns.get(name, name)}{place}"
+        raise
+
+
+def check_columns(record: dict, format: str, columns: Mapping[str, str] = NOTHING) -> None:
+    """Raises UserError where a record lacks a column that its format needs."""
+    needed = FORMATS[format].needed
+    for name in needed:
+        if columns.get(name, name) not in record:
+            wanted = ", ".join(columns.get(name, name) for name in needed)
             raise UserError(
-                f"is missing; format {format} needs the columns {', '.join(row_format.needed)}, "
-                f"got {', '.join(map(str, record))}; fix the row or data.format",
-                field=f"column {column}",
+                f"is missing; format {format} needs the columns {wanted}, "
+                f"got {', '.join(map(str, record))}; fix the row, data.format or data.columns",
+                field=f"column {columns.get(name, name)}",
             )
-    used = (*row_format.needed, *row_format.optional)
-    counts.update(f"with the unused column {column}" for column in record if column not in used)
-    return row_format.convert(record, counts)
 
 
-def _openorca(record: dict, counts: Counter) -> Conversation:
-    system = _straighten_apostrophes(_text(record, "system_prompt"), counts)
-    return _conversation(system, _text(record, "question"), _text(record, "response"))
+def _openorca(record: dict, roles: Mapping[str, str], counts: Counter) -> Conversation:
+    system = _straighten_apostrophes(read_text(record, "system_prompt"), counts)
+    return _conversation(system, read_text(record, "question"), read_text(record, "response"))
 
 
-def _sharegpt(record: dict, counts: Counter) -> Conversation:
-    messages = _messages(record, "conversations", "from", "value", SHAREGPT_ROLES, counts)
-    for message in messages:
+def _sharegpt(record: dict, roles: Mapping[str, str], counts: Counter) -> Conversation:
+    conversation = _chat(record, roles, counts, "conversations")
+    for message in conversation.messages:
         if message["role"] == "system":
             message["content"] = _straighten_apostrophes(message["content"], counts)
-    return Conversation(messages)
+    return conversation
 
 
-def _chat(record: dict, counts: Counter) -> Conversation:
-    return Conversation(_messages(record, "messages", "role", "content", ROLES, counts))
+def _chat(record: dict, roles: Mapping[str, str], counts: Counter, column: str = "messages") -> Conversation:
+    messages = read_messages(record, column, roles, counts)
+    system = {"role": "system", "content": read_text(record, "system")}
+    if system["content"] and system not in messages:
+        if any(message["role"] == "system" for message in messages):
+            raise UserError(f"differs from the system message in {column}; remove one", field="system")
+        messages = [system, *messages]
+    return Conversation(messages, read_tools(record))
 
 
-def _alpaca(record: dict, counts: Counter) -> Conversation:
-    question = "\n\n".join(filter(None, [_text(record, "instruction"), _text(record, "input")]))
-    return _conversation(_text(record, "system"), question, _text(record, "output"))
+def _alpaca(record: dict, roles: Mapping[str, str], counts: Counter) -> Conversation:
+    # Some copies of Alpaca write it for an empty input.
+    counts["with the input <noinput>, read as text"] += record.get("input") == "<noinput>"
+    question = "\n\n".join(filter(None, [read_text(record, "instruction"), read_text(record, "input")]))
+    texts = []
+    expected = "a list of [question, answer]"
+    history = record.get("history")
+    # A CSV file has an empty cell for none.
+    for i, pair in enumerate(read_list(history, "history", expected) if history not in (None, "") else []):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise UserError(f"is not a list of two; expected {expected}", field=f"history[{i}]")
+        texts += [check_text("" if text is None else text, f"history[{i}]") for text in pair]
+    return _conversation(read_text(record, "system"), *texts, question, read_text(record, "output"))
 
 
-def _prompt_completion(record: dict, counts: Counter) -> Conversation:
+def _prompt_completion(record: dict, roles: Mapping[str, str], counts: Counter) -> Conversation:
     columns = ("prompt", "completion")
     are_lists = [isinstance(record[column], list) for column in columns]
     if not any(are_lists):
-        return _conversation("", _text(record, "prompt"), _text(record, "completion"))
+        return _conversation("", read_text(record, "prompt"), read_text(record, "completion"))
     if not all(are_lists):
         types = " and ".join(type_name(record[column]) for column in columns)
         raise UserError(f"are {types}; expected both text or both lists of messages", field="prompt and completion")
-    prompt, completion = (_messages(record, column, "role", "content", ROLES, counts) for column in columns)
+    prompt, completion = (read_messages(record, column, roles, counts) for column in columns)
     excluded = [m | {"weight": 0} if m["role"] == "assistant" else m for m in prompt]
-    return Conversation(excluded + completion)
+    return Conversation(excluded + completion, read_tools(record))
 
 
-def _plain_text(record: dict, counts: Counter) -> str:
-    return _text(record, "text")
+def _plain_text(record: dict, roles: Mapping[str, str], counts: Counter) -> str:
+    return read_text(record, "text")
 
 
 FORMATS = {
     "openorca": RowFormat(_openorca, ("system_prompt", "question", "response"), ("id",)),
-    "sharegpt": RowFormat(_sharegpt, ("conversations",)),
-    "messages": RowFormat(_chat, ("messages",)),
-    "alpaca": RowFormat(_alpaca, ("instruction", "output"), ("input", "system")),
-    "prompt_completion": RowFormat(_prompt_completion, ("prompt", "completion")),
+    "sharegpt": RowFormat(_sharegpt, ("conversations",), ("system", "tools")),
+    "messages": RowFormat(_chat, ("messages",), ("system", "tools")),
+    "alpaca": RowFormat(_alpaca, ("instruction", "output"), ("input", "system", "history")),
+    "prompt_completion": RowFormat(_prompt_completion, ("prompt", "completion"), ("tools",)),
     "text": RowFormat(_plain_text, ("text",)),
 }
 
 
-def _conversation(system: str, question: str, answer: str) -> Conversation:
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+def _conversation(system: str, *texts: str) -> Conversation:
+    """Questions and answers in turn, after the system prompt, if it is not empty."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return Conversation([{"role": "system", "content": system}, *messages] if system else messages)
-
-
-def _messages(
-    record: dict, column: str, role_key: str, text_key: str, roles: dict[str, str], counts: Counter
-) -> list[dict]:
-    """The messages in a column. `roles` maps the names that the format knows to ours."""
-    turns = record[column]
-    expected = f"{{{role_key}, {text_key}}}"
-    if not isinstance(turns, list):
-        hint = "; a CSV cell cannot hold a list: use JSONL or parquet" if isinstance(turns, str) else ""
-        raise UserError(f"is {type_name(turns)}; expected a list of {expected}{hint}", field=column)
-    messages = []
-    for i, turn in enumerate(turns):
-        place = f"{column}[{i}]"
-        if not isinstance(turn, dict):
-            raise UserError(f"is {type_name(turn)}; expected {expected}", field=place)
-        if not {role_key, text_key} <= turn.keys():
-            raise UserError(f"has {', '.join(map(str, turn)) or 'no keys'}; expected {expected}", field=place)
-        role = turn[role_key]
-        weight = turn.get("weight")
-        if not isinstance(role, str) or role not in roles:
-            raise UserError(f"is {role!r:.60}; expected one of {', '.join(roles)}", field=f"{place}.{role_key}")
-        if weight is not None and (type(weight) not in (int, float) or weight not in (0, 1)):
-            raise UserError(f"is {weight!r:.60}; expected 0 or 1", field=f"{place}.weight")
-        message: dict = {"role": roles[role], "content": _check_text(turn[text_key], f"{place}.{text_key}")}
-        if weight == 0 and message["role"] == "assistant":
-            message["weight"] = 0
-        messages.append(message)
-        unused = [key for key, value in turn.items() if key not in (role_key, text_key, "weight") and value is not None]
-        counts.update(f"messages with the unused key {key}" for key in unused)
-    return messages
-
-
-def _text(record: dict, column: str) -> str:
-    """A column's text; empty where the column is missing or null."""
-    value = record.get(column)
-    return "" if value is None else _check_text(value, column)
-
-
-def _check_text(text: Any, field: str) -> str:
-    if not isinstance(text, str):
-        raise UserError(f"is {type_name(text)}; expected text", field=field)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        # Readers pass invalid bytes on as surrogates, and JSON can spell one.
-        raise UserError("is not valid UTF-8 or has an unpaired surrogate; fix or remove the row", field=field) from None
-    return text
 
 
 def _straighten_apostrophes(system: str, counts: Counter) -> str:
     """OpenOrca and data sets derived from it have their sixteen system prompts in both spellings."""
     counts["system prompts with ’ read as '"] += "’" in system
     return system.replace("’", "'")
-
-
-def type_name(value: Any) -> str:
-    """A value's type for a message: `null` and `text` as JSON calls them, else Python's name."""
-    if value is None:
-        return "null"
-    return "text" if isinstance(value, str) else type(value).__name__

@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -25,6 +24,7 @@ from minorca.config import DataConfig, Source
 from minorca.data.rendering import RENDERER_VERSION, render_sources
 from minorca.data.sources import SourceReader, open_source
 from minorca.data.store import ARRAYS, FORMAT, TokenStore, finish_store, open_store, summarize
+from minorca.data.tally import Tally, raise_errors
 from minorca.data.tokenizer import Tokenizer
 from minorca.errors import UserError
 from minorca.files.atomic import lock, publish, sha256
@@ -39,7 +39,7 @@ MODEL_FILES = (
     "config.json",
     "generation_config.json",
 )
-SETTINGS = ("limit", "seq_len", "train_on", "too_long", "empty_response")
+SETTINGS = ("limit", "seq_len", "train_on", "too_long", "empty_response", "bad_rows")
 LIBRARIES = ("tokenizers", "sentencepiece", "jinja2")
 # The counts that are listed after all others.
 TOTALS = ("kept", "tokens", "trained tokens")
@@ -64,8 +64,11 @@ def prepare_store(sources: list[Source], tok: Tokenizer, template: str, data: Da
             if store is None:
                 store = _build(directory, readers, tok, template, data)
     # The sources may have moved since the store was built; messages name where they are now.
-    places = zip(store.sources, readers)
-    return replace(store, sources=[stored._replace(path=r.path, unit=r.unit) for stored, r in places])
+    located = [
+        stored._replace(path=reader.path, files=tuple((file.path, file.unit) for file in reader.files))
+        for stored, reader in zip(store.sources, readers)
+    ]
+    return replace(store, sources=located)
 
 
 def _cache() -> Path:
@@ -79,7 +82,7 @@ def _fingerprint(readers: list[SourceReader], tok: Tokenizer, template: str, dat
         "format": FORMAT,
         "renderer": RENDERER_VERSION,
         "libraries": [importlib.metadata.version(library) for library in LIBRARIES],
-        "sources": [(reader.sha256(), reader.format) for reader in readers],
+        "sources": [reader.identity() for reader in readers],
         "tokenizer": {path.name: sha256(path) for path in files if path.is_file()},
         "template": template,
         "settings": {name: getattr(data, name) for name in SETTINGS},
@@ -128,43 +131,49 @@ def _build(directory: Path, readers: list[SourceReader], tok: Tokenizer, templat
 
 def _write_store(directory: Path, readers: list[SourceReader], tok: Tokenizer, template: str, data: DataConfig) -> None:
     """Renders all rows into a directory."""
-    counts = [Counter() for _ in readers]
+    tallies = [Tally() for _ in readers]
     total = 0
     token_type = ""
     with ExitStack() as stack:
         files = {name: stack.enter_context((directory / f"{name}.bin").open("wb")) for name in ARRAYS}
         np.zeros(1, np.int64).tofile(files["offsets"])
+        counts = [tally.counts for tally in tallies]
         chunks = stack.enter_context(closing(render_sources(readers, tok, template, data, counts)))
         # disable=None: no progress bar unless on a terminal
         progress = stack.enter_context(tqdm(desc="rendering", unit=" rows", unit_scale=True, leave=False, disable=None))
-        for n, chunk, outcomes in chunks:
-            counts[n].update(outcomes)
+        for n, chunk, tally in chunks:
+            tallies[n].update(tally)
+            if tally.broken:
+                break
             (chunk.offsets[1:] + total).tofile(files["offsets"])
             for name in files.keys() - {"offsets"}:
                 getattr(chunk, name).tofile(files[name])
             total += len(chunk.tokens)
             token_type = chunk.tokens.dtype.name
             progress.update(len(chunk))
-    finish_store(directory, token_type, _describe_sources(readers, counts))
+    raise_errors(tallies)
+    finish_store(directory, token_type, _describe_sources(readers, tallies))
 
 
-def _describe_sources(readers: list[SourceReader], counts: list[Counter]) -> list[dict]:
-    """What meta.json says of each source: its place, format, range of rows, and counts."""
+def _describe_sources(readers: list[SourceReader], tallies: list[Tally]) -> list[dict]:
+    """What meta.json says of each source: its place, format, range of rows, counts, and what is said beside these."""
     described = []
     start = 0
-    for reader, outcomes in zip(readers, counts):
-        names = ["read", *sorted(outcomes.keys() - {"read", *TOTALS}), *TOTALS]
-        listed = {name: outcomes[name] for name in names if outcomes[name]}
+    for reader, tally in zip(readers, tallies):
+        names = ["read", *sorted(tally.counts.keys() - {"read", *TOTALS}), *TOTALS]
+        listed = {name: tally.counts[name] for name in names if tally.counts[name]}
+        notes = tally.notes
         if "kept" not in listed:
-            raise UserError(f"no row is left to use ({summarize(listed) or 'the source is empty'})", path=reader.path)
+            counts = summarize(listed, notes) or "the source is empty"
+            raise UserError(f"no row is left to use ({counts})", path=reader.path)
         end = start + listed["kept"]
         described.append(
             {
                 "path": reader.path,
-                "unit": reader.unit,
-                "format": reader.format,
+                "format": reader.source.format,
                 "rows": (start, end),
                 "counts": listed,
+                "notes": notes,
             }
         )
         start = end

@@ -9,16 +9,20 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from minorca.config import DataConfig
 from minorca.data.chat_template import render
-from minorca.data.conversation import Conversation
+from minorca.data.conversation import Conversation, drop_empty_answers, is_trained_answer
+from minorca.data.row_files import RowError
 from minorca.data.sources import Row, SourceReader, read_rows
 from minorca.data.store import TokenStore
+from minorca.data.tally import Tally, reason_of
 from minorca.data.tokenizer import Tokenizer, load_tokenizer
 from minorca.errors import UserError
 
@@ -32,9 +36,9 @@ CHUNK_ROWS = 250
 # Up to this number of rows, rendering here takes less time than starting processes.
 SERIAL_ROWS = 10_000
 
-# Rows of one source, by its number. An error in reading takes the place of its row.
+# Rows of one source, by its number. An error in reading takes the place of its row, or of all that follow.
 Chunk = tuple[int, list[Row | UserError]]
-RenderedChunk = tuple[int, TokenStore, Counter]
+RenderedChunk = tuple[int, TokenStore, Tally]
 
 
 def render_row(row: Row, tok: Tokenizer, template: str, train_on: str) -> tuple[np.ndarray, np.ndarray]:
@@ -64,66 +68,133 @@ def render_row(row: Row, tok: Tokenizer, template: str, train_on: str) -> tuple[
     return np.array(ids, np.uint32), trained
 
 
-def _has_empty_response(content: Conversation | str) -> bool:
+@dataclass
+class Outcome:
+    """What becomes of a row.
+
+    Attributes:
+        ids, trained: [n], the row and its loss mask as `render_row` returns them; empty if it cannot be rendered.
+        pieces: (start, end) of what is used of it: nothing, the row, its start, or pieces that overlap by the one token
+            that is not trained at the start of each.
+        dropped: why nothing is used, None if something is.
+        error: what is wrong with the row; training on it ends with this error unless it is dropped for that.
+        empty_answers: how many answers are left out with their questions.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    pieces: list[tuple[int, int]] = field(default_factory=list)
+    dropped: str | None = None
+    error: UserError | None = None
+    empty_answers: int = 0
+
+
+def decide(row: Row | RowError, tok: Tokenizer, data: DataConfig, template: str) -> Outcome:
+    """Renders a row and decides what becomes of it."""
+    nothing = Outcome(np.empty(0, np.uint32), np.empty(0, bool))
+    if isinstance(row, RowError):
+        return _reject(nothing, row, data)
+    if row.dropped:
+        return replace(nothing, dropped=row.dropped)
+    content, empty_answers = _without_empty_answers(row.content)
+    if empty_answers and data.empty_response == "error":
+        message = "the response is empty; fix the row, or set data.empty_response to drop"
+        return replace(nothing, error=UserError(message, path=row.path, where=row.where))
+    if content is None:
+        return replace(nothing, dropped="empty response")
+    try:
+        ids, trained = render_row(row._replace(content=content), tok, template, data.train_on)
+    except UserError as error:
+        return _reject(nothing, error, data)
+    whole = Outcome(ids, trained, [(0, len(ids))], empty_answers=empty_answers)
+    if len(ids) > data.seq_len:
+        whole = _shorten(whole, row, data)
+    used = [piece for piece in whole.pieces if trained[piece[0] + 1 : piece[1]].any()]
+    if whole.pieces and not used:
+        return replace(whole, pieces=[], dropped="nothing to train on")
+    return replace(whole, pieces=used)
+
+
+def _reject(nothing: Outcome, error: UserError, data: DataConfig) -> Outcome:
+    return replace(nothing, error=error, dropped=reason_of(error) if data.bad_rows == "drop" else None)
+
+
+def _without_empty_answers(content: Conversation | str) -> tuple[Conversation | str | None, int]:
+    """The content without the turns whose answers are empty, None if no answer is left; and how many were empty."""
     if isinstance(content, str):
-        return not content.strip()
-    return any(m["role"] == "assistant" and m.get("weight") != 0 and not m["content"].strip() for m in content.messages)
+        return (content, 0) if content.strip() else (None, 1)
+    messages, count = drop_empty_answers(content.messages)
+    if count and not any(map(is_trained_answer, messages)):
+        return None, count
+    return Conversation(messages, content.tools), count
+
+
+def _shorten(whole: Outcome, row: Row, data: DataConfig) -> Outcome:
+    """What becomes of a row that is longer than data.seq_len."""
+    length = len(whole.ids)
+    if data.too_long == "drop":
+        return replace(whole, pieces=[], dropped="too long")
+    if data.too_long == "truncate":
+        return replace(whole, pieces=[(0, data.seq_len)])
+    if data.too_long == "split":
+        # The last token of each piece is also the first of the next, where it is not trained again.
+        starts = range(0, length - 1, data.seq_len - 1)
+        return replace(whole, pieces=[(start, min(start + data.seq_len, length)) for start in starts])
+    message = f"has {length} tokens, more than data.seq_len, {data.seq_len}; raise it, or set data.too_long"
+    return replace(whole, pieces=[], error=UserError(message, path=row.path, where=row.where))
 
 
 def render_rows(
     rows: Iterable[Row | UserError], tok: Tokenizer, data: DataConfig, template: str
-) -> tuple[TokenStore, Counter]:
+) -> tuple[TokenStore, Tally]:
     """Renders rows in memory.
 
-    Returns:
-        The rows that are used, and the counts of rows by outcome.
+    Args:
+        rows: an invalid row is given as the error, and so is a file that cannot be read, which ends the rows.
 
-    Raises:
-        UserError: an error among the rows; an invalid row; an empty or too long row where the settings make it an
-            error.
+    Returns:
+        The rows that are used, and what became of all.
     """
-    kept: list[tuple[int, np.ndarray, np.ndarray]] = []
-    counts = Counter()
+    kept: list[tuple[Row, np.ndarray, np.ndarray]] = []
+    tally = Tally()
     for row in rows:
-        if isinstance(row, UserError):
-            raise row
-        if _has_empty_response(row.content):
-            if data.empty_response == "error":
-                raise UserError(
-                    "the response is empty; fix the row, or set data.empty_response to drop",
-                    path=row.path,
-                    where=row.where,
-                )
-            counts["dropped: empty response"] += 1
-            continue
-        ids, trained = render_row(row, tok, template, data.train_on)
-        if len(ids) > data.seq_len:
-            if data.too_long == "error":
-                raise UserError(
-                    f"has {len(ids)} tokens, more than data.seq_len, {data.seq_len}; raise it, or set data.too_long",
-                    path=row.path,
-                    where=row.where,
-                )
-            if data.too_long == "drop":
-                counts["dropped: too long"] += 1
-                continue
-            ids = ids[: data.seq_len]
-            trained = trained[: data.seq_len]
-            counts["truncated"] += bool(trained.any())
-        if not trained.any():
-            counts["dropped: nothing to train on"] += 1
-            continue
-        counts.update({"kept": 1, "tokens": len(ids), "trained tokens": int(trained.sum())})
-        kept.append((row.number, ids, trained))
+        if isinstance(row, UserError) and not isinstance(row, RowError):
+            tally.broken = row
+            break
+        outcome = decide(row, tok, data, template)
+        _count(tally, outcome)
+        for start, end in outcome.pieces:
+            trained = outcome.trained[start:end].copy()
+            trained[:1] = False
+            kept.append((cast(Row, row), outcome.ids[start:end], trained))
     tokens = np.concatenate([ids for _, ids, _ in kept] or [np.empty(0, np.uint32)])
     store = TokenStore(
         tokens=tokens.astype(np.uint16 if tok.vocab_size <= 65536 else np.uint32),
         trained=np.concatenate([trained for _, _, trained in kept] or [np.empty(0, bool)]),
         offsets=np.cumsum([0, *(len(ids) for _, ids, _ in kept)]),
-        numbers=np.array([number for number, _, _ in kept], np.int64),
+        numbers=np.array([row.number for row, _, _ in kept], np.int64),
+        files=np.array([row.file for row, _, _ in kept], np.int32),
         row_trained=np.array([trained.sum() for _, _, trained in kept], np.int32),
     )
-    return store, counts
+    if kept:
+        tally.counts.update({"kept": len(kept), "tokens": len(tokens), "trained tokens": int(store.trained.sum())})
+    return store, tally
+
+
+def _count(tally: Tally, outcome: Outcome) -> None:
+    if outcome.error and outcome.dropped:
+        tally.add_bad_row(outcome.error)
+    elif outcome.error:
+        tally.add_error(outcome.error)
+    elif outcome.dropped:
+        tally.counts[f"dropped: {outcome.dropped}"] += 1
+        tally.tokens[f"dropped: {outcome.dropped}"] += len(outcome.ids)
+    else:
+        tally.counts["empty answers, dropped with their questions"] += outcome.empty_answers
+        if outcome.pieces[-1][1] < len(outcome.ids):
+            tally.counts["truncated"] += 1
+            tally.tokens["truncated"] += len(outcome.ids) - outcome.pieces[-1][1]
+        tally.counts["split"] += len(outcome.pieces) > 1
 
 
 def render_sources(
@@ -132,10 +203,10 @@ def render_sources(
     """Renders all rows of opened sources, in order.
 
     Yields:
-        The number of a source, some of its rows, and their counts by outcome; `counts` gets what reading counts.
+        The number of a source, some of its rows, and what became of them; `counts` gets what reading counts.
 
     Raises:
-        UserError: the first error in the order of the rows; a rendering process that was killed.
+        UserError: a rendering process that was killed.
     """
     chunks = _read_chunks(readers, data.limit, counts)
     first = []
@@ -155,7 +226,7 @@ def render_sources(
 
 
 def _read_chunks(readers: list[SourceReader], limit: int | None, counts: list[Counter]) -> Iterator[Chunk]:
-    """All rows in order. An error in reading is passed on in place of its row, as reading runs ahead of rendering."""
+    """All rows in order. A file that cannot be read is passed on as the error, as reading runs ahead of rendering."""
     for n, reader in enumerate(readers):
         chunk: list[Row | UserError] = []
         try:
@@ -223,6 +294,6 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _render_in_worker(chunk: list[Row | UserError]) -> tuple[TokenStore, Counter]:
+def _render_in_worker(chunk: list[Row | UserError]) -> tuple[TokenStore, Tally]:
     assert _worker is not None
     return render_rows(chunk, *_worker)

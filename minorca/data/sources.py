@@ -1,11 +1,11 @@
-"""Reads the rows of files and hub data sets. Every error names the file and the line or row."""
+"""Reads the rows of sources: files, directories, globs and hub data sets. Errors name the file and the line or row."""
 
-import csv
+import glob
 import hashlib
-import json
-import sys
+import logging
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,48 +13,53 @@ from typing import Any, NamedTuple, cast
 
 from minorca.config import Source
 from minorca.data.conversation import Conversation
-from minorca.data.formats import convert_record, type_name
+from minorca.data.formats import check_columns, convert_record
+from minorca.data.hub import open_hub
+from minorca.data.row_files import SUFFIXES, RowError, RowFile, open_file, suffix_of
 from minorca.errors import UserError
-from minorca.files import atomic
-from minorca.files.safe_io import parse_json
+from minorca.files.safe_io import read_json
 
-EXPECTED_OBJECT = "expected an object with columns"
-JSON_ARRAY = (
-    f"{EXPECTED_OBJECT}, got list; write each object of a JSON array on a line of its own: "
-    "jq -c '.[]' FILE > FILE.jsonl"
-)
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+log = logging.getLogger(__name__)
 
-# A record is a row's values by column, with the number of its line or row.
-NumberedRecord = tuple[int, dict]
+# The name of a file in a data set of the hub, and of its split.
+_SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}[-.]")
 
 
 @dataclass
 class SourceReader:
-    """An opened source.
+    """An opened source: one file, or all files of a directory or glob in the order of their names.
 
     Attributes:
-        path: the file's path or the hub id.
-        unit: what the numbers of records count: "line" (of a file) or "row".
-        format: the format of its rows, one of formats.FORMATS.
-        sha256: computes a checksum of the content.
-        records: iterates over all records with their numbers.
+        path: the path or hub id that data.train or data.eval names.
+        source: its format, and how its columns and roles are called.
     """
 
     path: str
-    unit: str
-    format: str
-    sha256: Callable[[], str]
-    records: Callable[[], Iterator[NumberedRecord]]
+    source: Source
+    files: list[RowFile]
+
+    def identity(self) -> list:
+        """What its rows follow from: the files' checksums, the format, and the names of columns and roles."""
+        source = self.source
+        return [[file.sha256() for file in self.files], source.format, source.columns, source.roles]
 
 
 class Row(NamedTuple):
-    """A row and its place. `content` is a conversation or plain text."""
+    """A row and its place.
+
+    Attributes:
+        path, unit, number: the file, what the number counts, and the number.
+        content: a conversation or plain text.
+        file: the number of the file in its source.
+        dropped: why the row is not used, whatever its content; None if it is.
+    """
 
     path: str
     unit: str
     number: int
     content: Conversation | str
+    file: int = 0
+    dropped: str | None = None
 
     @property
     def where(self) -> str:
@@ -62,40 +67,72 @@ class Row(NamedTuple):
         return f"{self.unit} {self.number}"
 
 
-def read_rows(reader: SourceReader, limit: int | None, counts: Counter) -> Iterator[Row]:
-    """The rows of at most `limit` records; `counts` gets how many were read, and what was ignored or changed in them.
+def read_rows(reader: SourceReader, limit: int | None, counts: Counter) -> Iterator[Row | RowError]:
+    """The rows of at most `limit` records, an invalid one as the error.
+
+    `counts` gets how many were read, and what was ignored or changed in them.
 
     Raises:
-        UserError: a broken file, a missing column, a value that is invalid in its format.
+        UserError: a broken file, a table without a column that the format needs, a name in `columns` that no row has.
     """
+    format = cast(str, reader.source.format)
+    columns = reader.source.columns or {}
+    roles = reader.source.roles or {}
     seen: dict[int, int] = {}
-    for number, record in islice(reader.records(), limit):
+    missing = set(columns.values())
+    read = 0
+    for n, number, record in islice(_records(reader), limit):
+        read += 1
         counts["read"] += 1
-        try:
-            content = convert_record(record, reader.format, counts)
-        except UserError as error:
-            error.path = reader.path
-            error.where = f"{reader.unit} {number}"
-            raise
-        has_id = reader.format == "openorca" and record.get("id") not in (None, "")
-        if has_id and _is_repeated(record, seen, counts):
+        file = reader.files[n]
+        if isinstance(record, RowError):
+            yield record
             continue
-        yield Row(reader.path, reader.unit, number, content)
+        if missing:
+            missing -= record.keys()
+        try:
+            content = convert_record(record, format, counts, columns, roles)
+        except UserError as error:
+            if file.is_table:
+                _check_table(record, format, columns, file)
+            yield RowError(error.message, path=file.path, where=f"{file.unit} {number}", field=error.field)
+            continue
+        row_id = record.get(columns.get("id", "id"))
+        has_id = format == "openorca" and row_id not in (None, "")
+        dropped = "repeated" if has_id and _is_repeated(row_id, content, seen, counts) else None
+        yield Row(file.path, file.unit, number, content, n, dropped)
+    if missing and (limit is None or read < limit):
+        names = ", ".join(sorted(missing))
+        raise UserError(f"names {names}, which no row has; fix the name", path=reader.path, field="data.columns")
 
 
-def _is_repeated(record: dict, seen: dict[int, int], counts: Counter) -> bool:
+def _records(reader: SourceReader) -> Iterator[tuple[int, int, dict | RowError]]:
+    for n, file in enumerate(reader.files):
+        for number, record in file.records():
+            yield n, number, record
+
+
+def _check_table(record: dict, format: str, columns: dict[str, str], file: RowFile) -> None:
+    """Raises UserError where a column is missing: then it is in every row of the table."""
+    try:
+        check_columns(record, format, columns)
+    except UserError as error:
+        error.path = file.path
+        raise
+
+
+def _is_repeated(row_id: Any, content: Any, seen: dict[int, int], counts: Counter) -> bool:
     """Whether a row with this id and these texts was seen before: copies of OpenOrca contain some twice.
 
     `seen` maps each id to the row that had it first, and contains every other row with one of these ids as a key. All
     are 8-byte hashes, as there are millions.
     """
-    id_hash = _hash(record["id"])
-    row_hash = _hash((record["id"], record["system_prompt"], record["question"], record["response"]))
+    id_hash = _hash(row_id)
+    row_hash = _hash((row_id, *[message["content"] for message in content.messages]))
     if id_hash not in seen:
         seen[id_hash] = row_hash
         return False
     if seen[id_hash] == row_hash or row_hash in seen:
-        counts["dropped: repeated"] += 1
         return True
     counts["with the id of another row"] += 1
     seen[row_hash] = row_hash
@@ -106,137 +143,93 @@ def _hash(value: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(value).encode(errors="surrogatepass"), digest_size=8).digest())
 
 
+# ------------------------------------------------------------------------------------------------------------- opening
+
+
 def open_source(source: Source, limit: int | None) -> SourceReader:
-    """Opens a .parquet, .jsonl, .json or .csv file, a hub id, or hub-id:FILE.
+    """Opens a file, a directory of files or one that `datasets` saved, a glob, a hub id, or hub-id:FILE.
 
     With a limit, at most that many rows of a hub data set are downloaded.
 
     Raises:
-        UserError: no such file, an unknown file type, a hub data set that cannot be read.
+        UserError: no such file, an unknown file type, a hub data set that cannot be read, a split that it lacks.
     """
     name = source.path
     path = Path(name).expanduser()
-    # `DataConfig.sources` has resolved it.
-    format = cast(str, source.format)
-    if path.is_file():
-        readers = dict(zip(SUFFIXES, (_read_jsonl, _read_jsonl, _read_csv, _read_parquet)))
-        if path.suffix not in readers:
-            raise UserError(f"expected a name ending in {', '.join(readers)}", path=path)
-        read = readers[path.suffix]
-        unit = "row" if path.suffix == ".parquet" else "line"
-        return SourceReader(str(path), unit, format, lambda: _file_sha256(path), lambda: read(path))
-    if path.exists() or (path.suffix in SUFFIXES and ":" not in name) or name.startswith((".", "/", "~")):
-        raise UserError("no such file; data.train and data.eval take a file or a hub id", path=name)
-    return _open_hub(name, format, limit)
+    if path.is_dir():
+        files = _open_directory(path, source)
+    elif path.is_file():
+        _check_no_split(source, "a file has none")
+        files = [_open_file(path, source)]
+    elif ":" not in name and glob.has_magic(name):
+        _check_no_split(source, "a glob has none")
+        paths = sorted(Path(found) for found in glob.glob(str(path), recursive=True))
+        files = [_open_file(path, source) for path in paths if path.is_file()]
+        if not files:
+            raise UserError("matches no file", path=name)
+    elif path.exists() or (":" not in name and suffix_of(path) in SUFFIXES) or name.startswith((".", "/", "~")):
+        message = "no such file; data.train and data.eval take a file, a directory, a glob or a hub id"
+        raise UserError(message, path=name)
+    else:
+        files = [open_hub(source, limit)]
+    return SourceReader(str(path) if path.exists() else name, source, files)
 
 
-def _file_sha256(path: Path) -> str:
-    try:
-        return atomic.sha256(path)
-    except OSError as error:
-        raise UserError(f"cannot be read ({error})", path=path) from None
+def _open_file(path: Path, source: Source) -> RowFile:
+    if suffix_of(path) == ".txt" and source.format != "text":
+        message = f"is plain text, one document, which format {source.format} cannot read; set the format to text"
+        raise UserError(message, path=path)
+    return open_file(path)
 
 
-def _read_jsonl(path: Path) -> Iterator[NumberedRecord]:
-    try:
-        # Invalid UTF-8 is passed on, so that the error can name the column.
-        with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, _parse_line(line, path, number)
-    except OSError as error:
-        raise UserError(f"cannot be read ({error})", path=path) from None
+def _check_no_split(source: Source, reason: str) -> None:
+    """Raises UserError where a source names what only some kinds of sources have."""
+    for key, value in (("split", source.split), ("name", source.name)):
+        if value is not None:
+            raise UserError(f"is {value}, but {reason}; leave it out", path=source.path, field=key)
 
 
-def _parse_line(line: str, path: Path, number: int) -> dict:
-    where = f"line {number}"
-    try:
-        record = parse_json(line)
-    except json.JSONDecodeError as error:
-        if number == 1 and line.lstrip().startswith("["):
-            raise UserError(JSON_ARRAY, path=path, where=where) from None
-        raise UserError(f"not valid JSON ({error.msg}, column {error.colno})", path=path, where=where) from None
-    except (ValueError, RecursionError) as error:
-        # what `parse_json` rejects, integers of too many digits, brackets nested too deeply
-        raise UserError(f"cannot be read ({error})", path=path, where=where) from None
-    if isinstance(record, list):
-        raise UserError(JSON_ARRAY, path=path, where=where)
-    if not isinstance(record, dict):
-        raise UserError(f"{EXPECTED_OBJECT}, got {type_name(record)}", path=path, where=where)
-    return record
+def _open_directory(path: Path, source: Source) -> list[RowFile]:
+    if source.name is not None:
+        raise UserError("names a configuration, which only hub data sets have", path=path, field="name")
+    if (path / "dataset_dict.json").is_file():
+        splits = [str(name) for name in read_json(path / "dataset_dict.json").get("splits", [])]
+        if source.split not in splits:
+            found = f"is {source.split}" if source.split else "is missing"
+            raise UserError(f"{found}; expected one of {', '.join(splits)}", path=path, field="split")
+        return _open_saved(path / cast(str, source.split))
+    if (path / "state.json").is_file():
+        _check_no_split(source, "the directory holds one data set")
+        return _open_saved(path)
+    return _open_all(path, source)
 
 
-def _check_columns(names: list[str], path: Path, where: str | None = None) -> None:
-    """Rejects duplicate columns: a record would silently have only one of them."""
-    if len(set(names)) < len(names):
-        duplicate, _ = Counter(names).most_common(1)[0]
-        raise UserError("appears twice; rename or remove one", path=path, where=where, field=f"column {duplicate}")
+def _open_saved(path: Path) -> list[RowFile]:
+    """The Arrow files of a data set that `datasets.Dataset.save_to_disk` wrote."""
+    entries = read_json(path / "state.json").get("_data_files")
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or []]
+    files = [path / Path(str(name)).name for name in names]
+    if absent := [str(file.name) for file in files if not file.is_file()]:
+        raise UserError(f"missing files that state.json names: {', '.join(absent)}", path=path)
+    return [open_file(file) for file in files]
 
 
-def _read_csv(path: Path) -> Iterator[NumberedRecord]:
-    # Answers can be longer than the 128 KiB that the module allows by default.
-    csv.field_size_limit(sys.maxsize)
-    # The line where the current row starts: its cells may contain line breaks.
-    line = 1
-    try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = next(reader, [])
-            _check_columns(header, path, "line 1")
-            line = reader.line_num + 1
-            for cells in reader:
-                if cells and len(cells) != len(header):
-                    raise UserError(
-                        f"expected {len(header)} cells as in the header, got {len(cells)}",
-                        path=path,
-                        where=f"line {line}",
-                    )
-                if cells:
-                    yield line, dict(zip(header, cells))
-                line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(
-            f"not valid CSV ({error}) in the row that starts here", path=path, where=f"line {line}"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot be read ({error})", path=path) from None
-
-
-def _read_parquet(path: Path) -> Iterator[NumberedRecord]:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        file = ParquetFile(path)
-        _check_columns(file.schema_arrow.names, path)
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
-                number += 1
-                yield number, record
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        # ValueError: invalid UTF-8
-        raise UserError(f"cannot be read as parquet ({error})", path=path) from None
-
-
-def _open_hub(source: str, format: str, limit: int | None) -> SourceReader:
-    import datasets
-
-    name, _, file = source.partition(":")
-    try:
-        if limit is None:
-            # Downloaded once, and kept by `datasets`.
-            rows: Any = datasets.load_dataset(name, data_files=file or None, split="train", streaming=False)
-        else:
-            stream = datasets.load_dataset(name, data_files=file or None, split="train", streaming=True)
-            rows = list(islice(stream, limit))
-    except Exception as error:
-        # whatever the network, the hub or a broken file makes it raise
-        raise UserError(f"no such file, and as a hub id it cannot be read ({error})", path=source) from None
-
-    def sha256() -> str:
-        if limit is None:
-            return rows._fingerprint
-        return hashlib.sha256(repr(rows).encode(errors="surrogatepass")).hexdigest()
-
-    return SourceReader(source, "row", format, sha256, lambda: enumerate(rows, 1))
+def _open_all(path: Path, source: Source) -> list[RowFile]:
+    """All files in a directory and those in it whose names say that they hold rows; hidden ones excepted."""
+    inside = (file for file in path.rglob("*") if file.is_file())
+    visible = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    # Among other files, text is a licence or notes.
+    suffixes = SUFFIXES.keys() - ({".txt"} if source.format != "text" else set())
+    readable = [file for file in visible if suffix_of(file) in suffixes]
+    splits = {file: match[1] if (match := _SHARD.match(file.name)) else None for file in readable}
+    named = sorted({split for split in splits.values() if split})
+    if source.split is not None and source.split not in named:
+        found = ", ".join(named) or "none"
+        raise UserError(f"is {source.split}; the names of its files have {found}", path=path, field="split")
+    if source.split is None and len(named) > 1:
+        raise UserError(f"is missing; expected one of {', '.join(named)}", path=path, field="split")
+    files = sorted(file for file in readable if source.split in (None, splits[file]))
+    if not files:
+        raise UserError(f"has no file whose name ends in {', '.join(SUFFIXES)}", path=path)
+    log.info("%s: %d files are read, %d others are not", path, len(files), len(visible) - len(files))
+    return [_open_file(file, source) for file in files]

@@ -7,10 +7,11 @@ rows) and a manifest. It is complete or absent. prepare.py finds or builds the s
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -22,26 +23,41 @@ from minorca.files.safe_io import quote, read_json
 log = logging.getLogger(__name__)
 
 # The version of a store's files and of meta.json. A store of another format is not read; its rows are rendered again.
-FORMAT = 1
+FORMAT = 2
 
 # The arrays of a store and their types; tokens are uint16 or uint32, as meta.json says.
-ARRAY_TYPES = {"trained": np.bool_, "offsets": np.int64, "row_trained": np.int32, "numbers": np.int64}
+ARRAY_TYPES = {
+    "trained": np.bool_,
+    "offsets": np.int64,
+    "row_trained": np.int32,
+    "numbers": np.int64,
+    "files": np.int32,
+}
 ARRAYS = ("tokens", *ARRAY_TYPES)
 
 
 class StoredSource(NamedTuple):
-    """A source's rows in a store, from `start` up to but not including `end`, and how many rows had which outcome."""
+    """A source's rows in a store, from `start` up to but not including `end`.
+
+    Attributes:
+        counts: how many rows had which outcome.
+        notes: what is said beside such a count.
+        files: the path of each file, and what the numbers of its rows count.
+    """
 
     path: str
-    unit: str
     start: int
     end: int
     counts: dict[str, int]
+    notes: dict[str, str] = {}
+    files: tuple[tuple[str, str], ...] = ()
 
 
-def summarize(counts: dict[str, int]) -> str:
-    """Counts in words: "60 read, 58 kept"."""
-    return ", ".join(f"{count} {what}" for what, count in counts.items())
+def summarize(counts: dict[str, int], notes: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Counts in words: "60 read, 2 dropped: too long (812 tokens), 58 kept"."""
+    return ", ".join(
+        f"{count} {what} ({notes[what]})" if what in notes else f"{count} {what}" for what, count in counts.items()
+    )
 
 
 @dataclass
@@ -53,6 +69,7 @@ class TokenStore:
         trained: [S] bool, True where the token is predicted in the loss.
         offsets: [R+1] int64, where each row starts.
         numbers: [R] int64, each row's line or row number in its file; empty if the rows are from no file.
+        files: [R] int32, the number of that file in its source; empty if the rows are from no file.
         row_trained: [R] int32, how many tokens each row trains; computed if None.
         sources: the sources of the rows, in order.
         path: the store's directory; None for rows in memory.
@@ -66,6 +83,7 @@ class TokenStore:
     trained: np.ndarray
     offsets: np.ndarray
     numbers: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    files: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     row_trained: np.ndarray | None = None
     sources: list[StoredSource] = field(default_factory=list)
     path: Path | None = None
@@ -117,7 +135,8 @@ class TokenStore:
         """The file that a row is from, and its line or row there."""
         row = self.indices[index]
         source = next(source for source in self.sources if source.start <= row < source.end)
-        return f"{source.path}, {source.unit} {self.numbers[row]}"
+        path, unit = source.files[self.files[row]]
+        return f"{path}, {unit} {self.numbers[row]}"
 
     def select(self, indices: Iterable[int]) -> "TokenStore":
         """The rows at `indices`, without copying tokens. `source_ranges` is correct only for increasing indices."""
@@ -126,9 +145,11 @@ class TokenStore:
         return replace(self, selected=self.indices[chosen], digest=digest)
 
     def report(self) -> None:
-        """Logs the outcome of each source's rows."""
+        """Logs the outcome of each source's rows, and the percentiles of the rows' lengths."""
         for source in self.sources:
-            log.info("%s: %s", source.path, summarize(source.counts))
+            log.info("%s: %s", source.path, summarize(source.counts, source.notes))
+        quantiles = np.quantile(self.lengths, (0.5, 0.9, 0.99, 1), method="inverted_cdf")
+        log.info("tokens of a row: 50%% have up to %d, 90%% %d, 99%% %d, the longest %d", *quantiles)
 
 
 def finish_store(directory: Path, token_type: str, sources: list[dict]) -> None:
@@ -157,7 +178,7 @@ def open_store(directory: Path) -> TokenStore | None:
     sources = []
     for source in meta["sources"]:
         start, end = source["rows"]
-        sources.append(StoredSource(source["path"], source["unit"], start, end, source["counts"]))
+        sources.append(StoredSource(source["path"], start, end, source["counts"], source["notes"]))
     return replace(_map_arrays(directory, meta["tokens"]), sources=sources, path=directory, digest=meta["sha256"])
 
 
@@ -169,5 +190,6 @@ def _map_arrays(directory: Path, token_type: str) -> TokenStore:
         trained=arrays["trained"],
         offsets=arrays["offsets"],
         numbers=arrays["numbers"],
+        files=arrays["files"],
         row_trained=arrays["row_trained"],
     )

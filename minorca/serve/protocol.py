@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, PlainVa
 from pydantic_core import core_schema
 
 from minorca.data.chat_template import render_chat
+from minorca.data.conversation import join_text_parts
 from minorca.data.tokenizer import Tokenizer
 from minorca.generate.sampling import Sampling
 from minorca.serve.choice import Choice, TokenLogprob
@@ -76,19 +77,7 @@ def _is_ids(value: Any) -> bool:
 
 
 def _read_content(value: Any) -> str:
-    parts = value if isinstance(value, list) else [{"type": "text", "text": value}]
-    if not all(_is_text_part(part) for part in parts):
-        raise ValueError('expected a string or a list of {"type": "text", "text": ...}')
-    return "\n".join(part["text"] for part in parts)
-
-
-def _is_text_part(part: Any) -> bool:
-    return (
-        isinstance(part, dict)
-        and part.keys() == {"type", "text"}
-        and part["type"] == "text"
-        and isinstance(part["text"], str)
-    )
+    return join_text_parts(value if isinstance(value, list) else [{"type": "text", "text": value}])
 
 
 # ------------------------------------------------------------------------------------------------------------- requests

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from minorca import load_tokenizer
 from minorca.config import DataConfig, Format, Source
 from minorca.data.conversation import Conversation
 from minorca.data.prepare import prepare_store
+from minorca.data.row_files import RowError
 from minorca.data.sources import Row, open_source, read_rows
 from minorca.data.store import TokenStore
 
@@ -52,9 +54,19 @@ def write(path: Path, records: list[dict]) -> str:
 def rows_in(
     path: Path | str, format: Format = "openorca", limit: int | None = None, counts: Counter | None = None
 ) -> list[Row]:
-    """All rows of a file, or at most `limit`."""
+    """All rows of a file, or at most `limit`. Raises the first error."""
     reader = open_source(Source(str(path), format), limit)
-    return list(read_rows(reader, limit, Counter() if counts is None else counts))
+    return valid(read_rows(reader, limit, Counter() if counts is None else counts))
+
+
+def valid(rows: Iterable[Row | RowError]) -> list[Row]:
+    """The rows; raises the first that is invalid."""
+    found = []
+    for row in rows:
+        if isinstance(row, RowError):
+            raise row
+        found.append(row)
+    return found
 
 
 def messages_in(
@@ -133,6 +145,6 @@ def path_of(store: TokenStore) -> Path:
 
 def same_rows(a: TokenStore, b: TokenStore) -> bool:
     """Whether two stores have the same rows, from the same sources, with equal arrays."""
-    arrays = ("tokens", "trained", "offsets", "numbers", "row_trained", "indices")
+    arrays = ("tokens", "trained", "offsets", "numbers", "files", "row_trained", "indices")
     equal = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in arrays)
     return equal and a.sha256() == b.sha256() and a.sources == b.sources

@@ -80,7 +80,7 @@ def test_rows_are_rendered_again_if_anything_changed(change, model, data, render
     renderings.clear()
     changed = CHANGES[change](data, tmp_path) or data
     if change == "format":
-        with pytest.raises(UserError, match="column messages is missing"):
+        with pytest.raises(UserError, match="^[^,]*turns.parquet: column messages is missing"):
             prepare(changed, model)
     else:
         assert prepare(changed, model).path != store.path and renderings
@@ -129,7 +129,17 @@ def test_a_comment_in_our_source_renders_nothing_again(model, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["tokens.bin", "trained.bin", "offsets.bin", "row_trained.bin", "numbers.bin", "meta.json", "MANIFEST.json"]
+    "name",
+    [
+        "tokens.bin",
+        "trained.bin",
+        "offsets.bin",
+        "row_trained.bin",
+        "numbers.bin",
+        "files.bin",
+        "meta.json",
+        "MANIFEST.json",
+    ],
 )
 @pytest.mark.parametrize("how", ["a bit", "cut", "gone", "empty"])
 def test_a_damaged_store_is_built_again(how, name, model, data, caplog):
@@ -164,7 +174,8 @@ def test_nothing_is_left_where_a_row_is_wrong(model, data, tmp_path):
     with pytest.raises(UserError, match=f"^{data.train[0].path}, line 16: has .* tokens, more than data.seq_len, 64"):
         prepare(replace(data, seq_len=64, too_long="error"), model)
     with pytest.raises(
-        UserError, match=f"^{data.train[0].path}: no row is left to use .60 read, 60 dropped: too long.$"
+        UserError,
+        match=f"^{data.train[0].path}: no row is left to use .60 read, 60 dropped: too long \\(4,165 tokens\\).$",
     ):
         prepare(replace(data, seq_len=4), model)
     assert {path.suffix for path in (tmp_path / "store").iterdir()} == {".lock"}
@@ -205,7 +216,7 @@ def test_limits_of_hubs_and_files(model, data, monkeypatch, renderings):
         _fingerprint = "1"
 
     rows = Rows(records(9))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **options: rows)
     data = replace(data, train=[Source("a/b"), data.train[0]])
     store = prepare(replace(data, limit=4), model)
     assert store.source_ranges == [(0, 4), (4, 8)] and store.locate(3) == "a/b, row 4"
@@ -330,7 +341,9 @@ def test_prepare(model, tmp_path, capsys, caplog):
     assert all(Path(line.split(" in ")[1]).is_dir() for line in lines)
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
         f"{tmp_path}/train.jsonl",
+        "tokens of a row",
         f"{tmp_path}/eval.jsonl",
+        "tokens of a row",
     ]
     main(["prepare", "--config", str(tmp_path / "run.yaml"), "--data.eval", "0.5"])
     assert capsys.readouterr().out.splitlines() == lines[:1]

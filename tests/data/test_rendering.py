@@ -4,7 +4,9 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +15,12 @@ from minorca import UserError, load_tokenizer
 from minorca.config import DataConfig
 from minorca.data import rendering
 from minorca.data.chat_template import render
-from minorca.data.conversation import Conversation
+from minorca.data.conversation import Conversation, drop_empty_answers
 from minorca.data.rendering import render_row, render_rows
 from minorca.data.sources import Row
+from minorca.data.tally import raise_errors
 from tests.data import write_golden
-from tests.data.samples import conversation, message, path_of, prepare
+from tests.data.samples import conversation, message, path_of, prepare, records, same_rows
 from tests.data.test_chat_template import FORGETFUL
 from tests.data.test_tokenizer import orca
 
@@ -36,7 +39,10 @@ RESPONSES = ["four", "", "  \n", "word " * 30, "word " * 300, "six"]
 
 
 def rendered(tok, **settings):
-    return render_rows(rows_of(*RESPONSES), tok, DataConfig("train.jsonl", **settings), "chatml")
+    """The store and the counts of RESPONSES."""
+    store, tally = render_rows(rows_of(*RESPONSES), tok, DataConfig("train.jsonl", **settings), "chatml")
+    raise_errors([tally])
+    return store, tally.counts
 
 
 def test_empty_and_long_rows_are_dropped_and_counted(tok):
@@ -92,11 +98,86 @@ def test_what_is_trained(tok):
 def test_plain_text(tok):
     """No template: a bos if the tokenizer adds one, the text, the end."""
     rows = [Row("rows.jsonl", "line", number, text) for number, text in enumerate(["four", " \n"], 1)]
-    store, counts = render_rows(rows, tok, DataConfig("x", train_on="all"), "chatml")
+    store, tally = render_rows(rows, tok, DataConfig("x", train_on="all"), "chatml")
     ids, trained = store.row(0)
     assert ids.tolist() == tok.encode("four", bos=True, eos=True)
     assert trained.tolist() == [False] + [True] * (len(ids) - 1)
-    assert len(store) == 1 and counts["dropped: empty response"] == 1
+    assert len(store) == 1 and tally.counts["dropped: empty response"] == 1
+
+
+# Answers of a conversation, by their questions' numbers: which turns are left, and how many answers were empty.
+EMPTY = {
+    "in the middle": (["1", " \n", "3"], [0, 2], 1),
+    "at the start": (["", "2", "3"], [1, 2], 1),
+    "at the end": (["1", "2", ""], [0, 1], 1),
+    "all but one": (["", "2", "\t"], [1], 2),
+    "none": (["1", "2"], [0, 1], 0),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_an_empty_answer_drops_its_turn(name, tok):
+    """Not its conversation: what is left is rendered as if the turn had never been there."""
+    answers, left, count = EMPTY[name]
+    turns = [[message("user", f"q{n}"), message("assistant", answer)] for n, answer in enumerate(answers)]
+    rows, expected = (
+        [Row("rows.jsonl", "line", 1, Conversation([message("system", "s"), *chain(*(turns[n] for n in numbers))]))]
+        for numbers in (range(len(turns)), left)
+    )
+    store, tally = render_rows(rows, tok, DataConfig("x"), "chatml")
+    assert tally.counts["empty answers, dropped with their questions"] == count
+    assert same_rows(store, render_rows(expected, tok, DataConfig("x"), "chatml")[0])
+    _, tally = render_rows(rows, tok, DataConfig("x", empty_response="error"), "chatml")
+    assert [error.message.partition(";")[0] for error in tally.errors] == ["the response is empty"] * bool(count)
+
+
+def test_what_counts_as_an_empty_answer():
+    """Not one with tool calls, nor one that is not trained; a turn goes from a question to before the next."""
+    call = message("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": "{}"}}])
+    unused = message("assistant", "", weight=0)
+    for kept in ([message("user", "q"), call], [message("user", "q"), unused, message("user", "r")]):
+        assert drop_empty_answers(kept) == (kept, 0)
+    empty = message("assistant", "")
+    asked = [message("user", "q"), message("user", "more"), call, message("tool", "1"), empty]
+    for rest in ([], conversation("", "q", "a")):
+        assert drop_empty_answers([message("system", "s"), *asked, *rest]) == ([message("system", "s"), *rest], 1)
+    assert drop_empty_answers([message("assistant", " "), *conversation("", "q", "a")]) == (
+        conversation("", "q", "a"),
+        1,
+    )
+
+
+@pytest.mark.parametrize("seq_len", [2, 3, 7, 50, 10_000])
+def test_text_is_split(seq_len, tok):
+    """Each piece has at most seq_len tokens, and all trained tokens of the whole, each once and in order, with the same
+    token before it.
+    """
+    texts = ["one", "word " * 40, "Ünï 日本語 " * 9, "x" * 333]
+    for text in texts:
+        row = Row("rows.txt", "document", 1, text)
+        whole, _ = render_rows([row], tok, DataConfig("x", train_on="all", seq_len=10**6), "chatml")
+        pieces, tally = render_rows([row], tok, DataConfig("x", train_on="all", seq_len=seq_len, too_long="split"), "c")
+        assert max(pieces.lengths) <= seq_len and tally.counts["kept"] == len(pieces)
+        assert tally.counts["split"] == (len(whole.tokens) > seq_len) and not tally.tokens
+        pairs = []
+        for n in range(len(pieces)):
+            ids, trained = pieces.row(n)
+            assert not trained[0] and len(ids) > 1
+            pairs += [(ids[i - 1], ids[i]) for i in np.flatnonzero(trained)]
+        ids, trained = whole.row(0)
+        assert pairs == [(ids[i - 1], ids[i]) for i in np.flatnonzero(trained)]
+
+
+def test_tokens_that_are_not_used_are_counted(tok):
+    whole, _ = rendered(tok)
+    lost = [length - 64 for length in whole.lengths if length > 64]
+    for too_long, outcome, tokens in (
+        ("truncate", "truncated", sum(lost)),
+        ("drop", "dropped: too long", sum(lost) + 64 * len(lost)),
+    ):
+        settings: dict[str, Any] = {"seq_len": 64, "too_long": too_long}
+        _, tally = render_rows(rows_of(*RESPONSES), tok, DataConfig("x", **settings), "chatml")
+        assert tally.tokens[outcome] == tokens and tally.notes[outcome] == f"{tokens:,} tokens"
 
 
 def test_errors_name_the_row(tok, tmp_path):
@@ -189,7 +270,7 @@ def test_parallel_is_serial(model, data, tmp_path, threads):
     threads(model, settings)
     parallel = prepare(replace(settings, store=str(tmp_path / "parallel")), model)
     files = {path.name: path.read_bytes() for path in path_of(parallel).iterdir()}
-    assert files == {path.name: path.read_bytes() for path in path_of(serial).iterdir()} and len(files) == 7
+    assert files == {path.name: path.read_bytes() for path in path_of(serial).iterdir()} and len(files) == 8
     assert parallel.sources[0].counts["dropped: too long"] > 5
 
 
@@ -206,6 +287,97 @@ def test_the_first_row_that_is_wrong_is_reported(line, complaint, model, data, t
     threads(model, settings)
     with pytest.raises(UserError, match=f"^{path}, {complaint}"):
         prepare(settings, model)
+
+
+def bad_rows(path: Path) -> list[str]:
+    """Writes 60 rows, of which three cannot be parsed, three lack a column and three have a number; their places."""
+    lines = [json.dumps(record) for record in records(60)]
+    for n in (4, 20, 41):
+        lines[n] = lines[n][: 20 + n % 3]
+        lines[n + 1] = json.dumps({"question": "q", "response": "r"})
+        lines[n + 2] = json.dumps({"system_prompt": "", "question": n, "response": "r"})
+    path.write_text("\n".join(lines))
+    order = [5, 21, 42, 6, 22, 43, 7, 23, 44]
+    return [f"{path}, line {n}" for n in order]
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_invalid_rows_are_listed_together(parallel, model, data, threads):
+    """By reason, in the order of the rows within each; above twenty, how many more."""
+    places = bad_rows(Path(data.train[0].path))
+    if parallel:
+        threads(model, data)
+    with pytest.raises(UserError) as caught:
+        prepare(data, model)
+    assert [f"{problem.path}, {problem.where}" for problem in caught.value.problems] == places
+    path = Path(data.train[0].path)
+    path.write_text("{\n" * 19 + "[1]\n" * 3 + path.read_text())
+    with pytest.raises(UserError) as caught:
+        prepare(data, model)
+    problems = caught.value.problems
+    assert [problem.where for problem in problems[:-1]] == [f"line {n}" for n in range(1, 21)]
+    assert str(problems[-1]) == ("and 11 more rows; fix them, or set data.bad_rows to drop to leave invalid rows out")
+    # Also after a file that ends where nobody can tell what follows.
+    path.with_name("rows.json").write_text('[{"system_prompt": "", "question": 1, "response": "r"}, {"id"')
+    source = replace(data.train[0], path=str(path.with_name("rows.json")))
+    for settings in (data, replace(data, bad_rows="drop")):
+        if parallel:
+            threads(model, settings)
+        with pytest.raises(UserError, match="rows.json, line 1: not valid JSON") as caught:
+            prepare(replace(settings, train=[source, *data.train]), model)
+        assert [problem.sentence[:8] for problem in caught.value.problems] == (
+            ["question", "not vali"] if settings is data else ["not vali"]
+        )
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_invalid_rows_are_dropped(parallel, model, data, threads, caplog):
+    """And counted by reason, with the first places; the others are as in a file without them."""
+    caplog.set_level("INFO", "minorca")
+    path = Path(data.train[0].path)
+    places = bad_rows(path)
+    settings = replace(data, bad_rows="drop")
+    if parallel:
+        threads(model, settings)
+    store = prepare(settings, model)
+    counts = store.sources[0].counts
+    reasons = [
+        "dropped: not valid JSON (Invalid control character at, column N)",
+        "dropped: column system_prompt is missing",
+        "dropped: question is int",
+    ]
+    assert [counts[reason] for reason in reasons] == [3, 3, 3] and (counts["read"], counts["kept"]) == (60, 51)
+    for n, reason in enumerate(reasons):
+        assert store.sources[0].notes[reason] == "; ".join(places[3 * n : 3 * n + 3])
+    store.report()
+    assert f"3 {reasons[2]} ({places[6]}; {places[7]}; {places[8]})" in caplog.messages[0]
+    numbers = [int(number) for number in store.numbers[:51]]
+    assert numbers == [n for n in range(1, 61) if f"{path}, line {n}" not in places]
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[n - 1] for n in numbers))
+    assert prepare(data, model).sha256() == store.sha256()
+
+
+def test_rows_that_a_template_rejects_are_invalid(tok):
+    rows = rows_of("one", "two")
+    rows[0] = rows[0]._replace(content=Conversation([message("system", "x"), message("system", "y")]))
+    _, tally = render_rows(rows, tok, DataConfig("x"), "chatml")
+    assert [str(error)[:18] for error in tally.errors] == ["rows.jsonl, line 1"]
+    store, tally = render_rows(rows, tok, DataConfig("x", bad_rows="drop"), "chatml")
+    assert len(store) == 1 and not tally.errors
+    assert list(tally.notes.values()) == ["rows.jsonl, line 1"]
+    # But what the settings make an error stays one.
+    _, tally = render_rows(rows, tok, DataConfig("x", bad_rows="drop", too_long="error", seq_len=4), "chatml")
+    assert [error.where for error in tally.errors] == ["line 2"]
+
+
+def test_a_table_without_a_column_is_broken(model, data, tmp_path):
+    """Whatever becomes of invalid rows: none of its rows could be used."""
+    path = tmp_path / "rows.csv"
+    path.write_text("question,response\n" + "q,r\n" * 30)
+    with pytest.raises(UserError, match=f"^{path}: column system_prompt is missing") as caught:
+        prepare(replace(data, train=str(path), bad_rows="drop"), model)
+    assert len(caught.value.problems) == 1
 
 
 def test_a_rendering_process_that_is_killed(model, data, threads, monkeypatch):

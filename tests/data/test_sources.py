@@ -1,13 +1,16 @@
 """Rows from every kind of file and from hubs, where each is, and broken files."""
 
 import json
+from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from minorca import UserError
-from tests.data.samples import MESSAGES, RECORDS, messages_in, rows_in, write
+from minorca.config import Source
+from minorca.data.sources import open_source, read_rows
+from tests.data.samples import MESSAGES, RECORDS, messages_in, messages_of, rows_in, valid, write
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
@@ -60,7 +63,7 @@ BAD_FILES = {
     "syntax": ("jsonl", f'{GOOD}\n\n{{"id": "2", "question": }}\n', "line 3: not valid JSON .*column 25"),
     "cut line": ("jsonl", f"{GOOD}\n{GOOD[:40]}", "line 2: not valid JSON"),
     "array": ("jsonl", f"{GOOD}\n[1]\n", "line 2: expected an object with columns, got list"),
-    "one array of rows": ("json", f"[{GOOD}]", "line 1: expected an object with columns, got list"),
+    "one array in lines": ("jsonl", f"{GOOD}\n[{GOOD}]", "line 2: expected an object with columns, got list"),
     "missing column": (
         "jsonl",
         f'{GOOD}\n{{"question": "", "s": ""}}',
@@ -92,7 +95,7 @@ BAD_FILES = {
     "an array over lines": (
         "json",
         '[\n  {"question": "a"}\n]',
-        "line 1: expected an object with columns, got list; .*jq",
+        "line 2: column system_prompt is missing",
     ),
     "key twice": (
         "jsonl",
@@ -107,7 +110,7 @@ BAD_FILES = {
         "line 4: expected 4 cells as in the header, got 5",
     ),
     "csv: cell too few": ("csv", HEADER + "1,,a,b\n2,,c\n", "line 3: expected 4 cells as in the header, got 3"),
-    "csv: missing column": ("csv", "id,question,response\n1,a,b\n", "line 2: column system_prompt is missing"),
+    "csv: missing column": ("csv", "id,question,response\n1,a,b\n", "column system_prompt is missing"),
     "csv: open quote": ("csv", HEADER + '1,,a,b\n2,,"c,d\n3,,e,f\n', "line 3: not valid CSV"),
     "csv: text after a quote": ("csv", HEADER + '1,,"a"b,c\n', "line 2: not valid CSV"),
     "csv: bytes": (
@@ -117,7 +120,8 @@ BAD_FILES = {
     ),
     "parquet: not parquet": ("parquet", GOOD, "cannot be read as parquet"),
     "parquet: empty": ("parquet", "", "cannot be read as parquet"),
-    "another name": ("txt", GOOD, "expected a name ending in .jsonl, .json, .csv, .parquet"),
+    "another name": ("md", GOOD, "expected a name ending in .jsonl, .json, .csv, .tsv, .txt, .parquet, .arrow"),
+    "a document": ("txt", GOOD, "is plain text, one document, which format openorca cannot read"),
 }
 
 
@@ -135,7 +139,7 @@ def test_a_bad_file_is_named_with_the_line(name, tmp_path):
     [
         ("question", pyarrow.array([b"bytes"]), "row 1: question is bytes; expected text"),
         ("response", pyarrow.array([1.5]), "row 1: response is float; expected text"),
-        ("other", pyarrow.array(["a"]), "row 1: column response is missing"),
+        ("other", pyarrow.array(["a"]), "column response is missing"),
         ("response", pyarrow.array([b"caf\xe9"]).view(pyarrow.string()), "cannot be read as parquet"),
     ],
     ids=["bytes", "number", "column", "invalid utf-8"],
@@ -166,7 +170,9 @@ def test_a_truncated_parquet_file(tmp_path):
         rows_in(path)
 
 
-@pytest.mark.parametrize("source", ["nowhere.jsonl", "./nowhere", "/nowhere/rows", "~/nowhere.csv", "/"])
+@pytest.mark.parametrize(
+    "source", ["nowhere.jsonl", "./nowhere", "/nowhere/rows", "~/nowhere.csv", "/nowhere.jsonl.gz"]
+)
 def test_a_missing_file(source):
     with pytest.raises(UserError, match=f"^{source}: no such file"):
         rows_in(source)
@@ -182,16 +188,37 @@ def test_a_hub_id_is_read_by_datasets(source, file, limit, monkeypatch):
 
     calls = []
 
-    def load(name, **options):
-        calls.append((name, options))
+    def load(path, **options):
+        calls.append((path, options))
         return RECORDS
 
-    def fail(name, **options):
+    def fail(path, **options):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert messages_in(source, limit=limit) == MESSAGES[:limit]
-    assert calls == [(source.split(":")[0], {"data_files": file, "split": "train", "streaming": limit is not None})]
+    assert calls == [
+        (source.split(":")[0], {"data_files": file, "split": "train", "name": None, "streaming": limit is not None})
+    ]
     monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", fail)
     with pytest.raises(UserError, match=f"^{source}: no such file, and as a hub id it cannot be read"):
         rows_in(source)
+
+
+def test_the_split_and_the_configuration_of_a_hub_data_set(monkeypatch):
+    """Are passed on; a data set without the split names those that it has."""
+    import datasets
+
+    def load(path, *, name, split, **options):
+        if split not in ("train_sft", "test_sft"):
+            raise ValueError(f"Bad split: {split}")
+        return RECORDS if name == "en" else RECORDS[:1]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, name: ["train_sft", "test_sft"])
+    for name, rows in (("en", MESSAGES), (None, MESSAGES[:1])):
+        reader = open_source(Source("a/b", "openorca", split="train_sft", name=name), None)
+        assert [messages_of(row) for row in valid(read_rows(reader, None, Counter()))] == rows
+    with pytest.raises(UserError, match="^a/b: has no split train; set split of .* to one of train_sft, test_sft"):
+        rows_in("a/b")

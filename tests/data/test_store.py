@@ -31,9 +31,12 @@ def test_what_a_store_says(model, data, caplog):
     assert store.select(range(60)).source_ranges == [(0, 60), (60, 60)]
     store.report()
     tokens = [(int(store.lengths[a:b].sum()), int(store.trained_counts[a:b].sum())) for a, b in store.source_ranges]
+    longest = sorted(store.lengths)
+    places = (longest[30], longest[55], longest[61], longest[61])
     assert [record.getMessage() for record in caplog.records] == [
         f"{first}: 60 read, 60 kept, {tokens[0][0]} tokens, {tokens[0][1]} trained tokens",
         f"{data.train[1].path}: 2 read, 2 kept, {tokens[1][0]} tokens, {tokens[1][1]} trained tokens",
+        "tokens of a row: 50% have up to {}, 90% {}, 99% {}, the longest {}".format(*places),
     ]
 
 
@@ -57,7 +60,7 @@ def test_a_store_of_another_format_is_not_read(model, data, monkeypatch, caplog)
     path = path_of(store) / "meta.json"
     written = json.loads(path.read_text())
     assert written["format"] == module.FORMAT
-    for change in ({"format": 2}, {"format": "1"}, {"format": None}, None):
+    for change in ({"format": 1}, {"format": "2"}, {"format": None}, None):
         meta = written | change if change else {key: value for key, value in written.items() if key != "format"}
         path.write_text(json.dumps(meta))
         (path.parent / "MANIFEST.json").unlink()

@@ -21,7 +21,7 @@ from minorca import UserError, load_tokenizer, render_chat
 from minorca.config import Source
 from minorca.data.chat_template import render
 from minorca.data.conversation import Conversation
-from minorca.data.sources import open_source, read_rows
+from minorca.data.sources import Row, open_source, read_rows
 from minorca.generate.terminal_chat import run_chat
 from tests.data.test_tokenizer import V3, sentencepiece_directory
 from tests.helpers import ROOT, save_tokenizer
@@ -80,7 +80,7 @@ def turns(*contents: str, system: str = "") -> list[dict]:
 
 def saved(path) -> list[dict]:
     [row] = read_rows(open_source(Source(str(path), "messages"), None), None, Counter())
-    assert isinstance(row.content, Conversation)
+    assert isinstance(row, Row) and isinstance(row.content, Conversation)
     return row.content.messages
 
 
