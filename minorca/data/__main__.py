@@ -3,13 +3,13 @@
 import logging
 import sys
 from collections import Counter
-from itertools import groupby
 
 from minorca import cli
 from minorca.config import Config
 from minorca.data.chat_template import resolve_template
 from minorca.data.prepare import prepare_store
 from minorca.data.rendering import render_row
+from minorca.data.show import print_row
 from minorca.data.sources import open_source, read_rows
 from minorca.data.tokenizer import Tokenizer, load_tokenizer
 from minorca.errors import UserError
@@ -30,17 +30,12 @@ def show(argv: list[str]) -> None:
     if args.rows < 1:
         raise UserError(f"is {args.rows}; expected at least 1", field="--rows")
     tok, template = _tokenizer(config)
-    mark_start, mark_end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("«", "»")
     for source in config.data.sources(config.data.train):
         for row in read_rows(open_source(source, args.rows), args.rows, Counter()):
             ids, trained = render_row(row, tok, template, config.data.train_on)
             writer = "plain text" if isinstance(row.content, str) else f"template {template}"
             print(f"--- {row.path}, {row.where}: {writer}, {len(ids)} tokens, {trained.sum()} trained")
-            edges = [0, *(i for i in range(1, len(ids)) if trained[i] != trained[i - 1]), len(ids)]
-            for begin, stop in zip(edges, edges[1:]):
-                text = visible_text(tok, ids[begin:stop].tolist())
-                print(f"{mark_start}{text}{mark_end}" if trained[begin] else text, end="")
-            print()
+            print_row(tok, ids, trained)
 
 
 def prepare(argv: list[str]) -> None:
@@ -54,13 +49,6 @@ def prepare(argv: list[str]) -> None:
             store = prepare_store(sources, tok, template, config.data)
             store.report()
             print(f"{len(store)} rows in {store.path}")
-
-
-def visible_text(tok: Tokenizer, ids: list[int]) -> str:
-    """The text of ids, with control tokens shown as their strings."""
-    names = {i: name for name, i in tok.control_ids.items()}
-    runs = groupby(ids, key=lambda i: i in names)
-    return "".join("".join(names[i] for i in run) if control else tok.decode(list(run)) for control, run in runs)
 
 
 def main(argv: list[str]) -> None:
