@@ -87,7 +87,7 @@ def main() -> None:
             size = sum(path.stat().st_size for path in checkpoint.published(directory)[-1].iterdir())
             limits.append(write_seconds(output, size))
     stall = spread(stalls[2:])
-    every = config.train.checkpoint_every
+    every = int(config.train.checkpoint_every)
     report(
         {
             "model": args.shape or args.model.name,

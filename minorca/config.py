@@ -4,6 +4,8 @@ Types are checked where settings are read (config_file.py).
 """
 
 import dataclasses
+import math
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -127,8 +129,30 @@ class OptimConfig:
     eps: Annotated[float, "AdamW's"] = 1e-8
     weight_decay: Annotated[float, "AdamW's"] = 0.0
     warmup_steps: Annotated[int, "steps of linear rise"] = 0
-    schedule: Annotated[Literal["cosine", "linear", "constant"], "after the rise; the first two fall to 0"] = "cosine"
+    warmup_ratio: Annotated[float | None, "the same as a share of the run's steps, rounded up"] = None
+    schedule: Annotated[Literal["cosine", "linear", "constant"], "after the rise; the first two fall to min_lr"] = (
+        "cosine"
+    )
+    min_lr: Annotated[float, "the learning rate to which cosine and linear fall"] = 0.0
     max_grad_norm: Annotated[float, "gradients are clipped to this norm"] = 1.0
+
+
+_EVERY = 'steps, or "0.5 epochs"'
+EXPECTED_EVERY = 'expected a number of steps, at least 0, or of epochs, at least 0.001, as in "0.5 epochs"'
+
+
+def epochs_in(every: int | str) -> float | None:
+    """The number in "0.5 epochs"; None where `every` is a number of steps.
+
+    Raises:
+        ValueError: another text, or less than a thousandth of an epoch.
+    """
+    if not isinstance(every, str):
+        return None
+    match = re.fullmatch(r"(\d+|\d*\.\d+) epochs?", every)
+    if not match or float(match[1]) < 0.001:
+        raise ValueError(every)
+    return float(match[1])
 
 
 @dataclass
@@ -136,14 +160,18 @@ class TrainConfig:
     __pydantic_config__ = _STRICT
     objective: Annotated[Literal["sft"], "what is trained"] = "sft"
     steps: Annotated[int | None, "optimizer steps; overrides epochs"] = None
-    epochs: Annotated[int, "passes over the rows"] = 1
+    epochs: Annotated[float, "passes over the rows; 2.5: two, and half of the third's steps"] = 1
     batch_tokens: Annotated[int, "tokens a step holds at most, over all ranks"] = 32768
     micro_batch_tokens: Annotated[int, "tokens one forward holds at most"] = 4096
     seed: Annotated[int, "of the order of the data, new adapters and dropout"] = 0
     output: Annotated[str | None, "the run's directory; runs/NAME of the configuration file by default"] = None
-    checkpoint_every: Annotated[int, "steps; 0: only at the end"] = 100
+    checkpoint_every: Annotated[int | str, f"{_EVERY}; 0: only at the end"] = 100
     keep: Annotated[int, "checkpoints"] = 2
-    eval_every: Annotated[int, "steps; 0: only at the end"] = 0
+    keep_best: Annotated[bool, "write the adapter of the lowest held-out loss instead of the last one"] = False
+    eval_every: Annotated[int | str, f"{_EVERY}; 0: only before the first and after the last step"] = 0
+    early_stopping: Annotated[
+        int | None, "end the run after so many evaluations in a row without a lower held-out loss"
+    ] = None
     log_every: Annotated[int, "steps between lines on the console; metrics.jsonl has every step"] = 1
     resume: Annotated[
         str, "auto (the output's newest checkpoint), last-good (its newest that is undamaged), never, or a path"
@@ -235,9 +263,15 @@ _POSITIVE = (
     "train.micro_batch_tokens",
     "train.keep",
     "train.log_every",
+    "train.early_stopping",
     "parallel.replicate",
 )
-_NOT_NEGATIVE = ("optim.weight_decay", "optim.warmup_steps", "train.checkpoint_every", "train.eval_every", "train.seed")
+_NOT_NEGATIVE = ("optim.weight_decay", "optim.warmup_steps", "optim.min_lr", "train.seed")
+
+
+def problem(message: str, *keys: str) -> Problem:
+    """A problem of the first of these settings."""
+    return Problem(keys, UserError(message, field=keys[0]))
 
 
 def problems(config: Config) -> Iterator[Problem]:
@@ -247,27 +281,22 @@ def problems(config: Config) -> Iterator[Problem]:
         section, name = key.split(".")
         return getattr(getattr(config, section), name)
 
-    def problem(message: str, *keys: str) -> Problem:
-        return Problem(keys, UserError(message, field=keys[0]))
-
     for key in _POSITIVE:
         if value_of(key) is not None and value_of(key) <= 0:
             yield problem(f"is {value_of(key)}; expected a positive number", key)
     for key in _NOT_NEGATIVE:
         if value_of(key) < 0:
             yield problem(f"is {value_of(key)}; expected 0 or more", key)
-    data, lora, optim, train, parallel = config.data, config.lora, config.optim, config.train, config.parallel
+    data, lora, train, parallel = config.data, config.lora, config.train, config.parallel
     if data.seq_len == 1 and data.too_long == "split":
         yield problem("is 1; a piece of a text needs two tokens, of which the first is not trained", "data.seq_len")
     if not 0 <= lora.dropout < 1:
         yield problem(f"is {lora.dropout}; expected at least 0 and less than 1", "lora.dropout")
-    if not all(0 <= beta < 1 for beta in optim.betas):
-        yield problem(f"is {list(optim.betas)}; expected two numbers, at least 0 and less than 1", "optim.betas")
     if not lora.targets or len(set(lora.targets)) < len(lora.targets):
         yield problem(f"is {lora.targets}; expected at least one target, each once", "lora.targets")
     yield from _source_problems(data)
-    if train.eval_every and data.eval is None:
-        yield problem("is set but data.eval is not; give held-out rows or a fraction", "train.eval_every", "data.eval")
+    yield from _schedule_problems(config.optim, train)
+    yield from _evaluation_problems(train, data)
     if train.micro_batch_tokens < data.seq_len:
         yield problem(
             f"is {train.micro_batch_tokens} and data.seq_len {data.seq_len}; a micro-batch must hold the longest row",
@@ -288,6 +317,58 @@ def problems(config: Config) -> Iterator[Problem]:
         yield problem("is over 1, which needs parallel.shard fsdp, not none", "parallel.replicate", "parallel.shard")
     if parallel.shard == "none" and parallel.cpu_offload:
         yield problem("needs parallel.shard fsdp, not none", "parallel.cpu_offload", "parallel.shard")
+
+
+def warmup_steps(optim: OptimConfig, steps: int) -> int:
+    """How many of a run's steps are warm-up; a share of them is rounded up, as in transformers."""
+    return optim.warmup_steps if optim.warmup_ratio is None else math.ceil(optim.warmup_ratio * steps)
+
+
+def warmup_problem(optim: OptimConfig, steps: int) -> UserError | None:
+    """What is wrong where a run of so many steps would end before its learning rate is reached."""
+    warmup = warmup_steps(optim, steps)
+    if not 0 < warmup >= steps:
+        return None
+    key = "warmup_steps" if optim.warmup_ratio is None else "warmup_ratio"
+    return UserError(
+        f"is {getattr(optim, key)}: a warm-up of {warmup} steps in a run of {steps}; lower it, or train longer",
+        field=f"optim.{key}",
+    )
+
+
+def _schedule_problems(optim: OptimConfig, train: TrainConfig) -> Iterator[Problem]:
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        yield problem(f"is {list(optim.betas)}; expected two numbers, at least 0 and less than 1", "optim.betas")
+    ratio = optim.warmup_ratio
+    if ratio is not None and not 0 <= ratio < 1:
+        yield problem(f"is {ratio}; expected at least 0 and less than 1", "optim.warmup_ratio")
+    elif ratio is not None and optim.warmup_steps:
+        message = f"is {ratio} and optim.warmup_steps {optim.warmup_steps}; set one of them"
+        yield problem(message, "optim.warmup_ratio", "optim.warmup_steps")
+    elif train.steps and train.steps > 0 and (error := warmup_problem(optim, train.steps)):
+        yield Problem((error.field or "", "train.steps"), error)
+    if optim.min_lr > optim.lr > 0:
+        yield problem(f"is {optim.min_lr}; expected at most optim.lr, {optim.lr}", "optim.min_lr", "optim.lr")
+    elif optim.min_lr > 0 and optim.schedule == "constant":
+        message = f"is {optim.min_lr}, and optim.schedule constant never falls; set one of them otherwise"
+        yield problem(message, "optim.min_lr", "optim.schedule")
+
+
+def _evaluation_problems(train: TrainConfig, data: DataConfig) -> Iterator[Problem]:
+    for key in ("checkpoint_every", "eval_every"):
+        every = getattr(train, key)
+        try:
+            wrong = epochs_in(every) is None and every < 0
+        except ValueError:
+            wrong = True
+        if wrong:
+            yield problem(f"is {every!r}; {EXPECTED_EVERY}", f"train.{key}")
+    if train.eval_every and data.eval is None:
+        yield problem("is set but data.eval is not; give held-out rows or a fraction", "train.eval_every", "data.eval")
+    for key, is_set in (("keep_best", train.keep_best), ("early_stopping", train.early_stopping is not None)):
+        if is_set and (data.eval is None or not train.eval_every):
+            message = "needs evaluations: set data.eval, and train.eval_every to a number of steps or epochs"
+            yield problem(message, f"train.{key}", "data.eval", "train.eval_every")
 
 
 def _source_problems(data: DataConfig) -> Iterator[Problem]:

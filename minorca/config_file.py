@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from minorca.config import Config, fields, problems
+from minorca.config import EXPECTED_EVERY, Config, fields, problems
 from minorca.errors import UserError, raise_problems
 
 _NUMBER = "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
@@ -66,6 +66,10 @@ _ELSEWHERE = {
     "adam_beta2": "optim.betas",
     "adam_epsilon": "optim.eps",
     "learning_rate": "optim.lr",
+    "cosine_min_lr_ratio": "optim.min_lr",
+    "lr_min": "optim.min_lr",
+    "min_lr_rate": "optim.min_lr",
+    "min_lr_ratio": "optim.min_lr",
     "lr_scheduler": "optim.schedule",
     "lr_scheduler_type": "optim.schedule",
     "gradient_clipping": "optim.max_grad_norm",
@@ -83,9 +87,16 @@ _ELSEWHERE = {
     "random_seed": "train.seed",
     "ckpt_freq": "train.checkpoint_every",
     "save_steps": "train.checkpoint_every",
+    "save_strategy": "train.checkpoint_every",
+    "saves_per_epoch": "train.checkpoint_every",
     "save_total_limit": "train.keep",
+    "early_stopping_patience": "train.early_stopping",
+    "load_best_model_at_end": "train.keep_best",
     "eval_freq": "train.eval_every",
     "eval_steps": "train.eval_every",
+    "eval_strategy": "train.eval_every",
+    "evals_per_epoch": "train.eval_every",
+    "evaluation_strategy": "train.eval_every",
     "log_freq": "train.log_every",
     "logging_steps": "train.log_every",
     "resume_from_checkpoint": "train.resume",
@@ -274,6 +285,8 @@ def _type_errors(details: list, values: dict[str, dict]) -> Iterator[UserError]:
             message = "is missing"
         elif detail["type"] == "unexpected_keyword_argument":
             message = f"is an unknown setting{suggestion(name)}"
+        elif name in ("train.checkpoint_every", "train.eval_every"):
+            message = f"is {detail['input']!r}; {EXPECTED_EVERY}"
         else:
             message = f"is {detail['input']!r}; {message[0].lower()}{message[1:]}"
         if (name, message) not in seen:

@@ -134,11 +134,23 @@ def other_rows(rank: int) -> None:
     inputs.read_data = fewer
 
 
+def out_of_memory(rank: int) -> None:
+    batch_outcome = step.batch_outcome
+
+    def outcome(*arguments):
+        if os.environ["RANK"] == str(rank):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return batch_outcome(*arguments)
+
+    step.batch_outcome = outcome
+
+
 RANK_FAULTS = {
     "slow reading": slow_reading,
     "while loading": kill_while_loading,
     "other lr": other_settings,
     "other rows": other_rows,
+    "out of memory": out_of_memory,
 }
 
 

@@ -19,11 +19,11 @@ lora:     {rank: 16, alpha: 32, dropout: 0.0, targets: [q, k, v, o, gate, up, do
 data:     {train: PATH, eval: null, limit: null, format: openorca, template: auto, seq_len: 4096, packing: true,
            store: null, train_on: response, too_long: drop, empty_response: drop, bad_rows: error,
            columns: {}, roles: {}}
-optim:    {lr: 2.0e-4, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.0, warmup_steps: 0, schedule: cosine,
-           max_grad_norm: 1.0}
+optim:    {lr: 2.0e-4, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.0, warmup_steps: 0, warmup_ratio: null,
+           schedule: cosine, min_lr: 0.0, max_grad_norm: 1.0}
 train:    {objective: sft, steps: null, epochs: 1, batch_tokens: 32768, micro_batch_tokens: 4096, seed: 0,
-           output: runs/run, checkpoint_every: 100, keep: 2, eval_every: 0, log_every: 1, resume: auto, nonfinite: stop,
-           deterministic: false, wandb: null}
+           output: runs/run, checkpoint_every: 100, keep: 2, keep_best: false, eval_every: 0, early_stopping: null,
+           log_every: 1, resume: auto, nonfinite: stop, deterministic: false, wandb: null}
 parallel: {shard: auto, replicate: 1, activation_checkpointing: none, cpu_offload: false, timeout: 300}
 """
 MINIMAL = "model: {path: DIR}\ndata: {train: PATH}\n"
@@ -173,6 +173,44 @@ extra: {key: 1}
         (MINIMAL + "lora: {targets: [q, q]}", ["lora.targets is ['q', 'q']"]),
         (MINIMAL + "optim: {betas: [0.9]}", ["optim.betas is"]),
         (MINIMAL + "train: {eval_every: 5}", ["train.eval_every is set but data.eval is not"]),
+        (MINIMAL + "train: {eval_every: 1 epoch}", ["train.eval_every is set but data.eval is not"]),
+        (MINIMAL + "train: {checkpoint_every: 0.5}", ["train.checkpoint_every is 0.5; expected a number of steps, at"]),
+        (MINIMAL + "train: {checkpoint_every: true}", ["train.checkpoint_every is True; expected a number of steps"]),
+        (MINIMAL + "train: {checkpoint_every: 3 steps}", ["train.checkpoint_every is '3 steps'; expected a number"]),
+        (MINIMAL + "train: {checkpoint_every: '100'}", ["train.checkpoint_every is '100'; expected a number of steps"]),
+        (MINIMAL + "train: {checkpoint_every: 0 epochs}", ["train.checkpoint_every is '0 epochs'; expected a number"]),
+        (MINIMAL + "train: {epochs: 0.0}", ["train.epochs is 0.0; expected a positive number"]),
+        (MINIMAL + "train: {epochs: '2'}", ["train.epochs is '2'"]),
+        (MINIMAL + "train: {keep_best: true}", ["train.keep_best needs evaluations: set data.eval, and"]),
+        (MINIMAL + "train: {early_stopping: 3}", ["train.early_stopping needs evaluations: set data.eval, and"]),
+        (
+            "model: {path: DIR}\ndata: {train: PATH, eval: 0.1}\ntrain: {keep_best: true, early_stopping: 0}",
+            [
+                "train.early_stopping is 0; expected a positive number",
+                "train.keep_best needs evaluations",
+                "train.early_stopping needs evaluations",
+            ],
+        ),
+        (MINIMAL + "optim: {warmup_ratio: 1.0}", ["optim.warmup_ratio is 1.0; expected at least 0 and less than 1"]),
+        (MINIMAL + "optim: {warmup_ratio: -0.1}", ["optim.warmup_ratio is -0.1; expected at least 0 and less than 1"]),
+        (
+            MINIMAL + "optim: {warmup_ratio: 0.1, warmup_steps: 5}",
+            ["optim.warmup_ratio is 0.1 and optim.warmup_steps 5; set one of them"],
+        ),
+        (
+            MINIMAL + "optim: {warmup_steps: 100}\ntrain: {steps: 100}",
+            ["optim.warmup_steps is 100: a warm-up of 100 steps in a run of 100; lower it, or train longer"],
+        ),
+        (
+            MINIMAL + "optim: {warmup_ratio: 0.9}\ntrain: {steps: 3}",
+            ["optim.warmup_ratio is 0.9: a warm-up of 3 steps in a run of 3; lower it, or train longer"],
+        ),
+        (MINIMAL + "optim: {min_lr: 1.0e-3}", ["optim.min_lr is 0.001; expected at most optim.lr, 0.0002"]),
+        (MINIMAL + "optim: {min_lr: -1.0}", ["optim.min_lr is -1.0; expected 0 or more"]),
+        (
+            MINIMAL + "optim: {min_lr: 1.0e-5, schedule: constant}",
+            ["optim.min_lr is 1e-05, and optim.schedule constant never falls"],
+        ),
         (MINIMAL + "train: {micro_batch_tokens: 2048}", ["train.micro_batch_tokens is 2048 and data.seq_len 4096"]),
     ],
 )
@@ -239,6 +277,12 @@ OVERRIDES = [
     (["--lora.init", "null"], "lora", "init", None),
     (["--optim.lr", "1e-3"], "optim", "lr", 1e-3),
     (["--data.packing", "false"], "data", "packing", False),
+    (["--train.epochs", "2.5"], "train", "epochs", 2.5),
+    (["--train.epochs", "3"], "train", "epochs", 3),
+    (["--train.checkpoint_every", "0.5 epochs"], "train", "checkpoint_every", "0.5 epochs"),
+    (["--train.eval_every=1 epoch"], "train", "eval_every", "1 epoch"),
+    (["--train.keep_best", "false"], "train", "keep_best", False),
+    (["--optim.warmup_ratio", "0.03"], "optim", "warmup_ratio", 0.03),
     (["--train.steps", "3", "--train.steps", "4"], "train", "steps", 4),
     (["--train.output", "null"], "train", "output", "runs/run"),
     (["--train.output", "007"], "train", "output", "007"),
@@ -276,7 +320,7 @@ def test_numbers_with_an_exponent_are_numbers(read):
     [
         SETTINGS,
         "model: {path: 'a: #b é 日本'}\nlora: {targets: [up], alpha: 0.1}\ndata: {train: PATH, eval: 0.1}\n"
-        "optim: {lr: 1.2345678901234567e-05}\ntrain: {steps: 3, eval_every: 2}\n"
+        "optim: {lr: 1.2345678901234567e-05, warmup_ratio: 0.1}\ntrain: {epochs: 2.5, eval_every: 0.5 epochs}\n"
         "parallel: {shard: fsdp, cpu_offload: true}",
     ],
 )
@@ -326,6 +370,11 @@ def flat(config: Config) -> dict:
         ("sequence_len: 8", "sequence_len is outside of a section; .*; here it is data.seq_len"),
         ("per_device_train_batch_size: 8", "per_device_train_batch_size is .*; here it is train.micro_batch_tokens"),
         ("num_train_epochs: 8", "num_train_epochs is outside of a section; .*; here it is train.epochs"),
+        ("lr_min: 8", "lr_min is outside of a section; .*; here it is optim.min_lr"),
+        ("warmup_ratio: 0.1", "warmup_ratio is outside of a section; .*; here it is optim.warmup_ratio"),
+        ("early_stopping_patience: 3", "early_stopping_patience is outside .*; here it is train.early_stopping"),
+        ("load_best_model_at_end: true", "load_best_model_at_end is outside of .*; here it is train.keep_best"),
+        ("evals_per_epoch: 2", "evals_per_epoch is outside of a section; .*; here it is train.eval_every"),
         ("seq_len: 8", "seq_len is outside of a section; .*; here it is data.seq_len"),
         ("batch_tokns: 8", "batch_tokns is outside of a section; .*; did you mean train.batch_tokens?"),
         ("train: 5", "train is 5; expected a section with keys"),

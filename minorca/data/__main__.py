@@ -3,7 +3,6 @@
 import logging
 import sys
 from collections import Counter
-from itertools import groupby, pairwise
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from minorca.data.row_files import RowError
 from minorca.data.sources import Row, open_source, read_rows
 from minorca.data.tally import Tally, raise_errors
 from minorca.data.tokenizer import Tokenizer, load_tokenizer
+from minorca.data.visible_text import marked_text
 from minorca.errors import UserError
 
 
@@ -49,7 +49,7 @@ def show(argv: list[str]) -> None:
     for row, outcome in decided:
         print(f"--- {row.path}, {row.where}: {_describe(row, outcome, template, config.data)}")
         if len(outcome.ids):
-            print(_marked_text(tok, outcome, config.data.seq_len))
+            print(_text_with_cuts(tok, outcome, config.data.seq_len))
 
 
 def _describe(row: Row | RowError, outcome: Outcome, template: str, data: DataConfig) -> str:
@@ -77,9 +77,8 @@ def _describe(row: Row | RowError, outcome: Outcome, template: str, data: DataCo
     return ", ".join(parts)
 
 
-def _marked_text(tok: Tokenizer, outcome: Outcome, seq_len: int) -> str:
+def _text_with_cuts(tok: Tokenizer, outcome: Outcome, seq_len: int) -> str:
     """A row's text with what is trained of it marked, and with the places where it is cut."""
-    mark_start, mark_end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("«", "»")
     count = len(outcome.ids)
     trained = np.zeros(count, bool)
     # Pieces overlap by a token: what starts at a piece's second token is what follows the cut.
@@ -91,12 +90,7 @@ def _marked_text(tok: Tokenizer, outcome: Outcome, seq_len: int) -> str:
     if outcome.pieces and outcome.pieces[-1][1] < count:
         end = outcome.pieces[-1][1]
         cuts[end] = f"\n[cut here: data.seq_len is {seq_len}, and the {count - end} tokens below are not used]\n"
-    edges = {0, *(i for i in range(1, count) if trained[i] != trained[i - 1]), *cuts, count}
-    parts = []
-    for begin, stop in pairwise(sorted(edges)):
-        text = visible_text(tok, outcome.ids[begin:stop].tolist())
-        parts += [cuts.get(begin, ""), f"{mark_start}{text}{mark_end}" if trained[begin] else text]
-    return "".join(parts)
+    return marked_text(tok, outcome.ids, trained, cuts)
 
 
 def prepare(argv: list[str]) -> None:
@@ -110,31 +104,6 @@ def prepare(argv: list[str]) -> None:
             store = prepare_store(sources, tok, template, config.data)
             store.report()
             print(f"{len(store)} rows in {store.path}")
-
-
-def visible_text(tok: Tokenizer, ids: list[int]) -> str:
-    """The text of ids, with control tokens shown as their strings.
-
-    Text that spells a control string has a backslash before it. Backslashes before either are doubled, so that every
-    text shows differently.
-    """
-    names = {i: name for name, i in tok.control_ids.items()}
-    runs = [(control, list(run)) for control, run in groupby(ids, key=lambda i: i in names)]
-    parts = []
-    for n, (control, run) in enumerate(runs):
-        if control:
-            parts += [names[i] for i in run]
-            continue
-        # Ordinary text at even indices, control strings at odd ones.
-        pieces = tok.split_control(tok.decode(run))
-        for m, piece in enumerate(pieces):
-            if m % 2:
-                parts.append(f"\\{piece}")
-            elif m + 1 < len(pieces) or n + 1 < len(runs):
-                parts.append(piece + "\\" * (len(piece) - len(piece.rstrip("\\"))))
-            else:
-                parts.append(piece)
-    return "".join(parts)
 
 
 def main(argv: list[str]) -> None:

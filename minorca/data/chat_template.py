@@ -14,15 +14,16 @@ none        no template: a prompt and its completion, as they are, and the end o
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from itertools import groupby
 from math import inf
 from typing import cast
 
+from minorca.data.conversation import is_trained_answer
 from minorca.data.jinja_template import ids_by_span, render_prompt, render_training, write_text
 from minorca.data.mistral_template import render_mistral
-from minorca.data.rendered import Pieces, Rendered, in_loss, join
+from minorca.data.rendered import Pieces, Rendered, join
 from minorca.data.spans import encode_spans
 from minorca.data.tokenizer import SURROGATE, Tokenizer
+from minorca.data.visible_text import visible_text
 from minorca.errors import UserError
 
 # In the order in which `auto` tries them.
@@ -288,7 +289,7 @@ def _chatml(tok: Tokenizer, messages: list[dict], add_generation_prompt: bool, c
         role = message["role"]
         content = message["content"]
         if role == "assistant":
-            pieces += [(prompt, False), ([*tok.encode(content), end], in_loss(message)), (newline, False)]
+            pieces += [(prompt, False), ([*tok.encode(content), end], is_trained_answer(message)), (newline, False)]
         elif role == "user" or content:
             # An empty system prompt is not written.
             pieces.append(([start, *tok.encode(f"{role}\n{content}"), end, *newline], False))
@@ -307,17 +308,10 @@ def _plain(tok: Tokenizer, messages: list[dict], parse_control: bool, ended: boo
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"has {roles}; template none writes a prompt and its completion only", field="messages")
     encode = tok.encode_template if parse_control else tok.encode
-    spans = [(message["content"], in_loss(message)) for message in messages]
+    spans = [(message["content"], is_trained_answer(message)) for message in messages]
     rendered = encode_spans(tok, encode, spans)
     if tok.adds_bos and rendered.ids[:1] != [tok.bos_id]:
         rendered = join([([cast(int, tok.bos_id)], False), *zip(([i] for i in rendered.ids), rendered.trained)])
     if ended and tok.eos_id is not None and rendered.ids[-1:] and rendered.ids[-1] not in tok.stop_ids:
         rendered = Rendered([*rendered.ids, tok.eos_id], [*rendered.trained, spans[-1][1]])
     return rendered
-
-
-def visible_text(tok: Tokenizer, ids: list[int]) -> str:
-    """The text of ids, with control tokens shown as their strings."""
-    names = {i: name for name, i in tok.control_ids.items()}
-    runs = groupby(ids, key=lambda i: i in names)
-    return "".join("".join(names[i] for i in run) if control else tok.decode(list(run)) for control, run in runs)

@@ -16,7 +16,8 @@ from math import inf
 from typing import Any, NamedTuple, cast
 
 from minorca.data import sandbox
-from minorca.data.rendered import Rendered, in_loss
+from minorca.data.conversation import is_trained_answer
+from minorca.data.rendered import Rendered
 from minorca.data.spans import Span, encode_spans
 from minorca.data.tokenizer import Tokenizer
 from minorca.errors import UserError
@@ -66,7 +67,7 @@ def render_training(tok: Tokenizer, messages: list[dict], tools: list[dict], mas
     text = _Text(tok, messages, tools)
     full = text.write(text.messages, False)
     answers = text.answers(full, strict=masked)
-    trained = [in_loss(message) for message in messages]
+    trained = [is_trained_answer(message) for message in messages]
     last = answers.get(len(messages) - 1)
     dropped = {m["role"] for m in text.messages if m["role"] != "assistant" and m["content"].strip() not in full}
     notes = [f"with a {role} message that the template does not write" for role in sorted(dropped)]
@@ -249,7 +250,7 @@ class _Text:
                 searched += 1
                 answer = self._search(full, i)
             if answer is None or answer.start < done:
-                if strict and in_loss(self.original[i]):
+                if strict and is_trained_answer(self.original[i]):
                     raise UserError(
                         f"the chat template writes messages[{i}] differently when more follows, so its loss mask "
                         f"cannot be determined; choose another template or train_on: all, or give that message the "

@@ -14,7 +14,8 @@ import re
 from itertools import groupby
 from typing import cast
 
-from minorca.data.rendered import Pieces, in_loss
+from minorca.data.conversation import is_trained_answer
+from minorca.data.rendered import Pieces
 from minorca.data.tokenizer import Tokenizer
 from minorca.errors import UserError
 
@@ -64,7 +65,7 @@ def render_mistral(
         else:
             is_continued = continue_final_message and i == len(turns) - 1
             end = [] if is_continued else [eos_id]
-            pieces.append(([*_answer(tok, turn, version, i == len(turns) - 1), *end], in_loss(turn)))
+            pieces.append(([*_answer(tok, turn, version, i == len(turns) - 1), *end], is_trained_answer(turn)))
     return pieces
 
 

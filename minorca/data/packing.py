@@ -4,6 +4,7 @@ The schedule is a function of the rows' lengths, the sources' weights and a seed
 number of the step, and what a step holds does not depend on the number of ranks.
 """
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
 
@@ -79,19 +80,36 @@ class BatchSchedule:
         edges = starts[first : first + self.micro_batches + 1]
         return [rows[start:end] for start, end in zip(edges, edges[1:])]
 
-    def steps(self, epochs: int) -> int:
-        """The number of steps in that many epochs.
+    def steps(self, epochs: float) -> int:
+        """The number of steps in that many epochs: those of the whole ones, and the rounded share of the next one's;
+        at least one.
 
         Raises:
             UserError: there are none, because the weights are so small that no row is drawn.
         """
-        while len(self._ends) < epochs:
-            self._count_epoch()
-        if not self._ends[epochs - 1]:
+        if not self._steps_until(math.ceil(epochs)):
             raise UserError(
-                f"has weights that leave no row in {epochs} epochs; raise them, or train.epochs", field="data.train"
+                f"has weights that leave no row in {epochs:g} epochs; raise them, or train.epochs", field="data.train"
             )
-        return self._ends[epochs - 1]
+        return max(1, self._steps_until(epochs))
+
+    def steps_every(self, epochs: float, steps: int) -> set[int]:
+        """Of the first `steps` steps, those with which `epochs` epochs end, or twice as many, and so on."""
+        found = set()
+        n = 1
+        # rounded, so that the ends of epochs are exact
+        while (step := self._steps_until(round(n * epochs, 9))) <= steps:
+            found.add(step)
+            n += 1
+        return found
+
+    def _steps_until(self, epochs: float) -> int:
+        whole, share = divmod(epochs, 1)
+        while len(self._ends) < math.ceil(epochs):
+            self._count_epoch()
+        ends = [0, *self._ends]
+        start = ends[int(whole)]
+        return start + round(share * (ends[int(whole) + 1] - start)) if share else start
 
     def _count_epoch(self) -> None:
         epoch = len(self._ends)

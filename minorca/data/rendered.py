@@ -23,8 +23,3 @@ class Rendered:
 
 def join(pieces: Pieces) -> Rendered:
     return Rendered([i for ids, _ in pieces for i in ids], [trained for ids, trained in pieces for _ in ids])
-
-
-def in_loss(message: dict) -> bool:
-    """Whether a message is an answer that is trained."""
-    return message["role"] == "assistant" and message.get("weight") != 0

@@ -9,7 +9,8 @@ import time
 from minorca import cli
 from minorca.config import Config
 from minorca.errors import RunEnded, UserError
-from minorca.train.loop import train
+from minorca.train.dry_run import dry_run
+from minorca.train.run import train
 
 
 def main(argv: list[str]) -> None:
@@ -18,9 +19,15 @@ def main(argv: list[str]) -> None:
     logging.getLogger("minorca").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     parser = cli.config_parser("minorca.train", "Fine-tunes a Mistral model with LoRA.")
     profile = "write a trace of the third step, and what holds memory, to OUTPUT/profile"
-    parser.add_argument("--profile", action="store_true", help=profile)
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--profile", action="store_true", help=profile)
+    dry = "print the plan, a rendered row and the first micro-batch; write nothing (one process is enough)"
+    instead.add_argument("--dry-run", action="store_true", help=dry)
     args, config = _parse(parser, argv)
-    train(config, args.profile)
+    if not args.dry_run:
+        train(config, args.profile)
+    elif os.environ.get("RANK", "0") == "0":
+        dry_run(config)
 
 
 def _parse(parser: cli.Parser, argv: list[str]) -> tuple[argparse.Namespace, Config]:

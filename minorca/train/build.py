@@ -37,7 +37,7 @@ def build(config: Config, base: ModelFiles, world: World, resumed: bool = False)
     settings = lora_settings(config)
     init = None if resumed else config.lora.init
     if init:
-        _check_init(init, settings)
+        check_init(init, settings)
     model = build_model(base.arch, getattr(torch, config.model.dtype))
     add_adapters(model, settings)
     parallel.checkpoint_activations(model, config.parallel.activation_checkpointing)
@@ -59,7 +59,7 @@ def lora_settings(config: Config) -> LoRASettings:
     return LoRASettings(lora.rank, lora.alpha, tuple(lora.targets), lora.dropout, lora.rslora)
 
 
-def _check_init(init: str, ours: LoRASettings) -> None:
+def check_init(init: str, ours: LoRASettings) -> None:
     """Raises UserError where the adapter to start from is of another shape or scale."""
     theirs = read_adapter_settings(init)
     for key in ("rank", "alpha", "targets", "rslora"):

@@ -1,8 +1,9 @@
 """Checkpoints: complete or absent, verified before they are read and before an older one is removed; no code in them.
 
 OUTPUT/checkpoints/step-00000100/ holds what is trained (adapters in PEFT's format), optimizer.safetensors (AdamW's
-moments under the same names), state.json (format, step, updates, what wrote it, and what defines the run) and, written
-last, MANIFEST.json with every file's size and SHA-256. It is written under another name and renamed; a published one is
+moments under the same names), best.safetensors (what was trained up to the best evaluation, where train.keep_best),
+state.json (format, step, updates, the best evaluation, what wrote it, and what defines the run) and, written last,
+MANIFEST.json with every file's size and SHA-256. It is written under another name and renamed; a published one is
 never written into again. There is no random state to store: the order of the data and dropout are functions of the seed
 and step.
 """
@@ -10,6 +11,7 @@ and step.
 import dataclasses
 import json
 import logging
+import math
 import re
 import shutil
 import typing
@@ -22,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minorca.config import Config, defaults
+from minorca.config_file import settings
 from minorca.data.store import TokenStore
 from minorca.errors import UserError, raise_problems
 from minorca.files.adapters import adapter_file
@@ -29,16 +32,21 @@ from minorca.files.atomic import MANIFEST, publish, sha256, verify_manifest, wri
 from minorca.files.safe_io import read_json
 from minorca.files.tensor_files import open_exactly
 from minorca.model.architecture import Architecture
+from minorca.train.best import Best
 from minorca.train.ranks import World
 from minorca.train.trainable import TrainableSet, gather
 from minorca_kernels import fill_rows
 
 log = logging.getLogger(__name__)
 
-# The format of a checkpoint's files and of the identity in it. A setting that a later version adds needs no new number:
-# a checkpoint without it means the default (`_differences`). A version that changes a setting's default does need one.
+# The format of a checkpoint's files and of the identity in it. A setting that a later version adds needs no new number,
+# nor does a field of `State`: a checkpoint without it means the default (`changes`, `verify`). A version that changes
+# a default does need one.
 FORMAT = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BEST = "best.safetensors"
+# of a key that only the checkpoint has
+_UNKNOWN = object()
 _NAME = re.compile(r"step-(\d{8})")
 # settings that no number of a run follows from: where and how often it writes, on what it runs, and what the identity
 # holds by its content
@@ -57,6 +65,9 @@ _FREE |= {
         "wandb",
     )
 }
+# settings that a resumed run may change, for the order of its rows does not follow from them
+_CHANGEABLE = {f"train.{key}" for key in ("steps", "epochs", "keep_best", "early_stopping")} | {"lora.dropout"}
+_CHANGEABLE |= {key for key in settings() if key.startswith("optim.")}
 
 
 def identity(
@@ -91,6 +102,7 @@ class State:
         updates: of the optimizer; a skipped step makes none.
         threads: of each rank; on the CPU, sums depend on how they are split.
         run: the run's identity.
+        best_step, best_loss, since_best, evaluated_step: the fields of `Best`; the loss is 0 where there is none.
     """
 
     format: int
@@ -100,6 +112,15 @@ class State:
     threads: int
     torch: str
     run: dict
+    best_step: int = -1
+    best_loss: float = 0.0
+    since_best: int = 0
+    evaluated_step: int = -1
+
+    @property
+    def best(self) -> Best:
+        loss = self.best_loss if self.best_step >= 0 else math.inf
+        return Best(self.best_step, loss, self.since_best, self.evaluated_step)
 
 
 def save(
@@ -109,9 +130,12 @@ def save(
     state: State,
     keep: int,
     world: World,
+    best: dict[str, Tensor] | None = None,
 ) -> None:
     """Publishes the checkpoint of a finished step under `directory`, and then removes what is older than the newest
     `keep` that verify. Every rank calls it.
+
+    best: on rank 0, what was trained up to the best evaluation, where it is kept.
     """
     tensors = trainable.gather(world)
     moments = {
@@ -124,6 +148,8 @@ def save(
     def write(temporary: Path) -> None:
         trainable.save(temporary, tensors)
         save_file(moments, temporary / "optimizer.safetensors")
+        if best:
+            save_file(best, temporary / BEST)
         (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
         write_manifest(temporary)
 
@@ -189,11 +215,17 @@ def verify(directory: Path) -> State:
     if values.get("format") != FORMAT:
         raise UserError(_other_format(values.get("format")), path=path)
     kinds = typing.get_type_hints(State)
+    added = {key.name: key.default for key in dataclasses.fields(State) if key.default is not dataclasses.MISSING}
+    values = added | values
     if {name: type(value) for name, value in values.items()} != kinds:
         expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
         raise UserError(f"expected {expected}; got {', '.join(values)}", path=path)
     state = State(**values)
-    if not 0 <= state.updates <= state.step or _step_of(directory) not in (None, state.step):
+    if (
+        not 0 <= state.updates <= state.step
+        or max(state.best_step, state.evaluated_step) > state.step
+        or _step_of(directory) not in (None, state.step)
+    ):
         raise UserError(
             f"says step {state.step} with {state.updates} updates, in {directory.name}; was it renamed?", path=path
         )
@@ -256,7 +288,8 @@ def read_state(directory: Path, now: dict, config: Config) -> State:
     """What a checkpoint says, once its files are verified and it is of this run (`now`, its identity).
 
     Raises:
-        UserError: a damaged file, what differs by name, or later checkpoints that the run would collide with.
+        UserError: a damaged file, what differs by name and may not, or later checkpoints that the run would collide
+            with.
     """
     try:
         state = verify(directory)
@@ -264,7 +297,8 @@ def read_state(directory: Path, now: dict, config: Config) -> State:
         if config.train.resume == "auto":
             error.advice = "to resume from the newest undamaged checkpoint, set train.resume to last-good"
         raise
-    raise_problems(_differences(directory, state.run, now))
+    differences = changes(state.run, now).items()
+    raise_problems(_refusal(directory, key, *values) for key, values in differences if key not in _CHANGEABLE)
     if config.train.resume != "last-good" and (later := _later(state, config)):
         raise UserError(
             f"is later than {directory.name}; remove it to go back, or choose another train.output", path=later[0]
@@ -272,23 +306,27 @@ def read_state(directory: Path, now: dict, config: Config) -> State:
     return state
 
 
-def _differences(directory: Path, then: dict, now: dict) -> list[UserError]:
-    """In what this run differs from the one that wrote a checkpoint.
+def changes(then: dict, now: dict) -> dict[str, tuple[object, object]]:
+    """In what this run differs from the one that wrote a checkpoint: key -> before, now.
 
     A key that the checkpoint lacks was added by a later version than wrote it, and had its default: that of a setting,
     or None.
     """
     absent = defaults()
-    problems = []
-    for key in sorted(now.keys() | then.keys()):
-        before = then.get(key, absent.get(key))
-        if now.get(key) == before:
-            continue
-        message = f"was {before!r} in the checkpoint and is {now.get(key)!r} now; set it back"
-        if key not in now:
-            message = f"was {before!r} in the checkpoint and is unknown to this version; use the one that wrote it"
-        problems.append(UserError(f"{message}, or choose another train.output", path=directory, field=key))
-    return problems
+    before = {key: then.get(key, absent.get(key)) for key in sorted(now.keys() | then.keys())}
+    return {key: (value, now.get(key, _UNKNOWN)) for key, value in before.items() if now.get(key) != value}
+
+
+def _refusal(directory: Path, key: str, before: object, after: object) -> UserError:
+    if after is _UNKNOWN:
+        message = f"was {before!r} in the checkpoint and is unknown to this version; use the one that wrote it"
+    else:
+        message = f"was {before!r} in the checkpoint and is {after!r} now; set it back"
+    advice = "or choose another train.output"
+    # an adapter fits a network and settings of its own alone
+    if not key.startswith(("model.", "lora.", "the base's", "the initial")):
+        advice = f"or start another run from what was trained: another train.output, and lora.init {directory}"
+    return UserError(f"{message}, {advice}", path=directory, field=key)
 
 
 def _later(state: State, config: Config) -> list[Path]:
@@ -315,3 +353,10 @@ def load(directory: Path, state: State, trainable: TrainableSet, optimizer: torc
             rows = moments.get_slice(f"{moment}.{name}")
             fill_rows(values, lambda start, stop, rows=rows: rows[start:stop])
             optimizer.state[parameter][moment] = values
+
+
+def load_best(directory: Path, trainable: TrainableSet) -> dict[str, Tensor]:
+    """What was trained up to the best evaluation, whole and on the host, from a verified checkpoint that holds it."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in trainable.parameters.items()}
+    file = open_exactly(directory / BEST, shapes)
+    return {name: file.get_tensor(name) for name in shapes}

@@ -59,6 +59,10 @@ def read_inputs(config: Config) -> Inputs:
         UserError: what is wrong with which file.
     """
     base = open_model(config.model.path)
+    positions = base.arch.max_positions
+    if positions and config.data.seq_len > positions:
+        message = f"is {config.data.seq_len}; the model has {positions} positions, so set it to {positions} or less"
+        raise UserError(message, field="data.seq_len")
     store, held_out = read_data(config)
     identity = checkpoint.identity(config, base.arch, base.paths, store, held_out)
     return Inputs(base, store, held_out, identity)

@@ -1,14 +1,12 @@
-"""Fine-tuning, top to bottom."""
+"""The steps of a run: training, evaluations and checkpoints as they are due, and the adapter at the end."""
 
-import contextlib
-import errno
+import json
 import logging
 import math
-import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,168 +15,21 @@ import torch
 from torch import Tensor
 
 from minorca.config import Config
-from minorca.config_file import write_config
 from minorca.data.packing import Step
 from minorca.errors import UserError
-from minorca.files.atomic import lock, publish
+from minorca.files.atomic import publish
 from minorca.model.lora import seed_dropout
-from minorca.signals import Terminated, signals_noted
-from minorca.train import checkpoint, metrics, parallel
-from minorca.train.build import Learner, build
-from minorca.train.inputs import Inputs, check_ranks_agree, read_inputs
+from minorca.train import checkpoint, metrics
+from minorca.train.best import Best
+from minorca.train.build import Learner
+from minorca.train.evaluation import evaluate
+from minorca.train.inputs import Inputs
 from minorca.train.optim import learning_rate
-from minorca.train.profiling import profiled
-from minorca.train.ranks import World, init_distributed
-from minorca.train.step import evaluate, forward_backward, local_batch, locate_nonfinite
+from minorca.train.plan import Plan
+from minorca.train.ranks import World
+from minorca.train.step import forward_backward, local_batch, locate_nonfinite
 
 log = logging.getLogger("minorca.train")
-
-# what a disk reports that is full, lost, or not ours to write, under any of the files that a step writes
-DISK_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EIO,
-    errno.ESTALE,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.EACCES,
-    errno.EISDIR,
-}
-
-
-def train(config: Config, profile: bool = False) -> None:
-    """A whole run, from data to the saved adapter. Every rank calls it.
-
-    Raises:
-        UserError: whatever the user can fix, before a model is built where it can be known by then.
-        KeyboardInterrupt, Terminated: after SIGINT and SIGTERM, the step under way finished and saved.
-    """
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        # documented, but missing from torch's annotations
-        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    with init_distributed(config.parallel.timeout) as world, contextlib.ExitStack() as stack:
-        try:
-            signum = _train(config, profile, world, stack)
-        except OSError as error:
-            if error.errno not in DISK_ERRORS:
-                raise
-            raise UserError(
-                f"{error}; what was saved is intact, and the same command resumes from there", path=config.output
-            ) from error
-    if signum:
-        raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
-
-
-def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitStack) -> int | None:
-    """Returns the signal that ended the run early, the same on every rank; `stack` undoes what the run sets up."""
-    # 1. everything that can be refused, before memory is taken
-    world.set_status("reading the base model's files and the data")
-    metrics.import_wandb(config)
-    output = config.output
-    _check_writable(output)
-    # a new output is created once nothing more can be refused
-    new_output = not output.is_dir()
-    if world.rank == 0 and not new_output:
-        stack.enter_context(output_lock(output))
-    inputs = read_inputs(config)
-
-    # 2. where an earlier run stopped
-    found = checkpoint.find(config)
-    state = checkpoint.read_state(found, inputs.identity, config) if found else None
-    resumed = state.step if state else 0
-    world.barrier_without_timeout("with the data read")
-    check_ranks_agree(config, inputs.identity, resumed, world)
-    if not found and (output / "adapter").exists():
-        raise UserError(
-            "holds a finished run's adapter and no checkpoint; move it away, or choose another train.output",
-            path=output,
-        )
-    schedule = inputs.schedule(config)
-    steps = config.train.steps or schedule.steps(config.train.epochs)
-    if resumed >= steps and (output / "adapter").is_dir():
-        log.info("%s: all %d steps are done; nothing to do", output, steps)
-        return None
-
-    # 3. the model and its optimizer
-    world.set_status("loading the model")
-    learner = build(config, inputs.base, world, resumed=state is not None)
-    world.barrier_without_timeout("with the model loaded")
-    log.info("%s", learner.model.arch)
-    log.info("%s; %d steps, %d rows", parallel.describe(learner.model, world), steps, len(inputs.store))
-    if found and state:
-        _restore(found, state, learner, world)
-    else:
-        log.info("%s: no checkpoint; starting at step 1", output)
-
-    # 4. the record, on rank 0
-    record = None
-    if world.rank == 0:
-        if new_output:
-            stack.enter_context(_create_output(output))
-        checkpoint.sweep(output)
-        if state:
-            checkpoint.set_damaged_aside(state, config)
-        write_config(config, output / "config.yaml")
-        record = metrics.Record(config, resumed, steps)
-
-    # 5. the steps
-    noted = stack.enter_context(signals_noted())
-    if world.monitor:
-        world.monitor.noted = noted
-    after_step = stack.enter_context(profiled(output / "profile", world)) if profile else lambda: None
-    updates = state.updates if state else 0
-    run = Run(config, world, inputs, learner, steps, record, noted, resumed, updates)
-    run.loop(schedule.step, after_step)
-
-    # 6. the adapter, where other programs look for it
-    run.finish(output)
-    return run.stopped_by
-
-
-def _check_writable(output: Path) -> None:
-    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"is {output}, but {parent} is not a writable directory; choose another", field="train.output")
-
-
-def _restore(found: Path, state: checkpoint.State, learner: Learner, world: World) -> None:
-    checkpoint.load(found, state, learner.trainable, learner.optimizer)
-    log.info("resumed from %s, written by torch %s on %d ranks", found, state.torch, state.ranks)
-    threads = torch.get_num_threads()
-    if world.device.type == "cpu" and state.threads != threads:
-        log.warning(
-            "it was written with %d threads, this process has %d: sums round differently, losses agree to about 1e-6",
-            state.threads,
-            threads,
-        )
-
-
-@contextlib.contextmanager
-def _create_output(output: Path) -> Iterator[None]:
-    output.mkdir(parents=True, exist_ok=True)
-    with output_lock(output):
-        if checkpoint.published(output / "checkpoints"):
-            raise UserError("another run wrote here while this one was starting; start this one again", path=output)
-        yield
-
-
-@contextlib.contextmanager
-def output_lock(output: Path) -> Iterator[None]:
-    """Within it no other run can write to the output directory."""
-    path = output / ".lock"
-    file = lock(path)
-    if file is None:
-        holder = path.read_text().strip() or "which has just started"
-        raise UserError(
-            f"is {output}, where another run writes ({holder}); wait for it, or choose another train.output",
-            field="train.output",
-        )
-    with file:
-        yield
 
 
 @dataclass
@@ -186,7 +37,7 @@ class Run:
     """The steps of one rank, from the built model to the run's end.
 
     Attributes:
-        steps: how many the run has.
+        best: the best evaluation so far.
         record: on rank 0, what it writes.
         noted: the signals that this rank has received.
         step: the last step that was done.
@@ -198,7 +49,8 @@ class Run:
     world: World
     inputs: Inputs
     learner: Learner
-    steps: int
+    plan: Plan
+    best: Best
     record: metrics.Record | None
     noted: list[int]
     step: int
@@ -210,27 +62,32 @@ class Run:
 
     def loop(self, micro_batches_of: Callable[[int], Step], after_step: Callable[[], None]) -> None:
         """Every step that is left, with the evaluations and checkpoints that are due."""
-        config = self.config.train
         self._first_evaluation()
         self.learner.model.train()
         self.clock("data")
-        while self.step < self.steps and not self.stopped_by:
+        while self.step < self.plan.steps and not self._ends_early():
             self.step += 1
             self._step(micro_batches_of(self.step))
             after_step()
-            if is_due(self.step, config.eval_every, self.steps) and not self.stopped_by:
+            if self.plan.evaluates_after(self.step) and not self.stopped_by:
                 self._evaluate()
-            if is_due(self.step, config.checkpoint_every, self.steps) or self.stopped_by:
+            if self.plan.saves_after(self.step) or self._ends_early():
                 self._save()
             self.clock("data")
 
+    def _ends_early(self) -> bool:
+        return bool(self.stopped_by or self.best.why_stopped(self.config.train.early_stopping))
+
     def _first_evaluation(self) -> None:
         """The one before the first step, or one whose checkpoint exists and whose line does not: it was interrupted."""
-        due = self.step == 0 or is_due(self.step, self.config.train.eval_every, self.steps)
+        due = self.step == 0 or self.plan.evaluates_after(self.step)
         if not (self.inputs.held_out and due):
             return
-        recorded = bool(self.record and self.record.evaluated)
-        if self.world.sum([recorded])[0] == 0:
+        recorded = self.record.evaluated if self.record else None
+        is_recorded, loss = self.world.sum([recorded is not None, recorded or 0.0])
+        if is_recorded:
+            self._count_evaluation(loss)
+        else:
             self._evaluate()
 
     def _step(self, micro_batches: Step) -> None:
@@ -248,7 +105,7 @@ class Run:
         totals = self.world.sum(shares)
         whole_loss, signals = totals[0], totals[1:3]
         self.stopped_by = common_signal(signals)
-        lr = learning_rate(self.step, self.steps, self.config.optim)
+        lr = learning_rate(self.step, self.plan.steps, self.config.optim)
         values = {"loss": whole_loss, "grad_norm": grad_norm, "lr": lr}
         values |= self._update(micro_batches, lr, whole_loss, grad_norm)
         self.learner.optimizer.zero_grad()
@@ -297,8 +154,8 @@ class Run:
         fault = f"step {self.step}: the loss is {loss} and the gradient norm {grad_norm}; from {cause}"
         if self.config.train.nonfinite == "stop":
             raise UserError(
-                f"{fault}. The last checkpoint is intact; set train.nonfinite to skip to resume from it, or fix the "
-                "rows or lower optim.lr in a run with another train.output"
+                f"{fault}. The last checkpoint is intact; to resume from it, set train.nonfinite to skip or lower "
+                "optim.lr; or fix the rows in a run with another train.output"
             )
         log.warning("%s; skipped", fault)
         values = {"loss": loss, "grad_norm": grad_norm}
@@ -331,8 +188,14 @@ class Run:
         values = evaluate(self.learner, self.inputs.held_out, self.config, self.world, self.noted)
         if values is None:
             self.stopped_by = common_signal(self.world.sum(signal_counts(self.noted)))
-        elif self.record:
+            return
+        if self.record:
             self.record.evaluation(self.step, values)
+        self._count_evaluation(values["eval_loss"])
+
+    def _count_evaluation(self, loss: float) -> None:
+        if self.best.count(self.step, loss) and self.config.train.keep_best:
+            self.best.tensors = self.learner.trainable.snapshot(self.world)
 
     def _save(self) -> None:
         self.clock("checkpoint")
@@ -345,15 +208,23 @@ class Run:
             torch.get_num_threads(),
             torch.__version__,
             self.inputs.identity,
+            **self.best.saved(),
         )
         directory = self.config.output / "checkpoints"
+        learner = self.learner
         checkpoint.save(
-            directory, self.learner.trainable, self.learner.optimizer, state, self.config.train.keep, self.world
+            directory,
+            learner.trainable,
+            learner.optimizer,
+            state,
+            self.config.train.keep,
+            self.world,
+            self.best.tensors,
         )
 
     def finish(self, output: Path) -> None:
         """Closes the record and, of a run that has done all its steps, publishes what was trained."""
-        tensors = None if self.stopped_by else self.learner.trainable.gather(self.world)
+        tensors = None if self.stopped_by else self._outcome()
         if not self.record:
             return
         self.record.close(self.clock.read(), finished=not self.stopped_by)
@@ -361,10 +232,27 @@ class Run:
             name = signal.Signals(self.stopped_by).name
             log.info("%s: stopped after step %d; the same command resumes from there", name, self.step)
             return
+        if reason := self.best.why_stopped(self.config.train.early_stopping):
+            log.info("%s", reason)
         # last of all: it is what says that a run is finished
         shutil.rmtree(output / "adapter", ignore_errors=True)
-        publish(output / "adapter", lambda path: self.learner.trainable.save(path, tensors))
+        publish(output / "adapter", lambda path: self._write_adapter(path, tensors))
         log.info("done: %s", output / "adapter")
+
+    def _outcome(self) -> dict[str, Tensor]:
+        """What the run leaves, on rank 0: what was trained up to the best evaluation where that is kept, else all."""
+        if self.best.tensors is not None:
+            return self.best.tensors
+        if self.config.train.keep_best:
+            log.warning("no evaluation gave a number; the last adapter is written, not the best one")
+        return self.learner.trainable.gather(self.world)
+
+    def _write_adapter(self, directory: Path, tensors: dict[str, Tensor]) -> None:
+        self.learner.trainable.save(directory, tensors)
+        if tensors is self.best.tensors:
+            step, loss = self.best.step, self.best.loss
+            (directory / "best.json").write_text(json.dumps({"step": step, "eval_loss": loss}) + "\n")
+            log.info("the adapter is that of step %d, which has the lowest held-out loss, %.4f", step, loss)
 
 
 def signal_counts(noted: list[int]) -> list[int]:
@@ -375,8 +263,3 @@ def signal_counts(noted: list[int]) -> list[int]:
 def common_signal(counts_of_all: list[float]) -> int | None:
     """The signal that any rank has received: the same on all."""
     return next((s for s, count in zip((signal.SIGTERM, signal.SIGINT), counts_of_all) if count), None)
-
-
-def is_due(step: int, every: int, steps: int) -> bool:
-    """Whether what is done every so many steps, and after the last, is done after this one."""
-    return step == steps or (every > 0 and step % every == 0)

@@ -117,6 +117,7 @@ class Record:
         output = config.output
         self.path = output / "metrics.jsonl"
         self.log_every = config.train.log_every
+        # the loss of the evaluation after step `resumed`, where its line exists;
         # starting over, the evaluation before step 1 goes too
         self.evaluated = _drop_lines_past(self.path, resumed or -1)
         self.file = self.path.open("a")
@@ -152,9 +153,12 @@ class Record:
             self.bar.set_postfix(loss=loss, tokens_per_second=f"{values['tokens_per_second']:,.0f}")
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
-        """An evaluation after a step: eval_loss, and what else the objective measures."""
+        """An evaluation after a step: eval_loss, eval_loss/NAME of each set, and what else the objective measures."""
         self._write(step, values)
-        self.bar.write(f"step {step}: held-out loss {values['eval_loss']:.4f}")
+        prefix = "eval_loss/"
+        sets = [f"{k.removeprefix(prefix)} {value:.4f}" for k, value in values.items() if k.startswith(prefix)]
+        by_set = f" ({', '.join(sets)})" if sets else ""
+        self.bar.write(f"step {step}: held-out loss {values['eval_loss']:.4f}{by_set}")
 
     def close(self, phases: dict[str, float], finished: bool) -> None:
         """Ends the record with a summary, `phases` those after the last step, and, of a finished run, with curves.png,
@@ -205,19 +209,20 @@ def _start_wandb(config: Config, output: Path, resumed: int):
     )
 
 
-def _drop_lines_past(path: Path, step: int) -> bool:
+def _drop_lines_past(path: Path, step: int) -> float | None:
     """Removes what an interrupted run wrote after its last checkpoint, an incomplete last line included.
 
-    Returns whether the evaluation after `step`, if one is due then, is there.
+    Returns the loss of the evaluation after `step`, NaN where it was none; None where there is no such line.
     """
     kept = []
-    evaluated = False
+    evaluated = None
     for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
         try:
             values = json.loads(line)
             if line.endswith("\n") and values["step"] <= step:
                 kept.append(line)
-                evaluated |= values["step"] == step and "eval_loss" in values
+                if values["step"] == step and "eval_loss" in values:
+                    evaluated = math.nan if values["eval_loss"] is None else float(values["eval_loss"])
         except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_suffix(".tmp")

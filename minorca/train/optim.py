@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from minorca.config import OptimConfig
+from minorca.config import OptimConfig, warmup_steps
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
@@ -15,12 +15,13 @@ def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.opti
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Of step `step` in 1..steps: a linear rise over warmup_steps, then the schedule, which ends just above 0."""
-    if step <= config.warmup_steps:
-        return config.lr * step / config.warmup_steps
-    done = (step - config.warmup_steps - 1) / max(1, steps - config.warmup_steps)
+    """Of step `step` in 1..steps: a linear rise over the warm-up, then the schedule, which ends just above min_lr."""
+    warmup = warmup_steps(config, steps)
+    if step <= warmup:
+        return config.lr * step / warmup
+    done = (step - warmup - 1) / max(1, steps - warmup)
     factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return config.lr * factor[config.schedule]
+    return config.min_lr + (config.lr - config.min_lr) * factor[config.schedule]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:

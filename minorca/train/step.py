@@ -1,14 +1,14 @@
-"""The parts of a training step and of an evaluation, each called by every rank."""
+"""The parts of a training step, each called by every rank."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 
 from minorca.config import Config
-from minorca.data.packing import Batch, Step, make_batch, plan_epoch
+from minorca.data.packing import Batch, Step, make_batch
 from minorca.data.store import TokenStore
 from minorca.model.attention import PackedAttention
 from minorca.model.lora import seed_dropout
@@ -50,35 +50,6 @@ def forward_backward(
     clock("backward")
     outcome.loss.backward()
     return Outcome(outcome.loss.detach(), {name: value.detach() for name, value in outcome.sums.items()})
-
-
-@torch.no_grad()
-def evaluate(
-    learner: Learner, store: TokenStore, config: Config, world: World, noted: Sequence[int] = ()
-) -> dict[str, float] | None:
-    """The loss of held-out rows, by the objective's normalizer, and its metrics, as `eval_NAME`.
-
-    noted: signals of this rank; once any rank has one, the evaluation ends and gives None.
-    """
-    model, objective = learner.model, learner.objective
-    model.eval()
-    plan = plan_epoch(store.lengths, config.train.micro_batch_tokens, world.size, config.data.packing, seed=0, epoch=0)
-    outcomes = []
-    for micro_batches in plan:
-        batch = local_batch(store, micro_batches, world.rank, world.device)
-        outcomes.append(batch_outcome(model, objective, batch, normalizer=1))
-        if world.sum([len(noted)])[0]:
-            break
-    model.train()
-    losses = torch.stack([outcome.loss for outcome in outcomes])
-    names = list(outcomes[0].sums)
-    extra = [torch.stack([outcome.sums[name] for outcome in outcomes]).sum().item() for name in names]
-    loss, finished, *sums = world.sum([losses.sum().item(), len(outcomes) == len(plan), *extra])
-    if finished < world.size:
-        return None
-    normalizer = objective.normalizer(store, np.arange(len(store)))
-    metrics = objective.metrics(dict(zip(names, sums)), normalizer)
-    return {"eval_loss": loss / normalizer} | {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def locate_nonfinite(

@@ -78,6 +78,10 @@ class TrainableSet:
         """The values, whole and on the host of rank 0; nothing on the others. Every rank calls it."""
         return gather(self.parameters, world)
 
+    def snapshot(self, world: World) -> dict[str, Tensor]:
+        """As `gather`, but values that further steps do not change."""
+        return {name: tensor.clone() for name, tensor in self.gather(world).items()}
+
     def save(self, directory: Path, tensors: dict[str, Tensor]) -> None:
         """Writes what `gather` gave rank 0 into an existing directory."""
         for member in self.members:

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from minorca import UserError, load_tokenizer, render_chat
 from minorca.data import sandbox, spans
-from minorca.data.chat_template import render, resolve_template, visible_text
+from minorca.data.chat_template import render, resolve_template
+from minorca.data.visible_text import visible_text
 from tests.data.test_chat_template import (
     CHATML,
     CONVERSATIONS,

@@ -9,7 +9,8 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from minorca import UserError, load_tokenizer, render_chat
-from minorca.data.chat_template import render, visible_text
+from minorca.data.chat_template import render
+from minorca.data.visible_text import visible_text
 from tests.data.test_chat_template import UNICODE, trained_text, turns, with_template
 
 pytestmark = pytest.mark.slow

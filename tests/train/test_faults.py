@@ -169,7 +169,7 @@ def on_call(monkeypatch, owner, name: str, count: int, act) -> None:
     monkeypatch.setattr(owner, name, called)
 
 
-# a step has 4 micro-batches; an evaluation, before step 1 and after steps 4, 8 and 12, has 3
+# a step has 4 micro-batches; there is an evaluation before step 1, and after steps 4, 8 and 12
 SIGNALLED = {
     "train.steps": 12,
     "train.checkpoint_every": 100,
@@ -179,7 +179,7 @@ SIGNALLED = {
 }
 # when the signal arrives -> (owner, name, which call), and the step that is saved
 MOMENTS: dict[str, tuple[tuple[Any, str, int], int]] = {
-    "in a forward": ((step, "batch_outcome", 3 + 4 * 2 + 2), 3),
+    "in a forward": ((step, "batch_outcome", 4 * 2 + 2), 3),
     "in an update": ((TrainableSet, "clip_gradients", 6), 6),
     "in an evaluation": ((loop, "evaluate", 2), 4),
     "in a save": ((checkpoint, "save_file", 1), 12),

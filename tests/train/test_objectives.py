@@ -12,12 +12,14 @@ from minorca.cli import config_parser, parse_config
 from minorca.data.packing import Batch, make_batch
 from minorca.data.store import TokenStore
 from minorca.train import metrics
+from minorca.train.best import Best
 from minorca.train.build import Learner, build
+from minorca.train.evaluation import evaluate
 from minorca.train.inputs import read_inputs
 from minorca.train.loop import Run
 from minorca.train.objectives import NextToken, Outcome
+from minorca.train.plan import make_plan
 from minorca.train.ranks import init_distributed
-from minorca.train.step import evaluate
 from minorca_kernels import DenseWeight, linear_cross_entropy
 from tests.helpers import lines_of
 
@@ -55,8 +57,9 @@ def run(options: list[str], objective, tmp_path) -> Learner:
         steps = config.train.steps
         assert steps
         record = metrics.Record(config, 0, steps)
-        work = Run(config, world, inputs, learner, steps, record, [], 0, 0)
-        work.loop(inputs.schedule(config).step, lambda: None)
+        schedule = inputs.schedule(config)
+        work = Run(config, world, inputs, learner, make_plan(config, schedule), Best(), record, [], 0, 0)
+        work.loop(schedule.step, lambda: None)
         work.finish(tmp_path / "run")
     return learner
 

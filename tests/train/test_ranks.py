@@ -1,6 +1,7 @@
 """Any number of ranks, sharded or not, gives one rank's losses, and a run resumes on another number of ranks."""
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from torch.distributed.run import parse_args
 from minorca import cli
 from minorca.train import __main__ as train_command
 from minorca.train import checkpoint
-from tests.helpers import ROOT, assert_same_bits, assert_same_run, lines_of, torchrun, wait_until
+from tests.helpers import ROOT, assert_same_bits, assert_same_run, lines_of, relative_error, torchrun, wait_until
 
 # 3 micro-batches a step, so that in every step one of two ranks has a micro-batch less than the other
 RANKED = {"train.steps": 20, "train.batch_tokens": 384, "data.eval": 0.1, "optim.lr": 0.003}
@@ -51,6 +52,23 @@ def test_the_matrix_of_ranks(workplace, tmp_path):
             assert_same_run(tmp_path / "one", tmp_path / name, losses=1e-6)
         except AssertionError as error:
             raise AssertionError(name) from error
+
+
+@pytest.mark.slow
+def test_two_ranks_keep_the_best_and_stop_early_as_one_does(workplace, tmp_path):
+    """Sharded: what is kept is gathered by both. On so few rows the held-out loss soon rises."""
+    settings = RANKED | {"train.eval_every": 1, "train.keep_best": "true", "train.early_stopping": 4}
+    settings |= {"data.limit": 16, "data.eval": 0.5, "optim.lr": 0.03, "optim.schedule": "constant"}
+    train_command.main(workplace("one", **settings))
+    torchrun(2, workplace("two", **settings, **{"parallel.shard": "fsdp"}))
+    best, steps, adapters = [], [], []
+    for run in (tmp_path / "one", tmp_path / "two"):
+        best.append(json.loads((run / "adapter" / "best.json").read_text()))
+        steps.append([line["step"] for line in lines_of(run) if "loss" in line])
+        adapters.append(load_file(run / "adapter" / "adapter_model.safetensors"))
+    assert steps[0] == steps[1] and best[0]["step"] == best[1]["step"] == len(steps[0]) - 4 < 16
+    assert best[1]["eval_loss"] == pytest.approx(best[0]["eval_loss"], rel=1e-3)
+    assert max(relative_error(adapters[1][name], tensor) for name, tensor in adapters[0].items()) < 1e-2
 
 
 @pytest.mark.slow

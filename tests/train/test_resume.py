@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from minorca import UserError
 from minorca.files.atomic import write_manifest
 from minorca.train import __main__ as train_command
-from minorca.train import checkpoint, metrics
+from minorca.train import checkpoint, loop, metrics
 from tests.helpers import assert_same_bits, lines_of
 
 STOPPED = {"train.steps": 16, "train.checkpoint_every": 4, "lora.dropout": 0.1, "data.eval": 0.1, "train.eval_every": 6}
@@ -85,8 +86,8 @@ def refused(workplace):
 
 
 def test_other_settings_do_not_resume(refused):
-    message = refused(**{"optim.lr": 0.02, "train.seed": 3})
-    assert "optim.lr was 0.01 in the checkpoint and is 0.02" in message
+    message = refused(**{"lora.rslora": "true", "train.seed": 3})
+    assert "lora.rslora was False in the checkpoint and is True" in message
     assert "train.seed was 0 in the checkpoint and is 3" in message
     assert "holds checkpoints and train.resume is never" in refused(**{"train.resume": "never"})
 
@@ -126,12 +127,12 @@ def test_an_earlier_versions_checkpoint_is_refused(stopped, tmp_path):
         train_command.main(options)
 
 
-@pytest.mark.parametrize("key", ["lora.rslora", "data.template", "optim.betas", "data.limit"])
+@pytest.mark.parametrize("key", ["lora.rslora", "data.template", "lora.alpha", "data.limit"])
 def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(key, stopped, workplace, tmp_path):
     """As if a later version had added it: the run resumes to the same bits; another value is refused."""
     train_command.main(workplace("whole", **{"train.steps": 4, "lora.dropout": 0.1}))
     options = stopped(lambda state: state["run"].pop(key))
-    other = {"lora.rslora": "true", "data.template": "chatml", "optim.betas": "[0.8, 0.9]", "data.limit": "40"}[key]
+    other = {"lora.rslora": "true", "data.template": "chatml", "lora.alpha": "16", "data.limit": "40"}[key]
     with pytest.raises(UserError) as caught:
         train_command.main([*options, f"--{key}", other])
     assert any(problem.field == key and "in the checkpoint" in problem.message for problem in caught.value.problems)
@@ -259,6 +260,120 @@ def test_going_back_needs_the_later_checkpoints_gone(refused, workplace, tmp_pat
     train_command.main(workplace("long", **{"train.steps": 4, "train.resume": earlier}))
     expected = [json.loads(line)["loss"] for line in before.splitlines()]
     assert [line["loss"] for line in lines_of(tmp_path / "long")] == expected
+
+
+# ------------------------------------------------------------------------------------------------ going on differently
+
+CONSTANT = {"optim.schedule": "constant", "train.checkpoint_every": 3, "lora.dropout": 0.1}
+
+
+def test_a_finished_run_goes_on_for_more_epochs(workplace, tmp_path, caplog):
+    """At a constant rate to the bits of a run of all epochs; the new total is logged, the first adapter is kept."""
+    caplog.set_level("INFO")
+    train_command.main(workplace("whole", **CONSTANT | {"train.epochs": 2.5}))
+    train_command.main(workplace(**CONSTANT | {"train.epochs": 1}))
+    steps = len(lines_of(tmp_path / "run"))
+    first = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    caplog.clear()
+    train_command.main(workplace(**CONSTANT | {"train.epochs": 2.5}))
+    assert_same_bits(tmp_path / "whole", tmp_path / "run")
+    assert f"train.epochs: was 1.0 up to step {steps}, is 2.5 from here on" in caplog.text
+    aside = tmp_path / "run" / f"adapter-before-step-{steps + 1:08d}"
+    assert (aside / "adapter_model.safetensors").read_bytes() == first
+    assert "epochs: 2.5" in (tmp_path / "run" / "config.yaml").read_text()
+    caplog.clear()
+    train_command.main(workplace(**CONSTANT | {"train.epochs": 2.5}))
+    assert "steps are done; nothing to do" in caplog.text and "from here on" not in caplog.text
+
+
+def test_a_run_that_goes_on_is_not_finished_before_its_end(workplace, tmp_path, monkeypatch):
+    """Killed between its last checkpoint and its adapter: the adapter of the shorter run is not taken for its own."""
+    train_command.main(workplace("whole", **CONSTANT | {"train.steps": 6}))
+    train_command.main(workplace(**CONSTANT | {"train.steps": 3}))
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(loop.Run, "finish", lambda *_: 1 / 0)
+        train_command.main(workplace(**CONSTANT | {"train.steps": 6}))
+    train_command.main(workplace(**CONSTANT | {"train.steps": 6}))
+    assert_same_bits(tmp_path / "whole", tmp_path / "run")
+
+
+def test_the_learning_rate_follows_the_new_total(workplace, tmp_path):
+    settings = {"train.checkpoint_every": 2}
+    train_command.main(workplace("whole", **settings, **{"train.steps": 6}))
+    train_command.main(workplace(**settings, **{"train.steps": 4}))
+    train_command.main(workplace(**settings, **{"train.steps": 6}))
+    rates, expected = ([line["lr"] for line in lines_of(tmp_path / name)] for name in ("run", "whole"))
+    assert rates[4:] == expected[4:] and rates[1:4] != expected[1:4]
+
+
+CHANGES = {
+    "optim.lr": "0.003",
+    "optim.betas": "[0.8, 0.9]",
+    "optim.eps": "1e-7",
+    "optim.weight_decay": "0.1",
+    "optim.warmup_steps": "3",
+    "optim.warmup_ratio": "0.2",
+    "optim.schedule": "linear",
+    "optim.min_lr": "0.001",
+    "optim.max_grad_norm": "0.5",
+    "lora.dropout": "0.2",
+}
+
+
+def test_what_a_resumed_run_may_change_is_named_and_used(workplace, tmp_path, monkeypatch, caplog):
+    """The steps before it stay as they are, those after it are others; they are of the same rows."""
+    caplog.set_level("INFO")
+    settings = {"train.steps": 5, "train.checkpoint_every": 3}
+    train_command.main(workplace("whole", **settings))
+    stop_in(4, workplace("stopped", **settings), monkeypatch)
+    whole = lines_of(tmp_path / "whole")
+    for key, value in CHANGES.items():
+        caplog.clear()
+        shutil.copytree(tmp_path / "stopped", tmp_path / key)
+        train_command.main(workplace(key, **settings, **{key: value}))
+        assert re.search(rf"{key}: was .* up to step 3, is .* from here on", caplog.text), key
+        assert caplog.text.count("from here on") == 1, key
+        lines = lines_of(tmp_path / key)
+        assert [line["loss"] for line in lines[:3]] == [line["loss"] for line in whole[:3]]
+        assert [line["tokens"] for line in lines] == [line["tokens"] for line in whole]
+        # eps alone changes less than a loss shows
+        assert lines[3:] != whole[3:] and (lines[4]["loss"] != whole[4]["loss"] or key == "optim.eps"), key
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train.micro_batch_tokens": 64, "data.seq_len": 64},
+        {"train.batch_tokens": 256},
+        {"data.packing": "false"},
+        {"train.seed": 1},
+        {"data.limit": 30},
+    ],
+)
+def test_where_the_order_of_the_rows_changes_the_way_is_named(change, refused, workplace, tmp_path):
+    """It works: a checkpoint's directory is an adapter to start from."""
+    directory = tmp_path / "run" / "checkpoints" / "step-00000002"
+    message = refused(**change)
+    for key in change:
+        assert f"{key} was " in message
+    assert f"start another run from what was trained: another train.output, and lora.init {directory}" in message
+    evaluated = {"data.eval": tmp_path / "rows.jsonl", "data.limit": 30}
+    train_command.main(workplace("next", **{"train.steps": 1, "lora.init": directory} | change | evaluated))
+    train_command.main(
+        workplace("same", **{"train.steps": 1, "lora.init": tmp_path / "run" / "adapter"} | change | evaluated)
+    )
+    assert lines_of(tmp_path / "next")[0]["eval_loss"] == lines_of(tmp_path / "same")[0]["eval_loss"]
+
+
+def test_where_the_adapter_would_not_fit_no_way_is_named(refused):
+    assert "lora.init" not in refused(**{"lora.rank": 5}) and "lora.init" not in refused(**{"lora.alpha": 5})
+
+
+def test_a_run_shorter_than_what_was_trained_is_refused(refused):
+    message = "train.steps is 1, a run of 1 steps, and its checkpoint is of step 2; set it higher, or choose another"
+    assert message in refused(**{"train.steps": 1})
+    message = "train.epochs is 0.01, a run of 1 steps, and its checkpoint is of step 2"
+    assert message in refused(**{"train.steps": "null", "train.epochs": 0.01})
 
 
 # -------------------------------------------------------------------------------------------------- damaged checkpoints

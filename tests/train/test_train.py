@@ -128,6 +128,18 @@ def test_starting_over_leaves_no_line_of_the_first_start(workplace, tmp_path, mo
     assert [line["step"] for line in lines_of(tmp_path / "run")] == [0, 1, 2, 2]
 
 
+def test_rows_longer_than_the_models_positions_are_refused(workplace, tmp_path):
+    """The model has 512; the default is 4096."""
+    sizes = ("data.seq_len", "train.micro_batch_tokens", "train.batch_tokens")
+    message = "data.seq_len is 4096; the model has 512 positions, so set it to 512 or less"
+    with pytest.raises(UserError, match=message):
+        train_command.main(
+            workplace(**{"data.seq_len": 4096, "train.micro_batch_tokens": 4096, "train.batch_tokens": 4096})
+        )
+    assert not (tmp_path / "run").exists()
+    train_command.main(workplace(**dict.fromkeys(sizes, 512), **{"train.steps": 1}))
+
+
 def test_an_output_that_cannot_be_made_is_named(workplace, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="train.output is .*file/run, but .*file is not a writable directory"):

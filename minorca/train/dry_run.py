@@ -1,0 +1,95 @@
+"""`--dry-run`: what a run would do, in words, with a row and a batch of its data; nothing is written."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from minorca.config import Config, warmup_steps
+from minorca.data.tokenizer import load_tokenizer
+from minorca.data.visible_text import marked_text
+from minorca.model.build import build_model
+from minorca.model.lora import adapter_parameters, add_adapters
+from minorca.train import metrics
+from minorca.train.build import check_init, lora_settings
+from minorca.train.inputs import Inputs, read_inputs
+from minorca.train.optim import learning_rate
+from minorca.train.plan import Plan, make_plan
+from minorca.train.run import check_writable, find_earlier, why_finished
+
+
+def dry_run(config: Config) -> None:
+    """Prints a run's plan, a row as it is trained, and the first micro-batch.
+
+    All rows are rendered as in a run, but into a temporary directory that is removed.
+
+    Raises:
+        UserError: what the run would refuse before it loads the model.
+    """
+    metrics.import_wandb(config)
+    check_writable(config.output)
+    with tempfile.TemporaryDirectory() as directory:
+        data = dataclasses.replace(config.data, store=directory)
+        inputs = read_inputs(dataclasses.replace(config, data=data))
+        if config.lora.init:
+            check_init(config.lora.init, lora_settings(config))
+        found, state = find_earlier(config, inputs.identity)
+        schedule = inputs.schedule(config)
+        plan = make_plan(config, schedule)
+        finished = why_finished(state, plan, config) if state else None
+        _print_model(config, inputs)
+        _print_plan(config, inputs, plan)
+        if found:
+            print(f"resumes from {found}" + (f": {finished}" if finished else ""))
+        _print_first_step(config, inputs, schedule.step(1))
+    print("dry run: nothing was written")
+
+
+def _print_model(config: Config, inputs: Inputs) -> None:
+    model = build_model(inputs.base.arch, getattr(torch, config.model.dtype))
+    add_adapters(model, lora_settings(config))
+    trained = list(adapter_parameters(model).values())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    adapters = sum(p.numel() * p.element_size() for p in trained)
+    print(inputs.base.arch)
+    # each with a gradient and two moments of AdamW
+    print(
+        f"memory before activations: {weights / 1e9:.2f} GB of {config.model.dtype} weights, and "
+        f"{4 * adapters / 1e9:.2f} GB for {sum(p.numel() for p in trained):,} trained values, their gradients and "
+        "AdamW's moments"
+    )
+
+
+def _print_plan(config: Config, inputs: Inputs, plan: Plan) -> None:
+    train, optim, store = config.train, config.optim, inputs.store
+    tokens, trained = store.lengths.sum(), store.trained_counts.sum()
+    held_out = f"; {len(inputs.held_out)} rows are held out" if inputs.held_out else ""
+    print(f"rows: {len(store)} of {tokens:,} tokens, {trained:,} of them trained{held_out}")
+    micro_batches = train.batch_tokens // train.micro_batch_tokens
+    print(f"steps: {plan.steps}, each of {micro_batches} micro-batches of at most {train.micro_batch_tokens} tokens")
+    if inputs.held_out:
+        print(f"evaluations: before step 1, and after {_listed(plan.evaluates_after, plan.steps)}")
+    print(f"checkpoints: after {_listed(plan.saves_after, plan.steps)}")
+    highest = warmup_steps(optim, plan.steps) or 1
+    rates = [f"{learning_rate(n, plan.steps, optim):.3g} at step {n}" for n in (1, highest, plan.steps)]
+    print(f"learning rate: {', '.join(dict.fromkeys(rates))}")
+
+
+def _listed(is_due: Callable[[int], bool], steps: int) -> str:
+    due = [str(step) for step in range(1, steps + 1) if is_due(step)]
+    shown = due if len(due) <= 10 else [*due[:9], "...", due[-1]]
+    return f"step {', '.join(shown)}"
+
+
+def _print_first_step(config: Config, inputs: Inputs, step: list[np.ndarray]) -> None:
+    store = inputs.store
+    rows = step[0].tolist()
+    ids, trained = store.row(rows[0])
+    print(f"--- {store.locate(rows[0])}: {len(ids)} tokens, {trained.sum()} trained")
+    print(marked_text(load_tokenizer(config.model.path), ids, trained))
+    lengths = store.lengths[rows]
+    print(f"--- step 1, micro-batch 1 of {len(step)}: {len(rows)} rows, {lengths.sum()} tokens")
+    for row, start, length in zip(rows, np.cumsum(lengths) - lengths, lengths):
+        print(f"tokens {start} to {start + length - 1}: {store.locate(row)}, {length} tokens")

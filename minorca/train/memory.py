@@ -1,0 +1,44 @@
+"""What to do where a GPU's memory does not suffice."""
+
+import torch
+
+from minorca.config import Config
+from minorca.errors import UserError
+
+# what computes more again than each
+_RECOMPUTE_MORE = {"none": "selective", "selective": "full"}
+
+
+def out_of_memory(error: torch.OutOfMemoryError, config: Config, ranks: int) -> UserError:
+    """The error in a line: what was asked for and what is in use, as torch says it, and which settings to lower."""
+    remedies = []
+    if more := _RECOMPUTE_MORE.get(config.parallel.activation_checkpointing):
+        remedies.append(f"set parallel.activation_checkpointing to {more}, with which the same run resumes")
+    remedies.append(_shorter_batches(config))
+    if ranks > 1 and config.parallel.shard != "fsdp":
+        remedies.append("set parallel.shard to fsdp, with which the same run resumes")
+    return UserError(f"{_asked(error)} To need less, {', or '.join(remedies)}")
+
+
+def weights_do_not_fit(error: torch.OutOfMemoryError, ranks: int) -> UserError:
+    """The same for the weights alone."""
+    more = "set parallel.shard to fsdp" if ranks > 1 else "run on several GPUs with torchrun and parallel.shard fsdp"
+    return UserError(f"the model does not fit: {_asked(error)} To load it, {more}, or set parallel.cpu_offload")
+
+
+def _asked(error: torch.OutOfMemoryError) -> str:
+    # what follows is about the allocator
+    return str(error).partition(" Of the allocated")[0]
+
+
+def _shorter_batches(config: Config) -> str:
+    """Half of what a forward holds: of several rows in a micro-batch, or else of the longest row."""
+    train, data = config.train, config.data
+    size, longest = train.micro_batch_tokens, data.seq_len
+    if not data.packing or size == longest:
+        return f"lower data.seq_len from {longest} to {longest // 2}, and train.micro_batch_tokens with it"
+    lower = max(size // 2, longest)
+    advice = f"lower train.micro_batch_tokens from {size} to {lower}"
+    if train.batch_tokens % lower:
+        advice += f", and set train.batch_tokens, {train.batch_tokens}, to a multiple of it"
+    return f"{advice}, in a run with another train.output, which lora.init starts from a checkpoint of this one"

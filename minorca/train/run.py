@@ -1,0 +1,237 @@
+"""A whole run, top to bottom: what it starts from, its steps, and what it leaves."""
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from minorca.config import Config
+from minorca.config_file import write_config
+from minorca.errors import UserError
+from minorca.files.atomic import lock
+from minorca.signals import Terminated, signals_noted
+from minorca.train import checkpoint, metrics, parallel
+from minorca.train.best import Best
+from minorca.train.build import Learner, build
+from minorca.train.inputs import check_ranks_agree, read_inputs
+from minorca.train.loop import Run
+from minorca.train.memory import out_of_memory, weights_do_not_fit
+from minorca.train.plan import Plan, make_plan
+from minorca.train.profiling import profiled
+from minorca.train.ranks import World, init_distributed
+
+log = logging.getLogger("minorca.train")
+
+# what a disk reports that is full, lost, or not ours to write, under any of the files that a step writes
+DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    errno.EISDIR,
+}
+
+
+def train(config: Config, profile: bool = False) -> None:
+    """A whole run, from data to the saved adapter. Every rank calls it.
+
+    Raises:
+        UserError: whatever the user can fix, before a model is built where it can be known by then.
+        KeyboardInterrupt, Terminated: after SIGINT and SIGTERM, the step under way finished and saved.
+    """
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # documented, but missing from torch's annotations
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    with init_distributed(config.parallel.timeout) as world, contextlib.ExitStack() as stack:
+        try:
+            signum = _train(config, profile, world, stack)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, config, world.size) from error
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            raise UserError(
+                f"{error}; what was saved is intact, and the same command resumes from there", path=config.output
+            ) from error
+    if signum:
+        raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
+
+
+def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitStack) -> int | None:
+    """Returns the signal that ended the run early, the same on every rank; `stack` undoes what the run sets up."""
+    # 1. everything that can be refused, before memory is taken
+    world.set_status("reading the base model's files and the data")
+    metrics.import_wandb(config)
+    output = config.output
+    check_writable(output)
+    # a new output is created once nothing more can be refused
+    new_output = not output.is_dir()
+    if world.rank == 0 and not new_output:
+        stack.enter_context(output_lock(output))
+    inputs = read_inputs(config)
+
+    # 2. where an earlier run stopped, and what is left to do
+    found, state = find_earlier(config, inputs.identity)
+    resumed = state.step if state else 0
+    world.barrier_without_timeout("with the data read")
+    check_ranks_agree(config, inputs.identity, resumed, world)
+    adapter = output / "adapter"
+    schedule = inputs.schedule(config)
+    plan = make_plan(config, schedule)
+    finished = why_finished(state, plan, config) if state else None
+    if finished and adapter.is_dir():
+        log.info("%s: %s; nothing to do", output, finished)
+        return None
+
+    # 3. the model and its optimizer
+    world.set_status("loading the model")
+    try:
+        learner = build(config, inputs.base, world, resumed=state is not None)
+    except torch.OutOfMemoryError as error:
+        raise weights_do_not_fit(error, world.size) from error
+    world.barrier_without_timeout("with the model loaded")
+    log.info("%s", learner.model.arch)
+    log.info("%s; %d steps, %d rows", parallel.describe(learner.model, world), plan.steps, len(inputs.store))
+    if found and state:
+        best = _restore(found, state, learner, config, world)
+        for key, (before, after) in checkpoint.changes(state.run, inputs.identity).items():
+            log.info("%s: was %r up to step %d, is %r from here on", key, before, resumed, after)
+    else:
+        best = Best()
+        log.info("%s: no checkpoint; starting at step 1", output)
+
+    # 4. the record, on rank 0
+    record = None
+    if world.rank == 0:
+        if new_output:
+            stack.enter_context(_create_output(output))
+        checkpoint.sweep(output)
+        if state:
+            checkpoint.set_damaged_aside(state, config)
+        if not finished:
+            _set_adapter_aside(adapter, resumed)
+        write_config(config, output / "config.yaml")
+        record = metrics.Record(config, resumed, plan.steps)
+
+    # 5. the steps
+    noted = stack.enter_context(signals_noted())
+    if world.monitor:
+        world.monitor.noted = noted
+    after_step = stack.enter_context(profiled(output / "profile", world)) if profile else lambda: None
+    updates = state.updates if state else 0
+    run = Run(config, world, inputs, learner, plan, best, record, noted, resumed, updates)
+    run.loop(schedule.step, after_step)
+
+    # 6. the adapter, where other programs look for it
+    run.finish(output)
+    return run.stopped_by
+
+
+def check_writable(output: Path) -> None:
+    """Raises UserError where the output directory cannot be made or written to."""
+    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"is {output}, but {parent} is not a writable directory; choose another", field="train.output")
+
+
+def find_earlier(config: Config, identity: dict) -> tuple[Path | None, checkpoint.State | None]:
+    """The checkpoint that the run resumes from, and what it says; None where the run starts afresh.
+
+    Raises:
+        UserError: it cannot resume from there, or would write over a finished run.
+    """
+    found = checkpoint.find(config)
+    if not found and (config.output / "adapter").exists():
+        raise UserError(
+            "holds a finished run's adapter and no checkpoint; move it away, or choose another train.output",
+            path=config.output,
+        )
+    return found, checkpoint.read_state(found, identity, config) if found else None
+
+
+def why_finished(state: checkpoint.State, plan: Plan, config: Config) -> str | None:
+    """Why no step is left after a checkpoint's; None where one is.
+
+    Raises:
+        UserError: the checkpoint is of a step after the last.
+    """
+    if state.step > plan.steps:
+        key = "epochs" if config.train.steps is None else "steps"
+        raise UserError(
+            f"is {getattr(config.train, key):g}, a run of {plan.steps} steps, and its checkpoint is of step "
+            f"{state.step}; set it higher, or choose another train.output",
+            field=f"train.{key}",
+        )
+    if state.step == plan.steps:
+        return f"all {plan.steps} steps are done"
+    return state.best.why_stopped(config.train.early_stopping)
+
+
+def _set_adapter_aside(adapter: Path, resumed: int) -> None:
+    """Renames the adapter that an earlier end of this run wrote: it would say that the run is finished."""
+    if adapter.exists():
+        aside = adapter.with_name(f"adapter-before-step-{resumed + 1:08d}")
+        shutil.rmtree(aside, ignore_errors=True)
+        adapter.rename(aside)
+        log.info("%s: the run goes on; its adapter is now %s", adapter.parent, aside.name)
+
+
+def _restore(found: Path, state: checkpoint.State, learner: Learner, config: Config, world: World) -> Best:
+    """Fills what is trained and the optimizer; returns the best evaluation so far."""
+    checkpoint.load(found, state, learner.trainable, learner.optimizer)
+    log.info("resumed from %s, written by torch %s on %d ranks", found, state.torch, state.ranks)
+    threads = torch.get_num_threads()
+    if world.device.type == "cpu" and state.threads != threads:
+        log.warning(
+            "it was written with %d threads, this process has %d: sums round differently, losses agree to about 1e-6",
+            state.threads,
+            threads,
+        )
+    best = state.best
+    if not config.train.keep_best or best.step < 0:
+        return best
+    if (found / checkpoint.BEST).is_file():
+        best.tensors = checkpoint.load_best(found, learner.trainable) if world.rank == 0 else {}
+    elif best.step == state.step:
+        best.tensors = learner.trainable.snapshot(world)
+    else:
+        log.warning("the best adapter so far, of step %d, was not kept; the best from here on is", best.step)
+        best = Best(evaluated=best.evaluated)
+    return best
+
+
+@contextlib.contextmanager
+def _create_output(output: Path) -> Iterator[None]:
+    output.mkdir(parents=True, exist_ok=True)
+    with output_lock(output):
+        if checkpoint.published(output / "checkpoints"):
+            raise UserError("another run wrote here while this one was starting; start this one again", path=output)
+        yield
+
+
+@contextlib.contextmanager
+def output_lock(output: Path) -> Iterator[None]:
+    """Within it no other run can write to the output directory."""
+    path = output / ".lock"
+    file = lock(path)
+    if file is None:
+        holder = path.read_text().strip() or "which has just started"
+        raise UserError(
+            f"is {output}, where another run writes ({holder}); wait for it, or choose another train.output",
+            field="train.output",
+        )
+    with file:
+        yield
