@@ -38,6 +38,27 @@ _OUTSIDE_LAYERS = {
 }
 
 
+# parts of names in files that say how a module was wrapped: by a compiler, FSDP, activation checkpointing, PEFT
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
+# prefix: what stands in its place. Data parallelism, PEFT, models of text and images, models in a larger module
+_PREFIXES = {
+    "module.": "",
+    "base_model.model.": "",
+    "language_model.": "",
+    "model.language_model.": "model.",
+    "model.model.": "model.",
+    "model.lm_head.": "lm_head.",
+}
+
+
+def unwrapped_name(name: str) -> str:
+    """A tensor's name in files without what wrappers of the model or its modules added to it."""
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    while prefix := next(filter(name.startswith, _PREFIXES), None):
+        name = _PREFIXES[prefix] + name.removeprefix(prefix)
+    return name
+
+
 @dataclass(frozen=True)
 class ProjectionSpec:
     """One projection of a layer, y [T, out] = x [T, in] W^T, as rows [start, stop) of a stacked one."""
