@@ -146,27 +146,6 @@ def open_safetensors(path: Path):
     return handle
 
 
-def open_exactly(path: Path, shapes: dict[str, tuple[int, ...]]):
-    """A safetensors file, opened, once it is sure to hold exactly these tensors, of floating point.
-
-    Raises:
-        UserError: a tensor that is missing, unexpected or of another shape or type; names file and key.
-    """
-    file = open_safetensors(path)
-    keys = set(file.keys())
-    for name in sorted(keys ^ set(shapes)):
-        problem = "unexpected" if name in keys else "missing"
-        raise UserError(f"{problem} tensor {name}; was it made for another model?", path=path)
-    for name, shape in shapes.items():
-        tensor = file.get_slice(name)
-        if tensor.get_dtype() not in FLOATS:
-            raise UserError(f"is {tensor.get_dtype()}; expected a floating-point type", path=path, field=name)
-        if tuple(tensor.get_shape()) != shape:
-            message = f"has shape {tensor.get_shape()}; expected {list(shape)}; was it made for another model?"
-            raise UserError(message, path=path, field=name)
-    return file
-
-
 def _check_download(path: Path) -> None:
     """Raises UserError where a file is what a failed download often leaves instead of weights."""
     head = path.open("rb").read(64) if path.is_file() else b""
@@ -243,11 +222,13 @@ def open_tensors(path: Path):
 
 
 class TensorFiles:
-    """The tensors of a model's directory, by name, each in exactly one file."""
+    """The tensors of several files, by name, each in exactly one of them.
 
-    def __init__(self, directory: Path):
-        self.directory = directory
-        files, index = _weight_files(directory)
+    Args:
+        index: which file each tensor is in, where another file says so.
+    """
+
+    def __init__(self, files: list[Path], index: dict[str, Path] | None = None):
         self._handles = {path: open_tensors(path) for path in files}
         self.files: dict[str, Path] = {}
         for path, handle in self._handles.items():
@@ -280,6 +261,24 @@ class TensorFiles:
         self._stored = {new: self._stored[name] for new, name in stored.items()}
         return sum(new != name for new, name in stored.items())
 
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Checks that the files hold exactly these tensors, of floating point.
+
+        Raises:
+            UserError: a tensor that is missing, unexpected or of another shape or type; names file and key.
+        """
+        path = next(iter(self._handles))
+        for name in sorted(self.files.keys() ^ shapes.keys()):
+            problem = "unexpected" if name in self.files else "missing"
+            raise UserError(f"{problem} tensor {name}; was it made for another model?", path=self.files.get(name, path))
+        for name, shape in shapes.items():
+            if self.dtype(name) not in FLOATS:
+                message = f"is {self.dtype(name)}; expected a floating-point type"
+                raise UserError(message, path=self.files[name], field=name)
+            if self.shape(name) != shape:
+                message = f"has shape {list(self.shape(name))}; expected {list(shape)}; was it made for another model?"
+                raise UserError(message, path=self.files[name], field=name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         handle, name = self._handles[self.files[name]], self._stored[name]
         return tuple(handle[name].shape if isinstance(handle, dict) else handle.get_slice(name).get_shape())
@@ -297,3 +296,15 @@ class TensorFiles:
         """Rows [start, stop) of a tensor."""
         handle, name = self._handles[self.files[name]], self._stored[name]
         return handle[name][start:stop] if isinstance(handle, dict) else handle.get_slice(name)[start:stop]
+
+
+def open_weights(directory: Path) -> TensorFiles:
+    """The tensors of a model's directory."""
+    return TensorFiles(*_weight_files(directory))
+
+
+def open_exactly(path: Path, shapes: dict[str, tuple[int, ...]]) -> TensorFiles:
+    """A file of exactly these tensors; errors as `TensorFiles.check`."""
+    files = TensorFiles([path])
+    files.check(shapes)
+    return files

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minorca.errors import UserError
-from minorca.files.tensor_files import FLOATS, TensorFiles
+from minorca.files.tensor_files import FLOATS, TensorFiles, open_weights
 from minorca.model.architecture import Architecture, model_directory, read_architecture
 from minorca.model.layout import SourceTensor, outside_name, source_tensors, unwrapped_name
 from minorca.model.network import RMSNorm
@@ -63,14 +63,14 @@ def open_model(path: str | Path) -> ModelFiles:
     """
     directory = model_directory(path)
     arch = read_architecture(directory)
-    files = TensorFiles(directory)
+    files = open_weights(directory)
     # compared before a table of all their tensors is made
     if arch.layers > len(files.files):
         raise UserError(
             f"holds {len(files.files)} tensors; the configuration says {arch.layers} layers of nine each",
             path=directory,
         )
-    _unwrap_names(files)
+    _unwrap_names(files, directory)
     layout = "mistral" if outside_name("embedding", "mistral") in files.files else "huggingface"
     tensors = source_tensors(arch, layout)
     expected = {tensor.name: tensor for stacked in tensors.values() for tensor in stacked}
@@ -93,7 +93,7 @@ def open_model(path: str | Path) -> ModelFiles:
     return ModelFiles(directory, arch, files, tensors)
 
 
-def _unwrap_names(files: TensorFiles) -> None:
+def _unwrap_names(files: TensorFiles, directory: Path) -> None:
     """Names the tensors as the network does, where they were saved from within another module."""
     for name, file in files.files.items():
         if "lora_" in name:
@@ -109,7 +109,7 @@ def _unwrap_names(files: TensorFiles) -> None:
         example = example or "embed_tokens.weight"
         renamed += files.rename(lambda name: name if name.startswith("lm_head.") else f"model.{name}")
     if example:
-        log.info("%s: read without the prefixes of %d names, such as that of %s", files.directory, renamed, example)
+        log.info("%s: read without the prefixes of %d names, such as that of %s", directory, renamed, example)
 
 
 def _check_unexpected(files: TensorFiles, name: str, arch: Architecture, layout: str) -> None:

@@ -88,11 +88,24 @@ class ProjectionSpec:
         return f"base_model.model.model.layers.{layer}.{self.huggingface_name}.lora_{matrix}.weight"
 
 
-def target_of(peft_name: str) -> str | None:
-    """The projection that a tensor of PEFT's files belongs to; None for other tensors."""
-    match = re.fullmatch(r"base_model\.model\.model\.layers\.\d+\.(.+)\.lora_[AB]\.weight", peft_name)
-    names = {huggingface_name: name for name, (_, huggingface_name, _) in _PROJECTIONS.items()}
-    return names.get(match[1]) if match else None
+def plain_peft_name(name: str) -> str:
+    """The name that `ProjectionSpec.peft_name` gives an adapter's matrix, which files may also call after the adapter
+    (lora_A.default.weight) or a wrapper; other names stay as they are.
+    """
+    match = re.fullmatch(r"(?:model\.)?(layers\..+)\.lora_([AB])(?:\.[^.]+)?\.weight", unwrapped_name(name))
+    return f"base_model.model.model.{match[1]}.lora_{match[2]}.weight" if match else name
+
+
+def adapted_by(peft_name: str) -> tuple[int, Target] | None:
+    """The layer and the projection that a tensor of PEFT's files acts on; None for other tensors."""
+    match = re.fullmatch(r"base_model\.model\.model\.layers\.(\d{1,9})\.(.+)\.lora_[AB]\.weight", peft_name)
+    names: dict[str, Target] = {huggingface_name: name for name, (_, huggingface_name, _) in _PROJECTIONS.items()}
+    return (int(match[1]), names[match[2]]) if match and match[2] in names else None
+
+
+def module_name(layer: int, projection: Target) -> str:
+    """Hugging Face's name of a layer's projection."""
+    return f"model.layers.{layer}.{_PROJECTIONS[projection][1]}"
 
 
 @dataclass(frozen=True)
