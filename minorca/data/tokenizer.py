@@ -328,27 +328,21 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, file: Path, settings: dict) -> 
     """Adds the tokens that only the files beside tokenizer.json name, as transformers does."""
     for source, i, token in added_tokens(file.parent, settings):
         is_new = tokenizer.token_to_id(token.content) is None
-        # of a token that is not new, properties may change
-        tokenizer.add_tokens([token])
+        # added_tokens.json knows no properties, so those of a token that is not new stay
+        if is_new or source.name != "added_tokens.json":
+            tokenizer.add_tokens([token])
         if is_new and (found := tokenizer.token_to_id(token.content)) != i:
             raise UserError(
                 f"{quote(token.content)} has id {i}, but the next free id of {file.name} is {found}; "
                 f"give added tokens the ids from there on",
                 path=source,
             )
-    named = [name for name in special_names(settings) if name not in _added(tokenizer)]
-    tokenizer.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in named])
     # transformers saves what it took from added_tokens.json as not special, <|im_start|> among it, and text could forge
     # a token that is not special.
-    bos_eos = [content(settings.get(key)) for key in ("bos_token", "eos_token")]
-    added = _added(tokenizer)
-    for name in filter(None, (*bos_eos, *CHATML_TOKENS)):
-        if tokenizer.token_to_id(name) is not None:
-            tokenizer.add_special_tokens([added.get(name, tokenizers.AddedToken(name, normalized=False))])
-
-
-def _added(tokenizer: tokenizers.Tokenizer) -> dict[str, tokenizers.AddedToken]:
-    return {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    known = [content(settings.get("bos_token")), content(settings.get("eos_token")), *CHATML_TOKENS]
+    names = [name for name in known if name and tokenizer.token_to_id(name) is not None] + special_names(settings)
+    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_special_tokens([added.get(name, tokenizers.AddedToken(name, normalized=False)) for name in names])
 
 
 def _max_growth(part: Any) -> int:

@@ -36,6 +36,8 @@ CHATML = "<|im_start|>user\nSee [INST] fox<|im_end|>\n<|im_start|>assistant\nthe
             {},
         ),
         ({"pad_token": "[PAD]"}, {"added_tokens": {"<tool>": NEXT}}),
+        ({"pad_token": "⟨word⟩"}, {}),
+        ({}, {"added_tokens": {"<unk>": 0, "⟨word⟩": 294}}),
         ({}, {"special_tokens_map": {"pad_token": "[PAD]"}}),
         ({"pad_token": "<unk>"}, {"added_tokens": {"<s>": 1, "<unk>": 0}}),
     ],
