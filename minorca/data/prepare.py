@@ -36,7 +36,10 @@ MODEL_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "tekken.json",
     "config.json",
+    "params.json",
     "generation_config.json",
 )
 SETTINGS = ("limit", "seq_len", "train_on", "too_long", "empty_response", "bad_rows")
@@ -77,13 +80,14 @@ def _cache() -> Path:
 
 def _fingerprint(readers: list[SourceReader], tok: Tokenizer, template: str, data: DataConfig) -> str:
     """The name of the directory: a hash of everything that determines the rows."""
-    files = [*tok.path.glob("tokenizer*"), *(tok.path / name for name in MODEL_FILES)]
+    patterns = ("tokenizer*", "additional_chat_templates/*.jinja", *MODEL_FILES)
+    files = [file for pattern in patterns for file in tok.path.glob(pattern)]
     key = {
         "format": FORMAT,
         "renderer": RENDERER_VERSION,
         "libraries": [importlib.metadata.version(library) for library in LIBRARIES],
         "sources": [reader.identity() for reader in readers],
-        "tokenizer": {path.name: sha256(path) for path in files if path.is_file()},
+        "tokenizer": {str(path.relative_to(tok.path)): sha256(path) for path in files if path.is_file()},
         "template": template,
         "settings": {name: getattr(data, name) for name in SETTINGS},
     }

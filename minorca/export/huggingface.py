@@ -97,18 +97,19 @@ def _merge(arch: Architecture, adapter: str | Path) -> Callable[[str, Tensor], T
     add_adapters(model, settings)
     file = open_adapter(adapter, adapter_parameters(model))
     updates = {
-        part.tensor_name(layer, "huggingface"): (part.peft_name(layer, "A"), part.peft_name(layer, "B"))
+        part.tensor_name(layer, "huggingface"): (part.peft_name(layer, "A"), part.peft_name(layer, "B"), chosen.scale)
         for layer in range(arch.layers)
         for parts in projections(arch).values()
         for part in parts
-        if part.name in settings.targets
+        if (chosen := settings.part(layer, part.name))
     }
 
     def merge(name: str, weight: Tensor) -> Tensor:
         if name not in updates:
             return weight
-        a, b = (file.get_tensor(matrix).float() for matrix in updates[name])
-        return weight.float().add_(b @ a, alpha=settings.scale).to(weight.dtype)
+        *matrices, scale = updates[name]
+        a, b = (file.read(matrix, 0, file.shape(matrix)[0]).float() for matrix in matrices)
+        return weight.float().add_(b @ a, alpha=scale).to(weight.dtype)
 
     return merge
 

@@ -1,18 +1,20 @@
 """PEFT's files for LoRA adapters. The format is that of PEFT's checkpoint guide."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minorca.errors import UserError
+from minorca.errors import UserError, raise_problems
 from minorca.files.safe_io import find_file, quote, read_json
-from minorca.files.tensor_files import open_exactly, open_safetensors
+from minorca.files.tensor_files import TensorFiles
 from minorca.model.architecture import MAX_NUMBER, MAX_SIZE
-from minorca.model.layout import TARGETS, target_of
-from minorca.model.lora import LoRASettings, adapter_parameters
+from minorca.model.layout import TARGETS, Target, adapted_by, module_name, plain_peft_name
+from minorca.model.lora import LoRASettings, PartSettings, adapter_parameters, lora_scale
 from minorca.model.network import Mistral
 from minorca_kernels import fill_rows
 
@@ -43,21 +45,33 @@ def save_adapter(directory: Path, tensors: dict[str, Tensor], settings: LoRASett
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+MERGE = "merge the adapter in PEFT first (merge_and_unload, then save_pretrained), and give the result as the model"
 # fields of adapter_config.json that change what an adapter computes, beyond what this engine does
 _UNSUPPORTED = (
     "use_dora",
     "fan_in_fan_out",
     "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
     "modules_to_save",
-    "layers_to_transform",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
     "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "velora_config",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
 )
+# There is a pattern for each projection at most: Mistral Large has 616.
+MAX_PATTERNS = 10_000
+MAX_PATTERN_CHARACTERS = 1000
 
 
 def read_adapter_settings(directory: str | Path) -> LoRASettings:
     """The settings of an adapter in PEFT's format; refuses what this engine would compute differently.
+
+    Which projections have an adapter is what the tensors say, however target_modules and its like spell it.
 
     Raises:
         UserError: naming the file and field.
@@ -66,67 +80,135 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
     path = find_file(directory, "adapter_config.json")
     if path is None:
         raise UserError("no adapter_config.json; expected an adapter's directory in PEFT's format", path=directory)
-    config = read_json(path)
-
-    def refuse(field: str, expected: str) -> NoReturn:
-        raise UserError(f"is {quote(config.get(field))}; {expected}", path=path, field=field)
-
+    fields = _Config(path)
+    config = fields.values
     if config.get("peft_type") != "LORA":
-        refuse("peft_type", "expected LORA")
+        fields.refuse("peft_type", "expected LORA")
     if config.get("bias", "none") != "none":
-        refuse("bias", "expected none")
-    for field in _UNSUPPORTED:
-        if config.get(field):
-            refuse(field, "which is not supported")
+        fields.refuse("bias", f"expected none; {MERGE}")
+    raise_problems(
+        UserError(f"is {quote(config[field])}, which is not supported; {MERGE}", path=path, field=field)
+        for field in _UNSUPPORTED
+        if config.get(field)
+    )
     # the others change the base's weights too
-    if config.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal"):
-        refuse("init_lora_weights", "convert the adapter to a plain one with PEFT first")
-    rank = config.get("r")
-    alpha = config.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank <= MAX_SIZE:
-        refuse("r", f"expected a positive integer of at most {MAX_SIZE}")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= MAX_NUMBER:
-        refuse("lora_alpha", f"expected a number of at most {MAX_NUMBER}")
-    return LoRASettings(rank, alpha, _targets_in(directory), rslora=bool(config.get("use_rslora")))
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal", "eva"):
+        fields.refuse("init_lora_weights", "convert the adapter to a plain one with PEFT first")
+    rank = fields.rank("r", config.get("r"))
+    alpha = fields.alpha("lora_alpha", config.get("lora_alpha"))
+    rslora = bool(config.get("use_rslora"))
+    places = {module_name(layer, target): (layer, target) for layer, target in _adapted(directory)}
+    targets = tuple(target for target in TARGETS if any(target == name for _, name in places.values()))
+    ranks = fields.by_module("rank_pattern", list(places), rank, fields.rank)
+    alphas = fields.by_module("alpha_pattern", list(places), alpha, fields.alpha)
+    settings = LoRASettings(rank, alpha, targets, rslora=rslora, partial=_chooses_layers(config))
+    parts = {
+        place: PartSettings(ranks[name], lora_scale(ranks[name], alphas[name], rslora))
+        for name, place in places.items()
+    }
+    return replace(settings, parts={place: part for place, part in parts.items() if part != settings.part(*place)})
+
+
+class _Config:
+    """adapter_config.json, with errors that name the field."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.values = read_json(path)
+
+    def refuse(self, field: str, expected: str) -> NoReturn:
+        raise UserError(f"is {quote(self.values.get(field))}; {expected}", path=self.path, field=field)
+
+    def rank(self, field: str, value: Any) -> int:
+        if type(value) is not int or not 0 < value <= MAX_SIZE:
+            self.refuse(field, f"expected a positive integer of at most {MAX_SIZE}")
+        return value
+
+    def alpha(self, field: str, value: Any) -> float:
+        if type(value) not in (int, float) or not abs(value) <= MAX_NUMBER:
+            self.refuse(field, f"expected a number of at most {MAX_NUMBER}")
+        return value
+
+    def by_module(self, field: str, modules: list[str], default: Any, check: Callable[[str, Any], Any]) -> dict:
+        """Module -> its rank or alpha: of the first of the field's patterns that matches the end of its name."""
+        values = self.values.get(field) or {}
+        if not isinstance(values, dict) or len(values) > MAX_PATTERNS:
+            self.refuse(field, f"expected an object of at most {MAX_PATTERNS} names or patterns of modules")
+        chosen = dict.fromkeys(modules, default)
+        for pattern, value in reversed(values.items()):
+            check(field, value)
+            chosen |= dict.fromkeys(self._matching(field, modules, pattern), value)
+        return chosen
+
+    def _matching(self, field: str, modules: list[str], pattern: str) -> list[str]:
+        """Arrow's expressions take linear time, whoever wrote them; Python's may take for ever."""
+        import pyarrow
+        from pyarrow import compute
+
+        try:
+            if len(pattern) > MAX_PATTERN_CHARACTERS:
+                raise ValueError
+            # PEFT's rule (utils/other.py, get_pattern_key)
+            options = compute.MatchSubstringOptions(rf"^(.*\.)?({pattern})$")
+            matches = compute.call_function("match_substring_regex", [pyarrow.array(modules)], options)
+        except ValueError:
+            self.refuse(field, f"expected names of modules or regular expressions, got {quote(pattern)}")
+        return [module for module, is_match in zip(modules, matches.to_pylist()) if is_match]
+
+
+def _chooses_layers(config: dict) -> bool:
+    """Whether the settings may leave out layers: else an adapter without some of the model's is another model's."""
+    targets = config.get("target_modules")
+    if isinstance(targets, str):
+        return targets != "all-linear"
+    dotted = isinstance(targets, list) and any("." in str(target) for target in targets)
+    return dotted or config.get("layers_to_transform") is not None or bool(config.get("exclude_modules"))
 
 
 def adapter_file(directory: Path) -> Path:
     """PEFT's tensor file in an adapter's directory."""
-    path = find_file(directory, "adapter_model.safetensors")
+    names = ("adapter_model.safetensors", "adapter_model.bin")
+    path = next(filter(None, (find_file(directory, name) for name in names)), None)
     if path is None:
-        raise UserError("no adapter_model.safetensors", path=directory)
+        raise UserError(f"no {names[0]} or {names[1]}", path=directory)
     return path
 
 
-def _targets_in(directory: Path) -> tuple[str, ...]:
-    """The targets that an adapter's tensors name: what was trained, however target_modules spells it (list or
-    pattern).
-    """
-    path = adapter_file(directory)
-    found = set()
-    for key in open_safetensors(path).keys():  # noqa: SIM118  (a file, not a dict)
-        target = target_of(key)
-        if target is None:
-            expected = "LoRA tensors of a Mistral network's projections"
-            raise UserError(f"unexpected tensor {key}; expected {expected}", path=path)
-        found.add(target)
-    return tuple(target for target in TARGETS if target in found)
+def _open_tensors(directory: Path) -> TensorFiles:
+    files = TensorFiles([adapter_file(directory)])
+    files.rename(plain_peft_name)
+    return files
 
 
-def open_adapter(directory: str | Path, expected: dict[str, nn.Parameter]):
+def _adapted(directory: Path) -> list[tuple[int, Target]]:
+    """The layers and projections that an adapter's tensors act on."""
+    files = _open_tensors(directory)
+    places = {name: adapted_by(name) for name in files.files}
+    for name, place in places.items():
+        if place is None:
+            raise UserError(
+                f"unexpected tensor {name}; expected LoRA tensors of a Mistral network's projections; {MERGE}",
+                path=files.files[name],
+            )
+    if not places:
+        raise UserError("holds no tensors", path=adapter_file(directory))
+    return sorted({place for place in places.values() if place})
+
+
+def open_adapter(directory: str | Path, expected: dict[str, nn.Parameter]) -> TensorFiles:
     """PEFT's tensor file, opened, once it is sure to hold exactly the tensors of `expected` (`adapter_parameters`).
 
     Raises:
-        UserError: as `open_exactly`.
+        UserError: as `TensorFiles.check`.
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in expected.items()}
-    return open_exactly(adapter_file(Path(directory)), shapes)
+    files = _open_tensors(Path(directory))
+    files.check({name: tuple(parameter.shape) for name, parameter in expected.items()})
+    return files
 
 
 def load_adapter(model: Mistral, directory: str | Path) -> None:
     """Fills a model's adapters, sharded or not, from PEFT's file; errors as `open_adapter`."""
     parameters = adapter_parameters(model)
-    file = open_adapter(directory, parameters)
+    files = open_adapter(directory, parameters)
     for name, parameter in parameters.items():
-        rows = file.get_slice(name)
-        fill_rows(parameter, lambda start, stop, rows=rows: rows[start:stop])
+        fill_rows(parameter, lambda start, stop, name=name: files.read(name, start, stop))

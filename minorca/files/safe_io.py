@@ -42,9 +42,11 @@ def find_file(directory: Path, name: str) -> Path | None:
         home = directory.resolve()
         target = path.resolve()
         allowed = [home]
-        cache = home.parent.parent
-        if home.parent.name == "snapshots" and cache.name.startswith("models--"):
-            allowed.append(cache / "blobs")
+        # the directory itself, or one in it
+        for snapshot in (home, home.parent):
+            cache = snapshot.parent.parent
+            if snapshot.parent.name == "snapshots" and cache.name.startswith("models--"):
+                allowed.append(cache / "blobs")
         if not any(target.is_relative_to(root) for root in allowed):
             raise UserError(
                 f"is a symbolic link to {target}, outside its directory, which is not followed; copy the file instead",
@@ -59,6 +61,12 @@ def find_file(directory: Path, name: str) -> Path | None:
     if not stat.S_ISREG(mode):
         raise UserError("expected a regular file, got a directory, pipe or device", path=path)
     return path
+
+
+def find_directory(directory: Path, name: str) -> Path | None:
+    """A directory in a directory, or None if there is none, or one that a symbolic link places elsewhere."""
+    path = directory / name
+    return path if path.is_dir() and path.resolve() == directory.resolve() / name else None
 
 
 def read_small(path: Path, max_bytes: int) -> bytes:

@@ -1,11 +1,14 @@
-"""Files of tensors that anybody may have made: safetensors, and pickled `.bin` files read without running code.
+"""Files of tensors that anybody may have made: safetensors, and pickled `.bin` or `.pth`, read without running code.
 
-All are memory-mapped; a row is read when it is asked for.
+All are memory-mapped, except for files from before PyTorch 1.6; a row is read when it is asked for.
 """
 
+import io
 import pickle
 import pickletools
+import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,6 +33,11 @@ PICKLED_NAMES |= {
 }
 # the last two are refused later, by name
 PICKLED_NAMES |= {"torch.storage UntypedStorage", "torch float8_e4m3fn", "torch float8_e5m2"}
+# the first bytes of a file that `torch.save` wrote before PyTorch 1.6: its magic number, pickled
+OLD_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+# such a file: the magic number, a version, the sizes of C's types, the dictionary of tensors, the names of its storages
+OLD_PICKLES = 5
+OLD_TENSORS = 3
 FORBIDDEN_OPCODES = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"}
 
 
@@ -57,31 +65,67 @@ def _shard(directory: Path, name: str, index: Path, suffix: str) -> Path:
     return path
 
 
+# a model's weights in one file, by precedence; instead there may be an index of several, or files numbered without one
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "consolidated.safetensors", "consolidated.00.pth")
+
+
 def _weight_files(directory: Path) -> tuple[list[Path], dict[str, Path] | None]:
     """The files that hold a model's weights and, where there is an index, which file each tensor is in."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in WEIGHT_FILES:
         if single := find_file(directory, name):
-            return [single], None
+            return _one_of_one(single), None
         if index := find_file(directory, f"{name}.index.json"):
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise UserError("expected an object weight_map from tensor to file", path=index)
-            _check_names(index, weight_map)
-            for shard in weight_map.values():
-                if not isinstance(shard, str):
-                    raise UserError(f"names the file {quote(shard)}; expected text", path=index)
-            shards = {
-                shard: _shard(directory, shard, index, Path(name).suffix)
-                for shard in dict.fromkeys(weight_map.values())
-            }
-            return sorted(shards.values()), {key: shards[shard] for key, shard in weight_map.items()}
-    if single := find_file(directory, "consolidated.safetensors"):
-        return [single], None
+            return _indexed_files(directory, index, Path(name).suffix)
+        if numbered := _numbered_files(directory, name):
+            return numbered, None
+    suffixes = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack")
+    found = sorted(file.name for file in directory.iterdir() if file.suffix in suffixes and file.name.isprintable())
+    more = f"; found {', '.join(found[:5])}, which is not read under that name" if found else ""
     raise UserError(
         "no weights; expected model.safetensors, model.safetensors.index.json with its shards, "
-        "consolidated.safetensors, or pytorch_model*.bin",
+        f"consolidated.safetensors, consolidated.00.pth or pytorch_model*.bin{more}",
         path=directory,
     )
+
+
+def _one_of_one(path: Path) -> list[Path]:
+    """The file, unless it is a part of tensors that were split over processes, as consolidated.01.pth beside it is."""
+    if path.suffix == ".pth" and find_file(path.parent, "consolidated.01.pth"):
+        raise UserError(
+            "is one of several parts of tensors that were split for tensor parallelism; convert them to Hugging Face's "
+            "layout first (transformers' convert_mistral_weights_to_hf.py)",
+            path=path,
+        )
+    return [path]
+
+
+def _indexed_files(directory: Path, index: Path, suffix: str) -> tuple[list[Path], dict[str, Path]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError("expected an object weight_map from tensor to file", path=index)
+    _check_names(index, weight_map)
+    for shard in weight_map.values():
+        if not isinstance(shard, str):
+            raise UserError(f"names the file {quote(shard)}; expected text", path=index)
+    shards = {shard: _shard(directory, shard, index, suffix) for shard in dict.fromkeys(weight_map.values())}
+    return sorted(shards.values()), {key: shards[shard] for key, shard in weight_map.items()}
+
+
+def _numbered_files(directory: Path, name: str) -> list[Path]:
+    """model-00001-of-00003.safetensors and so on, without an index: all of them, or none."""
+    stem, suffix = Path(name).stem, Path(name).suffix
+    pattern = re.compile(rf"{re.escape(stem)}-(\d{{5}})-of-(\d{{5}}){re.escape(suffix)}")
+    found = {match[0]: match for file in directory.iterdir() if (match := pattern.fullmatch(file.name))}
+    totals = sorted({match[2] for match in found.values()})
+    if not found:
+        return []
+    names = [f"{stem}-{number:05d}-of-{totals[0]}{suffix}" for number in range(1, len(found) + 1)]
+    if len(totals) > 1 or int(totals[0]) != len(found) or set(names) != set(found):
+        raise UserError(
+            f"{', '.join(sorted(found)[:5])}: expected each of {totals[-1]} files once; is the download complete?",
+            path=directory,
+        )
+    return [path for path in (find_file(directory, name) for name in names) if path]
 
 
 def open_safetensors(path: Path):
@@ -102,27 +146,6 @@ def open_safetensors(path: Path):
     return handle
 
 
-def open_exactly(path: Path, shapes: dict[str, tuple[int, ...]]):
-    """A safetensors file, opened, once it is sure to hold exactly these tensors, of floating point.
-
-    Raises:
-        UserError: a tensor that is missing, unexpected or of another shape or type; names file and key.
-    """
-    file = open_safetensors(path)
-    keys = set(file.keys())
-    for name in sorted(keys ^ set(shapes)):
-        problem = "unexpected" if name in keys else "missing"
-        raise UserError(f"{problem} tensor {name}; was it made for another model?", path=path)
-    for name, shape in shapes.items():
-        tensor = file.get_slice(name)
-        if tensor.get_dtype() not in FLOATS:
-            raise UserError(f"is {tensor.get_dtype()}; expected a floating-point type", path=path, field=name)
-        if tuple(tensor.get_shape()) != shape:
-            message = f"has shape {tensor.get_shape()}; expected {list(shape)}; was it made for another model?"
-            raise UserError(message, path=path, field=name)
-    return file
-
-
 def _check_download(path: Path) -> None:
     """Raises UserError where a file is what a failed download often leaves instead of weights."""
     head = path.open("rb").read(64) if path.is_file() else b""
@@ -132,29 +155,45 @@ def _check_download(path: Path) -> None:
         raise UserError("is a web page, not weights; the download went wrong", path=path)
 
 
-def _check_pickle(path: Path) -> None:
-    """Raises UnpicklingError where a .bin needs more than a dictionary of plain tensors.
+def _check_pickle(path: Path) -> bool:
+    """Raises UnpicklingError where a .bin needs more than a dictionary of plain tensors; returns whether it is a zip.
 
     PyTorch runs no code either, but allocates what the pickle asks for (bytearray(10**12), or a record that unpacks to
     a thousand times its size).
     """
+    with path.open("rb") as file:
+        head = file.read(MAX_HEADER_BYTES) if file.read(len(OLD_PICKLE)) == OLD_PICKLE else None
+    if head is not None:
+        stream = io.BytesIO(OLD_PICKLE + head)
+        for number in range(OLD_PICKLES):
+            _check_opcodes(stream, path.stat().st_size if number == OLD_TENSORS else None)
+        return False
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
             is_pickle = record.filename.endswith("data.pkl")
             if record.compress_type != zipfile.ZIP_STORED or (is_pickle and record.file_size > MAX_HEADER_BYTES):
                 raise pickle.UnpicklingError
-            for opcode, argument, _ in pickletools.genops(archive.read(record)) if is_pickle else ():
-                if opcode.name in FORBIDDEN_OPCODES or opcode.name.startswith("EXT"):
-                    raise pickle.UnpicklingError
-                if opcode.name == "GLOBAL" and argument not in PICKLED_NAMES:
-                    raise pickle.UnpicklingError
+            if is_pickle:
+                _check_opcodes(io.BytesIO(archive.read(record)))
+    return True
+
+
+def _check_opcodes(stream: io.BytesIO, largest: int | None = None) -> None:
+    """Reads one pickle's instructions. `largest`: of its integers, which are sizes of memory in old files."""
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name in FORBIDDEN_OPCODES or opcode.name.startswith("EXT"):
+            raise pickle.UnpicklingError
+        if opcode.name == "GLOBAL" and argument not in PICKLED_NAMES:
+            raise pickle.UnpicklingError
+        if largest is not None and isinstance(argument, int) and abs(argument) > largest:
+            raise pickle.UnpicklingError
 
 
 def _open_bin(path: Path) -> dict[str, Tensor]:
-    """A pickled state dict, read without running code and without reading the data yet (memory-mapped)."""
+    """A pickled state dict, read without running code and, if it is a zip file, without reading the data yet."""
     try:
-        _check_pickle(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        is_zip = _check_pickle(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     # torch's own message explains how to run the code
     except pickle.UnpicklingError:
         raise UserError(
@@ -177,13 +216,20 @@ def _open_bin(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-class TensorFiles:
-    """The tensors of a model's directory, by name, each in exactly one file."""
+def open_tensors(path: Path):
+    """A file of tensors: `open_safetensors`, or a dictionary for pickled files, none of whose code runs."""
+    return open_safetensors(path) if path.suffix == ".safetensors" else _open_bin(path)
 
-    def __init__(self, directory: Path):
-        self.directory = directory
-        files, index = _weight_files(directory)
-        self._handles = {path: _open_bin(path) if path.suffix == ".bin" else open_safetensors(path) for path in files}
+
+class TensorFiles:
+    """The tensors of several files, by name, each in exactly one of them.
+
+    Args:
+        index: which file each tensor is in, where another file says so.
+    """
+
+    def __init__(self, files: list[Path], index: dict[str, Path] | None = None):
+        self._handles = {path: open_tensors(path) for path in files}
         self.files: dict[str, Path] = {}
         for path, handle in self._handles.items():
             for name in handle.keys():  # noqa: SIM118  (a file, not a dict)
@@ -197,12 +243,48 @@ class TensorFiles:
             name = unexpected[0]
             raise UserError(f"unexpected tensor {name}, which the index does not name", path=self.files[name])
 
+        # the names that the tensors have in the files
+        self._stored = {name: name for name in self.files}
+
+    def rename(self, new_name: Callable[[str], str]) -> int:
+        """Gives every tensor the name that the function makes of its own; returns how many were changed.
+
+        Raises:
+            UserError: two tensors of one name.
+        """
+        stored: dict[str, str] = {}
+        for name in self.files:
+            if (new := new_name(name)) in stored:
+                raise UserError(f"{stored[new]} and {name} are both {new}; remove one", path=self.files[name])
+            stored[new] = name
+        self.files = {new: self.files[name] for new, name in stored.items()}
+        self._stored = {new: self._stored[name] for new, name in stored.items()}
+        return sum(new != name for new, name in stored.items())
+
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Checks that the files hold exactly these tensors, of floating point.
+
+        Raises:
+            UserError: a tensor that is missing, unexpected or of another shape or type; names file and key.
+        """
+        path = next(iter(self._handles))
+        for name in sorted(self.files.keys() ^ shapes.keys()):
+            problem = "unexpected" if name in self.files else "missing"
+            raise UserError(f"{problem} tensor {name}; was it made for another model?", path=self.files.get(name, path))
+        for name, shape in shapes.items():
+            if self.dtype(name) not in FLOATS:
+                message = f"is {self.dtype(name)}; expected a floating-point type"
+                raise UserError(message, path=self.files[name], field=name)
+            if self.shape(name) != shape:
+                message = f"has shape {list(self.shape(name))}; expected {list(shape)}; was it made for another model?"
+                raise UserError(message, path=self.files[name], field=name)
+
     def shape(self, name: str) -> tuple[int, ...]:
-        handle = self._handles[self.files[name]]
+        handle, name = self._handles[self.files[name]], self._stored[name]
         return tuple(handle[name].shape if isinstance(handle, dict) else handle.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        handle = self._handles[self.files[name]]
+        handle, name = self._handles[self.files[name]], self._stored[name]
         return str(handle[name].dtype) if isinstance(handle, dict) else handle.get_slice(name).get_dtype()
 
     def bytes(self, name: str) -> int:
@@ -212,5 +294,17 @@ class TensorFiles:
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor."""
-        handle = self._handles[self.files[name]]
+        handle, name = self._handles[self.files[name]], self._stored[name]
         return handle[name][start:stop] if isinstance(handle, dict) else handle.get_slice(name)[start:stop]
+
+
+def open_weights(directory: Path) -> TensorFiles:
+    """The tensors of a model's directory."""
+    return TensorFiles(*_weight_files(directory))
+
+
+def open_exactly(path: Path, shapes: dict[str, tuple[int, ...]]) -> TensorFiles:
+    """A file of exactly these tensors; errors as `TensorFiles.check`."""
+    files = TensorFiles([path])
+    files.check(shapes)
+    return files

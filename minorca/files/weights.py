@@ -1,21 +1,22 @@
 """A model's weights, from its files into its modules.
 
-Reads Hugging Face's safetensors (single or sharded), `.bin` shards, and Mistral's consolidated.safetensors. Each rank
-copies only the rows it stores, once, from the mapped file to its device.
+Reads Hugging Face's safetensors and `.bin` files and Mistral's consolidated ones, single or sharded. Each rank copies
+only the rows it stores, once, from the mapped file to its device.
 """
 
 import logging
 import time
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from minorca.errors import UserError
-from minorca.files.tensor_files import FLOATS, TensorFiles
+from minorca.files.tensor_files import FLOATS, TensorFiles, open_weights
 from minorca.model.architecture import Architecture, model_directory, read_architecture
-from minorca.model.layout import SourceTensor, outside_name, source_tensors
+from minorca.model.layout import SourceTensor, outside_name, source_tensors, unwrapped_name
 from minorca.model.network import RMSNorm
 from minorca.model.projection import Projection
 from minorca_kernels import FrozenWeight, fill_rows
@@ -62,20 +63,25 @@ def open_model(path: str | Path) -> ModelFiles:
     """
     directory = model_directory(path)
     arch = read_architecture(directory)
-    files = TensorFiles(directory)
+    files = open_weights(directory)
     # compared before a table of all their tensors is made
     if arch.layers > len(files.files):
         raise UserError(
             f"holds {len(files.files)} tensors; the configuration says {arch.layers} layers of nine each",
             path=directory,
         )
+    _unwrap_names(files, directory)
     layout = "mistral" if outside_name("embedding", "mistral") in files.files else "huggingface"
     tensors = source_tensors(arch, layout)
     expected = {tensor.name: tensor for stacked in tensors.values() for tensor in stacked}
+    unexpected = sorted(set(files.files) - set(expected))
     if missing := [name for name in expected if name not in files.files]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise UserError(f"missing tensor {missing[0]}{more}; is the download complete?", path=directory)
-    for name in sorted(set(files.files) - set(expected)):
+        # the one with most of the ending in common
+        similar = max(unexpected, key=lambda name: len(commonprefix([name[::-1], missing[0][::-1]])), default=None)
+        hint = f"; found {similar}, which is not a name of this network" if similar else "; is the download complete?"
+        raise UserError(f"missing tensor {missing[0]}{more}{hint}", path=directory)
+    for name in unexpected:
         _check_unexpected(files, name, arch, layout)
     for name, tensor in expected.items():
         file = files.files[name]
@@ -87,10 +93,29 @@ def open_model(path: str | Path) -> ModelFiles:
     return ModelFiles(directory, arch, files, tensors)
 
 
+def _unwrap_names(files: TensorFiles, directory: Path) -> None:
+    """Names the tensors as the network does, where they were saved from within another module."""
+    for name, file in files.files.items():
+        if "lora_" in name:
+            raise UserError(
+                f"{name} belongs to an adapter: a PEFT model was saved whole; merge the adapter first (PEFT's "
+                f"merge_and_unload, then save_pretrained), or give the base as model and the adapter as adapter",
+                path=file,
+            )
+    example = next((name for name in files.files if unwrapped_name(name) != name), None)
+    renamed = files.rename(unwrapped_name)
+    if "embed_tokens.weight" in files.files:
+        # saved without a head, from within the model that has one
+        example = example or "embed_tokens.weight"
+        renamed += files.rename(lambda name: name if name.startswith("lm_head.") else f"model.{name}")
+    if example:
+        log.info("%s: read without the prefixes of %d names, such as that of %s", directory, renamed, example)
+
+
 def _check_unexpected(files: TensorFiles, name: str, arch: Architecture, layout: str) -> None:
     """Raises UserError for a tensor that the network does not have, but for those that change nothing."""
-    # a buffer that old versions of transformers saved; it follows from rope_theta
-    if name.endswith("rotary_emb.inv_freq"):
+    # a buffer that old versions saved; it follows from rope_theta
+    if name.endswith("rotary_emb.inv_freq") or name == "rope.freqs":
         return
     file = files.files[name]
     embedding = outside_name("embedding", layout)

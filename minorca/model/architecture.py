@@ -9,18 +9,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from minorca.errors import UserError
+from minorca.errors import UserError, raise_problems
 from minorca.files.safe_io import find_file, quote, read_json
 
 log = logging.getLogger(__name__)
 
-# transformers' MistralConfig and LlamaConfig, whose saved files may leave out what equals these
+# transformers' MistralConfig and LlamaConfig, whose saved files may leave out what equals these. transformers 5 reads a
+# Mistral with layer_types, and saves it, as ministral.
+_MISTRAL_DEFAULTS = {"rms_norm_eps": 1e-6, "sliding_window": 4096, "num_key_value_heads": 8, "rope_theta": 10000.0}
 HF_DEFAULTS = {
-    "mistral": {"rms_norm_eps": 1e-6, "sliding_window": 4096, "num_key_value_heads": 8, "rope_theta": 10000.0},
+    "mistral": _MISTRAL_DEFAULTS,
+    "ministral": _MISTRAL_DEFAULTS,
     "llama": {"rms_norm_eps": 1e-6, "sliding_window": None, "num_key_value_heads": None, "rope_theta": 10000.0},
 }
-# fields that change the network, with the only values under which it is the one in network.py
-HF_REQUIRED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
+# fields that change the network, with the only values under which it is the one in network.py; null is absent
+_SILU = ("silu", "swish")
+HF_REQUIRED = {
+    "hidden_act": _SILU,
+    "hidden_activation": _SILU,
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_qk_norm": (False,),
+    "partial_rotary_factor": (1,),
+    "rope_interleaved": (False,),
+    "attn_temperature_tuning": (False, 0),
+    "llama_4_scaling": (),
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "query_pre_attn_scalar": (),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "attention_multiplier": (),
+    "num_local_experts": (0, 1),
+}
+# the kinds of rotary scaling that leave the frequencies as they are where their factor is 1
+_SCALED_BY_FACTOR = ("linear", "llama3")
+LAYER_TYPES = ("sliding_attention", "full_attention")
 # The largest numbers that a file may hold, far over those of any model: products of sizes must fit 64 bits, and tables
 # memory.
 MAX_SIZE = 2**20
@@ -124,7 +150,7 @@ class _Fields:
         return bool(value)
 
     def _value(self, name: str, default):
-        if name in self.values:
+        if self.values.get(name) is not None:
             return self.values[name]
         if default is not None:
             log.info("%s: no %s; using the default of the format, %s", self.path, name, default)
@@ -146,22 +172,23 @@ def _from_huggingface(fields: _Fields) -> Architecture:
         message = f"is {quote(kind)}; expected mistral, or llama, which is supported where it is the same network"
         raise UserError(message, path=fields.path, field="model_type")
     defaults = HF_DEFAULTS[kind]
-    for name, right in HF_REQUIRED.items():
-        if values.get(name) is not None and values[name] != right:
-            fields.refuse(name, f"a Mistral network has {right!r}")
+    raise_problems(
+        UserError(
+            f"is {quote(values[name])}; a Mistral network has {' or '.join(map(repr, right)) or 'none'}",
+            path=fields.path,
+            field=name,
+        )
+        for name, right in HF_REQUIRED.items()
+        if values.get(name) is not None and values[name] not in right
+    )
     if values.get("quantization_config") is not None:
         fields.refuse("quantization_config", "expected unquantized weights")
     attention = _attention_type(fields)
-
-    # transformers 4 writes rope_theta and rope_scaling, transformers 5 one rope_parameters object
-    for name in ("rope_scaling", "rope_parameters"):
-        scaling = values.get(name) or {}
-        if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
-            fields.refuse(name, "expected plain rotary embeddings (rope_type default)")
-    theta = (values.get("rope_parameters") or {}).get("rope_theta")
-    if theta is not None:
-        values["rope_theta"] = theta
-    default_window = None if "sliding_window" in values else defaults["sliding_window"]
+    values["rope_theta"] = _rope_theta(fields, attention)
+    # null is a value here: no window, and as many key/value heads as query heads
+    default_window, default_kv_heads = (
+        None if name in values else defaults[name] for name in ("sliding_window", "num_key_value_heads")
+    )
     window = fields.optional_integer("sliding_window", default_window, MAX_POSITIONS)
     if kind == "llama" or attention == "full_attention":
         window = None
@@ -174,7 +201,7 @@ def _from_huggingface(fields: _Fields) -> Architecture:
         intermediate_size=fields.integer("intermediate_size"),
         layers=fields.integer("num_hidden_layers", MAX_LAYERS),
         heads=heads,
-        kv_heads=fields.optional_integer("num_key_value_heads", defaults["num_key_value_heads"]) or heads,
+        kv_heads=fields.optional_integer("num_key_value_heads", default_kv_heads) or heads,
         head_dim=fields.optional_integer("head_dim", None) or hidden // heads,
         norm_eps=fields.number("rms_norm_eps", defaults["rms_norm_eps"]),
         rope_theta=fields.number("rope_theta", defaults["rope_theta"]),
@@ -184,19 +211,57 @@ def _from_huggingface(fields: _Fields) -> Architecture:
     )
 
 
-def _attention_type(fields: _Fields) -> str:
-    """sliding_attention or full_attention, in every layer."""
-    types = fields.values.get("layer_types") or ["sliding_attention"]
-    supported = ("sliding_attention", "full_attention")
-    if not isinstance(types, list) or any(one != types[0] for one in types) or types[0] not in supported:
-        fields.refuse("layer_types", f"expected the same in every layer: {' or '.join(supported)}")
+def _attention_type(fields: _Fields) -> str | None:
+    """sliding_attention or full_attention, in every layer; None where the file does not say."""
+    types = fields.values.get("layer_types")
+    if types is None:
+        return None
+    if not isinstance(types, list) or not types or any(one != types[0] for one in types) or types[0] not in LAYER_TYPES:
+        fields.refuse("layer_types", f"expected the same in every layer: {' or '.join(LAYER_TYPES)}")
     return types[0]
+
+
+def _rope_theta(fields: _Fields, attention: str | None) -> float | None:
+    """The base of the rotary embeddings, wherever the file gives it; None where it does not.
+
+    transformers 4 writes rope_theta and rope_scaling, transformers 5 one rope_parameters object, which may hold an
+    object for each type of layer.
+    """
+    values = fields.values
+    found = {"rope_theta": values.get("rope_theta")}
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = values.get(name) or {}
+        if not isinstance(rope, dict):
+            fields.refuse(name, "expected an object")
+        by_type = {f"{name}.{kind}": rope[kind] for kind in LAYER_TYPES if kind in rope}
+        if attention and by_type:
+            by_type = {f"{name}.{attention}": rope.get(attention)}
+        for place, settings in (by_type or {name: rope}).items():
+            if not isinstance(settings, dict) or not _is_plain(settings):
+                fields.refuse(name, "expected plain rotary embeddings (rope_type default), the same in every layer")
+            found[f"{place}.rope_theta"] = settings.get("rope_theta")
+    found = {place: theta for place, theta in found.items() if theta is not None}
+    if any(theta != next(iter(found.values())) for theta in found.values()):
+        message = ", ".join(f"{place} {quote(theta)}" for place, theta in found.items())
+        # transformers 4 reads the first of the two, transformers 5 the second
+        raise UserError(f"gives different bases of rotary embeddings ({message}); keep the right one", path=fields.path)
+    return next(iter(found.values()), None)
+
+
+def _is_plain(rope: dict) -> bool:
+    """Whether rotary settings change nothing beside the base."""
+    rope = {name: value for name, value in rope.items() if value is not None}
+    kind = rope.get("rope_type", rope.get("type"))
+    if rope.get("partial_rotary_factor", 1) != 1 or "llama_4_scaling_beta" in rope:
+        return False
+    # without a kind, a factor has no meaning that all readers share
+    return kind == "default" or (kind in (None, *_SCALED_BY_FACTOR) and rope.get("factor", 1) == 1)
 
 
 def _from_mistral(fields: _Fields) -> Architecture:
     values = fields.values
-    for name in ("moe", "vision_encoder", "quantization", "yarn", "llama_4_scaling"):
-        if values.get(name) is not None:
+    for name in ("moe", "vision_encoder", "multimodal", "quantization", "yarn", "llama_4_scaling", "use_biases"):
+        if values.get(name) not in (None, False):
             fields.refuse(name, "a dense Mistral text model has none")
     # an int, a string of one, or a list of equal ones (mistral-inference)
     for key in ("sliding_window", "_sliding_window"):

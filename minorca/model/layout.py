@@ -38,6 +38,27 @@ _OUTSIDE_LAYERS = {
 }
 
 
+# parts of names in files that say how a module was wrapped: by a compiler, FSDP, activation checkpointing, PEFT
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"}
+# prefix: what stands in its place. Data parallelism, PEFT, models of text and images, models in a larger module
+_PREFIXES = {
+    "module.": "",
+    "base_model.model.": "",
+    "language_model.": "",
+    "model.language_model.": "model.",
+    "model.model.": "model.",
+    "model.lm_head.": "lm_head.",
+}
+
+
+def unwrapped_name(name: str) -> str:
+    """A tensor's name in files without what wrappers of the model or its modules added to it."""
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    while prefix := next(filter(name.startswith, _PREFIXES), None):
+        name = _PREFIXES[prefix] + name.removeprefix(prefix)
+    return name
+
+
 @dataclass(frozen=True)
 class ProjectionSpec:
     """One projection of a layer, y [T, out] = x [T, in] W^T, as rows [start, stop) of a stacked one."""
@@ -67,11 +88,24 @@ class ProjectionSpec:
         return f"base_model.model.model.layers.{layer}.{self.huggingface_name}.lora_{matrix}.weight"
 
 
-def target_of(peft_name: str) -> str | None:
-    """The projection that a tensor of PEFT's files belongs to; None for other tensors."""
-    match = re.fullmatch(r"base_model\.model\.model\.layers\.\d+\.(.+)\.lora_[AB]\.weight", peft_name)
-    names = {huggingface_name: name for name, (_, huggingface_name, _) in _PROJECTIONS.items()}
-    return names.get(match[1]) if match else None
+def plain_peft_name(name: str) -> str:
+    """The name that `ProjectionSpec.peft_name` gives an adapter's matrix, which files may also call after the adapter
+    (lora_A.default.weight) or a wrapper; other names stay as they are.
+    """
+    match = re.fullmatch(r"(?:model\.)?(layers\..+)\.lora_([AB])(?:\.[^.]+)?\.weight", unwrapped_name(name))
+    return f"base_model.model.model.{match[1]}.lora_{match[2]}.weight" if match else name
+
+
+def adapted_by(peft_name: str) -> tuple[int, Target] | None:
+    """The layer and the projection that a tensor of PEFT's files acts on; None for other tensors."""
+    match = re.fullmatch(r"base_model\.model\.model\.layers\.(\d{1,9})\.(.+)\.lora_[AB]\.weight", peft_name)
+    names: dict[str, Target] = {huggingface_name: name for name, (_, huggingface_name, _) in _PROJECTIONS.items()}
+    return (int(match[1]), names[match[2]]) if match and match[2] in names else None
+
+
+def module_name(layer: int, projection: Target) -> str:
+    """Hugging Face's name of a layer's projection."""
+    return f"model.layers.{layer}.{_PROJECTIONS[projection][1]}"
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,19 +26,43 @@ if TYPE_CHECKING:
     from minorca.model.network import Mistral
 
 
+class PartSettings(NamedTuple):
+    """What one projection's adapter is made of and multiplied by."""
+
+    rank: int
+    scale: float
+
+
 @dataclass(frozen=True)
 class LoRASettings:
-    """What defines an adapter besides its numbers. `dropout` is for training only."""
+    """What defines an adapter besides its numbers. `dropout` is for training only.
+
+    Attributes:
+        parts: by layer and projection, where an adapter that was read differs from `rank` and `scale`.
+        partial: whether only `parts` have adapters, instead of the targets in every layer.
+    """
 
     rank: int
     alpha: float
     targets: tuple[str, ...] = TARGETS
     dropout: float = 0.0
     rslora: bool = False
+    parts: Mapping[tuple[int, str], PartSettings] = field(default_factory=dict)
+    partial: bool = False
 
     @property
     def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        return lora_scale(self.rank, self.alpha, self.rslora)
+
+    def part(self, layer: int, projection: str) -> PartSettings | None:
+        """Of one projection; None where it has no adapter."""
+        if projection not in self.targets:
+            return None
+        return self.parts.get((layer, projection), None if self.partial else PartSettings(self.rank, self.scale))
+
+
+def lora_scale(rank: int, alpha: float, rslora: bool) -> float:
+    return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 # -------------------------------------------------------------------------------------------------- trained adapters
@@ -50,18 +74,23 @@ class LoRA(nn.Module):
     """
 
     def __init__(
-        self, parts: list[ProjectionSpec], settings: LoRASettings, dtype: torch.dtype, device: torch.device | str
+        self,
+        parts: dict[ProjectionSpec, PartSettings],
+        dropout: float,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ):
         super().__init__()
 
         def empty(rows: int, columns: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device))
 
-        self.parts = parts
-        self.scale = settings.scale
-        self.dropout = settings.dropout
-        self.a = nn.ParameterDict({part.name: empty(settings.rank, part.in_features) for part in parts})
-        self.b = nn.ParameterDict({part.name: empty(part.out_features, settings.rank) for part in parts})
+        self.parts = list(parts)
+        self.scales = {part.name: scale for part, (_, scale) in parts.items()}
+        self.scale = max(self.scales.values(), key=abs) or 1.0
+        self.dropout = dropout
+        self.a = nn.ParameterDict({part.name: empty(rank, part.in_features) for part, (rank, _) in parts.items()})
+        self.b = nn.ParameterDict({part.name: empty(part.out_features, rank) for part, (rank, _) in parts.items()})
         # of the next forward's dropout
         self.seeds = {part.name: 0 for part in parts}
 
@@ -72,7 +101,7 @@ class LoRA(nn.Module):
                 part.start,
                 part.stop,
                 self.a[part.name].to(x.dtype),
-                self.b[part.name].to(x.dtype),
+                self._scaled_b(part.name).to(x.dtype),
                 self.seeds[part.name],
             )
             for part in self.parts
@@ -80,13 +109,19 @@ class LoRA(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return lora_linear(x, base, adapters, self.scale, dropout, gated_input)
 
+    def _scaled_b(self, name: str) -> Tensor:
+        """B for an operator that multiplies all parts by `scale`, where this one may have another."""
+        b = self.b[name]
+        return b if self.scales[name] == self.scale else b.float() * (self.scales[name] / self.scale)
+
 
 def add_adapters(model: Mistral, settings: LoRASettings, dtype: torch.dtype = torch.float32) -> None:
     """Adds adapters, their values not yet set, to the targeted projections of every layer."""
     device = model.embedding.weight.device
-    for _, projection in model.projections():
-        if parts := [part for part in projection.parts if part.name in settings.targets]:
-            projection.lora = LoRA(parts, settings, dtype, device)
+    for layer, projection in model.projections():
+        parts = {part: settings.part(layer, part.name) for part in projection.parts}
+        if adapted := {part: chosen for part, chosen in parts.items() if chosen}:
+            projection.lora = LoRA(adapted, settings.dropout, dtype, device)
 
 
 def adapters(model: Mistral) -> Iterator[tuple[int, LoRA]]:
@@ -179,7 +214,7 @@ class RowLoRA(nn.Module):
     def __init__(self, out_features: int, choice: AdapterChoice, loras: list[tuple[int, LoRA]]):
         super().__init__()
         self.choice = choice
-        matrices = [(index, lora.scale, part, lora) for index, lora in loras for part in lora.parts]
+        matrices = [(index, lora.scales[part.name], part, lora) for index, lora in loras for part in lora.parts]
         ranks = torch.tensor([len(lora.a[part.name]) for _, _, part, lora in matrices])
         self.a_RK = torch.cat([lora.a[part.name].detach() for _, _, part, lora in matrices])
         self.b_NR = self.a_RK.new_zeros(out_features, int(ranks.sum()))

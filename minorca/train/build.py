@@ -37,7 +37,7 @@ def build(config: Config, base: ModelFiles, world: World, resumed: bool = False)
     settings = lora_settings(config)
     init = None if resumed else config.lora.init
     if init:
-        check_init(init, settings)
+        check_init(init, settings, base.arch.layers)
     model = build_model(base.arch, getattr(torch, config.model.dtype))
     add_adapters(model, settings)
     parallel.checkpoint_activations(model, config.parallel.activation_checkpointing)
@@ -59,7 +59,7 @@ def lora_settings(config: Config) -> LoRASettings:
     return LoRASettings(lora.rank, lora.alpha, tuple(lora.targets), lora.dropout, lora.rslora)
 
 
-def check_init(init: str, ours: LoRASettings) -> None:
+def check_init(init: str, ours: LoRASettings, layers: int) -> None:
     """Raises UserError where the adapter to start from is of another shape or scale."""
     theirs = read_adapter_settings(init)
     for key in ("rank", "alpha", "targets", "rslora"):
@@ -67,3 +67,9 @@ def check_init(init: str, ours: LoRASettings) -> None:
         same = set(here) == set(there) if key == "targets" else here == there
         if not same:
             raise UserError(f"is {here}, and the adapter {init} has {there}; set them equal", field=f"lora.{key}")
+    if any(theirs.part(i, target) != ours.part(i, target) for i in range(layers) for target in ours.targets):
+        raise UserError(
+            f"is {init}, whose rank or scale is not the same in every layer, or which leaves layers out; training "
+            f"starts from uniform adapters alone: merge it (minorca.export), and train the result",
+            field="lora.init",
+        )

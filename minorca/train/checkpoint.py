@@ -350,8 +350,8 @@ def load(directory: Path, state: State, trainable: TrainableSet, optimizer: torc
         optimizer.state[parameter] = {"step": torch.tensor(float(state.updates), device=parameter.device)}
         for moment in MOMENTS:
             values = torch.zeros_like(parameter)
-            rows = moments.get_slice(f"{moment}.{name}")
-            fill_rows(values, lambda start, stop, rows=rows: rows[start:stop])
+            stored = f"{moment}.{name}"
+            fill_rows(values, lambda start, stop, stored=stored: moments.read(stored, start, stop))
             optimizer.state[parameter][moment] = values
 
 

@@ -34,7 +34,7 @@ def dry_run(config: Config) -> None:
         data = dataclasses.replace(config.data, store=directory)
         inputs = read_inputs(dataclasses.replace(config, data=data))
         if config.lora.init:
-            check_init(config.lora.init, lora_settings(config))
+            check_init(config.lora.init, lora_settings(config), inputs.base.arch.layers)
         found, state = find_earlier(config, inputs.identity)
         schedule = inputs.schedule(config)
         plan = make_plan(config, schedule)

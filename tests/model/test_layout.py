@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from minorca.model.architecture import read_architecture
-from minorca.model.layout import GROUPS, TARGETS, projections, source_tensors, target_of
+from minorca.model.layout import GROUPS, TARGETS, adapted_by, projections, source_tensors
 from tests.files.test_weights import as_consolidated
 
 
@@ -44,9 +44,9 @@ def test_adapters_have_pefts_names_and_shapes(save_mistral):
         for part in (part for parts in projections(arch).values() for part in parts):
             ours[part.peft_name(layer, "A")] = (3, part.in_features)
             ours[part.peft_name(layer, "B")] = (part.out_features, 3)
-            assert target_of(part.peft_name(layer, "A")) == part.name
+            assert adapted_by(part.peft_name(layer, "A")) == (layer, part.name)
     assert ours == expected
-    assert target_of("base_model.model.lm_head.lora_A.weight") is None
+    assert adapted_by("base_model.model.lm_head.lora_A.weight") is None
 
 
 def test_parts_of_a_stacked_projection_follow_one_another(save_mistral):
