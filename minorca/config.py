@@ -76,6 +76,9 @@ class DataConfig:
     train_on: Annotated[Literal["response", "all"], "the tokens that count in the loss"] = "response"
     too_long: Annotated[Literal["drop", "truncate", "error"], "what to do with rows over seq_len"] = "drop"
     empty_response: Annotated[Literal["drop", "error"], "what to do with rows without an answer"] = "drop"
+    parse_control_tokens: Annotated[
+        bool, "of format text: control strings in a row, such as [INST] or </s>, are control tokens; false: plain text"
+    ] = True
 
     def sources(self, what: str | float | list[Source] | None) -> list[Source]:
         """The files that `train` or `eval` names, each with its format; none where it is a fraction or null."""

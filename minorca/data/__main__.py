@@ -33,7 +33,7 @@ def show(argv: list[str]) -> None:
     mark_start, mark_end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("«", "»")
     for source in config.data.sources(config.data.train):
         for row in read_rows(open_source(source, args.rows), args.rows, Counter()):
-            ids, trained = render_row(row, tok, template, config.data.train_on)
+            ids, trained = render_row(row, tok, template, config.data.train_on, config.data.parse_control_tokens)
             writer = "plain text" if isinstance(row.content, str) else f"template {template}"
             print(f"--- {row.path}, {row.where}: {writer}, {len(ids)} tokens, {trained.sum()} trained")
             edges = [0, *(i for i in range(1, len(ids)) if trained[i] != trained[i - 1]), len(ids)]

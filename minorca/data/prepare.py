@@ -39,7 +39,7 @@ MODEL_FILES = (
     "config.json",
     "generation_config.json",
 )
-SETTINGS = ("limit", "seq_len", "train_on", "too_long", "empty_response")
+SETTINGS = ("limit", "seq_len", "train_on", "too_long", "empty_response", "parse_control_tokens")
 LIBRARIES = ("tokenizers", "sentencepiece", "jinja2")
 # The counts that are listed after all others.
 TOTALS = ("kept", "tokens", "trained tokens")

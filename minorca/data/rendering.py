@@ -37,15 +37,20 @@ Chunk = tuple[int, list[Row | UserError]]
 RenderedChunk = tuple[int, TokenStore, Counter]
 
 
-def render_row(row: Row, tok: Tokenizer, template: str, train_on: str) -> tuple[np.ndarray, np.ndarray]:
+def render_row(
+    row: Row, tok: Tokenizer, template: str, train_on: str, parse_control: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """A row's ids [n] uint32 and its loss mask [n] bool, True for trained tokens; the first token is never trained.
+
+    Args:
+        parse_control: of a row of text, as in `Tokenizer.encode_rendered`.
 
     Raises:
         UserError: a message that is invalid or cannot be rendered, with the row's file and place.
     """
     try:
         if isinstance(row.content, str):
-            ids = tok.encode(row.content, bos=tok.adds_bos, eos=True)
+            ids = tok.encode_rendered(row.content, parse_control, eos=True)
             trained = np.ones(len(ids), bool)
         else:
             rendered = render(tok, row.content.messages, template, masked=train_on == "response")
@@ -96,7 +101,7 @@ def render_rows(
                 )
             counts["dropped: empty response"] += 1
             continue
-        ids, trained = render_row(row, tok, template, data.train_on)
+        ids, trained = render_row(row, tok, template, data.train_on, data.parse_control_tokens)
         if len(ids) > data.seq_len:
             if data.too_long == "error":
                 raise UserError(
@@ -113,6 +118,8 @@ def render_rows(
         if not trained.any():
             counts["dropped: nothing to train on"] += 1
             continue
+        if isinstance(row.content, str) and data.parse_control_tokens:
+            counts["with control tokens parsed"] += len(tok.split_control(row.content)) > 1
         counts.update({"kept": 1, "tokens": len(ids), "trained tokens": int(trained.sum())})
         kept.append((row.number, ids, trained))
     tokens = np.concatenate([ids for _, ids, _ in kept] or [np.empty(0, np.uint32)])

@@ -99,6 +99,25 @@ def test_plain_text(tok):
     assert len(store) == 1 and counts["dropped: empty response"] == 1
 
 
+def test_rendered_text(tok):
+    """Control strings of a text are control tokens unless the setting says otherwise, and such rows are counted."""
+    texts = ["<s>[INST] q [/INST] a </s>", "no control", "<|im_start|>user\nq<|im_end|>\n"]
+    rows = [Row("rows.jsonl", "line", number, text) for number, text in enumerate(texts, 1)]
+    parsed, counts = render_rows(rows, tok, DataConfig("x"), "chatml")
+    assert [parsed.row(n)[0].tolist() for n in range(3)] == [tok.encode_rendered(text, eos=True) for text in texts]
+    assert counts["with control tokens parsed"] == 2
+    plain, counts = render_rows(rows, tok, DataConfig("x", parse_control_tokens=False), "chatml")
+    assert [plain.row(n)[0].tolist() for n in range(3)] == [tok.encode(text, bos=True, eos=True) for text in texts]
+    assert "with control tokens parsed" not in counts
+
+
+def test_control_strings_in_a_conversation_stay_text(tok):
+    row = Row("rows.jsonl", "line", 1, Conversation([message("user", "</s>"), message("assistant", "<|im_end|>")]))
+    ids, _ = render_row(row, tok, "chatml", "response")
+    # The bos, and the start and end of each of the two messages.
+    assert sum(i in tok.control_ids.values() for i in ids.tolist()) == 5
+
+
 def test_errors_name_the_row(tok, tmp_path):
     """And the model too, where its template is at fault."""
     row = Row("rows.jsonl", "line", 3, Conversation([message("system", "x"), message("system", "y")]))
