@@ -172,6 +172,11 @@ class GenerationRequest(_Object):
         return Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed)
 
     @property
+    def continues(self) -> bool:
+        """Whether the new text continues a message."""
+        return False
+
+    @property
     @abstractmethod
     def num_choices(self) -> int: ...
 
@@ -190,8 +195,8 @@ class GenerationRequest(_Object):
         """`Request.logprobs`: how many of the most likely tokens to return; None: no log-probabilities."""
 
     @abstractmethod
-    def encode_prompts(self, tok: Tokenizer, max_tokens: int) -> list[list[int]]:
-        """The ids of each prompt; encoding may stop after more than `max_tokens`.
+    def encode_prompts(self, tok: Tokenizer, template: str, max_tokens: int) -> list[list[int]]:
+        """The ids of each prompt, messages rendered by `template`; encoding may stop after more than `max_tokens`.
 
         Raises:
             UserError: the chat template cannot render the messages, or a text cannot be encoded.
@@ -217,6 +222,9 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+    # vLLM's: whether the last message, an answer, is continued. The other field can only be its opposite.
+    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
     # Not supported.
     tools: Annotated[Any, Unsupported([])] = []
     tool_choice: Annotated[Any, Unsupported("none", "auto")] = "none"
@@ -243,6 +251,21 @@ class ChatRequest(GenerationRequest):
             raise ValueError("top_logprobs needs logprobs: true")
         return self
 
+    @model_validator(mode="after")
+    def _check_final_message(self):
+        if self.add_generation_prompt == self.continue_final_message:
+            raise ValueError("add_generation_prompt must be the opposite of continue_final_message; leave it out")
+        is_answer = self.messages[-1].role == "assistant"
+        if is_answer and not self.continue_final_message:
+            raise ValueError("the last message is an answer; to continue it, send continue_final_message: true")
+        if self.continue_final_message and not is_answer:
+            raise ValueError("continue_final_message needs a last message whose role is assistant")
+        return self
+
+    @property
+    def continues(self) -> bool:
+        return self.continue_final_message
+
     @property
     def num_choices(self) -> int:
         return self.n
@@ -255,11 +278,12 @@ class ChatRequest(GenerationRequest):
     def logprobs_count(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
 
-    def encode_prompts(self, tok: Tokenizer, max_tokens: int) -> list[list[int]]:
+    def encode_prompts(self, tok: Tokenizer, template: str, max_tokens: int) -> list[list[int]]:
         # "developer" is OpenAI's newer name.
         roles = {"developer": "system"}
         messages = [{"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages]
-        return [render_chat(tok, messages, max_ids=max_tokens)]
+        continued = {"continue_final_message": True} if self.continue_final_message else {}
+        return [render_chat(tok, messages, template=template, max_ids=max_tokens, **continued)]
 
     def response_choice(self, choice: Choice) -> dict:
         message = {"role": "assistant", "content": choice.text, "refusal": None}
@@ -298,6 +322,8 @@ class CompletionRequest(GenerationRequest):
     ]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = None
+    # Whether control strings in a prompt, such as [INST] or </s>, are control tokens; else they are plain text.
+    parse_control_tokens: bool = True
     # Not supported.
     echo: Annotated[Any, Unsupported(False)] = False
     suffix: Annotated[Any, Unsupported("")] = ""
@@ -325,8 +351,11 @@ class CompletionRequest(GenerationRequest):
     def logprobs_count(self) -> int | None:
         return self.logprobs
 
-    def encode_prompts(self, tok: Tokenizer, max_tokens: int) -> list[list[int]]:
-        return [tok.encode(prompt, bos=tok.adds_bos) if isinstance(prompt, str) else prompt for prompt in self.prompt]
+    def encode_prompts(self, tok: Tokenizer, template: str, max_tokens: int) -> list[list[int]]:
+        return [
+            tok.encode_rendered(prompt, self.parse_control_tokens) if isinstance(prompt, str) else prompt
+            for prompt in self.prompt
+        ]
 
     def response_choice(self, choice: Choice) -> dict:
         logprobs = None if self.logprobs is None else self._format_logprobs(choice.take_logprobs())

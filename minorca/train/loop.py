@@ -19,6 +19,7 @@ from torch import Tensor
 from minorca.config import Config
 from minorca.config_file import write_config
 from minorca.data.packing import Step
+from minorca.data.portable_files import write_files
 from minorca.errors import UserError
 from minorca.files.atomic import lock, publish
 from minorca.model.lora import seed_dropout
@@ -361,9 +362,14 @@ class Run:
             name = signal.Signals(self.stopped_by).name
             log.info("%s: stopped after step %d; the same command resumes from there", name, self.step)
             return
+
+        def write(directory: Path) -> None:
+            self.learner.trainable.save(directory, tensors)
+            write_files(directory, self.inputs.adapter_files)
+
         # last of all: it is what says that a run is finished
         shutil.rmtree(output / "adapter", ignore_errors=True)
-        publish(output / "adapter", lambda path: self.learner.trainable.save(path, tensors))
+        publish(output / "adapter", write)
         log.info("done: %s", output / "adapter")
 
 

@@ -29,7 +29,7 @@ from minorca.serve.app import make_app
 from minorca.serve.engine_thread import EngineThread
 from minorca.serve.errors import ErrorResponse
 from minorca.serve.protocol import ChatRequest
-from minorca.serve.service import Service
+from minorca.serve.service import Model, Service
 from tests.helpers import ROOT, random_adapter, random_mistral, save_tokenizer, wait_until
 
 ASK = [{"role": "user", "content": "hi"}]
@@ -687,7 +687,7 @@ def test_the_health_of_a_dead_engine(talker):
     async def statuses():
         engine: Any = Dead()
         thread = EngineThread(engine, 0)
-        app = make_app(Service(thread, load_tokenizer(talker), {"talker": None}))
+        app = make_app(Service(thread, {"talker": Model(load_tokenizer(talker))}))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             thread.start()
             thread.join()
