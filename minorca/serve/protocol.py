@@ -8,7 +8,16 @@ from abc import abstractmethod
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, PlainValidator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import core_schema
 
 from minorca.data.chat_template import render_chat
@@ -222,9 +231,9 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
-    # vLLM's: whether the last message, an answer, is continued. The other field can only be its opposite.
+    # vLLM's: whether the last message, an answer, is continued; the other field can only be its opposite.
     continue_final_message: bool = False
-    add_generation_prompt: bool | None = None
+    add_generation_prompt: bool = True
     # Not supported.
     tools: Annotated[Any, Unsupported([])] = []
     tool_choice: Annotated[Any, Unsupported("none", "auto")] = "none"
@@ -251,16 +260,13 @@ class ChatRequest(GenerationRequest):
             raise ValueError("top_logprobs needs logprobs: true")
         return self
 
-    @model_validator(mode="after")
-    def _check_final_message(self):
-        if self.add_generation_prompt == self.continue_final_message:
-            raise ValueError("add_generation_prompt must be the opposite of continue_final_message; leave it out")
-        is_answer = self.messages[-1].role == "assistant"
-        if is_answer and not self.continue_final_message:
-            raise ValueError("the last message is an answer; to continue it, send continue_final_message: true")
-        if self.continue_final_message and not is_answer:
-            raise ValueError("continue_final_message needs a last message whose role is assistant")
-        return self
+    @field_validator("add_generation_prompt")
+    @classmethod
+    def _check_add_generation_prompt(cls, value: bool, info: ValidationInfo) -> bool:
+        # Only where it is sent.
+        if value == info.data.get("continue_final_message"):
+            raise ValueError("must be the opposite of continue_final_message; leave it out")
+        return value
 
     @property
     def continues(self) -> bool:
