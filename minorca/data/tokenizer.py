@@ -103,7 +103,7 @@ class Tokenizer:
         Raises:
             UserError: an unpaired surrogate in `text`, which JSON can spell and no tokenizer can read.
         """
-        _check_unicode(text)
+        self._check_unicode(text)
         front = [self.bos_id] if bos and self.bos_id is not None else []
         return front + self._encode_text(text) + ([self.eos_id] if eos and self.eos_id is not None else [])
 
@@ -120,7 +120,7 @@ class Tokenizer:
         """
         if not parse_control:
             return self.encode(text, bos=self.adds_bos, eos=eos)
-        _check_unicode(text)
+        self._check_unicode(text)
         ids = self.encode_template(text)
         if self.bos_id is not None and self.adds_bos and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
@@ -150,6 +150,14 @@ class Tokenizer:
     def replace_control(self, text: str, replace: Callable[[re.Match], str]) -> str:
         """`text` with each control string replaced by `replace(match)`."""
         return self._control.sub(replace, text)
+
+    @staticmethod
+    def _check_unicode(text: str) -> None:
+        if surrogate := SURROGATE.search(text):
+            raise UserError(
+                f"has an unpaired surrogate at character {surrogate.start()}, which is not valid Unicode; fix the text",
+                field="text",
+            )
 
 
 class JsonTokenizer(Tokenizer):
@@ -298,14 +306,6 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int, path: str | Path) -> None:
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but vocab_size is {rows}; "
             f"use the tokenizer that belongs to these weights",
             path=path,
-        )
-
-
-def _check_unicode(text: str) -> None:
-    if surrogate := SURROGATE.search(text):
-        raise UserError(
-            f"has an unpaired surrogate at character {surrogate.start()}, which is not valid Unicode; fix the text",
-            field="text",
         )
 
 
