@@ -15,12 +15,11 @@ from minorca.files.safe_io import find_file, quote, read_json, read_small
 log = logging.getLogger(__name__)
 
 RECORD = "minorca.json"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model*")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model*", "tekken.json")
 SETTINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "tekken.json",
     "generation_config.json",
 )
 TEMPLATE_FILES = ("*.jinja", "additional_chat_templates/*.jinja", "chat_template.json")
@@ -148,8 +147,10 @@ def _is_template(name: str) -> bool:
 def _tokenizer_config(tok: Tokenizer) -> dict:
     """tokenizer_config.json, with what AutoTokenizer needs to read the tokenizer as it is read here."""
     config = _read_json(tok.path / "tokenizer_config.json")
-    needed = special_tokens(tok) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if tok.file.suffix != ".json":
+    needed = special_tokens(tok)
+    if tok.file.name == "tokenizer.json":
+        needed |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    elif tok.file.name.startswith("tokenizer.model"):
         needed |= {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": tok.adds_bos}
     return needed | config
 

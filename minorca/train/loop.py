@@ -362,15 +362,14 @@ class Run:
             name = signal.Signals(self.stopped_by).name
             log.info("%s: stopped after step %d; the same command resumes from there", name, self.step)
             return
-
-        def write(directory: Path) -> None:
-            self.learner.trainable.save(directory, tensors)
-            write_files(directory, self.inputs.adapter_files)
-
         # last of all: it is what says that a run is finished
         shutil.rmtree(output / "adapter", ignore_errors=True)
-        publish(output / "adapter", write)
+        publish(output / "adapter", lambda path: self._write_adapter(path, tensors))
         log.info("done: %s", output / "adapter")
+
+    def _write_adapter(self, directory: Path, tensors: dict[str, Tensor]) -> None:
+        self.learner.trainable.save(directory, tensors)
+        write_files(directory, self.inputs.adapter_files)
 
 
 def signal_counts(noted: list[int]) -> list[int]:
