@@ -89,7 +89,10 @@ class DataConfig:
     ] = "auto"
     seq_len: Annotated[int, "the longest row, in tokens"] = 4096
     packing: Annotated[bool, "fill micro-batches with several rows; false: one row each"] = True
-    train_on: Annotated[Literal["response", "all"], "the tokens that count in the loss"] = "response"
+    train_on: Annotated[
+        Literal["response", "last", "all"],
+        "the tokens that count in the loss: all answers, the last one, or everything",
+    ] = "response"
     too_long: Annotated[
         Literal["drop", "truncate", "split", "error"],
         "what to do with rows over seq_len; split: text becomes several rows",
@@ -105,6 +108,11 @@ class DataConfig:
     roles: Annotated[dict[str, str], "further names of roles in the data, as {narrator: system}"] = field(
         default_factory=dict
     )
+    parse_control_tokens: Annotated[
+        bool,
+        "of format text and template none: control strings in a row, such as [INST] or </s>, are control tokens; "
+        "false: plain text",
+    ] = True
 
     def sources(self, what: str | float | list[str | Source] | None) -> list[Source]:
         """What `train` or `eval` names, each with its format and names; none where it is a fraction or null."""
@@ -388,7 +396,7 @@ def _source_problems(data: DataConfig) -> Iterator[Problem]:
             elif name == "eval" and source.weight != 1:
                 message = f"{has_weight}; held-out rows are all evaluated once, so leave it out"
                 yield Problem((key,), UserError(message, field=key))
-            if source.format == "text" and data.train_on == "response":
+            if source.format == "text" and data.train_on != "all":
                 message = f"reads {source.path} as plain text, which has no responses; set data.train_on to all"
                 yield Problem((key, "data.train_on", "data.format"), UserError(message, field=key))
             if source.format != "text" and data.too_long == "split":

@@ -74,7 +74,7 @@ def _describe(row: Row | RowError, outcome: Outcome, template: str, data: DataCo
     messages = [] if isinstance(row.content, str) else row.content.messages
     if excluded := sum(message["role"] == "assistant" and not is_trained_answer(message) for message in messages):
         parts.append(f"answers excluded by weight: {excluded}")
-    return ", ".join(parts)
+    return ", ".join([*parts, *outcome.notes])
 
 
 def _text_with_cuts(tok: Tokenizer, outcome: Outcome, seq_len: int) -> str:

@@ -45,6 +45,12 @@ def is_trained_answer(message: dict) -> bool:
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
+def only_last_answer(messages: list[dict]) -> list[dict]:
+    """The messages with a weight of 0 on every answer but the last."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+    return [m | {"weight": 0} if m["role"] == "assistant" and i < last else m for i, m in enumerate(messages)]
+
+
 def drop_empty_answers(messages: list[dict]) -> tuple[list[dict], int]:
     """Drops the turns whose answer would be trained and is empty: from the user's message to before the next one.
 

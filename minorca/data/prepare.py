@@ -42,7 +42,7 @@ MODEL_FILES = (
     "params.json",
     "generation_config.json",
 )
-SETTINGS = ("limit", "seq_len", "train_on", "too_long", "empty_response", "bad_rows")
+SETTINGS = ("limit", "seq_len", "train_on", "too_long", "empty_response", "bad_rows", "parse_control_tokens")
 LIBRARIES = ("tokenizers", "sentencepiece", "jinja2")
 # The counts that are listed after all others.
 TOTALS = ("kept", "tokens", "trained tokens")

@@ -18,7 +18,8 @@ import numpy as np
 
 from minorca.config import DataConfig
 from minorca.data.chat_template import render
-from minorca.data.conversation import Conversation, drop_empty_answers, is_trained_answer
+from minorca.data.conversation import Conversation, drop_empty_answers, is_trained_answer, only_last_answer
+from minorca.data.rendered import Rendered
 from minorca.data.row_files import RowError
 from minorca.data.sources import Row, SourceReader, read_rows
 from minorca.data.store import TokenStore
@@ -29,7 +30,7 @@ from minorca.errors import UserError
 # Token stores are found again by this number, so raise it with every change that gives any row other ids, another loss
 # mask or another outcome (kept, truncated, dropped), in whichever module. Do not raise it for changes that affect no
 # row: it makes every user render again. tests/data/test_rendering.py fails if rendering changes and this does not.
-RENDERER_VERSION = 1
+RENDERER_VERSION = 2
 
 # Rows are passed to rendering processes in chunks.
 CHUNK_ROWS = 250
@@ -41,20 +42,18 @@ Chunk = tuple[int, list[Row | UserError]]
 RenderedChunk = tuple[int, TokenStore, Tally]
 
 
-def render_row(row: Row, tok: Tokenizer, template: str, train_on: str) -> tuple[np.ndarray, np.ndarray]:
-    """A row's ids [n] uint32 and its loss mask [n] bool, True for trained tokens; the first token is never trained.
+def render_row(row: Row, tok: Tokenizer, template: str, data: DataConfig) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """A row as it is trained.
+
+    Returns:
+        Its ids [n] uint32; its loss mask [n] bool, True for trained tokens, of which the first is never one; and what
+        the user should know of it, to be counted.
 
     Raises:
         UserError: a message that is invalid or cannot be rendered, with the row's file and place.
     """
     try:
-        if isinstance(row.content, str):
-            ids = tok.encode(row.content, bos=tok.adds_bos, eos=True)
-            trained = np.ones(len(ids), bool)
-        else:
-            rendered = render(tok, row.content.messages, template, train_on == "response", row.content.tools)
-            ids = rendered.ids
-            trained = np.array(rendered.trained, bool)
+        rendered = _render(row.content, tok, template, data)
     except UserError as error:
         if error.path is not None:
             # A file of the model is at fault for this row: the message names both.
@@ -62,10 +61,27 @@ def render_row(row: Row, tok: Tokenizer, template: str, train_on: str) -> tuple[
         error.path = row.path
         error.where = row.where
         raise
-    if train_on == "all":
+    trained = np.array(rendered.trained, bool)
+    if data.train_on == "all":
         trained[:] = True
     trained[:1] = False
-    return np.array(ids, np.uint32), trained
+    return np.array(rendered.ids, np.uint32), trained, rendered.notes
+
+
+def _render(content: Conversation | str, tok: Tokenizer, template: str, data: DataConfig) -> Rendered:
+    if isinstance(content, str):
+        ids = tok.encode_rendered(content, data.parse_control_tokens, eos=True)
+        return Rendered(ids, [True] * len(ids), _note_control_tokens(content, tok, data))
+    messages = only_last_answer(content.messages) if data.train_on == "last" else content.messages
+    rendered = render(tok, messages, template, data.train_on != "all", content.tools, data.parse_control_tokens)
+    if template == "none":
+        rendered.notes += _note_control_tokens("".join(m["content"] for m in messages), tok, data)
+    return rendered
+
+
+def _note_control_tokens(text: str, tok: Tokenizer, data: DataConfig) -> list[str]:
+    parsed = data.parse_control_tokens and len(tok.split_control(text)) > 1
+    return ["with control tokens parsed"] if parsed else []
 
 
 @dataclass
@@ -79,6 +95,7 @@ class Outcome:
         dropped: why nothing is used, None if something is.
         error: what is wrong with the row; training on it ends with this error unless it is dropped for that.
         empty_answers: how many answers are left out with their questions.
+        notes: what else the user should know.
     """
 
     ids: np.ndarray
@@ -87,6 +104,7 @@ class Outcome:
     dropped: str | None = None
     error: UserError | None = None
     empty_answers: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 def decide(row: Row | RowError, tok: Tokenizer, data: DataConfig, template: str) -> Outcome:
@@ -103,10 +121,10 @@ def decide(row: Row | RowError, tok: Tokenizer, data: DataConfig, template: str)
     if content is None:
         return replace(nothing, dropped="empty response")
     try:
-        ids, trained = render_row(row._replace(content=content), tok, template, data.train_on)
+        ids, trained, notes = render_row(row._replace(content=content), tok, template, data)
     except UserError as error:
         return _reject(nothing, error, data)
-    whole = Outcome(ids, trained, [(0, len(ids))], empty_answers=empty_answers)
+    whole = Outcome(ids, trained, [(0, len(ids))], empty_answers=empty_answers, notes=notes)
     if len(ids) > data.seq_len:
         whole = _shorten(whole, row, data)
     used = [piece for piece in whole.pieces if trained[piece[0] + 1 : piece[1]].any()]
@@ -195,6 +213,7 @@ def _count(tally: Tally, outcome: Outcome) -> None:
             tally.counts["truncated"] += 1
             tally.tokens["truncated"] += len(outcome.ids) - outcome.pieces[-1][1]
         tally.counts["split"] += len(outcome.pieces) > 1
+        tally.counts.update(outcome.notes)
 
 
 def render_sources(

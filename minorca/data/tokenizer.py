@@ -2,7 +2,8 @@
 
 Two formats: `tokenizer.json` (Hugging Face's tokenizers library) and SentencePiece's `tokenizer.model` (Mistral's own).
 Text that people wrote is never read as control tokens: "<|im_end|>" typed by a user is a handful of ordinary tokens.
-Only text that a chat template wrote goes through `encode_template`, where control strings become their ids.
+Only text that a chat template wrote goes through `encode_template`, where control strings become their ids, and text
+that its author rendered for the model through `encode_rendered`.
 """
 
 import json
@@ -114,13 +115,30 @@ class Tokenizer:
         Raises:
             UserError: an unpaired surrogate in `text`, which JSON can spell and no tokenizer can read.
         """
-        if surrogate := SURROGATE.search(text):
-            raise UserError(
-                f"has an unpaired surrogate at character {surrogate.start()}, which is not valid Unicode; fix the text",
-                field="text",
-            )
+        self._check_unicode(text)
         front = [self.bos_id] if bos and self.bos_id is not None else []
         return front + self._encode_text(text) + ([self.eos_id] if eos and self.eos_id is not None else [])
+
+    def encode_rendered(self, text: str, parse_control: bool = True, eos: bool = False) -> list[int]:
+        """The ids of a whole sequence that its author rendered, such as `<s>[INST] q [/INST] a </s>`.
+
+        A bos is put in front where the tokenizer adds one, and with `eos` one is appended, each unless the text has it.
+
+        Args:
+            parse_control: whether control strings become control tokens; else all of it is ordinary text.
+
+        Raises:
+            UserError: as `encode`.
+        """
+        if not parse_control:
+            return self.encode(text, bos=self.adds_bos, eos=eos)
+        self._check_unicode(text)
+        ids = self.encode_template(text)
+        if self.bos_id is not None and self.adds_bos and ids[:1] != [self.bos_id]:
+            ids = [self.bos_id, *ids]
+        if self.eos_id is not None and eos and not (ids and ids[-1] in self.stop_ids):
+            ids = [*ids, self.eos_id]
+        return ids
 
     def encode_template(self, text: str) -> list[int]:
         """The ids of text that a chat template wrote: control strings become control tokens, and nothing is added.
@@ -167,6 +185,14 @@ class Tokenizer:
     def replace_control(self, text: str, replace: Callable[[re.Match], str]) -> str:
         """`text` with each control string replaced by `replace(match)`."""
         return self._control.sub(replace, text)
+
+    @staticmethod
+    def _check_unicode(text: str) -> None:
+        if surrogate := SURROGATE.search(text):
+            raise UserError(
+                f"has an unpaired surrogate at character {surrogate.start()}, which is not valid Unicode; fix the text",
+                field="text",
+            )
 
 
 class JsonTokenizer(Tokenizer):

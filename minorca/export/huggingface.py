@@ -4,6 +4,7 @@ One shard is in memory at a time, and the arithmetic of merging is fp32: W + sca
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minorca.data.chat_template import resolve_template
+from minorca.data.portable_files import has_tokenizer, load_chat, portable_files, tokenizer_files, write_files
+from minorca.data.tokenizer import load_tokenizer
 from minorca.errors import UserError
 from minorca.files.adapters import open_adapter, read_adapter_settings
 from minorca.files.atomic import publish
@@ -23,17 +27,9 @@ from minorca.model.build import build_model
 from minorca.model.layout import SourceTensor, projections, source_tensors
 from minorca.model.lora import adapter_parameters, add_adapters
 
+log = logging.getLogger(__name__)
+
 SHARD_BYTES = 5 * 10**9
-# files beside the weights that are copied
-COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ def export(model: str | Path, adapter: str | Path | None, output: Path) -> None:
     source = open_model(model)
     tensors = merged_tensors(source, adapter)
     directory = source.directory
-    copied = [find_file(directory, file.name) for file in directory.iterdir() if any(map(file.match, COPIED))]
+    files = _files_beside(source, adapter)
 
     def write(temporary: Path) -> None:
         if config := find_file(directory, "config.json"):
@@ -64,13 +60,26 @@ def export(model: str | Path, adapter: str | Path | None, output: Path) -> None:
         else:
             dtype = tensors[0].make().dtype
             (temporary / "config.json").write_text(json.dumps(config_json(source.arch, dtype), indent=2) + "\n")
-        for file in filter(None, copied):
-            shutil.copy(file, temporary)
+        write_files(temporary, files)
         _write_shards(temporary, tensors)
 
     publish(output, write)
     merged = f", {adapter} merged in" if adapter else ""
     print(f"{output}: {len(tensors)} tensors{merged}")
+
+
+def _files_beside(source: ModelFiles, adapter: str | Path | None) -> dict[str, bytes]:
+    """Tokenizer, chat template and stop ids, those that the adapter brings before the model's, by file name."""
+    directory = source.directory
+    if not has_tokenizer(directory):
+        return tokenizer_files(directory)
+    tok, recorded = load_chat(load_tokenizer(directory), source.arch.vocab_size, adapter)
+    try:
+        template = resolve_template(tok, recorded or "auto")
+    except UserError as error:
+        log.warning("no chat template is written: %s", error)
+        template = None
+    return portable_files(tok, template, directory)
 
 
 def merged_tensors(source: ModelFiles, adapter: str | Path | None) -> list[ExportedTensor]:

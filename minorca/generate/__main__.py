@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator
 
 from minorca import cli
 from minorca.data.chat_template import TEMPLATES, render_chat
+from minorca.data.portable_files import load_chat
 from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.errors import UserError, raise_problems
 from minorca.generate.engine import open_engine
@@ -28,6 +29,8 @@ def main(argv: list[str]) -> None:
     tok = load_tokenizer(args.model)
     arch = read_architecture(args.model)
     check_vocabulary(tok, arch.vocab_size, args.model)
+    tok, recorded = load_chat(tok, arch.vocab_size, args.adapter)
+    args.template = args.template or recorded or "auto"
     if args.chat:
         _chat(args, tok, arch, sampling)
     else:
@@ -44,11 +47,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
     parser.add_argument(
         "--template",
-        default="auto",
         choices=TEMPLATES,
-        help="the chat template: data.template of the adapter's training",
+        help="the chat template; default: that of the adapter's training, or auto",
     )
     parser.add_argument("--raw", action="store_true", help="continue the text of --prompt, without a chat template")
+    parser.add_argument(
+        "--no-parse-control-tokens",
+        dest="parse_control_tokens",
+        action="store_false",
+        help="with --raw: control strings in the text, such as [INST] or </s>, are plain text",
+    )
     parser.add_argument(
         "--max-new-tokens",
         type=int,
@@ -75,6 +83,8 @@ def _problems(args: argparse.Namespace) -> Iterator[UserError]:
         yield UserError("must be at least 1", field="--max-new-tokens")
     if args.raw and args.system is not None:
         yield UserError("cannot be combined with --system", field="--raw")
+    if not args.parse_control_tokens and not args.raw:
+        yield UserError("needs --raw; all other text is plain text", field="--no-parse-control-tokens")
     if args.chat and (args.raw or args.json or args.stop):
         yield UserError("cannot be combined with --raw, --json or --stop", field="--chat")
     if "" in args.stop:
@@ -163,7 +173,7 @@ def _complete(args: argparse.Namespace, tok: Tokenizer, arch: Architecture, samp
 
 def _encode_prompt(args: argparse.Namespace, tok: Tokenizer) -> list[int]:
     if args.raw:
-        return tok.encode(args.prompt, bos=tok.adds_bos)
+        return tok.encode_rendered(args.prompt, args.parse_control_tokens)
     system = [{"role": "system", "content": args.system}] if args.system else []
     return render_chat(tok, [*system, {"role": "user", "content": args.prompt}], template=args.template)
 

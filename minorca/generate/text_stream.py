@@ -21,9 +21,10 @@ class TextStream:
 
     Args:
         stop: strings that end the text; empty ones are ignored.
+        continues: whether it continues another text: a space at its start is then kept, which `tok.decode` drops.
     """
 
-    def __init__(self, tok: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tok: Tokenizer, stop: Sequence[str] = (), continues: bool = False):
         # Whether a stop string was found: the text ends before it, and `push` returns "" from then on.
         self.stopped = False
         self._tok = tok
@@ -34,7 +35,7 @@ class TextStream:
         self._withheld = ""
         # Tokenizers drop a space at the start of a text, so later ids are decoded after those of a letter.
         self._letter = tok.encode("a")
-        self._context: list[int] = []
+        self._context: list[int] = self._letter if continues else []
         # The ids whose text is not final yet, and how many of its characters have been passed on.
         self._ids: list[int] = []
         self._passed = 0

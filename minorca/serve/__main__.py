@@ -18,13 +18,15 @@ import uvicorn
 from fastapi import FastAPI
 
 from minorca import cli
-from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from minorca.data.chat_template import TEMPLATES, resolve_template
+from minorca.data.portable_files import load_chat
+from minorca.data.tokenizer import check_vocabulary, load_tokenizer
 from minorca.errors import UserError, raise_problems
 from minorca.generate.engine import Engine, open_engine
 from minorca.model.architecture import Architecture, read_architecture
 from minorca.serve.app import make_app
 from minorca.serve.engine_thread import EngineThread
-from minorca.serve.service import Service
+from minorca.serve.service import Model, Service
 
 # Seconds that running requests have to finish after SIGINT or SIGTERM.
 SHUTDOWN_SECONDS = 30
@@ -32,15 +34,15 @@ SHUTDOWN_SECONDS = 30
 
 def main(argv: list[str]) -> None:
     args = _parse(argv)
-    models, directories = _name_models(args.model, args.adapter)
+    directories = _name_models(args.model, args.adapter)
     # Before the model is loaded, which may take minutes.
     with _listen(args.host, args.port) as listener:
-        tok = load_tokenizer(args.model)
         arch = read_architecture(args.model)
-        check_vocabulary(tok, arch.vocab_size, args.model)
+        models = _load_chats(directories, arch, args)
         _check_max_length(args.max_length, arch)
-        engine = open_engine(args.model, directories, args.slots, args.max_length)
-        asyncio.run(_serve(engine, tok, models, listener, args))
+        adapters = {name: directory for name, directory in directories.items() if directory is not None}
+        engine = open_engine(args.model, adapters, args.slots, args.max_length)
+        asyncio.run(_serve(engine, models, listener, args))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -57,6 +59,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="[NAME=]DIR",
         help="a LoRA adapter in PEFT's format, which clients use as the model NAME (default: the directory's name); "
         "may be repeated",
+    )
+    parser.add_argument(
+        "--template",
+        default="auto",
+        choices=TEMPLATES,
+        help="the chat template of the model, and of adapters that do not record that of their training; default: auto",
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0 or :: accepts other machines"
@@ -93,18 +101,31 @@ def _problems(args: argparse.Namespace) -> Iterator[UserError]:
         yield UserError("must be at least 2", field="--max-length")
 
 
-def _name_models(model: str, adapters: list[str]) -> tuple[dict[str, str | None], dict[str, str]]:
-    """The names that clients use, each with its adapter (None: the base model), and the adapters' directories."""
-    models: dict[str, str | None] = {Path(model).resolve().name: None}
-    directories: dict[str, str] = {}
+def _name_models(model: str, adapters: list[str]) -> dict[str, str | None]:
+    """The names that clients use, each with its adapter's directory (None: the base model)."""
+    directories: dict[str, str | None] = {Path(model).resolve().name: None}
     for adapter in adapters:
         match = re.fullmatch(r"([^/=]+)=(.+)", adapter)
         name, directory = match.groups() if match else (Path(adapter).resolve().name, adapter)
-        if name in models:
+        if name in directories:
             raise UserError(f"{adapter}: another model is named {name}; choose a name with NAME=DIR", field="--adapter")
-        models[name] = name
         directories[name] = directory
-    return models, directories
+    return directories
+
+
+def _load_chats(directories: dict[str, str | None], arch: Architecture, args: argparse.Namespace) -> dict[str, Model]:
+    """Each model with its tokenizer and template: those that its adapter brings, or the base model's and --template."""
+    base = load_tokenizer(args.model)
+    check_vocabulary(base, arch.vocab_size, args.model)
+    models = {}
+    for name, directory in directories.items():
+        tok, recorded = load_chat(base, arch.vocab_size, directory)
+        template = recorded or args.template
+        # A model without any template can still complete text.
+        if template != "auto":
+            resolve_template(tok, template)
+        models[name] = Model(tok, template, None if directory is None else name)
+    return models
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -129,8 +150,7 @@ def _check_max_length(max_length: int | None, arch: Architecture) -> None:
 
 async def _serve(
     engine: Engine,
-    tok: Tokenizer,
-    models: dict[str, str | None],
+    models: dict[str, Model],
     listener: socket.socket,
     args: argparse.Namespace,
 ) -> None:
@@ -140,7 +160,7 @@ async def _serve(
     hosts = {"localhost", "127.0.0.1", "[::1]", args.host.lower()} if is_local else None
     key = args.api_key or os.environ.get("MINORCA_API_KEY") or None
     thread = EngineThread(engine, args.queue)
-    server = _make_server(make_app(Service(thread, tok, models), key, hosts))
+    server = _make_server(make_app(Service(thread, models), key, hosts))
 
     def shut_down() -> None:
         server.should_exit = True
@@ -181,7 +201,7 @@ def _is_not_cancellation(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
-def _announce(listener: socket.socket, models: dict[str, str | None], engine: Engine) -> None:
+def _announce(listener: socket.socket, models: dict[str, Model], engine: Engine) -> None:
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     print(f"serving {', '.join(models)} at {url}: {engine.slots} slots of {engine.max_length} tokens", flush=True)

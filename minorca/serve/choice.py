@@ -26,16 +26,17 @@ class Choice:
     Args:
         index: among the choices of the completion.
         stop: strings that end the text.
+        continues: as `TextStream` takes it.
     """
 
-    def __init__(self, index: int, tok: Tokenizer, stop: list[str]):
+    def __init__(self, index: int, tok: Tokenizer, stop: list[str], continues: bool = False):
         self.index = index
         self.tokens = 0
         self.finish_reason: str | None = None
         self._tok = tok
-        self._stream = TextStream(tok, stop)
+        self._stream = TextStream(tok, stop, continues)
         # Decodes without stop strings, for the offsets of tokens.
-        self._unstopped = TextStream(tok)
+        self._unstopped = TextStream(tok, continues=continues)
         self._length = 0
         self._logprobs: list[TokenLogprob] = []
         # Tokenizers drop a space at the start of a text, so tokens after the first are decoded after those of a letter.

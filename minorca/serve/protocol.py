@@ -8,7 +8,16 @@ from abc import abstractmethod
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, PlainValidator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import core_schema
 
 from minorca.data.chat_template import render_chat
@@ -161,6 +170,11 @@ class GenerationRequest(_Object):
         return Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed)
 
     @property
+    def continues(self) -> bool:
+        """Whether the new text continues a message."""
+        return False
+
+    @property
     @abstractmethod
     def num_choices(self) -> int: ...
 
@@ -179,8 +193,8 @@ class GenerationRequest(_Object):
         """`Request.logprobs`: how many of the most likely tokens to return; None: no log-probabilities."""
 
     @abstractmethod
-    def encode_prompts(self, tok: Tokenizer, max_tokens: int) -> list[list[int]]:
-        """The ids of each prompt; encoding may stop after more than `max_tokens`.
+    def encode_prompts(self, tok: Tokenizer, template: str, max_tokens: int) -> list[list[int]]:
+        """The ids of each prompt, messages rendered by `template`; encoding may stop after more than `max_tokens`.
 
         Raises:
             UserError: the chat template cannot render the messages, or a text cannot be encoded.
@@ -206,6 +220,9 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+    # vLLM's: whether the last message, an answer, is continued; the other field can only be its opposite.
+    continue_final_message: bool = False
+    add_generation_prompt: bool = True
     # Not supported.
     tools: Annotated[Any, Unsupported([])] = []
     tool_choice: Annotated[Any, Unsupported("none", "auto")] = "none"
@@ -232,6 +249,18 @@ class ChatRequest(GenerationRequest):
             raise ValueError("top_logprobs needs logprobs: true")
         return self
 
+    @field_validator("add_generation_prompt")
+    @classmethod
+    def _check_add_generation_prompt(cls, value: bool, info: ValidationInfo) -> bool:
+        # Only where it is sent.
+        if value == info.data.get("continue_final_message"):
+            raise ValueError("must be the opposite of continue_final_message; leave it out")
+        return value
+
+    @property
+    def continues(self) -> bool:
+        return self.continue_final_message
+
     @property
     def num_choices(self) -> int:
         return self.n
@@ -244,11 +273,14 @@ class ChatRequest(GenerationRequest):
     def logprobs_count(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
 
-    def encode_prompts(self, tok: Tokenizer, max_tokens: int) -> list[list[int]]:
+    def encode_prompts(self, tok: Tokenizer, template: str, max_tokens: int) -> list[list[int]]:
         # "developer" is OpenAI's newer name.
         roles = {"developer": "system"}
         messages = [{"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages]
-        return [render_chat(tok, messages, max_ids=max_tokens)]
+        ids = render_chat(
+            tok, messages, template=template, max_ids=max_tokens, continue_final_message=self.continue_final_message
+        )
+        return [ids]
 
     def response_choice(self, choice: Choice) -> dict:
         message = {"role": "assistant", "content": choice.text, "refusal": None}
@@ -287,6 +319,8 @@ class CompletionRequest(GenerationRequest):
     ]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = None
+    # Whether control strings in a prompt, such as [INST] or </s>, are control tokens; else they are plain text.
+    parse_control_tokens: bool = True
     # Not supported.
     echo: Annotated[Any, Unsupported(False)] = False
     suffix: Annotated[Any, Unsupported("")] = ""
@@ -314,8 +348,11 @@ class CompletionRequest(GenerationRequest):
     def logprobs_count(self) -> int | None:
         return self.logprobs
 
-    def encode_prompts(self, tok: Tokenizer, max_tokens: int) -> list[list[int]]:
-        return [tok.encode(prompt, bos=tok.adds_bos) if isinstance(prompt, str) else prompt for prompt in self.prompt]
+    def encode_prompts(self, tok: Tokenizer, template: str, max_tokens: int) -> list[list[int]]:
+        return [
+            tok.encode_rendered(prompt, self.parse_control_tokens) if isinstance(prompt, str) else prompt
+            for prompt in self.prompt
+        ]
 
     def response_choice(self, choice: Choice) -> dict:
         logprobs = None if self.logprobs is None else self._format_logprobs(choice.take_logprobs())

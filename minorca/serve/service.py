@@ -5,6 +5,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from fastapi import Request as HTTPRequest
 from fastapi import Response
@@ -25,16 +26,25 @@ from minorca.serve.protocol import GenerationRequest
 DEFAULT_NEW_TOKENS = 2048
 
 
-class Service:
-    """A model and its adapters, ready to answer.
+@dataclass(frozen=True)
+class Model:
+    """What clients name as a model: the base model, or one of its adapters.
 
-    Args:
-        models: the names that clients use, each with its adapter; None: the base model.
+    Attributes:
+        template: the name of its chat template.
+        adapter: the engine's name of the adapter; None: the base model.
     """
 
-    def __init__(self, thread: EngineThread, tok: Tokenizer, models: dict[str, str | None]):
+    tok: Tokenizer
+    template: str = "auto"
+    adapter: str | None = None
+
+
+class Service:
+    """A model and its adapters, ready to answer; `models` are by the names that clients use."""
+
+    def __init__(self, thread: EngineThread, models: dict[str, Model]):
         self.thread = thread
-        self.tok = tok
         self.models = models
         self.created = int(time.time())
 
@@ -44,12 +54,13 @@ class Service:
         Raises:
             APIError: the request cannot be served.
         """
-        requests = self._make_requests(body)
-        choices = {request: Choice(i, self.tok, body.stop) for i, request in enumerate(requests)}
+        model = self._find_model(body)
+        requests = self._make_requests(body, model)
+        choices = {request: Choice(i, model.tok, body.stop, body.continues) for i, request in enumerate(requests)}
         with contextlib.ExitStack() as stack:
             completion = stack.enter_context(Completion(self.thread, choices))
             # In a worker thread: templates and tokenizers may be slow.
-            completion.prompt_tokens = await run_in_threadpool(self._set_prompts, body, requests)
+            completion.prompt_tokens = await run_in_threadpool(self._set_prompts, body, model, requests)
             header = {
                 "id": f"{body.id_prefix}-{secrets.token_hex(12)}",
                 "object": body.chunk_object if body.stream else body.response_object,
@@ -60,11 +71,14 @@ class Service:
                 return EventStream(self._events(completion, body, header), stack.pop_all())
             return await cancel_on_disconnect(http_request, self._complete(completion, body, header))
 
-    def _make_requests(self, body: GenerationRequest) -> list[Request]:
-        """The engine's requests, one a choice, without their prompts."""
+    def _find_model(self, body: GenerationRequest) -> Model:
         if body.model not in self.models:
             expected = ", ".join(self.models)
             raise APIError(400, f"model is {quote(body.model)}; expected one of {expected}", "model", "model_not_found")
+        return self.models[body.model]
+
+    def _make_requests(self, body: GenerationRequest, model: Model) -> list[Request]:
+        """The engine's requests, one a choice, without their prompts."""
         if body.num_choices > self.thread.max_requests:
             raise APIError(
                 400, f"{body.num_choices} choices were requested; expected at most {self.thread.max_requests}", "n"
@@ -73,19 +87,19 @@ class Service:
             Request(
                 [],
                 sampling=body.sampling,
-                stop_ids=self.tok.stop_ids,
-                adapter=self.models[body.model],
+                stop_ids=model.tok.stop_ids,
+                adapter=model.adapter,
                 logprobs=body.logprobs_count,
                 sample=i % body.n,
             )
             for i in range(body.num_choices)
         ]
 
-    def _set_prompts(self, body: GenerationRequest, requests: list[Request]) -> int:
+    def _set_prompts(self, body: GenerationRequest, model: Model, requests: list[Request]) -> int:
         """Sets and checks the requests' prompts and limits; returns the number of prompt tokens."""
         engine = self.thread.engine
         try:
-            prompts = body.encode_prompts(self.tok, engine.max_length)
+            prompts = body.encode_prompts(model.tok, model.template, engine.max_length)
             for i, request in enumerate(requests):
                 request.prompt = prompts[i // body.n]
                 self._set_limit(body, request)

@@ -10,6 +10,7 @@ import numpy as np
 from minorca.config import Config
 from minorca.data.chat_template import resolve_template
 from minorca.data.packing import BatchSchedule
+from minorca.data.portable_files import adapter_files
 from minorca.data.prepare import prepare_store
 from minorca.data.store import TokenStore
 from minorca.data.tokenizer import check_vocabulary, load_tokenizer
@@ -34,12 +35,17 @@ _CONTENTS = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """The base model's files, the rows to train on, those held out, and what the run's numbers follow from."""
+    """The base model's files, the rows to train on, those held out, and what the run's numbers follow from.
+
+    Attributes:
+        adapter_files: what lies beside the adapter: the tokenizer and the template of training.
+    """
 
     base: ModelFiles
     store: TokenStore
     held_out: TokenStore | None
     identity: dict
+    adapter_files: dict[str, bytes]
 
     def schedule(self, config: Config) -> BatchSchedule:
         """Which rows every step has."""
@@ -65,7 +71,9 @@ def read_inputs(config: Config) -> Inputs:
         raise UserError(message, field="data.seq_len")
     store, held_out = read_data(config)
     identity = checkpoint.identity(config, base.arch, base.paths, store, held_out)
-    return Inputs(base, store, held_out, identity)
+    tok = load_tokenizer(config.model.path)
+    files = adapter_files(tok, resolve_template(tok, config.data.template))
+    return Inputs(base, store, held_out, identity, files)
 
 
 def read_data(config: Config) -> tuple[TokenStore, TokenStore | None]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minorca.config import Config
 from minorca.data.packing import Step
+from minorca.data.portable_files import write_files
 from minorca.errors import UserError
 from minorca.files.atomic import publish
 from minorca.model.lora import seed_dropout
@@ -249,6 +250,7 @@ class Run:
 
     def _write_adapter(self, directory: Path, tensors: dict[str, Tensor]) -> None:
         self.learner.trainable.save(directory, tensors)
+        write_files(directory, self.inputs.adapter_files)
         if tensors is self.best.tensors:
             step, loss = self.best.step, self.best.loss
             (directory / "best.json").write_text(json.dumps({"step": step, "eval_loss": loss}) + "\n")

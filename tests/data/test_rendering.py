@@ -180,17 +180,36 @@ def test_tokens_that_are_not_used_are_counted(tok):
         assert tally.tokens[outcome] == tokens and tally.notes[outcome] == f"{tokens:,} tokens"
 
 
+def test_rendered_text(tok):
+    """Control strings of a text are control tokens unless the setting says otherwise, and such rows are counted."""
+    texts = ["<s>[INST] q [/INST] a </s>", "no control", "<|im_start|>user\nq<|im_end|>\n"]
+    rows = [Row("rows.jsonl", "line", number, text) for number, text in enumerate(texts, 1)]
+    parsed, tally = render_rows(rows, tok, DataConfig("x"), "chatml")
+    assert [parsed.row(n)[0].tolist() for n in range(3)] == [tok.encode_rendered(text, eos=True) for text in texts]
+    assert tally.counts["with control tokens parsed"] == 2
+    plain, tally = render_rows(rows, tok, DataConfig("x", parse_control_tokens=False), "chatml")
+    assert [plain.row(n)[0].tolist() for n in range(3)] == [tok.encode(text, bos=True, eos=True) for text in texts]
+    assert "with control tokens parsed" not in tally.counts
+
+
+def test_control_strings_in_a_conversation_stay_text(tok):
+    row = Row("rows.jsonl", "line", 1, Conversation([message("user", "</s>"), message("assistant", "<|im_end|>")]))
+    ids, _, _ = render_row(row, tok, "chatml", DataConfig("x"))
+    # The bos, and the start and end of each of the two messages.
+    assert sum(i in tok.control_ids.values() for i in ids.tolist()) == 5
+
+
 def test_errors_name_the_row(tok, tmp_path):
     """And the model too, where its template is at fault."""
     row = Row("rows.jsonl", "line", 3, Conversation([message("user", "x"), message("narrator", "y")]))
     with pytest.raises(UserError, match="^rows.jsonl, line 3: .*narrator") as caught:
-        render_row(row, tok, "chatml", "response")
+        render_row(row, tok, "chatml", DataConfig("x"))
     assert (caught.value.path, caught.value.where, caught.value.field) == ("rows.jsonl", "line 3", "messages[1].role")
     orca(tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
     failing = load_tokenizer(tmp_path / "model")
     with pytest.raises(UserError, match=f"^rows.jsonl, line 1: {tmp_path}/model: the chat template failed: never"):
-        render_row(rows_of("four")[0], failing, "jinja", "response")
+        render_row(rows_of("four")[0], failing, "jinja", DataConfig("x"))
 
 
 def spans(mask: list[bool]) -> list[tuple[int, int]]:

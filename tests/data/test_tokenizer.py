@@ -123,6 +123,35 @@ def test_template_text_equals_transformers_for_sentencepiece(tmp_path):
     )
 
 
+RENDERED = ["<s>[INST] q [/INST] a </s>", "[INST] q [/INST] a", "a</s><s>b</s>", "<s>", "", " <s> a </s>\n", *FORGERIES]
+
+
+@pytest.mark.parametrize("source", [V1, V2, V3], ids=["v1", "v2", "v3"])
+def test_rendered_text_equals_transformers(source, tmp_path):
+    """Control strings are parsed; bos and eos are those that the text has, or added."""
+    names = NAMES | {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True}
+    files = {"tokenizer_config": names, "config": {"model_type": "mistral"}}
+    directory = sentencepiece_directory(tmp_path, source, **files)
+    tok, reference = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    for text in RENDERED:
+        bare = reference(text, add_special_tokens=False)["input_ids"]
+        with_bos = bare if text.startswith("<s>") else reference(text)["input_ids"]
+        assert tok.encode_rendered(text) == with_bos
+        assert tok.encode_rendered(text, eos=True) == with_bos + ([] if bare[-1:] == [2] else [2])
+        assert tok.encode_rendered(text, parse_control=False, eos=True) == tok.encode(text, bos=True, eos=True)
+    with pytest.raises(UserError, match="^text has an unpaired surrogate at character 3"):
+        tok.encode_rendered("<s>\ud83d")
+
+
+def test_rendered_text_of_a_model_without_bos(smollm2):
+    """Its <|im_start|> is its bos too, which its tokenizer does not add."""
+    tok, reference = load_tokenizer(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    for text in ["<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>", "a<|im_end|>\n", "a"]:
+        ids = reference(text)["input_ids"]
+        assert tok.encode_rendered(text) == ids
+        assert tok.encode_rendered(text, eos=True) == ids + ([] if text.endswith("<|im_end|>") else [tok.eos_id])
+
+
 def test_both_formats_of_one_model_agree(tmp_path):
     """tokenizer.model and the tokenizer.json that transformers converts it to, except for runs of spaces.
 

@@ -1,4 +1,4 @@
-"""Merged and converted weights equal those that PEFT merges, and transformers loads them."""
+"""Merged and converted weights equal those that PEFT merges, and transformers loads them with what lies beside them."""
 
 import json
 from typing import Any
@@ -7,12 +7,18 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer as JsonModel
+from tokenizers import models
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minorca.export.huggingface
-from minorca import UserError, load_model, load_tokenizer
+from minorca import UserError, load_model, load_tokenizer, render_chat
 from minorca.export.__main__ import export, main
-from tests.data.test_tokenizer import byte_level
+from minorca.generate import __main__ as generate_command
+from minorca.generate import engine, generate
+from minorca.train import __main__ as train_command
+from tests.data.test_portable_files import tokenizer_v1, tokenizer_v3
+from tests.data.test_tokenizer import byte_level, orca
 from tests.files.test_weights import BIN, as_bin, as_bin_shards, as_consolidated, as_hub_cache
 from tests.helpers import relative_error
 
@@ -151,6 +157,79 @@ def test_what_belongs_to_the_model_comes_along(save_mistral, tmp_path, capsys):
     text = "the quick brown fox <|im_end|>"
     assert load_tokenizer(tmp_path / "out" / "model").encode(text) == load_tokenizer(directory).encode(text)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
+
+
+OTHER = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Reverse ab"},
+    {"role": "assistant", "content": "ba"},
+    {"role": "user", "content": "Reverse cd"},
+]
+
+
+# A tokenizer and its size, the shipped template, data.template, and the template that it stands for.
+@pytest.mark.parametrize(
+    "station",
+    [
+        (tokenizer_v1, 32000, OTHER, "mistral-v1", "mistral-v1"),
+        (tokenizer_v3, 32768, None, "auto", "mistral-v3"),
+        (orca, 32002, None, "auto", "chatml"),
+        (orca, 32002, OTHER, "auto", "jinja"),
+    ],
+    ids=["v1", "v3", "chatml", "jinja"],
+)
+def test_the_same_ids_at_every_station(station, workplace, save_mistral, monkeypatch, capsys):
+    """Trained on OpenOrca's rows, the adapter asks with the template of training in `generate`, and so does what is
+    exported in transformers, where the greedy answer is the same and ends at the same ids."""
+    make, rows, shipped, setting, template = station
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    directory, _ = save_mistral(vocab_size=rows, num_key_value_heads=1, **sizes)
+    config = (directory / "config.json").read_text()
+    make(directory)
+    (directory / "config.json").write_text(config)
+    if shipped:
+        (directory / "chat_template.jinja").write_text(shipped)
+    prompt = render_chat(load_tokenizer(directory), CHAT, template=template)
+    run = workplace(**{"model.path": directory, "data.template": setting, "data.train_on": "all", "train.steps": 2})
+    train_command.main(run)
+    adapter = workplace.path / "run" / "adapter"
+    ours = load_model(directory, torch.float32, "cpu", adapter=adapter)
+    [answer] = generate(ours, [prompt], 20)
+    # Another stop id, which only config.json names.
+    (directory / "config.json").write_text(json.dumps(json.loads(config) | {"eos_token_id": answer[9]}))
+    tok = load_tokenizer(directory)
+    [answer] = generate(ours, [prompt], 20, stop_ids=tok.stop_ids)
+    assert 0 < len(answer) <= 10
+
+    monkeypatch.setattr(engine, "fast_dtype", lambda: torch.float32)
+    [system, user] = CHAT[:2]
+    options = ["--model", directory, "--adapter", adapter, "--system", system["content"], "--prompt", user["content"]]
+    capsys.readouterr()
+    generate_command.main([*map(str, options), "--max-new-tokens", "20", "--json"])
+    single = render_chat(tok, [system, user], template=template)
+    said = json.loads(capsys.readouterr().out)
+    assert said["prompt_tokens"] == len(single)
+    assert said["text"] == tok.decode(generate(ours, [single], 20, stop_ids=tok.stop_ids)[0])
+
+    output = workplace.path / "merged"
+    export(directory, adapter, output)
+    theirs = AutoTokenizer.from_pretrained(output)
+    assert theirs.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"] == prompt
+    assert render_chat(load_tokenizer(output), CHAT) == prompt
+    asked = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt))}
+    ids = read_back(output).generate(**asked, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert ids[0, len(prompt) :].tolist() == answer
+
+
+def test_a_base_without_any_template(save_mistral, tmp_path, caplog):
+    """Nothing is made up for a tokenizer that no built-in template fits."""
+    directory, _ = save_mistral(vocab_size=512, bos_token_id=None, eos_token_id=None)
+    model = JsonModel(models.BPE({"a": 0, "b": 1}, []))
+    model.save(str(directory / "tokenizer.json"))
+    export(directory, None, tmp_path / "out")
+    assert "no chat template is written" in caplog.text
+    assert not list((tmp_path / "out").glob("*.jinja"))
 
 
 @pytest.mark.parametrize("format", ["gguf", "consolidated", "pt"])

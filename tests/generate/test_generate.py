@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from minorca import cli, load_model
+from minorca import UserError, cli, load_model
 from minorca.generate import __main__ as command
 from minorca.generate import generate
 from tests.helpers import random_adapter, save_tokenizer
@@ -99,6 +99,11 @@ def test_the_command_prints_text_or_json(talker, capsys, monkeypatch):
     answer = json.loads(run(capsys, "--model", directory, "--prompt", "\n", "--raw", "--max-new-tokens", 9, "--json"))
     assert answer.pop("tokens_per_second") > 0
     assert answer == {"text": "é€😀", "tokens": 9, "prompt_tokens": 1, "finish_reason": "length"}
+    raw = ("--model", directory, "--prompt", "hi<|im_end|>", "--raw", "--max-new-tokens", 1, "--json")
+    assert json.loads(run(capsys, *raw))["prompt_tokens"] == 3
+    assert json.loads(run(capsys, *raw, "--no-parse-control-tokens"))["prompt_tokens"] == len("hi<|im_end|>")
+    with pytest.raises(UserError, match="--no-parse-control-tokens needs --raw"):
+        command.main(["--model", str(directory), "--prompt", "hi", "--no-parse-control-tokens"])
     said = iter(["hello", "again"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(said, None) or (_ for _ in ()).throw(EOFError))
     assert run(capsys, "--model", directory, "--chat", "--max-new-tokens", 9).count("é€😀\n") == 2

@@ -72,6 +72,17 @@ def test_the_pieces_make_the_whole_decode(name, toks):
         assert streamed(tok, ids) == (tok.decode(ids), False), ids
 
 
+@pytest.mark.parametrize("name", STABLE)
+def test_a_text_that_continues_another_keeps_its_space(name, toks):
+    """What a message and its continuation make together is what their ids decode to."""
+    tok, _ = toks[name]
+    begun = tok.encode("The answer is")
+    for ids in (tok.encode("The answer is 4.")[len(begun) :], tok.encode("The answer is<br>")[len(begun) :]):
+        stream = TextStream(tok, continues=True)
+        text = "".join(map(stream.push, ids)) + stream.finish()
+        assert "The answer is" + text == tok.decode(begun + ids)
+
+
 def test_byte_fallback_of_tokenizer_json(toks):
     """There one invalid byte turns its neighbours to U+FFFD when all is decoded at once, but not in a stream."""
     tok, one_byte = toks["fallback"]

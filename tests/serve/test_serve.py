@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
 from minorca import load_model, load_tokenizer, render_chat
+from minorca.data.portable_files import adapter_files, write_files
 from minorca.errors import UserError
 from minorca.generate import generate
 from minorca.serve import __main__ as serve_command
@@ -29,10 +31,11 @@ from minorca.serve.app import make_app
 from minorca.serve.engine_thread import EngineThread
 from minorca.serve.errors import ErrorResponse
 from minorca.serve.protocol import ChatRequest
-from minorca.serve.service import Service
+from minorca.serve.service import Model, Service
 from tests.helpers import ROOT, random_adapter, random_mistral, save_tokenizer, wait_until
 
 ASK = [{"role": "user", "content": "hi"}]
+OWN_TEMPLATE = "{% for m in messages %}{{ m['content'] }}!{% endfor %}"
 # No byte occurs twice.
 SAYS = "tick-é€😀 "
 COMMAND = ("-m", "minorca.serve")
@@ -94,14 +97,20 @@ def serving(*options, **more):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A random model whose greedy answers never contain a stop id, and an adapter beside it."""
+    """A random model whose greedy answers never contain a stop id; beside it an adapter, bare and with a template."""
     directory = tmp_path_factory.mktemp("models") / "tiny"
     model = random_mistral(vocab_size=260, max_position_embeddings=256)
     with torch.no_grad():
         model.lm_head.weight[[2, 257]] = 0.5 * model.lm_head.weight[65]
     model.save_pretrained(directory)
     save_tokenizer(directory)
-    random_adapter(model, directory.parent / "adapter", ("q", "v", "down"))
+    adapter = directory.parent / "adapter"
+    random_adapter(model, adapter, ("q", "v", "down"))
+    own = directory.parent / "own"
+    shutil.copytree(adapter, own)
+    tok = load_tokenizer(directory)
+    tok.chat_template = OWN_TEMPLATE
+    write_files(own, adapter_files(tok, "jinja"))
     return directory
 
 
@@ -129,7 +138,8 @@ def talker(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(directory):
     """In fp32, where the batch size and the layout of the weights change no greedy answer."""
-    options = ("--model", directory, "--adapter", f"{directory.parent}/adapter", "--slots", 4, "--queue", 4)
+    adapters = ("--adapter", directory.parent / "adapter", "--adapter", directory.parent / "own")
+    options = ("--model", directory, *adapters, "--slots", 4, "--queue", 4)
     with serving(*options, program=("-c", IN_FP32)) as server:
         yield server
         assert server.end(signal.SIGTERM) == (143, "")
@@ -183,6 +193,41 @@ def test_answers_are_those_of_generate(server, client, directory):
             (name, 24, "length")
         }
     assert expected != [tok.decode(ids) for ids in greedy(directory, prompts)]
+
+
+def test_an_adapter_is_asked_by_its_own_template(client, directory):
+    tok = load_tokenizer(directory)
+    answer = client.chat.completions.create(model="own", messages=ASK, max_tokens=24, temperature=0)
+    prompt = tok.encode("hi!")
+    [ids] = greedy(directory, [prompt], adapter=directory.parent / "own")
+    assert (answer.usage.prompt_tokens, answer.choices[0].message.content) == (len(prompt), tok.decode(ids))
+
+
+def test_control_tokens_in_prompts(client):
+    """A text's control strings are control tokens unless the request says otherwise."""
+
+    def prompt_tokens(**extra):
+        ask = {"model": "tiny", "prompt": "hi<|im_end|>", "max_tokens": 1}
+        return client.completions.create(**ask, extra_body=extra).usage.prompt_tokens
+
+    assert prompt_tokens() == prompt_tokens(parse_control_tokens=True) == 3
+    assert prompt_tokens(parse_control_tokens=False) == len("hi<|im_end|>")
+
+
+def test_a_final_message_is_continued(client, directory):
+    """As vLLM's fields ask for; without them an answer is not answered."""
+    messages = [*ASK, {"role": "assistant", "content": "The answer"}]
+    prompt = prompt_of(directory) + load_tokenizer(directory).encode("The answer")
+    expected = load_tokenizer(directory).decode(greedy(directory, [prompt])[0])
+    for more in ({}, {"add_generation_prompt": False}):
+        extra = {"continue_final_message": True} | more
+        ask = {"model": "tiny", "messages": messages, "max_tokens": 24, "temperature": 0, "extra_body": extra}
+        answer = client.chat.completions.create(**ask)
+        assert (answer.usage.prompt_tokens, answer.choices[0].message.content) == (len(prompt), expected)
+        chunks = client.chat.completions.create(**ask, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+    with pytest.raises(openai.BadRequestError, match="continue_final_message"):
+        client.chat.completions.create(model="tiny", messages=messages)
 
 
 def test_a_stream_has_openais_events(talking):
@@ -358,8 +403,8 @@ def test_fields_without_an_effect_are_accepted(client):
 def test_without_a_limit_the_maximum_length_is_used(server, client, directory):
     prompt = prompt_of(directory)
     assert client.chat.completions.create(model="tiny", messages=ASK, temperature=0).usage.total_tokens == 256
-    assert [model.id for model in client.models.list()] == ["tiny", "adapter"] and len(prompt) < 200
-    assert "tiny, adapter" in server.announcement and "4 slots of 256 tokens" in server.announcement
+    assert [model.id for model in client.models.list()] == ["tiny", "adapter", "own"] and len(prompt) < 200
+    assert "tiny, adapter, own" in server.announcement and "4 slots of 256 tokens" in server.announcement
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -379,8 +424,9 @@ INVALID = {
         {"messages": []},
         {"messages": None},
         {"messages": "hi"},
+        {"messages": [*ASK, {"role": "assistant", "content": "Hello"}]},
+        {"messages": ASK, "continue_final_message": True},
         {"messages": [{"role": "user", "content": "\udfff"}]},
-        {"messages": [*ASK, {"role": "system", "content": "late"}]},
         {"messages": [{"role": "user", "content": "x" * 300}]},
         {"messages": ASK * 2000},
     ],
@@ -412,6 +458,11 @@ INVALID = {
     "frequency_penalty": [{"frequency_penalty": 0.5}],
     "logit_bias": [{"logit_bias": {"5": 100}}],
     "tools": [{"tools": [{"type": "function", "function": {"name": "f"}}]}],
+    "continue_final_message": [{"continue_final_message": "yes"}],
+    "add_generation_prompt": [
+        {"add_generation_prompt": False},
+        {"add_generation_prompt": True, "continue_final_message": True},
+    ],
     "response_format": [{"response_format": {"type": "json_object"}}],
     "surprise": [{"surprise": 1}, {"surprise": None}],
 }
@@ -450,6 +501,7 @@ def test_invalid_fields_are_named(server):
         {"best_of": 2},
         {"logprobs": 21},
         {"suffix": "x"},
+        {"parse_control_tokens": "no"},
         {"logprobs": True},
         {"prompt": ["a"] * 2, "n": HUGE},
     ):
@@ -687,7 +739,7 @@ def test_the_health_of_a_dead_engine(talker):
     async def statuses():
         engine: Any = Dead()
         thread = EngineThread(engine, 0)
-        app = make_app(Service(thread, load_tokenizer(talker), {"talker": None}))
+        app = make_app(Service(thread, {"talker": Model(load_tokenizer(talker))}))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             thread.start()
             thread.join()
@@ -707,6 +759,7 @@ def test_what_a_user_can_fix(talker):
     model = ("--model", talker, "--port", 0)
     assert "nowhere" in complaint("--model", talker / "nowhere", "--port", 0)
     assert "--slots" in complaint(*model, "--slots", 0) and "--api-key" in complaint(*model, "--api-key", "")
+    assert "template mistral-v3 needs the control token [INST]" in complaint(*model, "--template", "mistral-v3")
     assert "8192 positions" in complaint(*model, "--max-length", 8193)
     assert "NAME=DIR" in complaint(*model, "--adapter", "a/x", "--adapter", "b/x")
     assert "NAME=DIR" in complaint(*model, "--adapter", "talker=b/x") and "b/x" in complaint(

@@ -1,0 +1,174 @@
+"""The files that make a directory of weights speak for itself: tokenizer, chat template, stop ids, and for adapters a
+record of the template of training, minorca.json.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+from minorca.data.chat_template import TEMPLATES
+from minorca.data.portable_template import portable_template, special_tokens
+from minorca.data.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer, check_vocabulary, load_tokenizer
+from minorca.errors import UserError
+from minorca.files.safe_io import find_file, quote, read_json, read_small
+
+log = logging.getLogger(__name__)
+
+RECORD = "minorca.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model*", "tekken.json")
+SETTINGS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+TEMPLATE_FILES = ("*.jinja", "additional_chat_templates/*.jinja", "chat_template.json")
+# Two tokenizers that agree on it, and in their control tokens, agree.
+SAMPLE = "  Two spaces, naïve 日本語 🦜\n\n\tdef f(x):\n    return x ** 2 + 1234567890  # it's"
+
+
+def tokenizer_files(directory: Path) -> dict[str, bytes]:
+    """The tokenizer's files in a directory, its settings and templates, by name."""
+    found = (path for pattern in (*TOKENIZERS, *SETTINGS, *TEMPLATE_FILES) for path in sorted(directory.glob(pattern)))
+    return {
+        path.relative_to(directory).as_posix(): read_small(path, MAX_TOKENIZER_BYTES)
+        for path in found
+        if find_file(path.parent, path.name)
+    }
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return any(path for pattern in TOKENIZERS for path in directory.glob(pattern))
+
+
+def portable_files(tok: Tokenizer, template: str | None, model: Path) -> dict[str, bytes]:
+    """What lies beside weights that were trained with `template`, a resolved name or None, by file name.
+
+    The tokenizer's files under the names that other engines look for, a Jinja template that writes the same, and
+    generation_config.json of the directory `model` with every stop id.
+    """
+    files = tokenizer_files(tok.path)
+    versions = sorted(name for name in files if name.startswith("tokenizer.model.v"))
+    if versions:
+        files.setdefault("tokenizer.model", files[versions[-1]])
+    config = _tokenizer_config(tok)
+    source = portable_template(tok, template)
+    if source != tok.chat_template:
+        files = {name: content for name, content in files.items() if not _is_template(name)}
+        config.pop("chat_template", None)
+    if source is not None and not config.get("chat_template"):
+        files["chat_template.jinja"] = source.encode()
+    files["tokenizer_config.json"] = _to_json(config)
+    files["generation_config.json"] = _to_json(_generation_config(tok, model))
+    return files
+
+
+def adapter_files(tok: Tokenizer, template: str) -> dict[str, bytes]:
+    """What lies beside an adapter that was trained with `template`: `portable_files`, and its name in a record."""
+    return portable_files(tok, template, tok.path) | {RECORD: _to_json({"template": template})}
+
+
+def write_files(directory: Path, files: dict[str, bytes]) -> None:
+    """Writes files into an existing directory."""
+    for name, content in files.items():
+        path = directory / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+
+
+def load_chat(base: Tokenizer, rows: int, adapter: str | Path | None) -> tuple[Tokenizer, str | None]:
+    """The tokenizer to use with an adapter, and the name of the template of its training, None if it records none.
+
+    Args:
+        base: the model's tokenizer, which is used where the adapter brings none.
+        rows: of the model's embedding.
+        adapter: its directory; None: the model alone.
+
+    Raises:
+        UserError: a file of the adapter that is invalid, or a tokenizer with more ids than the model.
+    """
+    if adapter is None:
+        return base, None
+    directory = Path(adapter).expanduser()
+    return _adapter_tokenizer(directory, base, rows), recorded_template(directory)
+
+
+def recorded_template(adapter: Path) -> str | None:
+    """The name of the template with which an adapter was trained; None if it has no record.
+
+    Raises:
+        UserError: an invalid record.
+    """
+    path = find_file(adapter, RECORD)
+    if path is None:
+        return None
+    template = read_json(path).get("template")
+    if template not in TEMPLATES:
+        raise UserError(
+            f"is {quote(template)}; expected one of {', '.join(TEMPLATES)}: it is the template of training",
+            path=path,
+            field="template",
+        )
+    return template
+
+
+def _adapter_tokenizer(directory: Path, base: Tokenizer, rows: int) -> Tokenizer:
+    """The tokenizer that an adapter brings; `base` itself where they are the same, or the adapter brings none."""
+    if not has_tokenizer(directory):
+        return base
+    tok = load_tokenizer(directory)
+    check_vocabulary(tok, rows, directory)
+    # An adapter that others wrote lacks the model's configuration, which names stop ids too.
+    tok.stop_ids |= base.stop_ids
+    differences = [
+        what
+        for what, ours, theirs in (
+            ("control tokens", base.control_ids, tok.control_ids),
+            ("bos", (base.bos_id, base.adds_bos), (tok.bos_id, tok.adds_bos)),
+            ("eos", base.eos_id, tok.eos_id),
+            ("text", base.encode(SAMPLE), tok.encode(SAMPLE)),
+        )
+        if ours != theirs
+    ]
+    if differences:
+        log.warning(
+            "%s: its tokenizer gives other ids than the model's (%s) and is used with this adapter",
+            directory,
+            ", ".join(differences),
+        )
+    same = not differences and (tok.chat_template, tok.stop_ids) == (base.chat_template, base.stop_ids)
+    return base if same else tok
+
+
+def _is_template(name: str) -> bool:
+    return name.endswith(".jinja") or name == "chat_template.json"
+
+
+def _tokenizer_config(tok: Tokenizer) -> dict:
+    """tokenizer_config.json, with what AutoTokenizer needs to read the tokenizer as it is read here."""
+    config = _read_json(tok.path / "tokenizer_config.json")
+    needed = special_tokens(tok)
+    if tok.file.name == "tokenizer.json":
+        needed |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    elif tok.file.name.startswith("tokenizer.model"):
+        needed |= {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": tok.adds_bos}
+    return needed | config
+
+
+def _generation_config(tok: Tokenizer, model: Path) -> dict:
+    config = _read_json(model / "generation_config.json")
+    # The tokenizer's first: it is the one that is taken where no other file names one.
+    ids = list(dict.fromkeys(i for i in (tok.eos_id, *sorted(tok.stop_ids)) if i is not None))
+    if tok.bos_id is not None:
+        config.setdefault("bos_token_id", tok.bos_id)
+    if ids:
+        config["eos_token_id"] = ids if len(ids) > 1 else ids[0]
+    return config
+
+
+def _read_json(path: Path) -> dict:
+    return read_json(path) if find_file(path.parent, path.name) else {}
+
+
+def _to_json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

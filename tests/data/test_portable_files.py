@@ -1,0 +1,200 @@
+"""Directories that speak for themselves: transformers gives the ids of our renderer from what lies beside weights."""
+
+import json
+import shutil
+
+import pytest
+from tokenizers import processors
+from transformers import AutoTokenizer, GenerationConfig
+
+from minorca import UserError, load_tokenizer, render_chat
+from minorca.data.portable_files import RECORD, adapter_files, load_chat, portable_files, write_files
+from tests.data.test_tokenizer import NAMES, ORCA_TOKENS, V1, V2, V3, byte_level, orca, sentencepiece_directory
+
+# Without runs of spaces, to which transformers gives other ids than SentencePiece (test_tokenizer.py).
+SYSTEM = {"role": "system", "content": "Be brief.\n"}
+USER = {"role": "user", "content": "What is\n\n2 + 2?\n"}
+ANSWER = {"role": "assistant", "content": "It is 4 \n ünïcode 🦜"}
+AGAIN = {"role": "user", "content": "日本語"}
+CONVERSATIONS = [
+    [USER],
+    [SYSTEM, USER],
+    [USER, ANSWER, AGAIN],
+    [SYSTEM, USER, ANSWER, AGAIN],
+    [AGAIN, ANSWER, USER, ANSWER, AGAIN],
+]
+CONFIG = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+
+
+def tokenizer_v1(directory):
+    return sentencepiece_directory(directory, V1, "tokenizer.model", config=CONFIG)
+
+
+def tokenizer_v2(directory):
+    return sentencepiece_directory(directory, V2, "tokenizer.model.v2", config=CONFIG)
+
+
+def tokenizer_v3(directory):
+    return sentencepiece_directory(directory, V3, "tokenizer.model.v3", config=CONFIG)
+
+
+def converted(directory, source, **config):
+    """tokenizer.json as transformers writes it; it gives the spaces after control tokens by `legacy`."""
+    beside = sentencepiece_directory(directory.parent / "source", source, config=CONFIG, tokenizer_config=config)
+    AutoTokenizer.from_pretrained(beside).save_pretrained(directory)
+    return directory
+
+
+def json_v3(directory):
+    return converted(directory, V3, legacy=False)
+
+
+def json_v1(directory):
+    return converted(directory, V1, legacy=False, add_bos_token=True)
+
+
+def with_bos(directory):
+    template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return byte_level(directory, template)
+
+
+MODELS = [
+    (tokenizer_v1, "mistral-v1"),
+    (json_v1, "mistral-v1"),
+    (tokenizer_v2, "mistral-v2"),
+    (tokenizer_v3, "mistral-v3"),
+    (tokenizer_v3, "mistral-v2"),
+    (json_v3, "mistral-v3"),
+    (orca, "chatml"),
+    (orca, "mistral-v1"),
+    (byte_level, "chatml"),
+    (with_bos, "chatml"),
+]
+
+
+@pytest.mark.parametrize("make, template", MODELS, ids=lambda value: getattr(value, "__name__", value))
+def test_transformers_gives_our_ids(make, template, tmp_path):
+    """From the files beside an adapter, for one turn and several; the model's own template writes something else."""
+    directory = make(tmp_path / "model")
+    (directory / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    tok = load_tokenizer(directory)
+    (tmp_path / "adapter").mkdir()
+    write_files(tmp_path / "adapter", adapter_files(tok, template))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    for messages in CONVERSATIONS:
+        prompt = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert prompt == render_chat(tok, messages, template=template), messages
+    whole = theirs.apply_chat_template([SYSTEM, USER, ANSWER])["input_ids"]
+    assert whole == render_chat(tok, [SYSTEM, USER, ANSWER], add_generation_prompt=False, template=template)
+    again, recorded = load_chat(tok, tok.vocab_size, tmp_path / "adapter")
+    assert recorded == template and again is not tok
+    assert (again.bos_id, again.eos_id, again.adds_bos, again.stop_ids) == (
+        tok.bos_id,
+        tok.eos_id,
+        tok.adds_bos,
+        tok.stop_ids,
+    )
+    assert again.control_ids == tok.control_ids and again.encode("  a b") == tok.encode("  a b")
+
+
+@pytest.mark.parametrize("template", ["mistral-v1", "mistral-v3", "chatml"])
+def test_what_a_template_cannot_write_is_refused(template, tmp_path):
+    """Never left out: tools, and messages in another order."""
+    tok = load_tokenizer(orca(tmp_path / "model") if template == "chatml" else tokenizer_v3(tmp_path / "model"))
+    write_files(tmp_path, portable_files(tok, template, tok.path))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    for messages, tools in [([USER], [tool]), ([USER, call], None), ([USER, {"role": "tool", "content": "4"}], None)]:
+        with pytest.raises(Exception, match="no form for tool|expected"):
+            theirs.apply_chat_template(messages, tools=tools)
+    if template != "chatml":
+        with pytest.raises(Exception, match="expected user and assistant messages in turn"):
+            theirs.apply_chat_template([USER, AGAIN])
+
+
+def test_a_template_that_writes_the_same_is_kept(smollm2, tmp_path):
+    """SmolLM2's is ChatML except for a system prompt of its own; where it is what was trained, it is copied."""
+    tok = load_tokenizer(smollm2)
+    shipped = (smollm2 / "chat_template.jinja").read_bytes()
+    assert portable_files(tok, "jinja", smollm2)["chat_template.jinja"] == shipped
+    ours = portable_files(tok, "chatml", smollm2)["chat_template.jinja"]
+    assert ours != shipped
+    write_files(tmp_path, portable_files(tok, "chatml", smollm2))
+    assert portable_files(load_tokenizer(tmp_path), "chatml", tmp_path)["chat_template.jinja"] == ours
+
+
+def test_ids_that_no_template_gives_are_said(tmp_path, caplog):
+    """mistral-v1 writes [INST] as text, which is a control token of this tokenizer."""
+    tok = load_tokenizer(tokenizer_v3(tmp_path))
+    portable_files(tok, "mistral-v1", tmp_path)
+    assert "no Jinja template gives the ids of mistral-v1" in caplog.text
+
+
+def test_every_template_file_comes_along(tmp_path):
+    """In all the places where models have them; none contradicts a template that replaces them."""
+    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
+    settings = {"tokenizer_config": {"chat_template": named}, "chat_template": {"chat_template": "C"}}
+    directory = orca(tmp_path / "model", **settings)
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "rag.jinja").write_text("R")
+    tok = load_tokenizer(directory)
+    files = portable_files(tok, "jinja", directory)
+    assert files["additional_chat_templates/rag.jinja"] == b"R" and "chat_template.json" in files
+    assert json.loads(files["tokenizer_config.json"])["chat_template"] == named
+    files = portable_files(tok, "chatml", directory)
+    assert [name for name in files if "template" in name] == ["chat_template.jinja"]
+    assert "chat_template" not in json.loads(files["tokenizer_config.json"])
+
+
+def test_files_have_the_names_that_others_look_for(tmp_path):
+    """mistral-common knows the version by the name, all others look for tokenizer.model."""
+    files = portable_files(load_tokenizer(tokenizer_v3(tmp_path / "v3")), "mistral-v3", tmp_path / "v3")
+    assert files["tokenizer.model"] == files["tokenizer.model.v3"] == V3.read_bytes()
+    config = json.loads(files["tokenizer_config.json"])
+    assert config == {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": True,
+        "add_bos_token": True,
+    }
+    given = {"tokenizer_class": "CodeLlamaTokenizer", "model_max_length": 9} | NAMES
+    directory = sentencepiece_directory(tmp_path / "given", V1, tokenizer_config=given)
+    files = portable_files(load_tokenizer(directory), "mistral-v1", directory)
+    assert json.loads(files["tokenizer_config.json"]) == given | {"legacy": True, "add_bos_token": True}
+
+
+def test_generation_stops_at_every_stop_id(tmp_path):
+    """Merged into what the model says on generation."""
+    settings = {"eos_token_id": 7, "temperature": 0.7, "do_sample": True}
+    directory = orca(tmp_path / "model", generation_config=settings, config=CONFIG | {"eos_token_id": 2})
+    write_files(tmp_path, portable_files(load_tokenizer(directory), "chatml", directory))
+    theirs = GenerationConfig.from_pretrained(tmp_path)
+    assert theirs.eos_token_id == [32000, 2, 7]
+    assert (theirs.bos_token_id, theirs.temperature, theirs.do_sample) == (1, 0.7, True)
+
+
+def test_the_tokenizer_of_an_adapter(tmp_path, caplog):
+    """One that gives other ids is used and named; the same one is not kept twice; too many ids are refused."""
+    base = load_tokenizer(orca(tmp_path / "base", config={"eos_token_id": 2}))
+    (tmp_path / "bare").mkdir()
+    assert load_chat(base, 32002, tmp_path / "bare") == load_chat(base, 32002, None) == (base, None)
+    # As TRL saves it: without the model's configuration, and as tokenizer.json.
+    shutil.copy(tmp_path / "base" / "special_tokens_map.json", orca(tmp_path / "same"))
+    assert load_chat(base, 32002, tmp_path / "same") == (base, None)
+    assert not caplog.records
+    more = ORCA_TOKENS | {"<|tool|>": 32002}
+    other, _ = load_chat(base, 32003, orca(tmp_path / "other", added_tokens=more))
+    assert other.control_ids == more and other.stop_ids == {2, 32000}
+    assert "other: its tokenizer gives other ids than the model's (control tokens)" in caplog.text
+    orca(tmp_path / "beyond", added_tokens=more, special_tokens_map={"bos_token": "<s>", "eos_token": "<|tool|>"})
+    with pytest.raises(UserError, match="beyond: .* 32002"):
+        load_chat(base, 32002, tmp_path / "beyond")
+
+
+@pytest.mark.parametrize("record", ['{"template": "mistral-v9"}', "{}", '{"template": ["chatml"]}', "[]", "{"])
+def test_an_invalid_record_is_named(record, tmp_path):
+    (tmp_path / RECORD).write_text(record)
+    with pytest.raises(UserError, match=RECORD):
+        load_chat(load_tokenizer(orca(tmp_path / "base")), 32002, tmp_path)
