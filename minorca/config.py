@@ -91,7 +91,7 @@ class DataConfig:
     packing: Annotated[bool, "fill micro-batches with several rows; false: one row each"] = True
     train_on: Annotated[
         Literal["response", "last", "all"],
-        "the tokens that count in the loss: all answers, the last one, or everything",
+        "what is trained: all answers, the last one, or all tokens",
     ] = "response"
     too_long: Annotated[
         Literal["drop", "truncate", "split", "error"],

@@ -379,7 +379,7 @@ def test_invalid_rows_are_dropped(parallel, model, data, threads, caplog):
 
 def test_rows_that_a_template_rejects_are_invalid(tok):
     rows = rows_of("one", "two")
-    rows[0] = rows[0]._replace(content=Conversation([message("system", "x"), message("system", "y")]))
+    rows[0] = rows[0]._replace(content=Conversation([message("tool", "x"), message("assistant", "y")]))
     _, tally = render_rows(rows, tok, DataConfig("x"), "chatml")
     assert [str(error)[:18] for error in tally.errors] == ["rows.jsonl, line 1"]
     store, tally = render_rows(rows, tok, DataConfig("x", bad_rows="drop"), "chatml")
