@@ -190,6 +190,12 @@ def test_rendered_text(tok):
     plain, tally = render_rows(rows, tok, DataConfig("x", parse_control_tokens=False), "chatml")
     assert [plain.row(n)[0].tolist() for n in range(3)] == [tok.encode(text, bos=True, eos=True) for text in texts]
     assert "with control tokens parsed" not in tally.counts
+    # Without a template, a prompt and its completion are such text too.
+    row = Row("rows.jsonl", "line", 1, Conversation([message("user", "[INST]<s>"), message("assistant", "a</s>")]))
+    parsed, tally = render_rows([row], tok, DataConfig("x"), "none")
+    assert tally.counts["with control tokens parsed"] == 1 and parsed.row(0)[0].tolist().count(2) == 1
+    plain, _ = render_rows([row], tok, DataConfig("x", parse_control_tokens=False), "none")
+    assert 2 not in plain.row(0)[0]
 
 
 def test_control_strings_in_a_conversation_stay_text(tok):
