@@ -198,7 +198,7 @@ def _reproduces(tok: Tokenizer, template: str) -> bool:
     must be accepted. The probes contain what templates are known to drop: white space at an end, and the thoughts of
     earlier answers.
     """
-    if template == "chatml" and "tools" in (tok.chat_template or ""):
+    if template == "chatml" and _writes_tools(tok):
         # Our own renderer writes none.
         return False
     system = {"role": "system", "content": "You are a helpful assistant."}
@@ -223,6 +223,15 @@ def _reproduces(tok: Tokenizer, template: str) -> bool:
             continue
         accepted = True
     return accepted
+
+
+def _writes_tools(tok: Tokenizer) -> bool:
+    tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+    messages = [{"role": "user", "content": "f"}]
+    try:
+        return write_text(tok, messages, [tool], True) != write_text(tok, messages, [], True)
+    except UserError:
+        return False
 
 
 def _writes_the_ids(tok: Tokenizer, template: str, messages: list[dict], prompt: bool) -> bool:

@@ -11,7 +11,7 @@ loss_weight     0 or 1 (LLaMA-Factory)
 train, training true or false, or 1 or 0 (axolotl)
 loss            the same (ms-swift)
 masked          the opposite (torchtune)
-mask            an error: it excludes an answer in some tools and trains it in others
+mask            true or false, the opposite; a number is an error, since tools mean either by it
 """
 
 from collections import Counter
@@ -42,7 +42,7 @@ ROLES = {
 }
 OUR_ROLES = ("system", "user", "assistant", "tool")
 # The keys that say whether an answer is trained, and the values that exclude it; a boolean equals 0 or 1.
-EXCLUDED_BY = {"weight": 0, "loss_weight": 0, "train": 0, "training": 0, "loss": 0, "masked": 1}
+EXCLUDED_BY = {"weight": 0, "loss_weight": 0, "train": 0, "training": 0, "loss": 0, "masked": 1, "mask": 1}
 # Those whose values are numbers alone.
 NUMBERS = ("weight", "loss_weight")
 
@@ -120,9 +120,10 @@ def _is_excluded(turn: dict, place: str) -> bool:
     Raises:
         UserError: a value of another kind, or keys that contradict each other.
     """
-    if turn.get("mask") is not None:
+    if type(turn.get("mask")) in (int, float):
         raise UserError(
-            "excludes an answer in some tools and trains it in others; write weight: 0 (excluded) or 1 (trained)",
+            "is a number, which excludes an answer in some tools and trains it in others; expected true (excluded) or "
+            "false",
             field=f"{place}.mask",
         )
     excluded: dict[str, bool] = {}

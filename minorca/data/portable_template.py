@@ -81,14 +81,13 @@ _SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 _USER = {"role": "user", "content": "What is 2 + 2?\n"}
 _ANSWER = {"role": "assistant", "content": "<think>Two twos</think>It is 4."}
 _AGAIN = {"role": "user", "content": "And 3 + 3?"}
-# Conversations and whether they ask for an answer. They contain what templates are known to drop: system prompts, white
+# Conversations that ask for an answer, which is what other engines do with the template. They contain what templates are known to drop: system prompts, white
 # space at an end, the thoughts of earlier answers.
 _PROBES = [
-    ([_USER], True),
-    ([_SYSTEM, _USER], True),
-    ([_USER, _ANSWER, _AGAIN], True),
-    ([_SYSTEM, _USER, _ANSWER, _AGAIN], True),
-    ([_SYSTEM, _USER, _ANSWER], False),
+    [_USER],
+    [_SYSTEM, _USER],
+    [_USER, _ANSWER, _AGAIN],
+    [_SYSTEM, _USER, _ANSWER, _AGAIN],
 ]
 
 
@@ -121,12 +120,12 @@ def special_tokens(tok: Tokenizer) -> dict[str, str]:
 
 def _writes_same(tok: Tokenizer, source: str, template: str) -> bool:
     """Whether a Jinja template, its text encoded at once, gives the ids of a built-in one for all probes."""
-    for messages, prompt in _PROBES:
-        variables = special_tokens(tok) | {"messages": messages, "add_generation_prompt": prompt, "tools": None}
+    for messages in _PROBES:
+        variables = special_tokens(tok) | {"messages": messages, "add_generation_prompt": True, "tools": None}
         try:
             ids = tok.encode_template(sandbox.render(source, variables, limit=2**20))
         except sandbox.TemplateFailed:
             return False
-        if ids != render_chat(tok, messages, add_generation_prompt=prompt, template=template):
+        if ids != render_chat(tok, messages, template=template):
             return False
     return True

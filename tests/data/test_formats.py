@@ -256,6 +256,8 @@ def test_calls_as_other_tools_write_them():
         ("loss", False, False),
         ("masked", True, False),
         ("masked", False, True),
+        ("mask", True, False),
+        ("mask", False, True),
         ("train", None, True),
     ],
 )
@@ -308,8 +310,8 @@ INVALID = {
     ),
     "mask": (
         "messages",
-        {"messages": [CHAT[0], CHAT[1] | {"mask": True}]},
-        r"messages\[1\].mask excludes an answer in some tools and trains it in others; write weight",
+        {"messages": [CHAT[0], CHAT[1] | {"mask": 1}]},
+        r"messages\[1\].mask is a number, which excludes an answer in some tools and trains it in others",
     ),
     "contradicting": (
         "messages",
