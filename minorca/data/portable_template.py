@@ -81,8 +81,8 @@ _SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 _USER = {"role": "user", "content": "What is 2 + 2?\n"}
 _ANSWER = {"role": "assistant", "content": "<think>Two twos</think>It is 4."}
 _AGAIN = {"role": "user", "content": "And 3 + 3?"}
-# Conversations that ask for an answer, which is what other engines do with the template. They contain what templates are known to drop: system prompts, white
-# space at an end, the thoughts of earlier answers.
+# Conversations that ask for an answer, which is what other engines use a template for. They contain what templates are
+# known to drop: system prompts, white space at an end, the thoughts of earlier answers.
 _PROBES = [
     [_USER],
     [_SYSTEM, _USER],
