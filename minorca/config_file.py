@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from minorca.config import EXPECTED_EVERY, Config, fields, problems
+from minorca.config import EXPECTED_EVERY, Config, fields
+from minorca.config_rules import problems
 from minorca.errors import UserError, raise_problems
 
 _NUMBER = "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")

@@ -3,7 +3,8 @@
 from collections.abc import Container
 from dataclasses import dataclass
 
-from minorca.config import Config, epochs_in, warmup_problem
+from minorca.config import Config, epochs_in
+from minorca.config_rules import warmup_problem
 from minorca.data.packing import BatchSchedule
 
 

@@ -107,8 +107,7 @@ def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitSt
     log.info("%s; %d steps, %d rows", parallel.describe(learner.model, world), plan.steps, len(inputs.store))
     if found and state:
         best = _restore(found, state, learner, config, world)
-        for key, (before, after) in checkpoint.changes(state.run, inputs.identity).items():
-            log.info("%s: was %r up to step %d, is %r from here on", key, before, resumed, after)
+        _log_changes(state, inputs.identity)
     else:
         best = Best()
         log.info("%s: no checkpoint; starting at step 1", output)
@@ -118,13 +117,9 @@ def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitSt
     if world.rank == 0:
         if new_output:
             stack.enter_context(_create_output(output))
-        checkpoint.sweep(output)
-        if state:
-            checkpoint.set_damaged_aside(state, config)
         if not finished:
             _set_adapter_aside(adapter, resumed)
-        write_config(config, output / "config.yaml")
-        record = metrics.Record(config, resumed, plan.steps)
+        record = _open_record(config, state, plan)
 
     # 5. the steps
     noted = stack.enter_context(signals_noted())
@@ -138,6 +133,20 @@ def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitSt
     # 6. the adapter, where other programs look for it
     run.finish(output)
     return run.stopped_by
+
+
+def _log_changes(state: checkpoint.State, identity: dict) -> None:
+    for key, (before, after) in checkpoint.changes(state.run, identity).items():
+        log.info("%s: was %r up to step %d, is %r from here on", key, before, state.step, after)
+
+
+def _open_record(config: Config, state: checkpoint.State | None, plan: Plan) -> metrics.Record:
+    """Readies the output directory, of which this process has the lock, and opens its record."""
+    checkpoint.sweep(config.output)
+    if state:
+        checkpoint.set_damaged_aside(state, config)
+    write_config(config, config.output / "config.yaml")
+    return metrics.Record(config, state.step if state else 0, plan.steps)
 
 
 def check_writable(output: Path) -> None:

@@ -1,0 +1,184 @@
+"""The rules that the values of settings keep: which are out of range, and which contradict each other."""
+
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+from minorca.config import (
+    EXPECTED_EVERY,
+    Config,
+    DataConfig,
+    Format,
+    OptimConfig,
+    Source,
+    TrainConfig,
+    epochs_in,
+    warmup_steps,
+)
+from minorca.data.formats import FORMATS
+from minorca.data.messages import OUR_ROLES
+from minorca.errors import UserError
+
+
+class Problem(NamedTuple):
+    """A value out of range, or settings that contradict each other: the settings, the first of which is named."""
+
+    keys: tuple[str, ...]
+    error: UserError
+
+
+_POSITIVE = (
+    "lora.rank",
+    "lora.alpha",
+    "data.limit",
+    "data.seq_len",
+    "optim.lr",
+    "optim.eps",
+    "optim.max_grad_norm",
+    "train.steps",
+    "train.epochs",
+    "train.batch_tokens",
+    "train.micro_batch_tokens",
+    "train.keep",
+    "train.log_every",
+    "train.early_stopping",
+    "parallel.replicate",
+)
+_NOT_NEGATIVE = ("optim.weight_decay", "optim.warmup_steps", "optim.min_lr", "train.seed")
+
+
+def problem(message: str, *keys: str) -> Problem:
+    """A problem of the first of these settings."""
+    return Problem(keys, UserError(message, field=keys[0]))
+
+
+def problems(config: Config) -> Iterator[Problem]:
+    """Values out of range, and settings that contradict each other."""
+
+    def value_of(key: str):
+        section, name = key.split(".")
+        return getattr(getattr(config, section), name)
+
+    for key in _POSITIVE:
+        if value_of(key) is not None and value_of(key) <= 0:
+            yield problem(f"is {value_of(key)}; expected a positive number", key)
+    for key in _NOT_NEGATIVE:
+        if value_of(key) < 0:
+            yield problem(f"is {value_of(key)}; expected 0 or more", key)
+    data, lora, train, parallel = config.data, config.lora, config.train, config.parallel
+    if data.seq_len == 1 and data.too_long == "split":
+        yield problem("is 1; a piece of a text needs two tokens, of which the first is not trained", "data.seq_len")
+    if not 0 <= lora.dropout < 1:
+        yield problem(f"is {lora.dropout}; expected at least 0 and less than 1", "lora.dropout")
+    if not lora.targets or len(set(lora.targets)) < len(lora.targets):
+        yield problem(f"is {lora.targets}; expected at least one target, each once", "lora.targets")
+    yield from _source_problems(data)
+    yield from _schedule_problems(config.optim, train)
+    yield from _evaluation_problems(train, data)
+    if train.micro_batch_tokens < data.seq_len:
+        yield problem(
+            f"is {train.micro_batch_tokens} and data.seq_len {data.seq_len}; a micro-batch must hold the longest row",
+            "train.micro_batch_tokens",
+            "data.seq_len",
+        )
+    if train.micro_batch_tokens > 0 and train.batch_tokens % train.micro_batch_tokens:
+        yield problem(
+            f"is {train.batch_tokens}; expected a multiple of train.micro_batch_tokens, {train.micro_batch_tokens}",
+            "train.batch_tokens",
+            "train.micro_batch_tokens",
+        )
+    if not 10 <= parallel.timeout <= 10**6:
+        yield problem(f"is {parallel.timeout}; expected 10 to 1000000 seconds", "parallel.timeout")
+    if not (train.output or "").strip():
+        yield problem("is empty; expected a directory's name", "train.output")
+    if parallel.shard == "none" and parallel.replicate > 1:
+        yield problem("is over 1, which needs parallel.shard fsdp, not none", "parallel.replicate", "parallel.shard")
+    if parallel.shard == "none" and parallel.cpu_offload:
+        yield problem("needs parallel.shard fsdp, not none", "parallel.cpu_offload", "parallel.shard")
+
+
+def warmup_problem(optim: OptimConfig, steps: int) -> UserError | None:
+    """What is wrong where a run of so many steps would end before its learning rate is reached."""
+    warmup = warmup_steps(optim, steps)
+    if not 0 < warmup >= steps:
+        return None
+    key = "warmup_steps" if optim.warmup_ratio is None else "warmup_ratio"
+    return UserError(
+        f"is {getattr(optim, key)}: a warm-up of {warmup} steps in a run of {steps}; lower it, or train longer",
+        field=f"optim.{key}",
+    )
+
+
+def _schedule_problems(optim: OptimConfig, train: TrainConfig) -> Iterator[Problem]:
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        yield problem(f"is {list(optim.betas)}; expected two numbers, at least 0 and less than 1", "optim.betas")
+    ratio = optim.warmup_ratio
+    if ratio is not None and not 0 <= ratio < 1:
+        yield problem(f"is {ratio}; expected at least 0 and less than 1", "optim.warmup_ratio")
+    elif ratio is not None and optim.warmup_steps:
+        message = f"is {ratio} and optim.warmup_steps {optim.warmup_steps}; set one of them"
+        yield problem(message, "optim.warmup_ratio", "optim.warmup_steps")
+    elif train.steps and train.steps > 0 and (error := warmup_problem(optim, train.steps)):
+        yield Problem((error.field or "", "train.steps"), error)
+    if optim.min_lr > optim.lr > 0:
+        yield problem(f"is {optim.min_lr}; expected at most optim.lr, {optim.lr}", "optim.min_lr", "optim.lr")
+    elif optim.min_lr > 0 and optim.schedule == "constant":
+        message = f"is {optim.min_lr}, and optim.schedule constant never falls; set one of them otherwise"
+        yield problem(message, "optim.min_lr", "optim.schedule")
+
+
+def _evaluation_problems(train: TrainConfig, data: DataConfig) -> Iterator[Problem]:
+    for key in ("checkpoint_every", "eval_every"):
+        every = getattr(train, key)
+        try:
+            wrong = epochs_in(every) is None and every < 0
+        except ValueError:
+            wrong = True
+        if wrong:
+            yield problem(f"is {every!r}; {EXPECTED_EVERY}", f"train.{key}")
+    if train.eval_every and data.eval is None:
+        yield problem("is set but data.eval is not; give held-out rows or a fraction", "train.eval_every", "data.eval")
+    for key, is_set in (("keep_best", train.keep_best), ("early_stopping", train.early_stopping is not None)):
+        if is_set and (data.eval is None or not train.eval_every):
+            message = "needs evaluations: set data.eval, and train.eval_every to a number of steps or epochs"
+            yield problem(message, f"train.{key}", "data.eval", "train.eval_every")
+
+
+def _source_problems(data: DataConfig) -> Iterator[Problem]:
+    if isinstance(data.eval, float) and not 0 < data.eval < 1:
+        error = UserError(f"is {data.eval}; expected a path, or a fraction between 0 and 1", field="data.eval")
+        yield Problem(("data.eval",), error)
+    for name in ("train", "eval"):
+        key = f"data.{name}"
+        sources = data.sources(getattr(data, name))
+        if isinstance(getattr(data, name), list) and not sources:
+            yield Problem((key,), UserError("is an empty list; expected at least one file", field=key))
+        for source in sources:
+            has_weight = f"gives {source.path} the weight {source.weight}"
+            if not 0 < source.weight <= 1000:
+                message = f"{has_weight}; expected a number over 0 and at most 1000"
+                yield Problem((key,), UserError(message, field=key))
+            elif name == "eval" and source.weight != 1:
+                message = f"{has_weight}; held-out rows are all evaluated once, so leave it out"
+                yield Problem((key,), UserError(message, field=key))
+            if source.format == "text" and data.train_on != "all":
+                message = f"reads {source.path} as plain text, which has no responses; set data.train_on to all"
+                yield Problem((key, "data.train_on", "data.format"), UserError(message, field=key))
+            if source.format != "text" and data.too_long == "split":
+                message = (
+                    f"is split, but {key} reads {source.path} as {source.format}, and only text can be split; "
+                    "choose drop, truncate or error"
+                )
+                yield Problem(("data.too_long", key, "data.format"), UserError(message, field="data.too_long"))
+            yield from _name_problems(source, key)
+
+
+def _name_problems(source: Source, key: str) -> Iterator[Problem]:
+    known = FORMATS[cast(Format, source.format)].columns
+    for column in source.columns or {}:
+        if column not in known:
+            message = f"has {column} for {source.path}; format {source.format} has the columns {', '.join(known)}"
+            yield Problem(("data.columns", key, "data.format"), UserError(message, field="data.columns"))
+    for name, role in (source.roles or {}).items():
+        if role not in OUR_ROLES:
+            message = f"maps {name} to {role} for {source.path}; expected one of {', '.join(OUR_ROLES)}"
+            yield Problem(("data.roles", key), UserError(message, field="data.roles"))
