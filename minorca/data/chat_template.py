@@ -162,6 +162,8 @@ def resolve_template(tok: Tokenizer, template: str = "auto") -> str:
     return template
 
 
+# Every row asks.
+@lru_cache(maxsize=64)
 def _missing(tok: Tokenizer, template: str) -> str:
     """What `template` needs and `tok` lacks, in words; empty if nothing."""
     required = REQUIRED_TOKENS.get(template, ())

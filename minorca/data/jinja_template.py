@@ -1,9 +1,9 @@
 """Conversations written by the template that a model ships, with a loss mask.
 
-A template is a program that returns text, so where answers are in it has to be found. The template is rendered once
-more with marks around every content; where the text is otherwise the same, the marks say where each content is. An
-answer that this does not find, because the template rewrites it or it is a tool call, is found by rendering the
-conversation up to it.
+A template is a program that returns text, so where answers are in it has to be found. Most contents occur in the text
+once. Otherwise the template is rendered once more with marks around every content; where the text is the same but for
+the marks, they say where each content is. An answer that this does not find, because the template rewrites it or it is
+a tool call, is found by rendering the conversation up to it.
 """
 
 import json
@@ -11,7 +11,7 @@ import re
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
+from itertools import count, pairwise
 from math import inf
 from typing import Any, NamedTuple, cast
 
@@ -167,8 +167,7 @@ class _Text:
         self.typed: list[str] = []
         self.messages: list[dict] = self._hidden(given)
         self.tools: list[dict] = self._hidden(tools)
-        stops = [re.escape(token) for token, i in tok.control_ids.items() if i in tok.stop_ids]
-        self.stop = re.compile("|".join(stops) or "(?!)")
+        self.stop = _stop_pattern(tok, frozenset(tok.stop_ids))
 
     def _hidden(self, value: Any) -> Any:
         """A value with a placeholder for each control string in its texts."""
@@ -199,6 +198,8 @@ class _Text:
 
     def contents(self, full: str) -> dict[int, tuple[int, int]]:
         """(start, end) in `full` of the content of each message, by index, where the template writes it unchanged."""
+        if len(self.messages) <= MAX_SEARCHED and (places := self._contents_that_occur_once(full)):
+            return places
         # A template that removes white space around contents does so inside of the marks too, but not around them.
         for inside in (False, True):
             try:
@@ -210,6 +211,20 @@ class _Text:
             if full.startswith(plain) or plain.startswith(full):
                 return {i: (a, b) for i, (a, b) in places.items() if full[a:b] == self._written(i, inside)}
         return {}
+
+    def _contents_that_occur_once(self, full: str) -> dict[int, tuple[int, int]]:
+        """The same without marks, which cost a rendering; empty unless each is there once, and in no other content."""
+        places: dict[int, tuple[int, int]] = {}
+        for i, message in enumerate(self.messages):
+            content = message["content"]
+            if content.strip():
+                start = full.find(content)
+                if start < 0 or full.find(content, start + 1) >= 0:
+                    return {}
+                places[i] = (start, start + len(content))
+        ordered = sorted(places.values())
+        overlap = any(end > start for (_, end), (start, _) in pairwise(ordered))
+        return {} if overlap else places
 
     def _written(self, i: int, inside: bool) -> str:
         content = self.messages[i]["content"]
@@ -300,6 +315,12 @@ class _Text:
         if not (through.startswith(prompt) and full.startswith(through[:end])):
             return None
         return Answer(len(prompt), end, ending[0] if ending else None)
+
+
+@lru_cache(maxsize=8)
+def _stop_pattern(tok: Tokenizer, stop_ids: frozenset[int]) -> re.Pattern:
+    stops = [re.escape(token) for token, i in tok.control_ids.items() if i in stop_ids]
+    return re.compile("|".join(stops) or "(?!)")
 
 
 def _unmarked(marked: str, unused: str) -> tuple[str, dict[int, tuple[int, int]]]:

@@ -107,6 +107,8 @@ def _normalize(messages: list[dict]) -> tuple[str, list[dict]]:
 
 
 def _join(messages: list[dict]) -> dict:
+    if len(messages) == 1:
+        return messages[0]
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     joined = {**messages[0], "content": "\n\n".join(m["content"] for m in messages if m["content"])}
     return joined | {"tool_calls": calls} if calls else joined

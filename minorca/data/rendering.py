@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import cast
@@ -98,8 +98,8 @@ class Outcome:
         notes: what else the user should know.
     """
 
-    ids: np.ndarray
-    trained: np.ndarray
+    ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
+    trained: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
     pieces: list[tuple[int, int]] = field(default_factory=list)
     dropped: str | None = None
     error: UserError | None = None
@@ -109,32 +109,32 @@ class Outcome:
 
 def decide(row: Row | RowError, tok: Tokenizer, data: DataConfig, template: str) -> Outcome:
     """Renders a row and decides what becomes of it."""
-    nothing = Outcome(np.empty(0, np.uint32), np.empty(0, bool))
     if isinstance(row, RowError):
-        return _reject(nothing, row, data)
+        return _reject(row, data)
     if row.dropped:
-        return replace(nothing, dropped=row.dropped)
+        return Outcome(dropped=row.dropped)
     content, empty_answers = _without_empty_answers(row.content)
     if empty_answers and data.empty_response == "error":
         message = "the response is empty; fix the row, or set data.empty_response to drop"
-        return replace(nothing, error=UserError(message, path=row.path, where=row.where))
+        return Outcome(error=UserError(message, path=row.path, where=row.where))
     if content is None:
-        return replace(nothing, dropped="empty response")
+        return Outcome(dropped="empty response")
     try:
         ids, trained, notes = render_row(row._replace(content=content), tok, template, data)
     except UserError as error:
-        return _reject(nothing, error, data)
-    whole = Outcome(ids, trained, [(0, len(ids))], empty_answers=empty_answers, notes=notes)
+        return _reject(error, data)
+    outcome = Outcome(ids, trained, [(0, len(ids))], empty_answers=empty_answers, notes=notes)
     if len(ids) > data.seq_len:
-        whole = _shorten(whole, row, data)
-    used = [piece for piece in whole.pieces if trained[piece[0] + 1 : piece[1]].any()]
-    if whole.pieces and not used:
-        return replace(whole, pieces=[], dropped="nothing to train on")
-    return replace(whole, pieces=used)
+        _shorten(outcome, row, data)
+    if outcome.pieces:
+        outcome.pieces = [(start, end) for start, end in outcome.pieces if trained[start + 1 : end].any()]
+        if not outcome.pieces:
+            outcome.dropped = "nothing to train on"
+    return outcome
 
 
-def _reject(nothing: Outcome, error: UserError, data: DataConfig) -> Outcome:
-    return replace(nothing, error=error, dropped=reason_of(error) if data.bad_rows == "drop" else None)
+def _reject(error: UserError, data: DataConfig) -> Outcome:
+    return Outcome(error=error, dropped=reason_of(error) if data.bad_rows == "drop" else None)
 
 
 def _without_empty_answers(content: Conversation | str) -> tuple[Conversation | str | None, int]:
@@ -142,24 +142,28 @@ def _without_empty_answers(content: Conversation | str) -> tuple[Conversation | 
     if isinstance(content, str):
         return (content, 0) if content.strip() else (None, 1)
     messages, count = drop_empty_answers(content.messages)
-    if count and not any(map(is_trained_answer, messages)):
+    if not count:
+        return content, 0
+    if not any(map(is_trained_answer, messages)):
         return None, count
     return Conversation(messages, content.tools), count
 
 
-def _shorten(whole: Outcome, row: Row, data: DataConfig) -> Outcome:
-    """What becomes of a row that is longer than data.seq_len."""
-    length = len(whole.ids)
+def _shorten(outcome: Outcome, row: Row, data: DataConfig) -> None:
+    """Decides what becomes of a row that is longer than data.seq_len."""
+    length = len(outcome.ids)
+    outcome.pieces = []
     if data.too_long == "drop":
-        return replace(whole, pieces=[], dropped="too long")
-    if data.too_long == "truncate":
-        return replace(whole, pieces=[(0, data.seq_len)])
-    if data.too_long == "split":
+        outcome.dropped = "too long"
+    elif data.too_long == "truncate":
+        outcome.pieces = [(0, data.seq_len)]
+    elif data.too_long == "split":
         # The last token of each piece is also the first of the next, where it is not trained again.
         starts = range(0, length - 1, data.seq_len - 1)
-        return replace(whole, pieces=[(start, min(start + data.seq_len, length)) for start in starts])
-    message = f"has {length} tokens, more than data.seq_len, {data.seq_len}; raise it, or set data.too_long"
-    return replace(whole, pieces=[], error=UserError(message, path=row.path, where=row.where))
+        outcome.pieces = [(start, min(start + data.seq_len, length)) for start in starts]
+    else:
+        message = f"has {length} tokens, more than data.seq_len, {data.seq_len}; raise it, or set data.too_long"
+        outcome.error = UserError(message, path=row.path, where=row.where)
 
 
 def render_rows(
@@ -208,12 +212,15 @@ def _count(tally: Tally, outcome: Outcome) -> None:
         tally.counts[f"dropped: {outcome.dropped}"] += 1
         tally.tokens[f"dropped: {outcome.dropped}"] += len(outcome.ids)
     else:
-        tally.counts["empty answers, dropped with their questions"] += outcome.empty_answers
+        if outcome.empty_answers:
+            tally.counts["empty answers, dropped with their questions"] += outcome.empty_answers
         if outcome.pieces[-1][1] < len(outcome.ids):
             tally.counts["truncated"] += 1
             tally.tokens["truncated"] += len(outcome.ids) - outcome.pieces[-1][1]
-        tally.counts["split"] += len(outcome.pieces) > 1
-        tally.counts.update(outcome.notes)
+        if len(outcome.pieces) > 1:
+            tally.counts["split"] += 1
+        if outcome.notes:
+            tally.counts.update(outcome.notes)
 
 
 def render_sources(

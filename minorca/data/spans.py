@@ -81,27 +81,34 @@ class _IncrementalEncoder:
     def __init__(self, tok: Tokenizer, encode: Callable[[str], list[int]]):
         self.tok = tok
         self.encode = encode
+        self.control = set(tok.control_ids.values())
         self.longest = max(map(len, tok.control_ids), default=0)
         self.head: list[int] = []
         self.start = 0
-        self._splits = lru_cache(self._finds_alone)
-
-    def _finds_alone(self, control: str) -> bool:
-        encode = self.tok.encode_template
-        return encode(f"a{control}a") == encode(f"a{control}") + encode(f"{control}a")[1:]
 
     def __call__(self, text: str) -> list[int]:
         # The control string's id is in `head` already.
-        skipped = 1 if self.head else 0
-        ids = self.head + self.encode(text[self.start :])[skipped:]
+        new = self.encode(text[self.start :])[1 if self.head else 0 :]
+        pieces = self.tok.split_control(text[self.start :])
         end = self.start
         cut = None
-        for n, piece in enumerate(self.tok.split_control(text[self.start :])):
+        for n, piece in enumerate(pieces):
             end += len(piece)
             # A string near the end may turn out to be part of a longer one.
-            if n % 2 and end - len(piece) + self.longest < len(text) and self._splits(piece):
-                cut = (end - len(piece), end)
-        if cut:
-            self.head = self.head + self.encode(text[self.start : cut[1]])[skipped:]
-            self.start = cut[0]
+            if n % 2 and end - len(piece) + self.longest < len(text) and _splits_text(self.tok, piece):
+                cut = (n // 2, end - len(piece))
+        # Where the control strings are among the ids; the first is in `head`, if there is one.
+        places = [place for place, i in enumerate(new) if i in self.control]
+        ids = self.head + new
+        first = 1 if self.head else 0
+        if cut and cut[0] >= first and len(places) == len(pieces) // 2 - first:
+            self.head = self.head + new[: places[cut[0] - first] + 1]
+            self.start = cut[1]
         return ids
+
+
+@lru_cache(maxsize=4096)
+def _splits_text(tok: Tokenizer, control: str) -> bool:
+    """Whether the ids on both sides of a control string do not depend on each other."""
+    encode = tok.encode_template
+    return encode(f"a{control}a") == encode(f"a{control}") + encode(f"{control}a")[1:]
