@@ -40,8 +40,12 @@ def show(argv: list[str]) -> None:
     tally = Tally()
     decided = []
     for source in config.data.sources(config.data.train):
-        for row in read_rows(open_source(source, args.rows), args.rows, Counter()):
+        # What reading ignored or changed in the current row.
+        counts = Counter()
+        for row in read_rows(open_source(source, args.rows), args.rows, counts):
             outcome = decide(row, tok, config.data, template)
+            outcome.notes += sorted((+counts).keys() - {"read"})
+            counts.clear()
             decided.append((row, outcome))
             if outcome.error and not outcome.dropped:
                 tally.add_error(outcome.error)

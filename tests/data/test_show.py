@@ -95,6 +95,22 @@ def test_show_says_what_is_not_trained(config, capsys, tmp_path):
         main(["show", *options[:-2]])
 
 
+def test_show_says_what_is_not_used_of_each_row(config, capsys, tmp_path):
+    """What reading ignores or changes is said beside the row that it concerns, as `prepare` counts it."""
+    answer = message("assistant", "4", reasoning="2 and 2") | {"weight": 1}
+    rows = [
+        {"messages": [message("user", "2 + 2?", train=True), answer], "score": 5},
+        {"messages": [message("user", "2 + 2?"), message("assistant", "4")]},
+    ]
+    path = write(tmp_path / "extra.jsonl", rows)
+    first, second = shown(capsys, "--config", config, "--data.train", path, "--data.format", "messages")
+    assert first[0].endswith(
+        "3 trained, messages marked as trained, of roles that are not, messages with the unused key reasoning, "
+        "with the unused column score"
+    )
+    assert second[0].endswith("3 trained")
+
+
 def test_show_repeated_rows(config, capsys, tmp_path):
     row = dict(RECORDS[0])
     path = write(tmp_path / "twice.jsonl", [row, row])
