@@ -240,7 +240,7 @@ class _Text:
         done = 0
         searched = 0
         for i in (i for i, message in enumerate(self.messages) if message["role"] == "assistant"):
-            answer = None
+            answer = problem = None
             if i in contents and not self.messages[i].get("tool_calls"):
                 start, end = contents[i]
                 earlier, later = bisect_right(ends, start), bisect_left(starts, end)
@@ -250,8 +250,10 @@ class _Text:
             elif searched < MAX_SEARCHED:
                 searched += 1
                 answer = self._search(full, i)
-            needed = strict and is_trained_answer(self.original[i])
-            if needed and (problem := self._problem(i, full, answer, done)):
+            else:
+                problem = f"more than {MAX_SEARCHED} answers make calls, or are rewritten by the chat template"
+            problem = problem or self._problem(i, full, answer, done)
+            if problem and strict and is_trained_answer(self.original[i]):
                 message = f"{problem}; choose another template or train_on: all, or give that message the weight 0"
                 raise UserError(message, path=self.tok.path)
             if answer and answer.start >= done:

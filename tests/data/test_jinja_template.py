@@ -404,6 +404,14 @@ def test_an_answer_that_the_template_drops_is_not_trained_as_an_empty_one(templa
     )
 
 
+def test_how_many_answers_are_searched(tmp_path):
+    """An answer that the template rewrites is found by rendering what precedes it; many would take long."""
+    tok = load_tokenizer(with_template(tmp_path, CHATML.replace("message['content']", "(message['content'] | upper)")))
+    assert len(trained_text(tok, render(tok, turns(*["a", "b"] * 64), "jinja"))) == 64
+    with pytest.raises(UserError, match="more than 64 answers make calls, or are rewritten by the chat template; choo"):
+        render(tok, turns(*["a", "b"] * 65), "jinja")
+
+
 def test_answers_that_the_template_changes_are_counted(tmp_path):
     """A template that removes thoughts, one that writes an empty thought, and one that writes JSON, which does not."""
     cut = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
