@@ -111,6 +111,16 @@ def test_show_says_what_is_not_used_of_each_row(config, capsys, tmp_path):
     assert second[0].endswith("3 trained")
 
 
+def test_show_excluded_answers_that_are_trained(config, capsys, tmp_path):
+    turns = conversation("", "One", "1", "Two", "2")
+    turns[1]["weight"] = 0
+    path = write(tmp_path / "turns.jsonl", [{"messages": turns}])
+    options = ["--config", config, "--data.train", path, "--data.format", "messages", "--data.train_on", "all"]
+    ((header, text),) = shown(capsys, *options)
+    assert header.endswith(" trained, with excluded answers, which train_on: all trains")
+    assert text.count("«") == 1 and text.startswith("<s>«<|im_start|>user\nOne")
+
+
 def test_show_repeated_rows(config, capsys, tmp_path):
     row = dict(RECORDS[0])
     path = write(tmp_path / "twice.jsonl", [row, row])
