@@ -249,7 +249,7 @@ class _Text:
                 answer = self._between(full, before, start, end, after, i == len(self.messages) - 1)
             elif searched < MAX_SEARCHED:
                 searched += 1
-                answer = self._search(full, i)
+                answer = self._search(full, i, contents)
             else:
                 problem = f"more than {MAX_SEARCHED} answers make calls, or are rewritten by the chat template"
             problem = problem or self._problem(i, full, answer, done)
@@ -264,10 +264,8 @@ class _Text:
     def _problem(self, i: int, full: str, answer: Answer | None, done: int) -> str | None:
         """Why answer i cannot be trained as it was found, after `done`; None if it can."""
         if answer is None or answer.start < done:
-            return (
-                f"the chat template writes messages[{i}] differently when more follows, so its loss mask cannot be "
-                f"determined"
-            )
+            reason = f"the chat template writes messages[{i}] differently when more follows"
+            return f"{reason}, so its loss mask cannot be determined"
         written = full[answer.start : answer.end]
         if not all(name in written for name in _called(self.messages[i])):
             return f"the chat template does not write the tool calls of messages[{i}]"
@@ -313,8 +311,8 @@ class _Text:
             return end + len(tail) + len(controls[0]), controls[0]
         return end, None
 
-    def _search(self, full: str, i: int) -> Answer | None:
-        """Finds answer i as what the conversation up to it has more than its prompt; None if more is different."""
+    def _search(self, full: str, i: int, contents: dict[int, tuple[int, int]]) -> Answer | None:
+        """Finds answer i as what the conversation up to it has more than its prompt; None if `full` lacks it."""
         header = answer_header(self.tok)
         try:
             prompt = self.write(self.messages[:i], True)
@@ -325,9 +323,19 @@ class _Text:
             prompt += header.text
         ending = self.stop.search(through, len(prompt))
         end = ending.end() if ending else len(through)
-        if not (through.startswith(prompt) and full.startswith(through[:end])):
+        if not through.startswith(prompt):
             return None
-        return Answer(len(prompt), end, ending[0] if ending else None, True)
+        start = len(prompt)
+        if not full.startswith(through[:end]):
+            # What comes before may depend on what follows (tools are written before the last question), but not what is
+            # between the messages beside it.
+            if i - 1 not in contents:
+                return None
+            before, (after, _) = contents[i - 1][1], contents.get(i + 1, (len(full), 0))
+            start = full.find(through[start:end], before, after)
+            if start < 0 or not prompt.endswith(full[before:start]):
+                return None
+        return Answer(start, start + end - len(prompt), ending[0] if ending else None, True)
 
 
 def _called(message: dict) -> list[str]:

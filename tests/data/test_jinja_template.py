@@ -404,6 +404,26 @@ def test_an_answer_that_the_template_drops_is_not_trained_as_an_empty_one(templa
     )
 
 
+def test_calls_are_found_where_tools_are_before_the_last_question(tmp_path):
+    """As in Nemo's template: what precedes a call is another text once a question follows."""
+    template = (
+        EACH + "{% if m.role == 'user' %}{% if tools and m == (messages | selectattr('role', 'equalto', 'user') | list)"
+        "[-1] %}TOOLS {{ tools | tojson }}{% endif %}[INST]{{ m.content }}[/INST]"
+        "{% elif m.role == 'tool' %}[RESULT]{{ m.content }}[/RESULT]"
+        "{% elif m.tool_calls %}[CALLS]{{ m.tool_calls[0].function | tojson + eos_token }}"
+        "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    directory = with_template(tmp_path, template)
+    tok, reference = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    once = [assistant("", CALL), result("4"), assistant("Four.")]
+    messages = [user("first"), *once, user("again"), *once, user("thanks"), assistant("Bye.")]
+    rendered = render(tok, messages, "jinja", tools=TOOLS)
+    assert visible_text(tok, rendered.ids) == reference.apply_chat_template(messages, tools=TOOLS, tokenize=False)
+    call = "[CALLS]" + json.dumps(CALL["function"], ensure_ascii=False) + "</s>"
+    assert trained_text(tok, rendered) == [call, "Four.</s>", call, "Four.</s>", "Bye.</s>"]
+    assert rendered.notes == []
+
+
 def test_how_many_answers_are_searched(tmp_path):
     """An answer that the template rewrites is found by rendering what precedes it; many would take long."""
     tok = load_tokenizer(with_template(tmp_path, CHATML.replace("message['content']", "(message['content'] | upper)")))
