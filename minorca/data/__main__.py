@@ -40,8 +40,12 @@ def show(argv: list[str]) -> None:
     tally = Tally()
     decided = []
     for source in config.data.sources(config.data.train):
-        for row in read_rows(open_source(source, args.rows), args.rows, Counter()):
+        # What reading ignored or changed in the current row.
+        counts = Counter()
+        for row in read_rows(open_source(source, args.rows), args.rows, counts):
             outcome = decide(row, tok, config.data, template)
+            outcome.notes += sorted((+counts).keys() - {"read"})
+            counts.clear()
             decided.append((row, outcome))
             if outcome.error and not outcome.dropped:
                 tally.add_error(outcome.error)
@@ -71,7 +75,7 @@ def _describe(row: Row | RowError, outcome: Outcome, template: str, data: DataCo
         parts.append(f"truncated to data.seq_len, {data.seq_len}")
     if outcome.empty_answers:
         parts.append(f"empty answers dropped with their questions: {outcome.empty_answers}")
-    messages = [] if isinstance(row.content, str) else row.content.messages
+    messages = [] if isinstance(row.content, str) or data.train_on == "all" else row.content.messages
     if excluded := sum(message["role"] == "assistant" and not is_trained_answer(message) for message in messages):
         parts.append(f"answers excluded by weight: {excluded}")
     return ", ".join([*parts, *outcome.notes])

@@ -103,6 +103,8 @@ def _sharegpt(record: dict, roles: Mapping[str, str], counts: Counter) -> Conver
 
 def _chat(record: dict, roles: Mapping[str, str], counts: Counter, column: str = "messages") -> Conversation:
     messages = read_messages(record, column, roles, counts)
+    if not messages:
+        raise UserError("is empty; expected at least one message", field=column)
     system = {"role": "system", "content": read_text(record, "system")}
     if system["content"] and system not in messages:
         if any(message["role"] == "system" for message in messages):

@@ -48,11 +48,13 @@ class Answer:
         start: where its generation prompt ends.
         end: after the token that ends it or, where there is none, after its content.
         token: the control token that ends it; None if there is none.
+        is_prompted: whether the generation prompt is what comes before it.
     """
 
     start: int
     end: int
     token: str | None
+    is_prompted: bool
 
 
 def render_training(tok: Tokenizer, messages: list[dict], tools: list[dict], masked: bool) -> Rendered:
@@ -69,8 +71,7 @@ def render_training(tok: Tokenizer, messages: list[dict], tools: list[dict], mas
     answers = text.answers(full, strict=masked)
     trained = [is_trained_answer(message) for message in messages]
     last = answers.get(len(messages) - 1)
-    dropped = {m["role"] for m in text.messages if m["role"] != "assistant" and m["content"].strip() not in full}
-    notes = [f"with a {role} message that the template does not write" for role in sorted(dropped)]
+    notes = text.notes(full, answers)
     end: list[int] = []
     if last and last.token is None:
         # What the template writes after an answer, such as a newline, would come before the end.
@@ -254,7 +255,7 @@ class _Text:
         done = 0
         searched = 0
         for i in (i for i, message in enumerate(self.messages) if message["role"] == "assistant"):
-            answer = None
+            answer = problem = None
             if i in contents and not self.messages[i].get("tool_calls"):
                 start, end = contents[i]
                 earlier, later = bisect_right(ends, start), bisect_left(starts, end)
@@ -263,19 +264,41 @@ class _Text:
                 answer = self._between(full, before, start, end, after, i == len(self.messages) - 1)
             elif searched < MAX_SEARCHED:
                 searched += 1
-                answer = self._search(full, i)
-            if answer is None or answer.start < done:
-                if strict and is_trained_answer(self.original[i]):
-                    raise UserError(
-                        f"the chat template writes messages[{i}] differently when more follows, so its loss mask "
-                        f"cannot be determined; choose another template or train_on: all, or give that message the "
-                        f"weight 0",
-                        path=self.tok.path,
-                    )
-                continue
-            found[i] = answer
-            done = answer.end
+                answer = self._search(full, i, contents)
+            else:
+                problem = f"more than {MAX_SEARCHED} answers make calls, or are rewritten by the chat template"
+            problem = problem or self._problem(i, full, answer, done)
+            if problem and strict and is_trained_answer(self.original[i]):
+                message = f"{problem}; choose another template or train_on: all, or give that message the weight 0"
+                raise UserError(message, path=self.tok.path)
+            if answer and answer.start >= done:
+                found[i] = answer
+                done = answer.end
         return found
+
+    def _problem(self, i: int, full: str, answer: Answer | None, done: int) -> str | None:
+        """Why answer i cannot be trained as it was found, after `done`; None if it can."""
+        if answer is None or answer.start < done:
+            reason = f"the chat template writes messages[{i}] differently when more follows"
+            return f"{reason}, so its loss mask cannot be determined"
+        written = full[answer.start : answer.end]
+        if not all(name in written for name in _called(self.messages[i])):
+            return f"the chat template does not write the tool calls of messages[{i}]"
+        if self.messages[i]["content"].strip() and not written.removesuffix(answer.token or "").strip():
+            return f"the chat template does not write messages[{i}]"
+        return None
+
+    def notes(self, full: str, answers: dict[int, Answer]) -> list[str]:
+        """What `full`, with these answers in it, has of the messages in another form, or not at all."""
+        roles = {m["role"] for m in self.messages if m["role"] != "assistant" and not _is_written(m, full)}
+        notes = [f"with a {role} message that the template does not write" for role in sorted(roles)]
+        places = {i: full[answer.start : answer.end] for i, answer in answers.items()}
+        said = [(message, places.get(i, full)) for i, message in enumerate(self.messages)]
+        if any(m["role"] == "assistant" and not _is_written(m, place) for m, place in said):
+            notes.append("with an answer that the template does not write as it is")
+        if any(is_trained_answer(self.original[i]) and not answer.is_prompted for i, answer in answers.items()):
+            notes.append("with an answer after other text than the generation prompt")
+        return notes
 
     def _between(self, full: str, before: int, start: int, end: int, after: int, is_last: bool) -> Answer:
         """The answer whose content is at [start, end), where the contents beside it end at `before` and start at
@@ -284,24 +307,27 @@ class _Text:
         header = answer_header(self.tok).text
         written = full[before:start]
         at = written.rfind(header)
-        if header and at >= 0 and not written[at + len(header) :].strip():
+        follows = at >= 0 and not written[at + len(header) :].strip()
+        if header and follows:
             # White space between the two is what the answer has to start with.
             start = before + at + len(header)
         else:
             # A space before an answer is part of its first token.
             start = before + len(written.rstrip(" "))
-        return self._ended(full, start, end, after, is_last)
+        end, token = self._ended(full, end, after, is_last)
+        return Answer(start, end, token, follows)
 
-    def _ended(self, full: str, start: int, end: int, after: int, is_last: bool) -> Answer:
+    def _ended(self, full: str, end: int, after: int, is_last: bool) -> tuple[int, str | None]:
+        """Where the answer whose content ends at `end` is over, and the control token that ends it."""
         if ending := self.stop.search(full, end, after):
-            return Answer(start, ending.end(), ending[0])
+            return ending.end(), ending[0]
         tail, *controls = self.tok.split_control(full[end:after])[:2]
         if is_last and controls and not tail.strip():
-            return Answer(start, end + len(tail) + len(controls[0]), controls[0])
-        return Answer(start, end, None)
+            return end + len(tail) + len(controls[0]), controls[0]
+        return end, None
 
-    def _search(self, full: str, i: int) -> Answer | None:
-        """Finds answer i as what the conversation up to it has more than its prompt; None if more is different."""
+    def _search(self, full: str, i: int, contents: dict[int, tuple[int, int]]) -> Answer | None:
+        """Finds answer i as what the conversation up to it has more than its prompt; None if `full` lacks it."""
         header = answer_header(self.tok)
         try:
             prompt = self.write(self.messages[:i], True)
@@ -312,9 +338,31 @@ class _Text:
             prompt += header.text
         ending = self.stop.search(through, len(prompt))
         end = ending.end() if ending else len(through)
-        if not (through.startswith(prompt) and full.startswith(through[:end])):
+        if not through.startswith(prompt):
             return None
-        return Answer(len(prompt), end, ending[0] if ending else None)
+        start = len(prompt)
+        if not full.startswith(through[:end]):
+            # What comes before may depend on what follows (tools are written before the last question), but not what is
+            # between the messages beside it.
+            if i - 1 not in contents:
+                return None
+            before, (after, _) = contents[i - 1][1], contents.get(i + 1, (len(full), 0))
+            start = full.find(through[start:end], before, after)
+            if start < 0 or not prompt.endswith(full[before:start]):
+                return None
+        return Answer(start, start + end - len(prompt), ending[0] if ending else None, True)
+
+
+def _called(message: dict) -> list[str]:
+    """The names of the functions that an answer calls."""
+    return [call["function"]["name"] for call in message.get("tool_calls") or ()]
+
+
+def _is_written(message: dict, text: str) -> bool:
+    """Whether a text has a message's content, as it is or in JSON, and the names of the functions that it calls."""
+    content = message["content"].strip()
+    has_content = content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
+    return has_content and all(name in text for name in _called(message))
 
 
 @lru_cache(maxsize=8)

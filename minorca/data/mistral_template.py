@@ -164,7 +164,9 @@ def _result(message: dict, version: int):
 def _checked_id(call_id) -> str:
     if not isinstance(call_id, str) or not CALL_ID.fullmatch(call_id):
         raise UserError(
-            f"has the tool call id {call_id!r:.60}; mistral-v3 needs nine letters and digits", field="messages"
+            f"has the tool call id {call_id!r:.60}; mistral-v3 needs nine letters and digits, so write the same nine "
+            "in a call and its result",
+            field="messages",
         )
     return call_id
 

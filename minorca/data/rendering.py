@@ -74,6 +74,8 @@ def _render(content: Conversation | str, tok: Tokenizer, template: str, data: Da
         return Rendered(ids, [True] * len(ids), _note_control_tokens(content, tok, data))
     messages = only_last_answer(content.messages) if data.train_on == "last" else content.messages
     rendered = render(tok, messages, template, data.train_on != "all", content.tools, data.parse_control_tokens)
+    if data.train_on == "all" and any(m["role"] == "assistant" and not is_trained_answer(m) for m in messages):
+        rendered.notes.append("with excluded answers, which train_on: all trains")
     if template == "none":
         rendered.notes += _note_control_tokens("".join(m["content"] for m in messages), tok, data)
     return rendered

@@ -64,7 +64,8 @@ class Tally:
     @property
     def notes(self) -> dict[str, str]:
         """What is said of an outcome beside its count."""
-        notes = {outcome: f"{count:,} tokens" for outcome, count in self.tokens.items()}
+        # Rows that were not rendered have no tokens to count.
+        notes = {outcome: f"{count:,} tokens" for outcome, count in self.tokens.items() if count}
         for outcome, places in self.places.items():
             more = "; ..." if self.counts[outcome] > len(places) else ""
             notes[outcome] = "; ".join(places) + more

@@ -377,6 +377,79 @@ def test_a_message_that_the_template_drops_is_counted(tmp_path):
     assert rendered.notes == ["with a system message that the template does not write"]
 
 
+@pytest.mark.parametrize(
+    "template, message, problem",
+    [
+        # ChatML has no form for tools.
+        (CHATML, assistant("", CALL), "does not write the tool calls of messages[1]; choose another template"),
+        (CHATML, assistant("I call.", CALL), "does not write the tool calls of messages[1]"),
+        # YandexGPT's writes the header in place of an answer at the end.
+        (
+            EACH + "{% if m.role == 'assistant' and loop.last %}Bot:[SEP]{% else %}{{ m.content }}\n{% endif %}"
+            "{% endfor %}{% if add_generation_prompt %}Bot:[SEP]{% endif %}",
+            assistant("Hello"),
+            "does not write messages[1]; choose another template",
+        ),
+    ],
+)
+def test_an_answer_that_the_template_drops_is_not_trained_as_an_empty_one(template, message, problem, tmp_path):
+    tok = load_tokenizer(with_template(tmp_path, template))
+    with pytest.raises(UserError) as caught:
+        render(tok, [user("Hi"), message], "jinja")
+    assert problem in str(caught.value)
+    assert not any(render(tok, [user("Hi"), message | {"weight": 0}], "jinja").trained)
+    assert (
+        "with an answer that the template does not write as it is"
+        in render(tok, [user("Hi"), message], "jinja", masked=False).notes
+    )
+
+
+def test_calls_are_found_where_tools_are_before_the_last_question(tmp_path):
+    """As in Nemo's template: what precedes a call is another text once a question follows."""
+    template = (
+        EACH + "{% if m.role == 'user' %}{% if tools and m == (messages | selectattr('role', 'equalto', 'user') | list)"
+        "[-1] %}TOOLS {{ tools | tojson }}{% endif %}[INST]{{ m.content }}[/INST]"
+        "{% elif m.role == 'tool' %}[RESULT]{{ m.content }}[/RESULT]"
+        "{% elif m.tool_calls %}[CALLS]{{ m.tool_calls[0].function | tojson + eos_token }}"
+        "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    directory = with_template(tmp_path, template)
+    tok, reference = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    once = [assistant("", CALL), result("4"), assistant("Four.")]
+    messages = [user("first"), *once, user("again"), *once, user("thanks"), assistant("Bye.")]
+    rendered = render(tok, messages, "jinja", tools=TOOLS)
+    assert visible_text(tok, rendered.ids) == reference.apply_chat_template(messages, tools=TOOLS, tokenize=False)
+    call = "[CALLS]" + json.dumps(CALL["function"], ensure_ascii=False) + "</s>"
+    assert trained_text(tok, rendered) == [call, "Four.</s>", call, "Four.</s>", "Bye.</s>"]
+    assert rendered.notes == []
+
+
+def test_how_many_answers_are_searched(tmp_path):
+    """An answer that the template rewrites is found by rendering what precedes it; many would take long."""
+    tok = load_tokenizer(with_template(tmp_path, CHATML.replace("message['content']", "(message['content'] | upper)")))
+    assert len(trained_text(tok, render(tok, turns(*["a", "b"] * 64), "jinja"))) == 64
+    with pytest.raises(UserError, match="more than 64 answers make calls, or are rewritten by the chat template; choo"):
+        render(tok, turns(*["a", "b"] * 65), "jinja")
+
+
+def test_answers_that_the_template_changes_are_counted(tmp_path):
+    """A template that removes thoughts, one that writes an empty thought, and one that writes JSON, which does not."""
+    cut = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+    tok = load_tokenizer(with_template(tmp_path / "cut", cut))
+    rendered = render(tok, turns("a", "<think>hm</think>b"), "jinja")
+    assert trained_text(tok, rendered) == ["b<|im_end|>"]
+    assert rendered.notes == ["with an answer that the template does not write as it is"]
+    thinking = EACH + "<|im_start|>{{ m.role }}\n{{ '<think>\n</think>\n' if m.role == 'assistant' }}{{ m.content }}"
+    thinking += "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tok = load_tokenizer(with_template(tmp_path / "thinking", thinking))
+    rendered = render(tok, turns("a", "b"), "jinja")
+    assert trained_text(tok, rendered) == ["b<|im_end|>"]
+    assert rendered.notes == ["with an answer after other text than the generation prompt"]
+    in_json = EACH + "{{ (m.content | tojson if m.role == 'user' else m.content) + eos_token }}{% endfor %}"
+    tok = load_tokenizer(with_template(tmp_path / "json", in_json))
+    assert render(tok, turns('say "é"', "b"), "jinja").notes == []
+
+
 def test_prompt_and_completion_without_a_template(tmp_path):
     """TRL's rule: the ids of both as one text, the completion's are trained, and the end of sequence after it."""
     tok = load_tokenizer(sentencepiece_directory(tmp_path, V1, tokenizer_config=NAMES))

@@ -103,6 +103,7 @@ def test_plain_text(tok):
     assert ids.tolist() == tok.encode("four", bos=True, eos=True)
     assert trained.tolist() == [False] + [True] * (len(ids) - 1)
     assert len(store) == 1 and tally.counts["dropped: empty response"] == 1
+    assert tally.notes == {}
 
 
 # Answers of a conversation, by their questions' numbers: which turns are left, and how many answers were empty.

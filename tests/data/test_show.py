@@ -95,6 +95,32 @@ def test_show_says_what_is_not_trained(config, capsys, tmp_path):
         main(["show", *options[:-2]])
 
 
+def test_show_says_what_is_not_used_of_each_row(config, capsys, tmp_path):
+    """What reading ignores or changes is said beside the row that it concerns, as `prepare` counts it."""
+    answer = message("assistant", "4", reasoning="2 and 2") | {"weight": 1}
+    rows = [
+        {"messages": [message("user", "2 + 2?", train=True), answer], "score": 5},
+        {"messages": [message("user", "2 + 2?"), message("assistant", "4")]},
+    ]
+    path = write(tmp_path / "extra.jsonl", rows)
+    first, second = shown(capsys, "--config", config, "--data.train", path, "--data.format", "messages")
+    assert first[0].endswith(
+        "3 trained, messages marked as trained, of roles that are not, messages with the unused key reasoning, "
+        "with the unused column score"
+    )
+    assert second[0].endswith("3 trained")
+
+
+def test_show_excluded_answers_that_are_trained(config, capsys, tmp_path):
+    turns = conversation("", "One", "1", "Two", "2")
+    turns[1]["weight"] = 0
+    path = write(tmp_path / "turns.jsonl", [{"messages": turns}])
+    options = ["--config", config, "--data.train", path, "--data.format", "messages", "--data.train_on", "all"]
+    ((header, text),) = shown(capsys, *options)
+    assert header.endswith(" trained, with excluded answers, which train_on: all trains")
+    assert text.count("«") == 1 and text.startswith("<s>«<|im_start|>user\nOne")
+
+
 def test_show_repeated_rows(config, capsys, tmp_path):
     row = dict(RECORDS[0])
     path = write(tmp_path / "twice.jsonl", [row, row])
