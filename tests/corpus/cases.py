@@ -1,6 +1,6 @@
 """All cases."""
 
-from tests.corpus import kinds
+from tests.corpus import answers, kinds, refusals, shapes, texts
 from tests.corpus.case import Case
 
-CASES: list[Case] = [*kinds.CASES]
+CASES: list[Case] = [*kinds.CASES, *shapes.CASES, *answers.CASES, *texts.CASES, *refusals.CASES]

@@ -72,5 +72,7 @@ def saved(*records) -> Callable[[Path], object]:
 
 def saved_splits(**splits: list) -> Callable[[Path], object]:
     """The directory of `DatasetDict.save_to_disk`."""
-    content = {name: datasets.Dataset.from_list(records) for name, records in splits.items()}
-    return lambda path: datasets.DatasetDict(content).save_to_disk(str(path))
+    content = datasets.DatasetDict()
+    for name, records in splits.items():
+        content[name] = datasets.Dataset.from_list(records)
+    return lambda path: content.save_to_disk(str(path))

@@ -1,6 +1,6 @@
 """Every format in every kind of file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tests.corpus import files
@@ -20,7 +20,7 @@ class Rows(NamedTuple):
     """
 
     records: list[dict]
-    expected: list[Row]
+    expected: Sequence[Row]
     model: str = "jinja"
 
 

@@ -4,6 +4,7 @@ A loss mask is a list of booleans, one a token. The first token is never trained
 """
 
 from pathlib import Path
+from typing import Any
 
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
@@ -46,16 +47,18 @@ class Transformers:
 
     def _completion(self, row: Completion) -> Rendered:
         """As TRL's SFTTrainer does: the end is appended to the completion, and the prompt's tokens are not trained."""
-        prompt = self.tok(row.prompt)["input_ids"]
+        prompt = self._encode(row.prompt)
         ids = self._whole(row.prompt + row.completion)
         assert ids[: len(prompt)] == prompt
         return ids, [False] * len(prompt) + [True] * (len(ids) - len(prompt))
 
     def _whole(self, text: str) -> list[int]:
-        """The text's ids, with one bos and one eos."""
-        bos, eos = self.tok.bos_token, self.tok.eos_token
-        text = text if text.endswith(eos) else text + eos
-        return self.tok(text, add_special_tokens=not text.startswith(bos))["input_ids"]
+        """The ids of a text with its end."""
+        return self._encode(text if text.endswith(self.tok.eos_token) else text + self.tok.eos_token)
+
+    def _encode(self, text: str) -> list[int]:
+        """The ids of a text with one bos."""
+        return self.tok(text, add_special_tokens=not text.startswith(self.tok.bos_token))["input_ids"]
 
 
 class MistralCommon:
@@ -68,7 +71,7 @@ class MistralCommon:
     def __init__(self, file: Path):
         self.tok = MistralTokenizer.from_file(str(file), mode=ValidationMode.agnostic)
         self.answers: list[list[int]] = []
-        encoder = self.tok.instruct_tokenizer
+        encoder: Any = self.tok.instruct_tokenizer
         encode = encoder.encode_assistant_message
 
         def recorded(*arguments, **options) -> list[int]:
@@ -79,7 +82,7 @@ class MistralCommon:
 
     def __call__(self, row: Chat) -> Rendered:
         self.answers.clear()
-        request = ChatCompletionRequest(messages=row.messages, tools=row.tools or None)
+        request = ChatCompletionRequest.model_validate({"messages": row.messages, "tools": row.tools or None})
         ids = self.tok.encode_chat_completion(request).tokens
         mask = [False] * len(ids)
         answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]

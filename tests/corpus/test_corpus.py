@@ -1,5 +1,7 @@
 """Files as people bring them, from their bytes to ids and loss masks, compared with what others make of them."""
 
+import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,9 +9,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from minorca import UserError, load_tokenizer
-from minorca.config import DataConfig, Source
+from minorca.config import DataConfig
 from minorca.data.chat_template import resolve_template
 from minorca.data.prepare import prepare_store
 from minorca.data.store import TokenStore
@@ -24,6 +27,7 @@ from tests.data.test_tokenizer import NAMES, V1, V3, orca, sentencepiece_directo
 TEMPLATE = (Path(__file__).parent / "chatml.jinja").read_text()
 # How transformers reads a tokenizer.model of Mistral's.
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True}
+SETTINGS = TypeAdapter(DataConfig)
 TOTALS = ("read", "kept", "tokens", "trained tokens")
 
 
@@ -71,14 +75,14 @@ def models(tmp_path_factory) -> Callable[[str], Model]:
 def settings(case: Case, directory: Path) -> DataConfig:
     """The settings of a case whose files are in a directory."""
 
-    def located(source: str | dict) -> str | Source:
+    def located(source: str | dict) -> str | dict:
         if isinstance(source, str):
             return str(directory / source)
-        return Source(**source | {"path": str(directory / source["path"])})
+        return source | {"path": str(directory / source["path"])}
 
     train = case.data.get("train", next(iter(case.files)))
     paths = [located(source) for source in train] if isinstance(train, list) else located(train)
-    return DataConfig(**case.data | {"train": paths, "store": str(directory / "store")})
+    return SETTINGS.validate_json(json.dumps(case.data | {"train": paths, "store": str(directory / "store")}))
 
 
 def rendered(case: Case, model: Model, directory: Path) -> TokenStore:
@@ -113,6 +117,9 @@ def test_refusals_have_these_words(case, models, tmp_path):
     with pytest.raises(UserError) as caught:
         rendered(case, models(case.model), tmp_path)
     lines = [str(problem).replace(str(tmp_path), "{dir}") for problem in caught.value.problems]
+    if "(...)" in case.refusal[0]:
+        # A library's words, which are another's in each of its versions.
+        lines = [re.sub(r"\(.+\)", "(...)", line) for line in lines]
     assert lines == list(case.refusal)
     assert not list(tmp_path.glob("store/*/"))
 
