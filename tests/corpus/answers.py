@@ -165,6 +165,7 @@ ADD = {
 RESULT = tool("4", tool_call_id="a1B2c3D4e", name="add")
 BY_TEMPLATE = [
     *(under(model, name, Chat(order)) for model in ("mistral-v1", "mistral-v3") for name, order in ORDERS.items()),
+    *(under("instruct", name, Chat(order)) for name, order in ORDERS.items()),
     # Consecutive messages are not joined by this template.
     *(under("openorca", name, Chat(order)) for name, order in ORDERS.items()),
     under("mistral-v3", "a call", Chat([user("2 + 2?"), assistant("", CALL)], [ADD])),

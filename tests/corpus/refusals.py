@@ -74,6 +74,21 @@ JSON = [
         data=ALPACA,
     ),
     refused(
+        "a number of too many digits",
+        files.jsonl('{"messages": ' + "9" * 5000 + "}"),
+        ", line 1: cannot be read (...)",
+    ),
+    refused(
+        "brackets nested too deeply",
+        files.jsonl('{"messages": ' + "[" * 100_000 + "}"),
+        ", line 1: cannot be read (...)",
+    ),
+    refused(
+        "an unpaired surrogate in a chat",
+        files.jsonl('{"messages": [{"role": "user", "content": "\\udc00"}]}'),
+        ", line 1: messages[0].content is not valid UTF-8 or has an unpaired surrogate; fix or remove the row",
+    ),
+    refused(
         "another encoding",
         files.jsonl({"instruction": "é", "output": "b"}).decode().encode("latin-1"),
         ", line 1: instruction is not valid UTF-8 or has an unpaired surrogate; fix or remove the row",
@@ -309,6 +324,86 @@ CONVERSATIONS = [
     ),
 ]
 
+CALL = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
+NINE = "mistral-v3 needs nine letters and digits: give each call and its result such an id"
+DEEP = "has tools, calls or results that are nested too deeply; fix or remove the row"
+SURROGATE = "which is not valid Unicode; fix the text"
+
+
+def called(arguments: str) -> str:
+    """The line of a call with such arguments, which are written in JSON."""
+    call = {"id": "a1B2c3D4e", "function": {"name": "add", "arguments": "ARGUMENTS"}}
+    return json.dumps({"messages": [user("a"), assistant("", call)]}).replace('"ARGUMENTS"', arguments)
+
+
+TOOLS = [
+    turn(
+        user("a"),
+        assistant("", CALL | {"id": "call_1"}),
+        tool("b", tool_call_id="call_1"),
+        assistant("c"),
+        name="an id that Mistral's formats do not take",
+        place="messages",
+        says=f" has the tool call id 'call_1'; {NINE}",
+        model="mistral-v3",
+    ),
+    refused(
+        "calls and observations without ids, under a format that needs them",
+        files.jsonl(
+            {
+                "conversations": [
+                    {"from": "human", "value": "2 + 2?"},
+                    {"from": "function_call", "value": '{"name": "add", "arguments": {}}'},
+                    {"from": "observation", "value": "4"},
+                    {"from": "gpt", "value": "4."},
+                ]
+            }
+        ),
+        f", line 1: messages has a tool call or result without an id; {NINE}",
+        data={"format": "sharegpt"},
+        model="mistral-v3",
+    ),
+    turn(
+        user("a"),
+        assistant("b", CALL | {"id": "a1B2c3D4e"}),
+        name="content beside a call, which Mistral's formats do not have",
+        place="messages",
+        says=" has content beside tool calls, which Mistral's templates cannot write; drop one of them",
+        model="mistral-v3",
+    ),
+    refused(
+        "a call that is not JSON",
+        files.jsonl({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "add(2)"}]}),
+        ", line 1: conversations[1].value is text that is not JSON (Expecting value: line 1 column 1 (char 0)); "
+        'expected {"name": ..., "arguments": ...} in JSON, or a list of these',
+        data={"format": "sharegpt"},
+    ),
+    refused(
+        "an unpaired surrogate in a tool",
+        # In what the template writes.
+        files.jsonl('{"messages": [{"role": "assistant", "content": "a"}], "tools": [{"name": "\\ud83e"}]}'),
+        f", line 1: text has an unpaired surrogate at character 65, {SURROGATE}",
+    ),
+    refused(
+        "an unpaired surrogate in a call",
+        # In its JSON.
+        files.jsonl(called('"\\ud83e"')),
+        f", line 1: text has an unpaired surrogate at character 31, {SURROGATE}",
+        model="mistral-v3",
+    ),
+    refused(
+        "arguments that are nested too deeply",
+        files.jsonl(GOOD, called("[" * 600 + "]" * 600)),
+        f", line 2: {DEEP}",
+    ),
+    refused(
+        "arguments whose text is nested too deeply",
+        files.jsonl(GOOD, called('"' + "[" * 5000 + '"')),
+        f", line 2: {DEEP}",
+        model="mistral-v3",
+    ),
+]
+
 DROP = MESSAGES | {"bad_rows": "drop"}
 DROPPED = [
     Case(
@@ -387,4 +482,4 @@ DROPPED = [
     ),
 ]
 
-CASES = [*JSON, *FILES, *TABLES, *CONVERSATIONS, *DROPPED]
+CASES = [*JSON, *FILES, *TABLES, *CONVERSATIONS, *TOOLS, *DROPPED]

@@ -20,7 +20,7 @@ from minorca.data.tokenizer import Tokenizer
 from tests.corpus import reference
 from tests.corpus.case import Case
 from tests.corpus.cases import CASES
-from tests.data.test_chat_template import with_template
+from tests.data.test_chat_template import INSTRUCT_V3, with_template
 from tests.data.test_tokenizer import NAMES, V1, V3, orca, sentencepiece_directory
 
 # ChatML with tools, whose answers are marked as transformers wants it.
@@ -40,8 +40,8 @@ class Model:
     reference: Callable
 
 
-def sentencepiece_model(directory: Path, source: Path) -> Path:
-    files = {"tokenizer_config": NAMES | LLAMA, "config": {"model_type": "mistral"}}
+def sentencepiece_model(directory: Path, source: Path, **config) -> Path:
+    files = {"tokenizer_config": NAMES | LLAMA | config, "config": {"model_type": "mistral"}}
     return sentencepiece_directory(directory, source, **files)
 
 
@@ -50,6 +50,12 @@ MODELS: dict[str, Callable[[Path], tuple[Path, str, Callable]]] = {
     "openorca": lambda path: (orca(path), "auto", reference.OpenOrca(V1)),
     "mistral-v1": lambda path: (sentencepiece_model(path, V1), "mistral-v1", reference.MistralCommon(V1)),
     "mistral-v3": lambda path: (sentencepiece_model(path, V3), "mistral-v3", reference.MistralCommon(V3)),
+    # Its own template is Mistral-7B-Instruct-v0.3's, which takes no system prompt.
+    "instruct": lambda path: (
+        sentencepiece_model(path, V3, chat_template=INSTRUCT_V3),
+        "auto",
+        reference.MistralCommon(V3),
+    ),
     "v1": lambda path: (sentencepiece_model(path, V1), "none", reference.Transformers(path)),
     "v3": lambda path: (sentencepiece_model(path, V3), "none", reference.Transformers(path)),
     "chatml": lambda path: (
