@@ -3,10 +3,9 @@
 import json
 
 from tests.corpus import files
-from tests.corpus.case import Case, Chat, assistant, at, system, tool, user
+from tests.corpus.case import MESSAGES, Case, Chat, assistant, at, system, tool, user
 
 LINE = "rows.jsonl, line"
-MESSAGES = {"format": "messages"}
 CHAT = [user("1?"), assistant("a"), user("2?"), assistant("b")]
 EVERY = Chat(CHAT)
 SECOND = Chat(CHAT, excluded=(1,))
@@ -57,6 +56,13 @@ WEIGHTS = [
     ),
     Case(
         "train_on last", {"rows.jsonl": files.jsonl(marked({}, {}))}, MESSAGES | {"train_on": "last"}, at(LINE, SECOND)
+    ),
+    Case(
+        "train_on last, by mistral-common",
+        {"rows.jsonl": files.jsonl({"messages": CHAT}, {"messages": [assistant("Welcome"), *CHAT, user("3?")]})},
+        MESSAGES | {"train_on": "last"},
+        at(LINE, SECOND, Chat([assistant("Welcome"), *CHAT, user("3?")], excluded=(0, 2))),
+        model="mistral-v3",
     ),
     Case(
         "train_on last, where it is excluded",

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+MESSAGES = {"format": "messages"}
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -96,3 +98,10 @@ def tool(content: str, **more) -> dict:
 def at(place: str, *rows: Row, first: int = 1) -> list[tuple[str, Row]]:
     """Rows at consecutive places: "rows.jsonl, line" is followed by their numbers."""
     return [(f"{place} {number}", row) for number, row in enumerate(rows, first)]
+
+
+def refused(
+    name: str, content, *lines: str, file: str = "rows.jsonl", data: dict = MESSAGES, model: str = "jinja"
+) -> Case:
+    """A file and the lines of its refusal, which start with the file and the place in it."""
+    return Case(name, {file: content}, data, refusal=tuple(f"{{dir}}/{file}{line}" for line in lines), model=model)

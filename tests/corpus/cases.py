@@ -1,6 +1,7 @@
 """All cases."""
 
-from tests.corpus import answers, kinds, refusals, shapes, texts
+from tests.corpus import answers, broken_files, broken_rows, columns, kinds, shapes, texts
 from tests.corpus.case import Case
 
-CASES: list[Case] = [*kinds.CASES, *shapes.CASES, *answers.CASES, *texts.CASES, *refusals.CASES]
+ROOMS = (kinds, shapes, columns, answers, texts, broken_files, broken_rows)
+CASES: list[Case] = [case for room in ROOMS for case in room.CASES]

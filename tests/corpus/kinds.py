@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tests.corpus import files
-from tests.corpus.case import Case, Chat, Completion, Row, Text, assistant, at, system, user
+from tests.corpus.case import MESSAGES, Case, Chat, Completion, Row, Text, assistant, at, system, user
 
 QUOTES = 'Say "2 + 2", then the sum; é 日本 🦜'
 BRIEF = [system("Be brief."), user(QUOTES), assistant("4, \\ 'four'")]
@@ -111,7 +111,6 @@ CASES = [
 
 ONE, TWO = FORMATS["messages"].records
 FIRST, SECOND = FORMATS["messages"].expected
-MESSAGES = {"format": "messages"}
 
 CASES += [
     Case(
