@@ -102,6 +102,18 @@ EMPTY = [
         {DROPPED: 3},
     ),
     Case(
+        "an empty answer to several questions, and one after a system message, which stays",
+        {
+            "rows.jsonl": files.jsonl(
+                {"messages": [user("0?"), user("and?"), assistant(""), *CHAT]},
+                {"messages": [user("0?"), system("Now."), assistant(""), *CHAT]},
+            )
+        },
+        MESSAGES,
+        at(LINE, EVERY, Chat([system("Now."), *CHAT])),
+        {DROPPED: 2},
+    ),
+    Case(
         "an empty answer alone",
         {"rows.jsonl": files.jsonl({"messages": [user("0?"), assistant("\t")]}, {"messages": CHAT})},
         MESSAGES,

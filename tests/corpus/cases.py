@@ -3,5 +3,5 @@
 from tests.corpus import answers, broken_files, broken_rows, columns, kinds, shapes, texts
 from tests.corpus.case import Case
 
-ROOMS = (kinds, shapes, columns, answers, texts, broken_files, broken_rows)
-CASES: list[Case] = [case for room in ROOMS for case in room.CASES]
+MODULES = (kinds, shapes, columns, answers, texts, broken_files, broken_rows)
+CASES: list[Case] = [case for room in MODULES for case in room.CASES]

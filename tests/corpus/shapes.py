@@ -58,6 +58,7 @@ OPENORCA = [
 ]
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+OTHER = {"type": "function", "function": {"name": "add", "arguments": {"b": [3]}}}
 ADD = {"type": "function", "function": {"name": "add", "description": "Adds", "parameters": {"type": "object"}}}
 
 SHAREGPT = [
@@ -223,6 +224,21 @@ MESSAGES = [
                     assistant("Noon."),
                 ]
             ),
+        ),
+    ),
+    Case(
+        "messages: arguments in parquet, which gives all calls the arguments of any",
+        {
+            "rows.parquet": files.parquet(
+                {"messages": [user("2 + 2?"), assistant("", CALL)], "tools": [ADD]},
+                {"messages": [user("3 + 3?"), assistant("", OTHER)], "tools": [ADD]},
+            )
+        },
+        {"format": "messages"},
+        at(
+            "rows.parquet, row",
+            Chat([user("2 + 2?"), assistant("", CALL)], [ADD]),
+            Chat([user("3 + 3?"), assistant("", OTHER)], [ADD]),
         ),
     ),
     Case(
