@@ -4,4 +4,4 @@ from tests.corpus import answers, broken_files, broken_rows, columns, kinds, sha
 from tests.corpus.case import Case
 
 MODULES = (kinds, shapes, columns, answers, texts, broken_files, broken_rows)
-CASES: list[Case] = [case for room in MODULES for case in room.CASES]
+CASES: list[Case] = [case for module in MODULES for case in module.CASES]
