@@ -163,9 +163,9 @@ def _result(message: dict, version: int):
 
 def _checked_id(call_id) -> str:
     if not isinstance(call_id, str) or not CALL_ID.fullmatch(call_id):
+        given = "a tool call or result without an id" if call_id is None else f"the tool call id {call_id!r:.60}"
         raise UserError(
-            f"has the tool call id {call_id!r:.60}; mistral-v3 needs nine letters and digits, so write the same nine "
-            "in a call and its result",
+            f"has {given}; mistral-v3 needs nine letters and digits: give each call and its result such an id",
             field="messages",
         )
     return call_id

@@ -61,6 +61,9 @@ def render_row(row: Row, tok: Tokenizer, template: str, data: DataConfig) -> tup
         error.path = row.path
         error.where = row.where
         raise
+    except RecursionError:
+        message = "has tools, calls or results that are nested too deeply; fix or remove the row"
+        raise UserError(message, path=row.path, where=row.where) from None
     trained = np.array(rendered.trained, bool)
     if data.train_on == "all":
         trained[:] = True

@@ -113,7 +113,8 @@ def _read_lines(file: TextIO, path: Path) -> Iterator[NumberedRecord]:
         if line.isspace():
             continue
         try:
-            yield number, _record(decode(line), path, number)
+            # Without its end, after which an error's column would count anew.
+            yield number, _record(decode(line.rstrip("\n")), path, number)
         except json.JSONDecodeError as error:
             message = f"not valid JSON ({error.msg}, column {error.colno})"
             yield number, RowError(message, path=path, where=f"line {number}")

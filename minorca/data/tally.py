@@ -76,7 +76,8 @@ def reason_of(error: UserError) -> str:
     """What is wrong, without the place and what was expected: the same for rows with the same fault."""
     fault = error.message.partition(";")[0]
     sentence = fault if error.field is None else f"{error.field} {fault}"
-    return re.sub(r"\d+", "N", re.sub(r"\[\d+\]", "[]", sentence))
+    # Not the numbers in names, such as UTF-8.
+    return re.sub(r"(?<!\w)(?<![a-zA-Z]-)\d+", "N", re.sub(r"\[\d+\]", "[]", sentence))
 
 
 def raise_errors(tallies: list[Tally]) -> None:

@@ -128,11 +128,10 @@ class Tokenizer:
             parse_control: whether control strings become control tokens; else all of it is ordinary text.
 
         Raises:
-            UserError: as `encode`.
+            UserError: as `encode_template`.
         """
         if not parse_control:
             return self.encode(text, bos=self.adds_bos, eos=eos)
-        self._check_unicode(text)
         ids = self.encode_template(text)
         if self.bos_id is not None and self.adds_bos and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
@@ -144,8 +143,9 @@ class Tokenizer:
         """The ids of text that a chat template wrote: control strings become control tokens, and nothing is added.
 
         Raises:
-            UserError: a control token of which the model's embedding has no row.
+            UserError: as `encode`; a control token of which the model's embedding has no row.
         """
+        self._check_unicode(text)
         ids = self._encode_template(text)
         for i in self.without_row.keys() & set(ids):
             raise UserError(

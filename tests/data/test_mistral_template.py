@@ -135,15 +135,6 @@ def test_tools(version, tools, name, tokenizers):
         assert accepted == (name not in refused | {"no id", "calls in a row"})
 
 
-@pytest.mark.parametrize("name, call_id", [("a short id", "'call_1'"), ("no id", "None")])
-def test_an_id_that_v3_cannot_write_says_what_to_write(name, call_id, tokenizers):
-    tok, _ = tokenizers(3)
-    with pytest.raises(UserError) as caught:
-        render(tok, CONVERSATIONS[name], "mistral-v3")
-    needed = "mistral-v3 needs nine letters and digits, so write the same nine in a call and its result"
-    assert str(caught.value) == f"messages has the tool call id {call_id}; {needed}"
-
-
 def test_calls_and_answers_are_trained(tokenizers):
     """With the end of each; what tools return is not."""
     tok, _ = tokenizers(3)

@@ -368,7 +368,7 @@ def test_invalid_rows_are_dropped(parallel, model, data, threads, caplog):
     store = prepare(settings, model)
     counts = store.sources[0].counts
     reasons = [
-        "dropped: not valid JSON (Invalid control character at, column N)",
+        "dropped: not valid JSON (Unterminated string starting at, column N)",
         "dropped: column system_prompt is missing",
         "dropped: question is int",
     ]
