@@ -149,7 +149,8 @@ def _tokenizer_config(tok: Tokenizer) -> dict:
     config = _read_json(tok.path / "tokenizer_config.json")
     needed = special_tokens(tok)
     if tok.file.name == "tokenizer.json":
-        needed |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        # Without config.json beside it, any other class takes no more than vocabulary and merges from the file.
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
     elif tok.file.name.startswith("tokenizer.model"):
         needed |= {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": tok.adds_bos}
     return needed | config

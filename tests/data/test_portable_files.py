@@ -53,6 +53,13 @@ def json_v1(directory):
     return converted(directory, V1, legacy=False, add_bos_token=True)
 
 
+def json_of_llama(directory):
+    """As Mistral's fine-tunes ship it: the class would give other spaces than the file does."""
+    converted(directory, V1, legacy=True)
+    (directory / "tokenizer_config.json").write_text(json.dumps(NAMES | {"tokenizer_class": "LlamaTokenizer"}))
+    return directory
+
+
 def with_bos(directory):
     template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return byte_level(directory, template)
@@ -61,6 +68,7 @@ def with_bos(directory):
 MODELS = [
     (tokenizer_v1, "mistral-v1"),
     (json_v1, "mistral-v1"),
+    (json_of_llama, "mistral-v1"),
     (tokenizer_v2, "mistral-v2"),
     (tokenizer_v3, "mistral-v3"),
     (tokenizer_v3, "mistral-v2"),
