@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import minorca.export.huggingface
 from minorca import UserError, load_model, load_tokenizer, render_chat
 from minorca.cli import config_parser, parse_config
+from minorca.data.portable_files import load_chat
 from minorca.export.__main__ import export, main
 from minorca.generate import __main__ as generate_command
 from minorca.generate import engine, generate
@@ -225,6 +226,8 @@ def test_the_same_ids_at_every_station(station, workplace, save_mistral, monkeyp
     said = json.loads(capsys.readouterr().out)
     assert said["prompt_tokens"] == len(single)
     assert said["text"] == tok.decode(generate(ours, [single], 20, stop_ids=tok.stop_ids)[0])
+    # A checkpoint records the template too.
+    assert load_chat(tok, rows, workplace.path / "run" / "checkpoints" / "step-00000002") == (tok, template)
 
     with serving("--model", directory, "--adapter", f"own={adapter}", program=("-c", IN_FP32)) as server:
         conversation: Any = CHAT
