@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import minorca.export.huggingface
 from minorca import UserError, load_model, load_tokenizer, render_chat
 from minorca.cli import config_parser, parse_config
-from minorca.data.portable_files import load_chat
+from minorca.data.portable_files import RECORD, load_chat
 from minorca.export.__main__ import export, main
 from minorca.generate import __main__ as generate_command
 from minorca.generate import engine, generate
@@ -257,6 +257,17 @@ def test_a_base_without_any_template(save_mistral, tmp_path, caplog):
     export(directory, None, tmp_path / "out")
     assert "no chat template is written" in caplog.text
     assert not list((tmp_path / "out").glob("*.jinja"))
+
+
+def test_a_recorded_template_that_the_model_cannot_write(save_mistral, tmp_path):
+    """The adapter is another model's: nothing is written without the template of its training."""
+    directory, theirs = save_mistral(vocab_size=512)
+    byte_level(directory)
+    adapted(theirs, tmp_path / "adapter")
+    (tmp_path / "adapter" / RECORD).write_text('{"template": "mistral-v3"}')
+    with pytest.raises(UserError, match="template mistral-v3 needs the control token"):
+        export(directory, tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("format", ["gguf", "consolidated", "pt"])
