@@ -2,6 +2,7 @@
 record of the template of training, minorca.json.
 """
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from minorca.data.chat_template import TEMPLATES
 from minorca.data.portable_template import portable_template, special_tokens
 from minorca.data.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer, check_vocabulary, load_tokenizer
+from minorca.data.tokenizer_files import chat_templates, read_settings
 from minorca.errors import UserError
 from minorca.files.safe_io import find_file, quote, read_json, read_small
 
@@ -53,7 +55,8 @@ def portable_files(tok: Tokenizer, template: str | None, model: Path) -> dict[st
         files.setdefault("tokenizer.model", files[versions[-1]])
     config = _tokenizer_config(tok)
     source = portable_template(tok, template)
-    if source != tok.chat_template:
+    # An adapter may have replaced that of the directory.
+    if source != chat_templates(tok.path, read_settings(tok.path)).get("default"):
         files = {name: content for name, content in files.items() if not _is_template(name)}
         config.pop("chat_template", None)
     if source is not None and not config.get("chat_template"):
@@ -115,7 +118,7 @@ def recorded_template(adapter: Path) -> str | None:
 def _adapter_tokenizer(directory: Path, base: Tokenizer, rows: int) -> Tokenizer:
     """The tokenizer that an adapter brings; `base` itself where they are the same, or the adapter brings none."""
     if not has_tokenizer(directory):
-        return base
+        return _with_templates(base, chat_templates(directory, read_settings(directory)))
     tok = load_tokenizer(directory)
     check_vocabulary(tok, rows, directory)
     # An adapter that others wrote lacks the model's configuration, which names stop ids too.
@@ -140,6 +143,15 @@ def _adapter_tokenizer(directory: Path, base: Tokenizer, rows: int) -> Tokenizer
     return base if same else tok
 
 
+def _with_templates(base: Tokenizer, templates: dict[str, str]) -> Tokenizer:
+    """The model's tokenizer with the chat templates of an adapter that brings no tokenizer; `base` without any."""
+    if not templates:
+        return base
+    tok = copy.copy(base)
+    tok.chat_templates, tok.chat_template = templates, templates.get("default")
+    return tok
+
+
 def _is_template(name: str) -> bool:
     return name.endswith(".jinja") or name == "chat_template.json"
 
@@ -149,7 +161,8 @@ def _tokenizer_config(tok: Tokenizer) -> dict:
     config = _read_json(tok.path / "tokenizer_config.json")
     needed = special_tokens(tok)
     if tok.file.name == "tokenizer.json":
-        needed |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        # Without config.json beside it, any other class takes no more than vocabulary and merges from the file.
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
     elif tok.file.name.startswith("tokenizer.model"):
         needed |= {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": tok.adds_bos}
     return needed | config

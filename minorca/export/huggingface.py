@@ -77,6 +77,8 @@ def _files_beside(source: ModelFiles, adapter: str | Path | None) -> dict[str, b
     try:
         template = resolve_template(tok, recorded or "auto")
     except UserError as error:
+        if recorded:
+            raise
         log.warning("no chat template is written: %s", error)
         template = None
     return portable_files(tok, template, directory)

@@ -1,11 +1,11 @@
 """Checkpoints: complete or absent, verified before they are read and before an older one is removed; no code in them.
 
-OUTPUT/checkpoints/step-00000100/ holds what is trained (adapters in PEFT's format), optimizer.safetensors (AdamW's
-moments under the same names), best.safetensors (what was trained up to the best evaluation, where train.keep_best),
-state.json (format, step, updates, the best evaluation, what wrote it, and what defines the run) and, written last,
-MANIFEST.json with every file's size and SHA-256. It is written under another name and renamed; a published one is
-never written into again. There is no random state to store: the order of the data and dropout are functions of the seed
-and step.
+OUTPUT/checkpoints/step-00000100/ holds what is trained (adapters in PEFT's format), minorca.json (the template of
+training, as beside an adapter), optimizer.safetensors (AdamW's moments under the same names), best.safetensors (what
+was trained up to the best evaluation, where train.keep_best), state.json (format, step, updates, the best evaluation,
+what wrote it, and what defines the run) and, written last, MANIFEST.json with every file's size and SHA-256. It is
+written under another name and renamed; a published one is never written into again. There is no random state to store:
+the order of the data and dropout are functions of the seed and step.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from minorca.config import Config, defaults
 from minorca.config_file import settings
+from minorca.data.portable_files import write_files
 from minorca.data.store import TokenStore
 from minorca.errors import UserError, raise_problems
 from minorca.files.adapters import adapter_file
@@ -131,11 +132,13 @@ def save(
     keep: int,
     world: World,
     best: dict[str, Tensor] | None = None,
+    files: dict[str, bytes] | None = None,
 ) -> None:
     """Publishes the checkpoint of a finished step under `directory`, and then removes what is older than the newest
     `keep` that verify. Every rank calls it.
 
     best: on rank 0, what was trained up to the best evaluation, where it is kept.
+    files: further files, by name.
     """
     tensors = trainable.gather(world)
     moments = {
@@ -150,6 +153,7 @@ def save(
         save_file(moments, temporary / "optimizer.safetensors")
         if best:
             save_file(best, temporary / BEST)
+        write_files(temporary, files or {})
         (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
         write_manifest(temporary)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minorca.config import Config
 from minorca.data.packing import Step
-from minorca.data.portable_files import write_files
+from minorca.data.portable_files import RECORD, write_files
 from minorca.errors import UserError
 from minorca.files.atomic import publish
 from minorca.model.lora import seed_dropout
@@ -221,6 +221,7 @@ class Run:
             self.config.train.keep,
             self.world,
             self.best.tensors,
+            {RECORD: self.inputs.adapter_files[RECORD]},
         )
 
     def finish(self, output: Path) -> None:

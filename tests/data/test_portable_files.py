@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 from tokenizers import processors
@@ -53,6 +54,13 @@ def json_v1(directory):
     return converted(directory, V1, legacy=False, add_bos_token=True)
 
 
+def json_of_llama(directory):
+    """As Mistral's fine-tunes ship it: the class would give other spaces than the file does."""
+    converted(directory, V1, legacy=True)
+    (directory / "tokenizer_config.json").write_text(json.dumps(NAMES | {"tokenizer_class": "LlamaTokenizer"}))
+    return directory
+
+
 def with_bos(directory):
     template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return byte_level(directory, template)
@@ -61,6 +69,7 @@ def with_bos(directory):
 MODELS = [
     (tokenizer_v1, "mistral-v1"),
     (json_v1, "mistral-v1"),
+    (json_of_llama, "mistral-v1"),
     (tokenizer_v2, "mistral-v2"),
     (tokenizer_v3, "mistral-v3"),
     (tokenizer_v3, "mistral-v2"),
@@ -191,6 +200,27 @@ def test_the_tokenizer_of_an_adapter(tmp_path, caplog):
     orca(tmp_path / "beyond", added_tokens=more, special_tokens_map={"bos_token": "<s>", "eos_token": "<|tool|>"})
     with pytest.raises(UserError, match="beyond: .* 32002"):
         load_chat(base, 32002, tmp_path / "beyond")
+
+
+@pytest.mark.parametrize("beside", ["chat_template.jinja", "tokenizer_config.json"])
+@pytest.mark.parametrize("shipped", [None, "{% for m in messages %}{{ m['content'] }}{% endfor %}"])
+def test_an_adapter_that_brings_a_template_alone(shipped, beside, tmp_path):
+    """It is asked and exported with that template, whether or not the model ships another."""
+    directory = orca(tmp_path / "base", tokenizer_config={"chat_template": shipped}, config=CONFIG)
+    (tmp_path / "adapter").mkdir()
+    template = "{% for m in messages %}{{ m['content'] + '!' }}{% endfor %}"
+    (tmp_path / "adapter" / beside).write_text(
+        template if beside.endswith("jinja") else json.dumps({"chat_template": template})
+    )
+    base = load_tokenizer(directory)
+    tok, recorded = load_chat(base, 32002, tmp_path / "adapter")
+    assert (recorded, base.chat_template) == (None, shipped)
+    assert render_chat(tok, [USER, ANSWER, AGAIN]) == tok.encode_template(
+        "".join(message["content"] + "!" for message in (USER, ANSWER, AGAIN))
+    )
+    write_files(tmp_path, portable_files(tok, "jinja", directory))
+    theirs: Any = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.apply_chat_template([USER], tokenize=False) == USER["content"] + "!"
 
 
 @pytest.mark.parametrize("record", ['{"template": "mistral-v9"}', "{}", '{"template": ["chatml"]}', "[]", "{"])

@@ -13,14 +13,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minorca.export.huggingface
 from minorca import UserError, load_model, load_tokenizer, render_chat
+from minorca.cli import config_parser, parse_config
+from minorca.data.portable_files import RECORD, load_chat
 from minorca.export.__main__ import export, main
 from minorca.generate import __main__ as generate_command
 from minorca.generate import engine, generate
 from minorca.train import __main__ as train_command
-from tests.data.test_portable_files import tokenizer_v1, tokenizer_v3
+from minorca.train.inputs import read_data
+from tests.data.test_jinja_template import SHIPPED
+from tests.data.test_portable_files import json_of_llama, tokenizer_v1, tokenizer_v3
 from tests.data.test_tokenizer import byte_level, orca
 from tests.files.test_weights import BIN, as_bin, as_bin_shards, as_consolidated, as_hub_cache
 from tests.helpers import relative_error
+from tests.serve.test_serve import IN_FP32, serving
 
 TOKENS = torch.randint(128, (40,), generator=torch.Generator().manual_seed(1))
 TARGETS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
@@ -168,21 +173,24 @@ CHAT = [
 ]
 
 
-# A tokenizer and its size, the shipped template, data.template, and the template that it stands for.
-@pytest.mark.parametrize(
-    "station",
-    [
-        (tokenizer_v1, 32000, OTHER, "mistral-v1", "mistral-v1"),
-        (tokenizer_v3, 32768, None, "auto", "mistral-v3"),
-        (orca, 32002, None, "auto", "chatml"),
-        (orca, 32002, OTHER, "auto", "jinja"),
-    ],
-    ids=["v1", "v3", "chatml", "jinja"],
-)
+# A tokenizer and its size, the shipped template, data.template, and the template that it stands for. Those of Mistral's
+# Instruct models write the system prompt into the first user message (v0.2) or the last (v0.3).
+STATIONS = {
+    "v0.1": (tokenizer_v1, 32000, None, "auto", "mistral-v1"),
+    "v0.3": (tokenizer_v3, 32768, None, "auto", "mistral-v3"),
+    "Instruct-v0.2": (json_of_llama, 32000, SHIPPED["v0.2"][1], "auto", "mistral-v1"),
+    "Instruct-v0.3": (tokenizer_v3, 32768, SHIPPED["v0.3"][1], "auto", "mistral-v3"),
+    "another": (tokenizer_v1, 32000, OTHER, "mistral-v1", "mistral-v1"),
+    "chatml": (orca, 32002, None, "auto", "chatml"),
+    "jinja": (orca, 32002, OTHER, "auto", "jinja"),
+}
+
+
+@pytest.mark.parametrize("station", STATIONS)
 def test_the_same_ids_at_every_station(station, workplace, save_mistral, monkeypatch, capsys):
-    """Trained on OpenOrca's rows, the adapter asks with the template of training in `generate`, and so does what is
-    exported in transformers, where the greedy answer is the same and ends at the same ids."""
-    make, rows, shipped, setting, template = station
+    """Trained on OpenOrca's rows, the adapter asks with the template of training in `generate` and over HTTP, and so
+    does what is exported in transformers, where the greedy answer is the same and ends at the same ids."""
+    make, rows, shipped, setting, template = STATIONS[station]
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     directory, _ = save_mistral(vocab_size=rows, num_key_value_heads=1, **sizes)
     config = (directory / "config.json").read_text()
@@ -190,8 +198,15 @@ def test_the_same_ids_at_every_station(station, workplace, save_mistral, monkeyp
     (directory / "config.json").write_text(config)
     if shipped:
         (directory / "chat_template.jinja").write_text(shipped)
-    prompt = render_chat(load_tokenizer(directory), CHAT, template=template)
+    tok = load_tokenizer(directory)
+    prompt = render_chat(tok, CHAT, template=template)
     run = workplace(**{"model.path": directory, "data.template": setting, "data.train_on": "all", "train.steps": 2})
+    store, _ = read_data(parse_config(config_parser("minorca.train", ""), run)[1])
+    for i, line in enumerate((workplace.path / "rows.jsonl").read_text().splitlines()):
+        row = json.loads(line)
+        system = [{"role": "system", "content": row["system_prompt"]}] if row["system_prompt"] else []
+        asked = render_chat(tok, [*system, {"role": "user", "content": row["question"]}], template=template)
+        assert store.row(i)[0][: len(asked)].tolist() == asked
     train_command.main(run)
     adapter = workplace.path / "run" / "adapter"
     ours = load_model(directory, torch.float32, "cpu", adapter=adapter)
@@ -211,14 +226,26 @@ def test_the_same_ids_at_every_station(station, workplace, save_mistral, monkeyp
     said = json.loads(capsys.readouterr().out)
     assert said["prompt_tokens"] == len(single)
     assert said["text"] == tok.decode(generate(ours, [single], 20, stop_ids=tok.stop_ids)[0])
+    # A checkpoint records the template too.
+    assert load_chat(tok, rows, workplace.path / "run" / "checkpoints" / "step-00000002") == (tok, template)
+
+    with serving("--model", directory, "--adapter", f"own={adapter}", program=("-c", IN_FP32)) as server:
+        conversation: Any = CHAT
+        ask = {"model": "own", "messages": conversation, "max_tokens": 20, "temperature": 0}
+        response = server.client().chat.completions.create(**ask)
+    assert response.usage.prompt_tokens == len(prompt)
+    # A response leaves out the stop id, here one of an ordinary token.
+    assert response.choices[0].message.content == tok.decode(answer[:-1])
 
     output = workplace.path / "merged"
     export(directory, adapter, output)
-    theirs = AutoTokenizer.from_pretrained(output)
-    assert theirs.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"] == prompt
+    for path in (output, adapter):
+        theirs = AutoTokenizer.from_pretrained(path)
+        assert theirs.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"] == prompt
+        assert theirs.apply_chat_template([system, user], add_generation_prompt=True)["input_ids"] == single
     assert render_chat(load_tokenizer(output), CHAT) == prompt
-    asked = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt))}
-    ids = read_back(output).generate(**asked, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    inputs = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt))}
+    ids = read_back(output).generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=0)
     assert ids[0, len(prompt) :].tolist() == answer
 
 
@@ -230,6 +257,17 @@ def test_a_base_without_any_template(save_mistral, tmp_path, caplog):
     export(directory, None, tmp_path / "out")
     assert "no chat template is written" in caplog.text
     assert not list((tmp_path / "out").glob("*.jinja"))
+
+
+def test_a_recorded_template_that_the_model_cannot_write(save_mistral, tmp_path):
+    """The adapter is another model's: nothing is written without the template of its training."""
+    directory, theirs = save_mistral(vocab_size=512)
+    byte_level(directory)
+    adapted(theirs, tmp_path / "adapter")
+    (tmp_path / "adapter" / RECORD).write_text('{"template": "mistral-v3"}')
+    with pytest.raises(UserError, match="template mistral-v3 needs the control token"):
+        export(directory, tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("format", ["gguf", "consolidated", "pt"])
