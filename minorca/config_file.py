@@ -273,6 +273,12 @@ def _type_errors(details: list, values: dict[str, dict]) -> Iterator[UserError]:
     for detail in details:
         name = ".".join(str(part) for part in detail["loc"][:2])
         message = detail["msg"]
+        if name in ("data.train", "data.eval") and isinstance(values["data"].get(name[5:]), dict):
+            message = "is one source with keys; expected a path, or a list, as in [{path: FILE, format: NAME}]"
+            if (name, message) not in seen:
+                seen.add((name, message))
+                yield UserError(message, field=name)
+            continue
         if name in ("data.train", "data.eval") and detail["loc"][2:]:
             kind, *place = detail["loc"][2:]
             if str(kind).startswith("list") != isinstance(values["data"][name[5:]], list):

@@ -451,3 +451,13 @@ def test_columns_and_roles_of_a_source_replace_those_of_all(read):
         ({"output": "answer"}, {"narrator": "system"}),
         ({}, {"bot": "assistant"}),
     ]
+
+
+@pytest.mark.parametrize("key", ["train", "eval"])
+def test_one_source_with_keys_is_told_to_be_a_list(key, read):
+    with pytest.raises(UserError) as caught:
+        read(
+            f"model: {{path: DIR}}\ndata: {{{'train: x, ' if key == 'eval' else ''}{key}: {{path: x, format: alpaca}}}}"
+        )
+    expected = "is one source with keys; expected a path, or a list, as in [{path: FILE, format: NAME}]"
+    assert str(caught.value).endswith(f"data.{key} {expected}")

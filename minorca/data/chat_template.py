@@ -128,9 +128,11 @@ def _advising(tok: Tokenizer, messages: list[dict], tools: list[dict] | None) ->
     try:
         yield
     except UserError as error:
+        shipped = tok.chat_template or ""
         for name in BUILT_IN:
             marker = REQUIRED_TOKENS.get(name, ("[INST]",))[0]
-            if marker in (tok.chat_template or "") and not _missing(tok, name):
+            # Later formats of Mistral's have that too, and this.
+            if marker in shipped and "[SYSTEM_PROMPT]" not in shipped and not _missing(tok, name):
                 with suppress(UserError):
                     _pieces(tok, messages, name, tools)
                     error.advice = f"{name} can write it: data.template, or --template"

@@ -46,8 +46,11 @@ def is_trained_answer(message: dict) -> bool:
 
 
 def only_last_answer(messages: list[dict]) -> list[dict]:
-    """The messages with a weight of 0 on every answer but the last."""
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+    """The messages with a weight of 0 on every answer but the last; answers in a row are one."""
+    roles = [message["role"] for message in messages]
+    last = len(roles) - 1
+    while last > 0 and not (roles[last] == "assistant" and roles[last - 1] != "assistant"):
+        last -= 1
     return [m | {"weight": 0} if m["role"] == "assistant" and i < last else m for i, m in enumerate(messages)]
 
 

@@ -4,6 +4,7 @@ An error that leaves the other rows readable takes the place of its record, othe
 line or row.
 """
 
+import codecs
 import csv
 import io
 import json
@@ -90,6 +91,9 @@ def _open_text(path: Path, newline: str | None = None) -> TextIO:
     # Invalid UTF-8 is passed on, so that the error can name the column.
     options: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": newline}
     if path.suffix not in COMPRESSED:
+        with path.open("rb") as file:
+            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise UserError("is encoded in UTF-16; save it as UTF-8", path=path)
         return path.open(**options)
     import pyarrow
 

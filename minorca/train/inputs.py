@@ -15,6 +15,7 @@ from minorca.data.prepare import prepare_store
 from minorca.data.store import TokenStore
 from minorca.data.tokenizer import check_vocabulary, load_tokenizer
 from minorca.errors import UserError
+from minorca.files.adapters import read_adapter_settings
 from minorca.files.weights import ModelFiles, open_model
 from minorca.model.architecture import model_directory, read_architecture
 from minorca.train import checkpoint
@@ -69,6 +70,9 @@ def read_inputs(config: Config) -> Inputs:
     if positions and config.data.seq_len > positions:
         message = f"is {config.data.seq_len}; the model has {positions} positions, so set it to {positions} or less"
         raise UserError(message, field="data.seq_len")
+    if config.lora.init:
+        # Before the rows are rendered, which may take minutes.
+        read_adapter_settings(config.lora.init)
     store, held_out = read_data(config)
     identity = checkpoint.identity(config, base.arch, base.paths, store, held_out)
     tok = load_tokenizer(config.model.path)

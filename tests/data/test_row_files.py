@@ -246,3 +246,13 @@ def test_a_text_file_is_a_document(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match="b.txt, document 1: text is not valid UTF-8"):
         rows_in(tmp_path, "text")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.txt"])
+def test_utf_16_is_named(name, encoding, tmp_path):
+    """What PowerShell's > writes."""
+    path = tmp_path / name
+    path.write_bytes(("\ufeff" if encoding == "utf-16-be" else "").encode(encoding) + "text".encode(encoding))
+    with pytest.raises(UserError, match=f"^{path}: is encoded in UTF-16; save it as UTF-8"):
+        list(open_file(path).records())
