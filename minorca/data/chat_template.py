@@ -18,9 +18,10 @@ from math import inf
 from typing import cast
 
 from minorca.data.conversation import is_trained_answer
-from minorca.data.jinja_template import ids_by_span, render_prompt, render_training, write_text
-from minorca.data.mistral_template import render_mistral
-from minorca.data.rendered import Pieces, Rendered, join
+from minorca.data.jinja_template import ids_by_span, render_prompt, render_training
+from minorca.data.mistral_template import omits_calls, render_mistral
+from minorca.data.rendered import NOTHING_ENDS, Pieces, Rendered, join
+from minorca.data.shipped_template import write_text
 from minorca.data.spans import encode_spans
 from minorca.data.tokenizer import SURROGATE, Tokenizer
 from minorca.data.visible_text import visible_text
@@ -105,7 +106,10 @@ def render(
             return render_training(tok, messages, tools or [], masked)
     if template == "none":
         return _plain(tok, messages, parse_control, ended=True)
-    return join(_pieces(tok, messages, template, tools))
+    rendered = join(_pieces(tok, messages, template, tools))
+    if template.startswith("mistral") and omits_calls(messages, int(template[-1])):
+        rendered.notes.append(f"with tool calls that {template} does not write")
+    return rendered
 
 
 def _pieces(
@@ -325,6 +329,8 @@ def _plain(tok: Tokenizer, messages: list[dict], parse_control: bool, ended: boo
     rendered = encode_spans(tok, encode, spans)
     if tok.adds_bos and rendered.ids[:1] != [tok.bos_id]:
         rendered = join([([cast(int, tok.bos_id)], False), *zip(([i] for i in rendered.ids), rendered.trained)])
-    if ended and tok.eos_id is not None and rendered.ids[-1:] and rendered.ids[-1] not in tok.stop_ids:
+    if ended and tok.eos_id is None:
+        rendered.notes.append(NOTHING_ENDS)
+    elif ended and tok.eos_id is not None and rendered.ids[-1:] and rendered.ids[-1] not in tok.stop_ids:
         rendered = Rendered([*rendered.ids, tok.eos_id], [*rendered.trained, spans[-1][1]])
     return rendered

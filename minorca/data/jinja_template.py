@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count, pairwise
 from math import inf
-from typing import Any, NamedTuple, cast
+from typing import Any
 
-from minorca.data import sandbox
 from minorca.data.conversation import is_trained_answer
-from minorca.data.rendered import Rendered
+from minorca.data.rendered import NOTHING_ENDS, Rendered
+from minorca.data.shipped_template import answer_header, name_of, write_text
 from minorca.data.spans import Span, encode_spans
 from minorca.data.tokenizer import Tokenizer
 from minorca.errors import UserError
@@ -26,18 +26,6 @@ from minorca.errors import UserError
 FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name")
 # Finding an answer by rendering takes time in proportion to the conversation, so a conversation may need it so often.
 MAX_SEARCHED = 64
-
-
-class Header(NamedTuple):
-    """What a template writes before an answer.
-
-    Attributes:
-        text: empty where an answer follows the user's message directly, as in Mistral's templates.
-        is_prompt: whether the template writes it as its generation prompt; old templates have none.
-    """
-
-    text: str
-    is_prompt: bool
 
 
 @dataclass
@@ -77,10 +65,10 @@ def render_training(tok: Tokenizer, messages: list[dict], tools: list[dict], mas
         # What the template writes after an answer, such as a newline, would come before the end.
         full = full[: last.end]
         if tok.eos_id is None:
-            notes.append("with an answer that nothing ends: the model has no end of sequence")
+            notes.append(NOTHING_ENDS)
         else:
             end = [tok.eos_id]
-            notes.append(f"ended with {_name_of(tok, tok.eos_id)}: the template writes no end of turn")
+            notes.append(f"ended with {name_of(tok, tok.eos_id)}: the template writes no end of turn")
     elif last and last.token and tok.control_ids[last.token] not in tok.stop_ids:
         notes.append(f"with an answer that ends in {last.token}, which does not end a generation")
     rendered = encode_spans(tok, text.encode, _spans(full, answers, trained))
@@ -127,26 +115,6 @@ def ids_by_span(tok: Tokenizer, messages: list[dict], add_generation_prompt: boo
     text = _Text(tok, messages, [])
     full = text.write(text.messages, add_generation_prompt)
     return [i for span, _ in _spans(full, text.answers(full, strict=False), []) for i in text.encode(span)]
-
-
-@lru_cache(maxsize=8)
-def answer_header(tok: Tokenizer) -> Header:
-    """What the shipped template writes before an answer, found by rendering a short conversation."""
-    question = {"role": "user", "content": "question"}
-    answer = {"role": "assistant", "content": "answer"}
-    try:
-        text = write_text(tok, [question], [], False)
-        prompt = write_text(tok, [question], [], True)
-        if prompt != text:
-            return Header(prompt[len(text) :] if prompt.startswith(text) else "", True)
-        whole = write_text(tok, [question, answer], [], False)
-    except UserError:
-        # It takes other conversations only.
-        return Header("", True)
-    if not whole.startswith(text) or "answer" not in whole[len(text) :]:
-        return Header("", True)
-    # A space before an answer is part of its first token.
-    return Header(whole[len(text) : whole.index("answer", len(text))].rstrip(" "), False)
 
 
 class _Text:
@@ -215,6 +183,7 @@ class _Text:
 
     def _contents_that_occur_once(self, full: str) -> dict[int, tuple[int, int]]:
         """The same without marks, which cost a rendering; empty unless each is there once, and in no other content."""
+        header = answer_header(self.tok).text.strip()
         places: dict[int, tuple[int, int]] = {}
         for i, message in enumerate(self.messages):
             content = message["content"]
@@ -223,6 +192,9 @@ class _Text:
                 if start < 0 or full.find(content, start + 1) >= 0:
                     return {}
                 places[i] = (start, start + len(content))
+                if message["role"] == "assistant" and not full[:start].rstrip().endswith(header):
+                    # It may be a text of the template's own.
+                    return {}
         ordered = sorted(places.values())
         overlap = any(end > start for (_, end), (start, _) in pairwise(ordered))
         return {} if overlap else places
@@ -394,28 +366,3 @@ def _spans(full: str, answers: dict[int, Answer], trained: list[bool]) -> list[S
         spans += [(full[done : answer.start], False), (full[answer.start : answer.end], bool(trained and trained[i]))]
         done = answer.end
     return [*spans, (full[done:], False)]
-
-
-def write_text(tok: Tokenizer, messages: list[dict], tools: list[dict], add_generation_prompt: bool) -> str:
-    """The text that the shipped template writes."""
-    # A token that does not exist stays undefined in the template.
-    special_ids = (("bos_token", tok.bos_id), ("eos_token", tok.eos_id))
-    special = {name: token for name, i in special_ids if i is not None and (token := _name_of(tok, i))}
-    variables = {
-        "messages": messages,
-        "add_generation_prompt": add_generation_prompt,
-        "tools": tools or None,
-        "documents": None,
-    }
-    # A template may write in a loop for a long time.
-    limit = 2**20 + 16 * sum(len(message["content"]) for message in messages)
-    try:
-        return sandbox.render(cast(str, tok.chat_template), variables | special, limit)
-    except sandbox.TemplateFailed as failed:
-        raise UserError(
-            f"the chat template failed: {failed}; fix the messages, or choose another template", path=tok.path
-        ) from None
-
-
-def _name_of(tok: Tokenizer, token_id: int) -> str | None:
-    return next((token for token, i in tok.control_ids.items() if i == token_id), None)

@@ -69,6 +69,13 @@ def render_mistral(
     return pieces
 
 
+def omits_calls(messages: list[dict], version: int) -> bool:
+    """Whether the format leaves out tool calls or results of these messages."""
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    earlier = messages[: users[-1]] if users else []
+    return version == 2 and any(m["role"] == "tool" or m.get("tool_calls") for m in earlier)
+
+
 def _check_order(messages: list[dict]) -> None:
     def refuse(i: int, message: str) -> None:
         raise UserError(f"{message}; join, move or drop messages", field=f"messages[{i}].role")

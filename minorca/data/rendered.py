@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+# The note of a row that is trained without an end.
+NOTHING_ENDS = "with an answer that nothing ends: the model has no end of sequence"
+
 # Parts of a rendered conversation: ids, and whether they are trained.
 Pieces = list[tuple[list[int], bool]]
 

@@ -20,10 +20,16 @@ def out_of_memory(error: torch.OutOfMemoryError, config: Config, ranks: int) -> 
     return UserError(f"{_asked(error)} To need less, {', or '.join(remedies)}")
 
 
-def weights_do_not_fit(error: torch.OutOfMemoryError, ranks: int) -> UserError:
+def weights_do_not_fit(error: torch.OutOfMemoryError, config: Config, ranks: int) -> UserError:
     """The same for the weights alone."""
-    more = "set parallel.shard to fsdp" if ranks > 1 else "run on several GPUs with torchrun and parallel.shard fsdp"
-    return UserError(f"the model does not fit: {_asked(error)} To load it, {more}, or set parallel.cpu_offload")
+    remedies = []
+    if config.parallel.shard != "fsdp":
+        several = "run on several GPUs with torchrun and parallel.shard fsdp"
+        remedies.append("set parallel.shard to fsdp" if ranks > 1 else several)
+    if not config.parallel.cpu_offload:
+        remedies.append("set parallel.cpu_offload, with parallel.shard fsdp")
+    remedies = remedies or ["use more GPUs"]
+    return UserError(f"the model does not fit: {_asked(error)} To load it, {', or '.join(remedies)}")
 
 
 def _asked(error: torch.OutOfMemoryError) -> str:
@@ -36,9 +42,13 @@ def _shorter_batches(config: Config) -> str:
     train, data = config.train, config.data
     size, longest = train.micro_batch_tokens, data.seq_len
     if not data.packing or size == longest:
-        return f"lower data.seq_len from {longest} to {longest // 2}, and train.micro_batch_tokens with it"
-    lower = max(size // 2, longest)
-    advice = f"lower train.micro_batch_tokens from {size} to {lower}"
+        lower = longest // 2
+        advice = f"lower data.seq_len from {longest} to {lower}"
+        if size == longest:
+            advice += ", and train.micro_batch_tokens too"
+    else:
+        lower = max(size // 2, longest)
+        advice = f"lower train.micro_batch_tokens from {size} to {lower}"
     if train.batch_tokens % lower:
         advice += f", and set train.batch_tokens, {train.batch_tokens}, to a multiple of it"
     return f"{advice}, in a run with another train.output, which lora.init starts from a checkpoint of this one"

@@ -101,7 +101,7 @@ def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitSt
     try:
         learner = build(config, inputs.base, world, resumed=state is not None)
     except torch.OutOfMemoryError as error:
-        raise weights_do_not_fit(error, world.size) from error
+        raise weights_do_not_fit(error, config, world.size) from error
     world.barrier_without_timeout("with the model loaded")
     log.info("%s", learner.model.arch)
     log.info("%s; %d steps, %d rows", parallel.describe(learner.model, world), plan.steps, len(inputs.store))

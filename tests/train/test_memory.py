@@ -46,10 +46,13 @@ def raise_out_of_memory(*_, **__):
                 "lower train.micro_batch_tokens from 256 to 200, and set train.batch_tokens, 512, to a multiple of it",
             ],
         ),
-        ({}, ["lower data.seq_len from 128 to 64, and train.micro_batch_tokens with it"]),
+        (
+            {},
+            ["lower data.seq_len from 128 to 64, and train.micro_batch_tokens too, in a run with another train.output"],
+        ),
         (
             {"train.micro_batch_tokens": 512, "data.packing": "false"},
-            ["lower data.seq_len from 128 to 64, and train.micro_batch_tokens with it"],
+            ["lower data.seq_len from 128 to 64, in a run with another train.output"],
         ),
     ],
 )
