@@ -193,8 +193,10 @@ def _tokenizer_config(tok: Tokenizer) -> dict:
 
 def _generation_config(tok: Tokenizer, model: Path) -> dict:
     config = _read_json(model / "generation_config.json")
+    # The model's are missing in a tokenizer that the adapter alone brings.
+    stop_ids = tok.stop_ids | set(token_ids(model, "eos_token_id"))
     # The tokenizer's first: it is the one that is taken where no other file names one.
-    ids = list(dict.fromkeys(i for i in (tok.eos_id, *sorted(tok.stop_ids)) if i is not None))
+    ids = list(dict.fromkeys(i for i in (tok.eos_id, *sorted(stop_ids)) if i is not None))
     if tok.bos_id is not None:
         config.setdefault("bos_token_id", tok.bos_id)
     if ids:
