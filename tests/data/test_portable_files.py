@@ -140,6 +140,15 @@ def test_ids_that_no_template_gives_are_said(tmp_path, caplog):
     assert "no Jinja template gives the ids of mistral-v1" in caplog.text
 
 
+@pytest.mark.parametrize("shipped, said", [("{{ tools }}", True), ("{% if tools %}{{ [].x.y }}{% endif %}", False)])
+def test_a_replaced_template_that_writes_tools_is_said(shipped, said, tmp_path, caplog):
+    tok = load_tokenizer(orca(tmp_path, tokenizer_config={"chat_template": shipped}))
+    portable_files(tok, "jinja", tmp_path)
+    assert not caplog.records
+    portable_files(tok, "chatml", tmp_path)
+    assert ("its chat template writes tools" in caplog.text) == said
+
+
 def test_every_template_file_comes_along(tmp_path):
     """In all the places where models have them; none contradicts a template that replaces them."""
     named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
