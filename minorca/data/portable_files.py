@@ -122,7 +122,7 @@ def _adapter_tokenizer(directory: Path, base: Tokenizer, rows: int) -> Tokenizer
     tok = load_tokenizer(directory)
     _complete(tok, base)
     check_vocabulary(tok, rows, directory)
-    # Their vocabularies can be compared.
+    # Only vocabularies of one kind can be compared.
     alike = type(tok) is type(base)
     rowless = {*base.without_row.values(), *tok.without_row.values()}
     around = "".join(f"{token} a " for token in base.control_ids if token not in rowless)

@@ -113,7 +113,7 @@ def _name_models(model: str, adapters: list[str]) -> dict[str, str | None]:
 
 
 def _load_chats(directories: dict[str, str | None], arch: Architecture, args: argparse.Namespace) -> dict[str, Model]:
-    """Each model with its tokenizer and template: of --template, else what its adapter brings, else the base model's."""
+    """Each model with the tokenizer that its adapter brings, or the base model's, and its template."""
     base = load_tokenizer(args.model)
     check_vocabulary(base, arch.vocab_size, args.model)
     models = {}
