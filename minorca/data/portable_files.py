@@ -10,7 +10,7 @@ from pathlib import Path
 from minorca.data.chat_template import TEMPLATES
 from minorca.data.portable_template import portable_template, special_tokens
 from minorca.data.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer, check_vocabulary, load_tokenizer
-from minorca.data.tokenizer_files import chat_templates, read_settings
+from minorca.data.tokenizer_files import chat_templates, read_settings, token_ids
 from minorca.errors import UserError
 from minorca.files.safe_io import find_file, quote, read_json, read_small
 
@@ -25,7 +25,7 @@ SETTINGS = (
     "generation_config.json",
 )
 TEMPLATE_FILES = ("*.jinja", "additional_chat_templates/*.jinja", "chat_template.json")
-# Two tokenizers that agree on it, and in their control tokens, agree.
+# Tells tokenizers with equal vocabularies apart that split text in other ways.
 SAMPLE = "  Two spaces, naïve 日本語 🦜\n\n\tdef f(x):\n    return x ** 2 + 1234567890  # it's"
 
 
@@ -120,16 +120,22 @@ def _adapter_tokenizer(directory: Path, base: Tokenizer, rows: int) -> Tokenizer
     if not has_tokenizer(directory):
         return _with_templates(base, chat_templates(directory, read_settings(directory)))
     tok = load_tokenizer(directory)
+    _complete(tok, base)
     check_vocabulary(tok, rows, directory)
-    # An adapter that others wrote lacks the model's configuration, which names stop ids too.
-    tok.stop_ids |= base.stop_ids
+    # Only vocabularies of one kind can be compared.
+    alike = type(tok) is type(base)
+    rowless = {*base.without_row.values(), *tok.without_row.values()}
+    around = "".join(f"{token} a " for token in base.control_ids if token not in rowless)
     differences = [
         what
         for what, ours, theirs in (
             ("control tokens", base.control_ids, tok.control_ids),
             ("bos", (base.bos_id, base.adds_bos), (tok.bos_id, tok.adds_bos)),
             ("eos", base.eos_id, tok.eos_id),
+            ("number of ids", base.vocab_size, tok.vocab_size),
             ("text", base.encode(SAMPLE), tok.encode(SAMPLE)),
+            ("text around control tokens", *(each.encode_template(around) for each in (base, tok))),
+            ("vocabulary", *((base.vocabulary(), tok.vocabulary()) if alike else (None, None))),
         )
         if ours != theirs
     ]
@@ -139,8 +145,25 @@ def _adapter_tokenizer(directory: Path, base: Tokenizer, rows: int) -> Tokenizer
             directory,
             ", ".join(differences),
         )
-    same = not differences and (tok.chat_template, tok.stop_ids) == (base.chat_template, base.stop_ids)
-    return base if same else tok
+    same = (tok.chat_template, tok.stop_ids, tok.without_row) == (base.chat_template, base.stop_ids, base.without_row)
+    return base if same and alike and not differences else tok
+
+
+def _complete(tok: Tokenizer, base: Tokenizer) -> None:
+    """Gives an adapter's tokenizer what only the model's files say.
+
+    An adapter that others wrote lacks the model's configuration, and may lack the tokenizer's and the chat template.
+    """
+    settings = read_settings(tok.path)
+    if settings.get("bos_token") is None and not token_ids(tok.path, "bos_token_id"):
+        tok.bos_id = base.bos_id
+    if settings.get("eos_token") is None and not token_ids(tok.path, "eos_token_id"):
+        tok.eos_id = base.eos_id
+    if find_file(tok.path, "tokenizer_config.json") is None:
+        tok.adds_bos = base.adds_bos and tok.bos_id is not None
+    tok.stop_ids |= base.stop_ids
+    if not tok.chat_templates:
+        tok.chat_templates, tok.chat_template = base.chat_templates, base.chat_template
 
 
 def _with_templates(base: Tokenizer, templates: dict[str, str]) -> Tokenizer:
@@ -170,8 +193,10 @@ def _tokenizer_config(tok: Tokenizer) -> dict:
 
 def _generation_config(tok: Tokenizer, model: Path) -> dict:
     config = _read_json(model / "generation_config.json")
+    # The model's are missing in a tokenizer that the adapter alone brings.
+    stop_ids = tok.stop_ids | set(token_ids(model, "eos_token_id"))
     # The tokenizer's first: it is the one that is taken where no other file names one.
-    ids = list(dict.fromkeys(i for i in (tok.eos_id, *sorted(tok.stop_ids)) if i is not None))
+    ids = list(dict.fromkeys(i for i in (tok.eos_id, *sorted(stop_ids)) if i is not None))
     if tok.bos_id is not None:
         config.setdefault("bos_token_id", tok.bos_id)
     if ids:

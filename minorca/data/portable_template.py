@@ -81,6 +81,10 @@ _SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 _USER = {"role": "user", "content": "What is 2 + 2?\n"}
 _ANSWER = {"role": "assistant", "content": "<think>Two twos</think>It is 4."}
 _AGAIN = {"role": "user", "content": "And 3 + 3?"}
+_TOOL = {
+    "type": "function",
+    "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}},
+}
 # Conversations that ask for an answer, which is what other engines use a template for. They contain what templates are
 # known to drop: system prompts, white space at an end, the thoughts of earlier answers.
 _PROBES = [
@@ -98,6 +102,12 @@ def portable_template(tok: Tokenizer, template: str | None) -> str | None:
     """
     if template not in SOURCES or (tok.chat_template is not None and _writes_same(tok, tok.chat_template, template)):
         return tok.chat_template
+    if tok.chat_template is not None and _writes_tools(tok, tok.chat_template):
+        log.warning(
+            "%s: its chat template writes tools; the one that is written in its place, of %s, has no form for them",
+            tok.path,
+            template,
+        )
     source = SOURCES[template].replace("BOS", "bos_token" if tok.adds_bos else "''")
     candidates = [_fill(source, {"AFTER": after, "INSIDE": inside}) for after, inside in product(("", " "), repeat=2)]
     for candidate in candidates:
@@ -121,11 +131,22 @@ def special_tokens(tok: Tokenizer) -> dict[str, str]:
 def _writes_same(tok: Tokenizer, source: str, template: str) -> bool:
     """Whether a Jinja template, its text encoded at once, gives the ids of a built-in one for all probes."""
     for messages in _PROBES:
-        variables = special_tokens(tok) | {"messages": messages, "add_generation_prompt": True, "tools": None}
         try:
-            ids = tok.encode_template(sandbox.render(source, variables, limit=2**20))
+            ids = tok.encode_template(_write(tok, source, messages))
         except sandbox.TemplateFailed:
             return False
         if ids != render_chat(tok, messages, template=template):
             return False
     return True
+
+
+def _writes_tools(tok: Tokenizer, source: str) -> bool:
+    try:
+        return _write(tok, source, [_USER], [_TOOL]) != _write(tok, source, [_USER])
+    except sandbox.TemplateFailed:
+        return False
+
+
+def _write(tok: Tokenizer, source: str, messages: list[dict], tools: list[dict] | None = None) -> str:
+    variables = {"messages": messages, "add_generation_prompt": True, "tools": tools}
+    return sandbox.render(source, special_tokens(tok) | variables, limit=2**20)

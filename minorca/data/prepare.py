@@ -82,10 +82,12 @@ def _fingerprint(readers: list[SourceReader], tok: Tokenizer, template: str, dat
     """The name of the directory: a hash of everything that determines the rows."""
     patterns = ("tokenizer*", "additional_chat_templates/*.jinja", *MODEL_FILES)
     files = [file for pattern in patterns for file in tok.path.glob(pattern)]
+    # Installed only where a model needs it.
+    optional = ["mistral-common"] if tok.file.name == "tekken.json" else []
     key = {
         "format": FORMAT,
         "renderer": RENDERER_VERSION,
-        "libraries": [importlib.metadata.version(library) for library in LIBRARIES],
+        "libraries": [importlib.metadata.version(library) for library in (*LIBRARIES, *optional)],
         "sources": [reader.identity() for reader in readers],
         "tokenizer": {str(path.relative_to(tok.path)): sha256(path) for path in files if path.is_file()},
         "template": template,

@@ -154,6 +154,10 @@ class Tokenizer:
             )
         return ids
 
+    def vocabulary(self) -> object:
+        """What decides the ids of text beside the settings; to be compared between tokenizers of one class."""
+        return read_small(self.file, MAX_TOKENIZER_BYTES)
+
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, without control tokens."""
         raise NotImplementedError
@@ -223,6 +227,12 @@ class JsonTokenizer(Tokenizer):
         tokenizer.no_padding()
         _add_tokens(tokenizer, file, settings)
         return tokenizer
+
+    def vocabulary(self) -> object:
+        """Not the file's content, which whoever saves it writes in another form."""
+        added = self._parsing.get_added_tokens_decoder().values()
+        # These are found before the text is split, even those that the vocabulary has anyway.
+        return self._parsing.get_vocab(with_added_tokens=True), {token.content for token in added if not token.special}
 
     def _encode_text(self, text: str) -> list[int]:
         with library_errors(self.file):

@@ -71,9 +71,11 @@ def export(model: str | Path, adapter: str | Path | None, output: Path) -> None:
 def _files_beside(source: ModelFiles, adapter: str | Path | None) -> dict[str, bytes]:
     """Tokenizer, chat template and stop ids, those that the adapter brings before the model's, by file name."""
     directory = source.directory
-    if not has_tokenizer(directory):
+    brought = [] if adapter is None else [Path(adapter).expanduser()]
+    beside = next(filter(has_tokenizer, [directory, *brought]), None)
+    if beside is None:
         return tokenizer_files(directory)
-    tok, recorded = load_chat(load_tokenizer(directory), source.arch.vocab_size, adapter)
+    tok, recorded = load_chat(load_tokenizer(beside), source.arch.vocab_size, adapter)
     try:
         template = resolve_template(tok, recorded or "auto")
     except UserError as error:

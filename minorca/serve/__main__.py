@@ -62,9 +62,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--template",
-        default="auto",
         choices=TEMPLATES,
-        help="the chat template of the model, and of adapters that do not record that of their training; default: auto",
+        help="the chat template of the model and of all adapters; default: that of each adapter's training, or auto",
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="the address to listen on; 0.0.0.0 or :: accepts other machines"
@@ -114,13 +113,13 @@ def _name_models(model: str, adapters: list[str]) -> dict[str, str | None]:
 
 
 def _load_chats(directories: dict[str, str | None], arch: Architecture, args: argparse.Namespace) -> dict[str, Model]:
-    """Each model with its tokenizer and template: those that its adapter brings, or the base model's and --template."""
+    """Each model with the tokenizer that its adapter brings, or the base model's, and its template."""
     base = load_tokenizer(args.model)
     check_vocabulary(base, arch.vocab_size, args.model)
     models = {}
     for name, directory in directories.items():
         tok, recorded = load_chat(base, arch.vocab_size, directory)
-        template = recorded or args.template
+        template = args.template or recorded or "auto"
         # A model without any template can still complete text.
         if template != "auto":
             resolve_template(tok, template)

@@ -140,6 +140,15 @@ def test_ids_that_no_template_gives_are_said(tmp_path, caplog):
     assert "no Jinja template gives the ids of mistral-v1" in caplog.text
 
 
+@pytest.mark.parametrize("shipped, said", [("{{ tools }}", True), ("{% if tools %}{{ [].x.y }}{% endif %}", False)])
+def test_a_replaced_template_that_writes_tools_is_said(shipped, said, tmp_path, caplog):
+    tok = load_tokenizer(orca(tmp_path, tokenizer_config={"chat_template": shipped}))
+    portable_files(tok, "jinja", tmp_path)
+    assert not caplog.records
+    portable_files(tok, "chatml", tmp_path)
+    assert ("its chat template writes tools" in caplog.text) == said
+
+
 def test_every_template_file_comes_along(tmp_path):
     """In all the places where models have them; none contradicts a template that replaces them."""
     named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
@@ -196,10 +205,51 @@ def test_the_tokenizer_of_an_adapter(tmp_path, caplog):
     more = ORCA_TOKENS | {"<|tool|>": 32002}
     other, _ = load_chat(base, 32003, orca(tmp_path / "other", added_tokens=more))
     assert other.control_ids == more and other.stop_ids == {2, 32000}
-    assert "other: its tokenizer gives other ids than the model's (control tokens)" in caplog.text
+    assert "other: its tokenizer gives other ids than the model's (control tokens, number of ids)" in caplog.text
     orca(tmp_path / "beyond", added_tokens=more, special_tokens_map={"bos_token": "<s>", "eos_token": "<|tool|>"})
     with pytest.raises(UserError, match="beyond: .* 32002"):
         load_chat(base, 32002, tmp_path / "beyond")
+
+
+@pytest.mark.parametrize("word", ["word", "fox"])
+def test_an_adapter_with_an_added_word(word, tmp_path, caplog):
+    """As transformers saves it, not special; it is found in text even where the vocabulary has it anyway."""
+    base = load_tokenizer(byte_level(tmp_path / "base"))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "base")
+    theirs.save_pretrained(tmp_path / "same")
+    assert load_chat(base, 512, tmp_path / "same") == (base, None) and not caplog.records
+    theirs.add_tokens([word])
+    theirs.save_pretrained(tmp_path / "adapter")
+    tok, _ = load_chat(base, 512, tmp_path / "adapter")
+    assert "its tokenizer gives other ids than the model's" in caplog.text and "vocabulary" in caplog.text
+    expected = theirs(f"a {word}s", add_special_tokens=False)["input_ids"]
+    assert tok.encode(f"a {word}s") == expected != base.encode(f"a {word}s")
+
+
+@pytest.mark.parametrize("setting", [{"legacy": False}, {"add_prefix_space": False}])
+def test_an_adapter_with_other_spaces(setting, tmp_path, caplog):
+    base = load_tokenizer(orca(tmp_path / "base"))
+    other, _ = load_chat(base, 32002, orca(tmp_path / "adapter", tokenizer_config=setting))
+    assert other is not base and "(text" in caplog.text
+
+
+def test_an_adapter_takes_from_the_model_what_it_does_not_say(tmp_path, caplog):
+    """Chat templates, and bos and eos where tokenizer.json or tokenizer.model lies alone."""
+    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
+    config = NAMES | {"chat_template": named, "add_bos_token": True}
+    for make, file in ((byte_level, "tokenizer.json"), (sentencepiece_directory, "tokenizer.model")):
+        for more in ({}, {"eos_token": "<unk>", "add_bos_token": False}):
+            place = tmp_path / f"{file}-{len(more)}"
+            place.mkdir()
+            base = load_tokenizer(make(place / "base", tokenizer_config=config | more))
+            (place / "adapter").mkdir()
+            shutil.copy(place / "base" / file, place / "adapter")
+            tok, _ = load_chat(base, 32002, place / "adapter")
+            for name in ("bos_id", "eos_id", "adds_bos", "chat_templates", "chat_template"):
+                assert getattr(tok, name) == getattr(base, name) is not None, name
+            (place / "adapter" / "tokenizer_config.json").write_text('{"bos_token": "<unk>", "eos_token": "<s>"}')
+            tok, _ = load_chat(base, 32002, place / "adapter")
+            assert (tok.bos_id, tok.eos_id, tok.chat_template) == (0, 1, "D")
 
 
 @pytest.mark.parametrize("beside", ["chat_template.jinja", "tokenizer_config.json"])

@@ -1,5 +1,6 @@
 """Rows rendered once and found again: only if nothing changed, completely or not at all, by one process at a time."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from minorca.data import prepare as module
 from minorca.data import rendering, store
 from minorca.data.__main__ import main
 from tests.data.samples import RECORDS, path_of, prepare, records, same_rows, write
+from tests.data.test_tekken import FILE
 from tests.helpers import ROOT, wait_until
 
 
@@ -92,6 +94,19 @@ def test_versions_and_template_are_part_of_the_name(name, value, model, data, mo
     monkeypatch.setattr(module, name, value)
     assert prepare(data, model).path != store.path
     assert prepare(data, model, "mistral-v1").path not in (store.path, prepare(data, model).path)
+
+
+@pytest.mark.parametrize("tekken", [True, False])
+def test_the_version_of_mistral_common_counts_where_it_reads_the_file(tekken, model, data, monkeypatch, tmp_path):
+    if tekken:
+        model = tmp_path / "tekken"
+        model.mkdir()
+        shutil.copy(FILE, model / "tekken.json")
+    template = "mistral-v3" if tekken else "chatml"
+    store = prepare(data, model, template)
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0" if "mistral" in name else version(name))
+    assert (prepare(data, model, template).path != store.path) == tekken
 
 
 PREPARE = """

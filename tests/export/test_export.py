@@ -259,6 +259,24 @@ def test_a_base_without_any_template(save_mistral, tmp_path, caplog):
     assert not list((tmp_path / "out").glob("*.jinja"))
 
 
+def test_a_tokenizer_that_only_the_adapter_brings(save_mistral, tmp_path):
+    """With the model's stop ids; without any tokenizer, what lies beside the model is copied."""
+    directory, theirs = save_mistral(vocab_size=512)
+    (directory / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    adapted(theirs, tmp_path / "adapter")
+    export(directory, tmp_path / "adapter", tmp_path / "without")
+    assert not (tmp_path / "without" / "tokenizer.json").exists()
+    byte_level(tmp_path / "adapter")
+    export(directory, tmp_path / "adapter", tmp_path / "out")
+    text = "the quick brown fox"
+    ids: Any = AutoTokenizer.from_pretrained(tmp_path / "out")(text, add_special_tokens=False)
+    assert ids["input_ids"] == load_tokenizer(tmp_path / "adapter").encode(text)
+    assert render_chat(load_tokenizer(tmp_path / "out"), CHAT) == render_chat(
+        load_tokenizer(tmp_path / "adapter"), CHAT
+    )
+    assert {5, 7} < set(json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"])
+
+
 def test_a_recorded_template_that_the_model_cannot_write(save_mistral, tmp_path):
     """The adapter is another model's: nothing is written without the template of its training."""
     directory, theirs = save_mistral(vocab_size=512)

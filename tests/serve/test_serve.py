@@ -25,6 +25,7 @@ from minorca import load_model, load_tokenizer, render_chat
 from minorca.data.portable_files import adapter_files, write_files
 from minorca.errors import UserError
 from minorca.generate import generate
+from minorca.model.architecture import read_architecture
 from minorca.serve import __main__ as serve_command
 from minorca.serve import http
 from minorca.serve.app import make_app
@@ -201,6 +202,19 @@ def test_an_adapter_is_asked_by_its_own_template(client, directory):
     prompt = tok.encode("hi!")
     [ids] = greedy(directory, [prompt], adapter=directory.parent / "own")
     assert (answer.usage.prompt_tokens, answer.choices[0].message.content) == (len(prompt), tok.decode(ids))
+
+
+@pytest.mark.parametrize("given, own", [(None, "jinja"), ("chatml", "chatml"), ("auto", "auto")])
+def test_a_given_template_is_that_of_all_models(given, own, directory):
+    """As in minorca.generate, also before the one that an adapter records."""
+    args = serve_command._parse(["--model", str(directory), *(["--template", given] if given else [])])
+    directories = {"tiny": None, "adapter": str(directory.parent / "adapter"), "own": str(directory.parent / "own")}
+    models = serve_command._load_chats(directories, read_architecture(directory), args)
+    assert {name: model.template for name, model in models.items()} == {
+        "tiny": given or "auto",
+        "adapter": given or "auto",
+        "own": own,
+    }
 
 
 def test_control_tokens_in_prompts(client):
