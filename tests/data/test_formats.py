@@ -242,6 +242,29 @@ def test_calls_as_other_tools_write_them():
     assert read({"messages": former}).messages == [CHAT[0], called, message("tool", "2")]
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
+@pytest.mark.parametrize("more", [[], [message("assistant", "a", tool_calls=[CALL])]], ids=["texts", "calls"])
+def test_null_answers_are_empty_in_every_kind_of_file(name, more, tmp_path):
+    turns = [CHAT[0], message("assistant", None), *more, message("assistant", "a")]
+    (row,) = rows_in(write(tmp_path / name, [{"messages": turns}]), "messages")
+    assert row.content.messages == [CHAT[0], message("assistant", ""), *more, message("assistant", "a")]
+
+
+def test_answers_without_a_content_are_empty():
+    """But not those that have it under the other pair's key, and no other role's messages."""
+    assert read({"messages": [CHAT[0], {"role": "assistant"}]}).messages[1] == message("assistant", "")
+    assert read({"conversations": [{"from": "gpt"}]}, "sharegpt").messages == [message("assistant", "")]
+    for turn in (
+        {"role": "assistant", "value": "a"},
+        {"from": "gpt", "content": "a"},
+        {"role": "user"},
+        {"role": "tool"},
+        {"role": "tool_call"},
+    ):
+        with pytest.raises(UserError, match=r"^messages\[0\] has .*; expected {role, content} or {from, value}"):
+            read({"messages": [turn]})
+
+
 @pytest.mark.parametrize(
     "key, value, is_trained",
     [
