@@ -102,6 +102,11 @@ def _read_message(turn: Any, place: str, roles: dict[str, str], counts: Counter)
     return message
 
 
+def has_message_keys(value: Any) -> bool:
+    """Whether a value has a message's role and its content or calls."""
+    return isinstance(value, dict) and any(keys <= value.keys() for keys in (*map(set, KEYS), {"role", "tool_calls"}))
+
+
 def _other_keys(turn: dict, place: str) -> UserError:
     return UserError(f"has {', '.join(map(str, turn)) or 'no keys'}; {EXPECTED}", field=place)
 
@@ -175,12 +180,12 @@ def read_tools(record: dict) -> list[dict]:
 def _read_calls(turn: dict, place: str) -> list[dict]:
     """The calls of an answer in OpenAI's form, today's and, as `function_call`, the former."""
     calls = turn.get("tool_calls")
-    legacy = turn.get("function_call")
-    if calls is None and legacy is not None:
-        return _parse_calls(legacy, f"{place}.function_call")
-    if calls is None or calls == "":
-        return []
-    calls = read_list(calls, f"{place}.tool_calls", "a list of calls")
+    former = turn.get("function_call")
+    calls = [] if calls is None or calls == "" else read_list(calls, f"{place}.tool_calls", "a list of calls")
+    if former and calls:
+        raise UserError("are both given; keep one", field=f"{place}.tool_calls and {place}.function_call")
+    if former:
+        return _parse_calls(former, f"{place}.function_call")
     for i, call in enumerate(calls):
         if not isinstance(call, dict) or not _has_name(call.get("function")):
             expected = 'expected {"type": "function", "function": {"name": ..., "arguments": ...}}'
