@@ -225,7 +225,8 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[NumberedRecord]:
 
 
 def _read_text(path: Path) -> Iterator[NumberedRecord]:
-    with _open_text(path) as file:
+    # Line endings are kept as they are.
+    with _open_text(path, newline="") as file:
         yield 1, {"text": file.read()}
 
 
