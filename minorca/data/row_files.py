@@ -29,7 +29,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class RowError(UserError):
-    """An error in one row."""
+    """An error of an invalid row, which data.bad_rows can leave out."""
 
 
 # A record is a row's values by column, with the number of its line or row.

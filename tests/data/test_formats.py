@@ -260,8 +260,8 @@ def test_the_former_call_beside_no_others(none):
 @pytest.mark.parametrize("more", [[], [message("assistant", "a", tool_calls=[CALL])]], ids=["texts", "calls"])
 def test_null_answers_are_empty_in_every_kind_of_file(name, more, tmp_path):
     turns = [CHAT[0], message("assistant", None), *more, message("assistant", "a")]
-    (row,) = rows_in(write(tmp_path / name, [{"messages": turns}]), "messages")
-    assert row.content.messages == [CHAT[0], message("assistant", ""), *more, message("assistant", "a")]
+    (messages,) = messages_in(write(tmp_path / name, [{"messages": turns}]), "messages")
+    assert messages == [CHAT[0], message("assistant", ""), *more, message("assistant", "a")]
 
 
 def test_answers_without_a_content_are_empty():
