@@ -5,7 +5,8 @@ sharegpt            conversations: messages; system, tools (both optional)
 messages            messages; system, tools (both optional)
 alpaca              instruction, input (optional; after the instruction and a blank line), output; system, history (both
                     optional; history: [question, answer] pairs, before the instruction; its answers are trained too)
-prompt_completion   prompt, completion: both text, or both lists of messages, of which the prompt's are not trained
+prompt_completion   prompt, completion: both text, or both lists of messages or their JSON, of which the prompt's are
+                    not trained
 text                text, which is written as it is, without a template
 
 messages.py reads the messages. Other columns are counted and not used. `data.columns` maps a format's columns to those
@@ -16,11 +17,20 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minorca.data.conversation import Conversation
-from minorca.data.messages import check_text, read_list, read_messages, read_text, read_tools, type_name
+from minorca.data.messages import (
+    check_text,
+    has_message_keys,
+    read_list,
+    read_messages,
+    read_text,
+    read_tools,
+    type_name,
+)
 from minorca.errors import UserError
+from minorca.files.safe_io import parse_json
 
 # A record as its data set has it, further role names, counts.
 Convert = Callable[[dict, Mapping[str, str], Counter], Conversation | str]
@@ -70,8 +80,9 @@ def convert_record(
     try:
         return row_format.convert(record, roles, counts)
     except UserError as error:
-        name, place = re.match(r"(\w+)(.*)", error.field or "").groups()  # pyright: ignore[reportOptionalMemberAccess]
-        error.field = f"{columns.get(name, name)}{place}"
+        # A column and the place in it, or two of these.
+        places = (error.field or "").split(" and ")
+        error.field = " and ".join(re.sub(r"^\w+", lambda name: columns.get(name[0], name[0]), at) for at in places)
         raise
 
 
@@ -130,15 +141,28 @@ def _alpaca(record: dict, roles: Mapping[str, str], counts: Counter) -> Conversa
 
 def _prompt_completion(record: dict, roles: Mapping[str, str], counts: Counter) -> Conversation:
     columns = ("prompt", "completion")
-    are_lists = [isinstance(record[column], list) for column in columns]
-    if not any(are_lists):
+    lists = {column: messages for column in columns if (messages := _messages_in(record[column])) is not None}
+    if not lists:
         return _conversation("", read_text(record, "prompt"), read_text(record, "completion"))
-    if not all(are_lists):
-        types = " and ".join(type_name(record[column]) for column in columns)
+    if len(lists) < 2:
+        types = " and ".join(type_name(lists.get(column, record[column])) for column in columns)
         raise UserError(f"are {types}; expected both text or both lists of messages", field="prompt and completion")
-    prompt, completion = (read_messages(record, column, roles, counts) for column in columns)
+    prompt, completion = (read_messages(lists, column, roles, counts) for column in columns)
     excluded = [m | {"weight": 0} if m["role"] == "assistant" else m for m in prompt]
     return Conversation(excluded + completion, read_tools(record))
+
+
+def _messages_in(value: Any) -> list | None:
+    """A list, or the list of messages that a text is the JSON of; other text only looks like one and stays text."""
+    if not isinstance(value, str):
+        return value if isinstance(value, list) else None
+    if not value.lstrip().startswith("["):
+        return None
+    try:
+        messages = parse_json(value)
+    except (ValueError, RecursionError):
+        return None
+    return messages if messages and all(map(has_message_keys, messages)) else None
 
 
 def _plain_text(record: dict, roles: Mapping[str, str], counts: Counter) -> str:

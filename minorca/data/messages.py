@@ -1,7 +1,7 @@
 """The messages in a column of a row, whichever keys and role names its tool gave them.
 
-A message is {role, content} or {from, value}. Its content is text or a list of text parts; an answer's may be null,
-which is the same as empty. `function_call` turns (LLaMA-Factory) become answers with tool calls.
+A message is {role, content} or {from, value}. Its content is text or a list of text parts; an answer's may be null or
+missing, which are the same as empty. `function_call` turns (LLaMA-Factory) become answers with tool calls.
 
 Answers are excluded from the loss by these keys, which have no effect on other messages: under
 `data.train_on: response` only answers are trained, and under `all` everything is.
@@ -23,6 +23,7 @@ from minorca.errors import UserError
 from minorca.files.safe_io import parse_json, quote
 
 KEYS = (("role", "content"), ("from", "value"))
+EXPECTED = "expected {role, content} or {from, value}"
 # The names of roles, and ours. A call's content is JSON, and its role becomes assistant.
 CALL = "call"
 ROLES = {
@@ -63,13 +64,11 @@ def read_messages(record: dict, column: str, roles: Mapping[str, str], counts: C
 
 
 def _read_message(turn: Any, place: str, roles: dict[str, str], counts: Counter) -> dict:
-    expected = "expected {role, content} or {from, value}"
     if not isinstance(turn, dict):
-        raise UserError(f"is {type_name(turn)}; {expected}", field=place)
+        raise UserError(f"is {type_name(turn)}; {EXPECTED}", field=place)
     role_key, text_key = next((keys for keys in KEYS if keys[0] in turn), KEYS[0])
-    calls = _read_calls(turn, place)
-    if role_key not in turn or (text_key not in turn and not calls):
-        raise UserError(f"has {', '.join(map(str, turn)) or 'no keys'}; {expected}", field=place)
+    if role_key not in turn:
+        raise _other_keys(turn, place)
     name = turn[role_key]
     if not isinstance(name, str) or name not in roles:
         known = ", ".join(roles)
@@ -77,6 +76,10 @@ def _read_message(turn: Any, place: str, roles: dict[str, str], counts: Counter)
             f"is {quote(name)}; expected one of {known}, or name it in data.roles", field=f"{place}.{role_key}"
         )
     role = roles[name]
+    # An answer's may be missing: Arrow's readers leave null values out.
+    if text_key not in turn and (role != "assistant" or any(key in turn for _, key in KEYS)):
+        raise _other_keys(turn, place)
+    calls = _read_calls(turn, place)
     used = {role_key, text_key, *EXCLUDED_BY}
     content = turn.get(text_key)
     if role == CALL:
@@ -97,6 +100,15 @@ def _read_message(turn: Any, place: str, roles: dict[str, str], counts: Counter)
     unused = [key for key, value in turn.items() if key not in used and value not in (None, [])]
     counts.update(f"messages with the unused key {key}" for key in unused)
     return message
+
+
+def has_message_keys(value: Any) -> bool:
+    """Whether a value has a message's role and its content or calls."""
+    return isinstance(value, dict) and any(keys <= value.keys() for keys in (*map(set, KEYS), {"role", "tool_calls"}))
+
+
+def _other_keys(turn: dict, place: str) -> UserError:
+    return UserError(f"has {', '.join(map(str, turn)) or 'no keys'}; {EXPECTED}", field=place)
 
 
 def _read_content(content: Any, role: str, field: str) -> str:
@@ -168,12 +180,12 @@ def read_tools(record: dict) -> list[dict]:
 def _read_calls(turn: dict, place: str) -> list[dict]:
     """The calls of an answer in OpenAI's form, today's and, as `function_call`, the former."""
     calls = turn.get("tool_calls")
-    legacy = turn.get("function_call")
-    if calls is None and legacy is not None:
-        return _parse_calls(legacy, f"{place}.function_call")
-    if calls is None or calls == "":
-        return []
-    calls = read_list(calls, f"{place}.tool_calls", "a list of calls")
+    former = turn.get("function_call")
+    calls = [] if calls is None or calls == "" else read_list(calls, f"{place}.tool_calls", "a list of calls")
+    if former and calls:
+        raise UserError("are both given; keep one", field=f"{place}.tool_calls and {place}.function_call")
+    if former:
+        return _parse_calls(former, f"{place}.function_call")
     for i, call in enumerate(calls):
         if not isinstance(call, dict) or not _has_name(call.get("function")):
             expected = 'expected {"type": "function", "function": {"name": ..., "arguments": ...}}'

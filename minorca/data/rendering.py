@@ -139,6 +139,8 @@ def decide(row: Row | RowError, tok: Tokenizer, data: DataConfig, template: str)
 
 
 def _reject(error: UserError, data: DataConfig) -> Outcome:
+    if not isinstance(error, RowError):
+        error = RowError(error.message, path=error.path, where=error.where, field=error.field, advice=error.advice)
     return Outcome(error=error, dropped=reason_of(error) if data.bad_rows == "drop" else None)
 
 

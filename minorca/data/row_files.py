@@ -29,7 +29,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class RowError(UserError):
-    """An error in one row."""
+    """An error of an invalid row, which data.bad_rows can leave out."""
 
 
 # A record is a row's values by column, with the number of its line or row.
@@ -225,7 +225,8 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[NumberedRecord]:
 
 
 def _read_text(path: Path) -> Iterator[NumberedRecord]:
-    with _open_text(path) as file:
+    # Line endings are kept as they are.
+    with _open_text(path, newline="") as file:
         yield 1, {"text": file.read()}
 
 

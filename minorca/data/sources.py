@@ -21,8 +21,8 @@ from minorca.files.safe_io import read_json
 
 log = logging.getLogger(__name__)
 
-# The name of a file in a data set of the hub, and of its split.
-_SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}[-.]")
+# The split that the name of a file or folder says: of a data set of the hub, or by its first word, as `datasets` does.
+_SPLIT = re.compile(r"(\w+)(?=-\d{5}-of-\d{5}[-.])|(?:train|test|validation|valid|val|dev|eval)(?=[-_.]|$)")
 
 
 @dataclass
@@ -221,7 +221,7 @@ def _open_all(path: Path, source: Source) -> list[RowFile]:
     # Among other files, text is a licence or notes.
     suffixes = SUFFIXES.keys() - ({".txt"} if source.format != "text" else set())
     readable = [file for file in visible if suffix_of(file) in suffixes]
-    splits = {file: match[1] if (match := _SHARD.match(file.name)) else None for file in readable}
+    splits = {file: _split_of(file.relative_to(path)) for file in readable}
     named = sorted({split for split in splits.values() if split})
     if source.split is not None and source.split not in named:
         found = ", ".join(named) or "none"
@@ -233,3 +233,8 @@ def _open_all(path: Path, source: Source) -> list[RowFile]:
         raise UserError(f"has no file whose name ends in {', '.join(SUFFIXES)}", path=path)
     log.info("%s: %d files are read, %d others are not", path, len(files), len(visible) - len(files))
     return [_open_file(file, source) for file in files]
+
+
+def _split_of(file: Path) -> str | None:
+    """The split that a file's name says, or else that of the nearest folder whose name says one."""
+    return next((match[0] for part in reversed(file.parts) if (match := _SPLIT.match(part))), None)

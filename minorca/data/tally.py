@@ -3,14 +3,16 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from minorca.data.row_files import RowError
 from minorca.errors import UserError, raise_problems
 
 # Errors that are listed, places that are listed of a reason to drop rows, and reasons that are listed.
 MAX_ERRORS = 20
 MAX_PLACES = 3
 MAX_REASONS = 20
+ADVICE = "set data.bad_rows to drop to leave invalid rows out"
 
 
 @dataclass
@@ -23,6 +25,7 @@ class Tally:
         places: where the first rows of an outcome are.
         errors: the first errors, in the order of the rows.
         more_errors: how many errors followed.
+        more_invalid: how many of these were of invalid rows.
         broken: the error that ended the reading.
     """
 
@@ -31,6 +34,7 @@ class Tally:
     places: dict[str, list[str]] = field(default_factory=dict)
     errors: list[UserError] = field(default_factory=list)
     more_errors: int = 0
+    more_invalid: int = 0
     broken: UserError | None = None
 
     def add_bad_row(self, error: UserError) -> None:
@@ -42,6 +46,7 @@ class Tally:
             self.errors.append(error)
         else:
             self.more_errors += 1
+            self.more_invalid += isinstance(error, RowError)
 
     def update(self, later: "Tally") -> None:
         """Adds what became of later rows."""
@@ -52,6 +57,7 @@ class Tally:
         for error in later.errors:
             self.add_error(error)
         self.more_errors += later.more_errors
+        self.more_invalid += later.more_invalid
         self.broken = self.broken or later.broken
 
     def _add_dropped(self, outcome: str, count: int, places: list[str]) -> None:
@@ -81,12 +87,13 @@ def reason_of(error: UserError) -> str:
 
 
 def raise_errors(tallies: list[Tally]) -> None:
-    """Raises the first errors of all tallies, those with the same reason together, and how many there are more."""
+    """Raises the first errors of all tallies, those with the same reason together, how many more there are, and advice
+    where several rows are invalid."""
     total = Tally()
     for tally in tallies:
-        total.update(Tally(errors=tally.errors, more_errors=tally.more_errors, broken=tally.broken))
+        total.update(replace(tally, counts=Counter(), tokens=Counter(), places={}))
     broken = [] if total.broken is None else [total.broken]
-    raise_problems([*_grouped(total.errors), *_rest(total.more_errors), *broken])
+    raise_problems([*_grouped(total.errors), *_rest(total), *broken])
 
 
 def _grouped(errors: list[UserError]) -> list[UserError]:
@@ -96,6 +103,10 @@ def _grouped(errors: list[UserError]) -> list[UserError]:
     return [error for group in groups.values() for error in group]
 
 
-def _rest(count: int) -> Iterator[UserError]:
-    if count:
-        yield UserError(f"and {count:,} more rows; fix them, or set data.bad_rows to drop to leave invalid rows out")
+def _rest(total: Tally) -> Iterator[UserError]:
+    invalid = sum(isinstance(error, RowError) for error in total.errors) + total.more_invalid
+    advice = ADVICE if invalid > 1 else None
+    if total.more_errors:
+        yield UserError(f"and {total.more_errors:,} more rows; fix them" + (f", or {advice}" if advice else ""))
+    elif advice:
+        yield UserError(advice)

@@ -103,5 +103,7 @@ def at(place: str, *rows: Row, first: int = 1) -> list[tuple[str, Row]]:
 def refused(
     name: str, content, *lines: str, file: str = "rows.jsonl", data: dict = MESSAGES, model: str = "jinja"
 ) -> Case:
-    """A file and the lines of its refusal, which start with the file and the place in it."""
-    return Case(name, {file: content}, data, refusal=tuple(f"{{dir}}/{file}{line}" for line in lines), model=model)
+    """A file and the lines of its refusal, which start with the file and the place; after several rows, advice."""
+    advice = ["set data.bad_rows to drop to leave invalid rows out"] if len(lines) > 1 else []
+    refusal = (*(f"{{dir}}/{file}{line}" for line in lines), *advice)
+    return Case(name, {file: content}, data, refusal=refusal, model=model)

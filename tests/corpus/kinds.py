@@ -117,7 +117,7 @@ CASES += [
         "two text documents",
         {"docs/a.txt": "First é\n\nline\n".encode(), "docs/b.txt": b"\xef\xbb\xbfSecond\r\n"},
         {"format": "text", "train": "docs"},
-        [("docs/a.txt, document 1", Text("First é\n\nline\n")), ("docs/b.txt, document 1", Text("Second\n"))],
+        [("docs/a.txt, document 1", Text("First é\n\nline\n")), ("docs/b.txt, document 1", Text("Second\r\n"))],
         model="v3",
     ),
     Case(

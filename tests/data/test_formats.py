@@ -242,6 +242,43 @@ def test_calls_as_other_tools_write_them():
     assert read({"messages": former}).messages == [CHAT[0], called, message("tool", "2")]
 
 
+@pytest.mark.parametrize("none", [None, [], "", "[]"])
+def test_the_former_call_beside_no_others(none):
+    """And none in it beside calls; both are an error."""
+    former = message("assistant", None, tool_calls=none, function_call=CALL["function"])
+    called = message("assistant", "", tool_calls=[CALL])
+    assert read({"messages": [CHAT[0], former]}).messages == [CHAT[0], called]
+    for empty in (None, "", {}):
+        assert read({"messages": [CHAT[0], called | {"function_call": empty}]}).messages == [CHAT[0], called]
+        assert read({"messages": [CHAT[0], CHAT[1] | {"tool_calls": none, "function_call": empty}]}).messages == CHAT
+    both = r"^chat\[0\].tool_calls and chat\[0\].function_call are both given; keep one"
+    with pytest.raises(UserError, match=both):
+        read({"chat": [former | {"tool_calls": [CALL]}]}, columns={"messages": "chat"})
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
+@pytest.mark.parametrize("more", [[], [message("assistant", "a", tool_calls=[CALL])]], ids=["texts", "calls"])
+def test_null_answers_are_empty_in_every_kind_of_file(name, more, tmp_path):
+    turns = [CHAT[0], message("assistant", None), *more, message("assistant", "a")]
+    (messages,) = messages_in(write(tmp_path / name, [{"messages": turns}]), "messages")
+    assert messages == [CHAT[0], message("assistant", ""), *more, message("assistant", "a")]
+
+
+def test_answers_without_a_content_are_empty():
+    """But not those that have it under the other pair's key, and no other role's messages."""
+    assert read({"messages": [CHAT[0], {"role": "assistant"}]}).messages[1] == message("assistant", "")
+    assert read({"conversations": [{"from": "gpt"}]}, "sharegpt").messages == [message("assistant", "")]
+    for turn in (
+        {"role": "assistant", "value": "a"},
+        {"from": "gpt", "content": "a"},
+        {"role": "user"},
+        {"role": "tool"},
+        {"role": "tool_call"},
+    ):
+        with pytest.raises(UserError, match=r"^messages\[0\] has .*; expected {role, content} or {from, value}"):
+            read({"messages": [turn]})
+
+
 @pytest.mark.parametrize(
     "key, value, is_trained",
     [
@@ -299,6 +336,34 @@ def test_alpaca_with_a_history():
     counts = Counter()
     assert read(row | {"input": "<noinput>"}, "alpaca", counts).messages[1]["content"] == "Third\n\n<noinput>"
     assert +counts == {"with the input <noinput>, read as text": 1}
+
+
+ASKED = [message("user", "q"), message("assistant", "a"), message("user", "r")]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet"])
+def test_prompts_and_completions_hold_messages_in_json(name, tmp_path):
+    """As the same lists would be read; other text that starts like one stays text."""
+    expected = [ASKED[0], ASKED[1] | {"weight": 0}, ASKED[2], message("assistant", "b")]
+    shared = [{"from": m["role"], "value": m["content"]} for m in ASKED]
+    texts = ["[1] is a note", "[1, 2]", "[]", '["q"]', '[{"name": "Ann"}]', '[{"role": "admin"}]', "[" * 5000]
+    rows = [
+        *[{"prompt": json.dumps(p), "completion": json.dumps([message("assistant", "b")])} for p in (ASKED, shared)],
+        *[{"prompt": text, "completion": text} for text in texts],
+    ]
+    assert messages_in(write(tmp_path / name, rows), "prompt_completion") == [
+        *[expected] * 2,
+        *[conversation("", text, text) for text in texts],
+    ]
+    called = [{"role": "assistant", "tool_calls": [CALL]}]
+    row = {"prompt": ASKED[:1], "completion": json.dumps(called)}
+    assert read(row, "prompt_completion").messages == [ASKED[0], message("assistant", "", tool_calls=[CALL])]
+
+
+def test_half_in_messages_names_the_columns_of_the_data():
+    for q, a, types in (("[1]", json.dumps(CHAT), "text and list"), (json.dumps(CHAT), "a", "list and text")):
+        with pytest.raises(UserError, match=f"^q and a are {types}; expected both text or both lists of messages"):
+            read({"q": q, "a": a}, "prompt_completion", columns={"prompt": "q", "completion": "a"})
 
 
 INVALID = {

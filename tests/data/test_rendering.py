@@ -335,7 +335,9 @@ def test_invalid_rows_are_listed_together(parallel, model, data, threads):
         threads(model, data)
     with pytest.raises(UserError) as caught:
         prepare(data, model)
-    assert [f"{problem.path}, {problem.where}" for problem in caught.value.problems] == places
+    *problems, advice = caught.value.problems
+    assert [f"{problem.path}, {problem.where}" for problem in problems] == places
+    assert str(advice) == "set data.bad_rows to drop to leave invalid rows out"
     path = Path(data.train[0].path)
     path.write_text("{\n" * 19 + "[1]\n" * 3 + path.read_text())
     with pytest.raises(UserError) as caught:

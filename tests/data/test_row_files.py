@@ -238,10 +238,48 @@ def test_a_directory_with_the_files_of_several_splits(tmp_path):
     assert [messages_of(row) for row in valid(read_rows(reader, None, Counter()))] == MESSAGES[:2]
 
 
+SPLITS = {
+    "stems": (("train.jsonl", "train"), ("test.jsonl", "test")),
+    "tables": (("train.csv", "train"), ("validation.csv", "validation"), ("dev.csv", "dev")),
+    "words": (("eval-v1.jsonl", "eval"), ("train_1.jsonl", "train"), ("val.en.jsonl", "val"), ("valid.csv", "valid")),
+    "compressed": (("train.jsonl.gz", "train"), ("test.jsonl.zst", "test")),
+    "in a folder": (("en/train.parquet", "train"), ("en/test.parquet", "test")),
+    "folders": (("train/a.jsonl", "train"), ("test/a.jsonl", "test"), ("test/dev.jsonl", "dev")),
+    "shards": (("train_sft-00000-of-00001.parquet", "train_sft"), ("test.parquet", "test")),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_directory_whose_files_are_named_for_splits(name, tmp_path):
+    for n, (file, _) in enumerate(SPLITS[name]):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        if Path(file).suffix in row_files.COMPRESSED:
+            compress(tmp_path / file, json.dumps(RECORDS[n]).encode())
+        else:
+            write(tmp_path / file, RECORDS[n : n + 1])
+    splits = ", ".join(sorted(split for _, split in SPLITS[name]))
+    with pytest.raises(UserError, match=f"^{tmp_path}: split is missing; expected one of {splits}$"):
+        rows_in(tmp_path)
+    for n, (_, split) in enumerate(SPLITS[name]):
+        reader = open_source(Source(str(tmp_path), "openorca", split=split), None)
+        assert [messages_of(row) for row in valid(read_rows(reader, None, Counter()))] == [MESSAGES[n]]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("train.jsonl", "train_2.csv"), ("a.jsonl", "train.jsonl"), ("tests.jsonl", "training.jsonl", "my_test.jsonl")],
+)
+def test_a_directory_of_one_split_or_none_is_read_whole(names, tmp_path):
+    for n, name in enumerate(sorted(names)):
+        write(tmp_path / name, RECORDS[n : n + 1])
+    assert messages_in(tmp_path) == MESSAGES[: len(names)]
+
+
 def test_a_text_file_is_a_document(tmp_path):
-    for name, text in (("b.txt", "two\n\n lines \n"), ("a.txt", "Ünï"), ("c.txt", "")):
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    assert [row.content for row in rows_in(tmp_path, "text")] == ["Ünï", "two\n\n lines \n", ""]
+    """With the line endings that it has."""
+    for name, text in (("b.txt", "two\n\n lines \n"), ("a.txt", "Ünï\r\nö\r\r\n"), ("c.txt", "")):
+        (tmp_path / name).write_bytes(text.encode())
+    assert [row.content for row in rows_in(tmp_path, "text")] == ["Ünï\r\nö\r\r\n", "two\n\n lines \n", ""]
     assert rows_in(tmp_path / "b.txt", "text")[0].where == "document 1"
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match="b.txt, document 1: text is not valid UTF-8"):

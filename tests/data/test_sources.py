@@ -89,7 +89,7 @@ BAD_FILES = {
         GOOD.encode() + b"\n" + GOOD.encode().replace(b"What", b"\xe9"),
         "line 2: question is not valid UTF-8",
     ),
-    "other encoding": ("jsonl", GOOD.encode("utf-16"), "line 1: "),
+    "other encoding": ("jsonl", GOOD.encode("utf-16"), "is encoded in UTF-16; save it as UTF-8"),
     "deep": ("jsonl", f"{GOOD}\n{'[' * 100_000}", "line 2: "),
     "long number": ("jsonl", f'{GOOD}\n{{"question": {"9" * 5000}}}', "line 2: "),
     "an array over lines": (
