@@ -41,7 +41,12 @@ def answer_header(tok: Tokenizer) -> Header:
 
 
 def write_text(tok: Tokenizer, messages: list[dict], tools: list[dict], add_generation_prompt: bool) -> str:
-    """The text that the shipped template writes."""
+    """The text that the shipped template writes; where there are tools, that of its template named tool_use, if any.
+
+    Raises:
+        UserError: the template failed.
+    """
+    template = tok.chat_templates.get("tool_use", tok.chat_template) if tools else tok.chat_template
     # A token that does not exist stays undefined in the template.
     special_ids = (("bos_token", tok.bos_id), ("eos_token", tok.eos_id))
     special = {name: token for name, i in special_ids if i is not None and (token := name_of(tok, i))}
@@ -54,7 +59,7 @@ def write_text(tok: Tokenizer, messages: list[dict], tools: list[dict], add_gene
     # A template may write in a loop for a long time.
     limit = 2**20 + 16 * sum(len(message["content"]) for message in messages)
     try:
-        return sandbox.render(cast(str, tok.chat_template), variables | special, limit)
+        return sandbox.render(cast(str, template), variables | special, limit)
     except sandbox.TemplateFailed as failed:
         raise UserError(
             f"the chat template failed: {failed}; fix the messages, or choose another template", path=tok.path

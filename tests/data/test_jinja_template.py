@@ -25,7 +25,7 @@ from tests.data.test_chat_template import (
     with_template,
 )
 from tests.data.test_mistral_template import CALL, TOOLS, assistant, result, user
-from tests.data.test_tokenizer import NAMES, V1, V3, sentencepiece_directory
+from tests.data.test_tokenizer import NAMES, V1, V3, byte_level, sentencepiece_directory
 
 EACH = "{% for m in messages %}"
 
@@ -246,6 +246,17 @@ def test_tools_are_what_transformers_makes_of_them(tmp_path):
     assert rendered.ids[: len(prompt)] == prompt
     with pytest.raises(UserError, match=r"^messages has tools, which chatml cannot write; choose jinja or mistral-v3"):
         render(tok, messages, "chatml", tools=TOOLS)
+
+
+def test_tools_take_the_template_that_is_named_for_them(tmp_path):
+    """As in transformers, which finds it by that name."""
+    named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": HERMES}]
+    directory = byte_level(tmp_path, tokenizer_config=NAMES | {"chat_template": named})
+    tok, reference = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    for tools in (TOOLS, None):
+        expected = reference.apply_chat_template([user()], tools=tools, tokenize=False, add_generation_prompt=True)
+        ids = render_chat(tok, [user()], template="jinja", tools=tools)
+        assert visible_text(tok, ids) == expected and ("Tools:" in expected) == bool(tools)
 
 
 @pytest.mark.parametrize("template", [CHATML, TEMPLATES["solar"][0], FORGETFUL], ids=["chatml", "solar", "forgetful"])
