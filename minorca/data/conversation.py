@@ -57,7 +57,8 @@ def only_last_answer(messages: list[dict]) -> list[dict]:
 def drop_empty_answers(messages: list[dict]) -> tuple[list[dict], int]:
     """Drops the turns whose answer would be trained and is empty: from the user's message to before the next one.
 
-    An answer is empty if it has no text but white space, and no tool calls.
+    An answer is empty if it has no text but white space, and no tool calls. In a turn that has an answer with text,
+    only the empty one is dropped.
 
     Returns:
         The messages that are left, and how many answers were empty.
@@ -70,8 +71,8 @@ def drop_empty_answers(messages: list[dict]) -> tuple[list[dict], int]:
     starts = [i for i, role in enumerate(roles) if role == "user" and (i == 0 or roles[i - 1] != "user")]
     kept = []
     for start, end in pairwise([0, *starts, len(messages)]):
-        if any(empty[start:end]):
-            kept += [message for message in messages[start:end] if message["role"] == "system"]
-        else:
-            kept += messages[start:end]
+        turn = list(zip(messages[start:end], empty[start:end]))
+        is_answered = any(m["role"] == "assistant" and m["content"].strip() for m, _ in turn)
+        keeps_all = is_answered or not any(empty[start:end])
+        kept += [m for m, is_empty in turn if m["role"] == "system" or (keeps_all and not is_empty)]
     return kept, sum(empty)

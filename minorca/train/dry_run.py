@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from minorca.config import Config, warmup_steps
+from minorca.data.packing import BatchSchedule
 from minorca.data.tokenizer import load_tokenizer
 from minorca.data.visible_text import marked_text
 from minorca.model.build import build_model
@@ -43,7 +44,8 @@ def dry_run(config: Config) -> None:
         _print_plan(config, inputs, plan)
         if found:
             print(f"resumes from {found}" + (f": {finished}" if finished else ""))
-        _print_first_step(config, inputs, schedule.step(1))
+        if not finished:
+            _print_step(config, inputs, schedule, state.step + 1 if state else 1)
     print("dry run: nothing was written")
 
 
@@ -83,13 +85,15 @@ def _listed(is_due: Callable[[int], bool], steps: int) -> str:
     return f"step {', '.join(shown)}"
 
 
-def _print_first_step(config: Config, inputs: Inputs, step: list[np.ndarray]) -> None:
+def _print_step(config: Config, inputs: Inputs, schedule: BatchSchedule, number: int) -> None:
+    """Prints the first row and the first micro-batch of a step."""
     store = inputs.store
+    step = schedule.step(number)
     rows = step[0].tolist()
     ids, trained = store.row(rows[0])
     print(f"--- {store.locate(rows[0])}: {len(ids)} tokens, {trained.sum()} trained")
     print(marked_text(load_tokenizer(config.model.path), ids, trained))
     lengths = store.lengths[rows]
-    print(f"--- step 1, micro-batch 1 of {len(step)}: {len(rows)} rows, {lengths.sum()} tokens")
+    print(f"--- step {number}, micro-batch 1 of {len(step)}: {len(rows)} rows, {lengths.sum()} tokens")
     for row, start, length in zip(rows, np.cumsum(lengths) - lengths, lengths):
         print(f"tokens {start} to {start + length - 1}: {store.locate(row)}, {length} tokens")

@@ -142,6 +142,9 @@ def test_what_counts_as_an_empty_answer():
     asked = [message("user", "q"), message("user", "more"), call, message("tool", "1"), empty]
     for rest in ([], conversation("", "q", "a")):
         assert drop_empty_answers([message("system", "s"), *asked, *rest]) == ([message("system", "s"), *rest], 1)
+    # Another answer to the same question stands.
+    two = [message("user", "q"), message("assistant", "a"), message("assistant", "")]
+    assert drop_empty_answers(two) == (two[:2], 1)
     assert drop_empty_answers([message("assistant", " "), *conversation("", "q", "a")]) == (
         conversation("", "q", "a"),
         1,
