@@ -12,7 +12,6 @@ from minorca.config import (
     Source,
     TrainConfig,
     epochs_in,
-    warmup_steps,
 )
 from minorca.data.formats import FORMATS
 from minorca.data.messages import OUR_ROLES
@@ -98,13 +97,12 @@ def problems(config: Config) -> Iterator[Problem]:
 
 def warmup_problem(optim: OptimConfig, steps: int) -> UserError | None:
     """What is wrong where a run of so many steps would end before its learning rate is reached."""
-    warmup = warmup_steps(optim, steps)
-    if not 0 < warmup >= steps:
+    # A ratio is less than 1.
+    if optim.warmup_steps <= steps:
         return None
-    key = "warmup_steps" if optim.warmup_ratio is None else "warmup_ratio"
     return UserError(
-        f"is {getattr(optim, key)}: a warm-up of {warmup} steps in a run of {steps}; lower it, or train longer",
-        field=f"optim.{key}",
+        f"is {optim.warmup_steps}, longer than the run of {steps} steps; lower it, or train longer",
+        field="optim.warmup_steps",
     )
 
 

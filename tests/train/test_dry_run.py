@@ -85,7 +85,7 @@ def test_its_row_is_shown_as_data_show_shows_it(dry_run, workplace, tmp_path, ca
 
 
 def test_it_refuses_what_the_run_would(dry_run, workplace):
-    with pytest.raises(UserError, match="a warm-up of 99 steps in a run of"):
+    with pytest.raises(UserError, match="optim.warmup_steps is 99, longer than the run of"):
         dry_run(workplace(**{"optim.warmup_steps": 99}))
     with pytest.raises(UserError, match="the model has 512 positions"):
         dry_run(workplace(**{"data.seq_len": 1024, "train.micro_batch_tokens": 1024, "train.batch_tokens": 1024}))
