@@ -143,30 +143,29 @@ def _evaluation_problems(train: TrainConfig, data: DataConfig) -> Iterator[Probl
 
 def _source_problems(data: DataConfig) -> Iterator[Problem]:
     if isinstance(data.eval, float) and not 0 < data.eval < 1:
-        error = UserError(f"is {data.eval}; expected a path, or a fraction between 0 and 1", field="data.eval")
-        yield Problem(("data.eval",), error)
+        yield problem(f"is {data.eval}; expected a path, or a fraction between 0 and 1", "data.eval")
     for name in ("train", "eval"):
         key = f"data.{name}"
         sources = data.sources(getattr(data, name))
         if isinstance(getattr(data, name), list) and not sources:
-            yield Problem((key,), UserError("is an empty list; expected at least one file", field=key))
+            yield problem("is an empty list; expected at least one file", key)
         for source in sources:
             has_weight = f"gives {source.path} the weight {source.weight}"
             if not 0 < source.weight <= 1000:
                 message = f"{has_weight}; expected a number over 0 and at most 1000"
-                yield Problem((key,), UserError(message, field=key))
+                yield problem(message, key)
             elif name == "eval" and source.weight != 1:
                 message = f"{has_weight}; held-out rows are all evaluated once, so leave it out"
-                yield Problem((key,), UserError(message, field=key))
+                yield problem(message, key)
             if source.format == "text" and data.train_on != "all":
                 message = f"reads {source.path} as plain text, which has no responses; set data.train_on to all"
-                yield Problem((key, "data.train_on", "data.format"), UserError(message, field=key))
+                yield problem(message, key, "data.train_on", "data.format")
             if source.format != "text" and data.too_long == "split":
                 message = (
                     f"is split, but {key} reads {source.path} as {source.format}, and only text can be split; "
                     "choose drop, truncate or error"
                 )
-                yield Problem(("data.too_long", key, "data.format"), UserError(message, field="data.too_long"))
+                yield problem(message, "data.too_long", key, "data.format")
             yield from _name_problems(source, key)
 
 
@@ -175,8 +174,8 @@ def _name_problems(source: Source, key: str) -> Iterator[Problem]:
     for column in source.columns or {}:
         if column not in known:
             message = f"has {column} for {source.path}; format {source.format} has the columns {', '.join(known)}"
-            yield Problem(("data.columns", key, "data.format"), UserError(message, field="data.columns"))
+            yield problem(message, "data.columns", key, "data.format")
     for name, role in (source.roles or {}).items():
         if role not in OUR_ROLES:
             message = f"maps {name} to {role} for {source.path}; expected one of {', '.join(OUR_ROLES)}"
-            yield Problem(("data.roles", key), UserError(message, field="data.roles"))
+            yield problem(message, "data.roles", key)

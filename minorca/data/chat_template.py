@@ -21,7 +21,7 @@ from minorca.data.conversation import is_trained_answer
 from minorca.data.jinja_template import ids_by_span, render_prompt, render_training
 from minorca.data.mistral_template import omits_calls, render_mistral
 from minorca.data.rendered import NOTHING_ENDS, Pieces, Rendered, join
-from minorca.data.shipped_template import write_text
+from minorca.data.shipped_template import write_text, writes_tools
 from minorca.data.spans import encode_spans
 from minorca.data.tokenizer import SURROGATE, Tokenizer
 from minorca.data.visible_text import visible_text
@@ -36,6 +36,21 @@ REQUIRED_TOKENS = {
     "mistral-v3": ("[INST]", "[/INST]"),
 }
 ROLES = ("system", "user", "assistant", "tool")
+
+_SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
+_USER = {"role": "user", "content": "What is 2 + 2?\n"}
+_ANSWER = {"role": "assistant", "content": "<think>Two twos</think>It is 4."}
+_AGAIN = {"role": "user", "content": "And 3 + 3?"}
+# Conversations by which templates are compared, and whether they ask for an answer. They contain what templates are
+# known to drop: system prompts, white space at an end, and the thoughts of earlier answers.
+PROBES = [
+    ([_USER], True),
+    ([_SYSTEM, _USER], True),
+    ([_USER, _ANSWER, _AGAIN], True),
+    ([_USER, _ANSWER], False),
+    ([_SYSTEM, _USER, _ANSWER, _AGAIN], True),
+    ([_SYSTEM, _USER, _ANSWER, _AGAIN, _ANSWER], False),
+]
 
 
 def render_chat(
@@ -203,27 +218,14 @@ def _reproduces(tok: Tokenizer, template: str) -> bool:
     """Whether the built-in `template` writes what the shipped one does.
 
     It must do so for every probe that the shipped template accepts (some reject a system message), and at least one
-    must be accepted. The probes contain what templates are known to drop: white space at an end, and the thoughts of
-    earlier answers.
+    must be accepted.
     """
-    if template == "chatml" and _writes_tools(tok):
+    if template == "chatml" and writes_tools(tok):
         # Our own renderer writes none.
         return False
-    system = {"role": "system", "content": "You are a helpful assistant."}
-    user = {"role": "user", "content": "What is 2 + 2?\n"}
-    answer = {"role": "assistant", "content": "<think>Two twos</think>It is 4."}
-    again = {"role": "user", "content": "And 3 + 3?"}
-    probes = [
-        ([user], True),
-        ([system, user], True),
-        ([user, answer, again], True),
-        ([user, answer], False),
-        ([system, user, answer, again], True),
-        ([system, user, answer, again, answer], False),
-    ]
     agrees = _writes_the_text if template.startswith("mistral") else _writes_the_ids
     accepted = False
-    for messages, prompt in probes:
+    for messages, prompt in PROBES:
         try:
             if not agrees(tok, template, messages, prompt):
                 return False
@@ -231,15 +233,6 @@ def _reproduces(tok: Tokenizer, template: str) -> bool:
             continue
         accepted = True
     return accepted
-
-
-def _writes_tools(tok: Tokenizer) -> bool:
-    tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
-    messages = [{"role": "user", "content": "f"}]
-    try:
-        return write_text(tok, messages, [tool], True) != write_text(tok, messages, [], True)
-    except UserError:
-        return False
 
 
 def _writes_the_ids(tok: Tokenizer, template: str, messages: list[dict], prompt: bool) -> bool:

@@ -8,11 +8,12 @@ import logging
 from pathlib import Path
 
 from minorca.data.chat_template import TEMPLATES
-from minorca.data.portable_template import portable_template, special_tokens
+from minorca.data.portable_template import portable_template
+from minorca.data.shipped_template import special_tokens
 from minorca.data.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer, check_vocabulary, load_tokenizer
 from minorca.data.tokenizer_files import chat_templates, read_settings, token_ids
 from minorca.errors import UserError
-from minorca.files.safe_io import find_file, quote, read_json, read_small
+from minorca.files.safe_io import find_file, quote, read_json, read_optional_json, read_small
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ def _is_template(name: str) -> bool:
 
 def _tokenizer_config(tok: Tokenizer) -> dict:
     """tokenizer_config.json, with what AutoTokenizer needs to read the tokenizer as it is read here."""
-    config = _read_json(tok.path / "tokenizer_config.json")
+    config = read_optional_json(tok.path / "tokenizer_config.json")
     needed = special_tokens(tok)
     if tok.file.name == "tokenizer.json":
         # Without config.json beside it, any other class takes no more than vocabulary and merges from the file.
@@ -192,7 +193,7 @@ def _tokenizer_config(tok: Tokenizer) -> dict:
 
 
 def _generation_config(tok: Tokenizer, model: Path) -> dict:
-    config = _read_json(model / "generation_config.json")
+    config = read_optional_json(model / "generation_config.json")
     # The model's are missing in a tokenizer that the adapter alone brings.
     stop_ids = tok.stop_ids | set(token_ids(model, "eos_token_id"))
     # The tokenizer's first: it is the one that is taken where no other file names one.
@@ -202,10 +203,6 @@ def _generation_config(tok: Tokenizer, model: Path) -> dict:
     if ids:
         config["eos_token_id"] = ids if len(ids) > 1 else ids[0]
     return config
-
-
-def _read_json(path: Path) -> dict:
-    return read_json(path) if find_file(path.parent, path.name) else {}
 
 
 def _to_json(value: dict) -> bytes:

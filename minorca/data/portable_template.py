@@ -8,9 +8,10 @@ two parameters, AFTER and INSIDE, whose values are tried until the ids are the s
 import logging
 from itertools import product
 
-from minorca.data import sandbox
-from minorca.data.chat_template import render_chat
+from minorca.data.chat_template import PROBES, render_chat
+from minorca.data.shipped_template import write_by, writes_tools
 from minorca.data.tokenizer import Tokenizer
+from minorca.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -77,23 +78,6 @@ SOURCES = {
     "mistral-v3": _NO_TOOLS + _fill(_MISTRAL, _LAST),
 }
 
-_SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
-_USER = {"role": "user", "content": "What is 2 + 2?\n"}
-_ANSWER = {"role": "assistant", "content": "<think>Two twos</think>It is 4."}
-_AGAIN = {"role": "user", "content": "And 3 + 3?"}
-_TOOL = {
-    "type": "function",
-    "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}},
-}
-# Conversations that ask for an answer, which is what other engines use a template for. They contain what templates are
-# known to drop: system prompts, white space at an end, the thoughts of earlier answers.
-_PROBES = [
-    [_USER],
-    [_SYSTEM, _USER],
-    [_USER, _ANSWER, _AGAIN],
-    [_SYSTEM, _USER, _ANSWER, _AGAIN],
-]
-
 
 def portable_template(tok: Tokenizer, template: str | None) -> str | None:
     """The Jinja template that others need to write what `template`, a resolved name, writes.
@@ -102,7 +86,7 @@ def portable_template(tok: Tokenizer, template: str | None) -> str | None:
     """
     if template not in SOURCES or (tok.chat_template is not None and _writes_same(tok, tok.chat_template, template)):
         return tok.chat_template
-    if tok.chat_template is not None and _writes_tools(tok, tok.chat_template):
+    if tok.chat_template is not None and writes_tools(tok):
         log.warning(
             "%s: its chat template writes tools; the one that is written in its place, of %s, has no form for them",
             tok.path,
@@ -121,32 +105,15 @@ def portable_template(tok: Tokenizer, template: str | None) -> str | None:
     return candidates[0]
 
 
-def special_tokens(tok: Tokenizer) -> dict[str, str]:
-    """The strings of bos and eos under the names by which templates and tokenizer_config.json know them."""
-    names = {i: name for name, i in tok.control_ids.items()}
-    ids = (("bos_token", tok.bos_id), ("eos_token", tok.eos_id))
-    return {key: names[i] for key, i in ids if i is not None and i in names}
-
-
 def _writes_same(tok: Tokenizer, source: str, template: str) -> bool:
-    """Whether a Jinja template, its text encoded at once, gives the ids of a built-in one for all probes."""
-    for messages in _PROBES:
+    """Whether a Jinja template, its text encoded at once, gives the ids of a built-in one wherever an answer is asked
+    for, which is what other engines use a template for.
+    """
+    for messages in (messages for messages, is_prompt in PROBES if is_prompt):
         try:
-            ids = tok.encode_template(_write(tok, source, messages))
-        except sandbox.TemplateFailed:
+            ids = tok.encode_template(write_by(source, tok, messages, [], True))
+        except UserError:
             return False
         if ids != render_chat(tok, messages, template=template):
             return False
     return True
-
-
-def _writes_tools(tok: Tokenizer, source: str) -> bool:
-    try:
-        return _write(tok, source, [_USER], [_TOOL]) != _write(tok, source, [_USER])
-    except sandbox.TemplateFailed:
-        return False
-
-
-def _write(tok: Tokenizer, source: str, messages: list[dict], tools: list[dict] | None = None) -> str:
-    variables = {"messages": messages, "add_generation_prompt": True, "tools": tools}
-    return sandbox.render(source, special_tokens(tok) | variables, limit=2**20)

@@ -47,9 +47,11 @@ def write_text(tok: Tokenizer, messages: list[dict], tools: list[dict], add_gene
         UserError: the template failed.
     """
     template = tok.chat_templates.get("tool_use", tok.chat_template) if tools else tok.chat_template
-    # A token that does not exist stays undefined in the template.
-    special_ids = (("bos_token", tok.bos_id), ("eos_token", tok.eos_id))
-    special = {name: token for name, i in special_ids if i is not None and (token := name_of(tok, i))}
+    return write_by(cast(str, template), tok, messages, tools, add_generation_prompt)
+
+
+def write_by(source: str, tok: Tokenizer, messages: list[dict], tools: list[dict], add_generation_prompt: bool) -> str:
+    """The same by another template."""
     variables = {
         "messages": messages,
         "add_generation_prompt": add_generation_prompt,
@@ -59,11 +61,30 @@ def write_text(tok: Tokenizer, messages: list[dict], tools: list[dict], add_gene
     # A template may write in a loop for a long time.
     limit = 2**20 + 16 * sum(len(message["content"]) for message in messages)
     try:
-        return sandbox.render(cast(str, template), variables | special, limit)
+        return sandbox.render(source, variables | special_tokens(tok), limit)
     except sandbox.TemplateFailed as failed:
         raise UserError(
             f"the chat template failed: {failed}; fix the messages, or choose another template", path=tok.path
         ) from None
+
+
+def writes_tools(tok: Tokenizer) -> bool:
+    """Whether the shipped template writes the tools that it is given."""
+    tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+    messages = [{"role": "user", "content": "f"}]
+    try:
+        return write_text(tok, messages, [tool], True) != write_text(tok, messages, [], True)
+    except UserError:
+        return False
+
+
+def special_tokens(tok: Tokenizer) -> dict[str, str]:
+    """The strings of bos and eos under the names by which templates and tokenizer_config.json know them.
+
+    A token that does not exist is left out, and so stays undefined in a template.
+    """
+    ids = (("bos_token", tok.bos_id), ("eos_token", tok.eos_id))
+    return {key: name for key, i in ids if i is not None and (name := name_of(tok, i))}
 
 
 def name_of(tok: Tokenizer, token_id: int) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from minorca.errors import UserError
-from minorca.files.safe_io import find_directory, find_file, quote, read_json, read_small
+from minorca.files.safe_io import find_directory, find_file, quote, read_optional_json, read_small
 
 # Limits for untrusted files, each several times the largest in use: Gemma's tokenizer.json has 33 million bytes and its
 # tokenizer.model 4 million; a chat template 20 thousand characters, and a model ships two or three.
@@ -41,7 +41,10 @@ def read_settings(directory: Path) -> dict:
     Raises:
         UserError: a file that cannot be read, or a special token that is not text.
     """
-    settings = {**_read_json(directory / "special_tokens_map.json"), **_read_json(directory / "tokenizer_config.json")}
+    settings = {
+        **read_optional_json(directory / "special_tokens_map.json"),
+        **read_optional_json(directory / "tokenizer_config.json"),
+    }
     for key in ("bos_token", "eos_token", *_SPECIAL_KEYS):
         token = content(settings.get(key))
         if not isinstance(token, str | None) or SURROGATE.search(token or ""):
@@ -81,7 +84,7 @@ def added_tokens(directory: Path, settings: dict) -> list[AddedToken]:
         special = {content(settings.get(key)) for key in ("bos_token", "eos_token")} | set(special_names(settings))
         entries = [
             (old, i, {"content": token, "special": token in special, "normalized": token not in special})
-            for token, i in _read_json(old).items()
+            for token, i in read_optional_json(old).items()
         ]
     return sorted((_added_token(*entry) for entry in entries), key=lambda added: added.id)
 
@@ -119,7 +122,7 @@ def chat_templates(directory: Path, settings: dict) -> dict[str, str]:
     if "default" in templates:
         return templates
     for name, values in (("tokenizer_config.json", settings), ("chat_template.json", None)):
-        values = _read_json(directory / name) if values is None else values
+        values = read_optional_json(directory / name) if values is None else values
         if values.get("chat_template") is not None:
             return _named_templates(values["chat_template"], directory / name) | templates
     return templates
@@ -151,13 +154,13 @@ def _named_templates(value: Any, path: Path) -> dict[str, str]:
 
 def token_ids(directory: Path, key: str) -> list[int]:
     """The token ids that generation_config.json and config.json give as `key`, each None, an id or a list of ids."""
-    values = [_read_json(directory / name).get(key) for name in ("generation_config.json", "config.json")]
+    values = [read_optional_json(directory / name).get(key) for name in ("generation_config.json", "config.json")]
     return [i for value in values for i in (value if isinstance(value, list) else [value]) if type(i) is int]
 
 
 def embedding_rows(directory: Path) -> int | None:
     """The number of rows of the model's embedding; None where no configuration lies beside the tokenizer."""
-    sizes = [_read_json(directory / name).get("vocab_size") for name in ("config.json", "params.json")]
+    sizes = [read_optional_json(directory / name).get("vocab_size") for name in ("config.json", "params.json")]
     return next((size for size in sizes if type(size) is int), None)
 
 
@@ -171,11 +174,6 @@ def read_text(file: Path, max_bytes: int) -> str:
         return read_small(file, max_bytes).decode()
     except UnicodeDecodeError as error:
         raise _corrupt(file, error) from error
-
-
-def _read_json(file: Path) -> dict:
-    """The object in a JSON file; an empty one if the file does not exist, since every settings file is optional."""
-    return read_json(file) if find_file(file.parent, file.name) else {}
 
 
 @contextmanager

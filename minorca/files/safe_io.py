@@ -7,6 +7,7 @@ import reprlib
 import stat
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from minorca.errors import UserError
 
@@ -94,7 +95,7 @@ def parse_json(text: str | bytes):
         ValueError: invalid JSON, including what Python accepts: NaN, infinities, and duplicate keys (of which Python
             takes the last value, other parsers the first).
     """
-    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_finite_number, parse_float=_finite_number)
+    return json.loads(text, **_STRICT)
 
 
 def _unique_keys(pairs: list[tuple]) -> dict:
@@ -112,10 +113,13 @@ def _finite_number(number: str) -> float:
     return value
 
 
+_STRICT: dict[str, Any] = {
+    "object_pairs_hook": _unique_keys,
+    "parse_constant": _finite_number,
+    "parse_float": _finite_number,
+}
 # As `parse_json`, without the cost of a new decoder for each text.
-JSON_DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique_keys, parse_constant=_finite_number, parse_float=_finite_number
-)
+JSON_DECODER = json.JSONDecoder(**_STRICT)
 
 
 def read_json(path: Path) -> dict:
@@ -135,3 +139,8 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"expected a JSON object, got {type(value).__name__}", path=path)
     return value
+
+
+def read_optional_json(path: Path) -> dict:
+    """As `read_json`; an empty object where there is no such file."""
+    return read_json(path) if find_file(path.parent, path.name) else {}
