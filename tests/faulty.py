@@ -98,9 +98,9 @@ def kill_at(point: str, count: int) -> None:
 def slow_reading(seconds: int) -> None:
     read_data = inputs.read_data
 
-    def slow(config):
+    def slow(*given):
         time.sleep(seconds if os.environ["RANK"] == "1" else 0)
-        return read_data(config)
+        return read_data(*given)
 
     inputs.read_data = slow
 
@@ -125,8 +125,8 @@ def other_settings(rank: int) -> None:
 def other_rows(rank: int) -> None:
     read_data = inputs.read_data
 
-    def fewer(config):
-        store, held_out = read_data(config)
+    def fewer(*given):
+        store, held_out = read_data(*given)
         if os.environ["RANK"] == str(rank):
             store = store.select(range(len(store) - 1))
         return store, held_out

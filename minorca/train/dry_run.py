@@ -9,7 +9,6 @@ import torch
 
 from minorca.config import Config, warmup_steps
 from minorca.data.packing import BatchSchedule
-from minorca.data.tokenizer import load_tokenizer
 from minorca.data.visible_text import marked_text
 from minorca.model.build import build_model
 from minorca.model.lora import adapter_parameters, add_adapters
@@ -45,7 +44,7 @@ def dry_run(config: Config) -> None:
         if found:
             print(f"resumes from {found}" + (f": {finished}" if finished else ""))
         if not finished:
-            _print_step(config, inputs, schedule, state.step + 1 if state else 1)
+            _print_step(inputs, schedule, state.step + 1 if state else 1)
     print("dry run: nothing was written")
 
 
@@ -85,14 +84,14 @@ def _listed(is_due: Callable[[int], bool], steps: int) -> str:
     return f"step {', '.join(shown)}"
 
 
-def _print_step(config: Config, inputs: Inputs, schedule: BatchSchedule, number: int) -> None:
+def _print_step(inputs: Inputs, schedule: BatchSchedule, number: int) -> None:
     """Prints the first row and the first micro-batch of a step."""
     store = inputs.store
     step = schedule.step(number)
     rows = step[0].tolist()
     ids, trained = store.row(rows[0])
     print(f"--- {store.locate(rows[0])}: {len(ids)} tokens, {trained.sum()} trained")
-    print(marked_text(load_tokenizer(config.model.path), ids, trained))
+    print(marked_text(inputs.tok, ids, trained))
     lengths = store.lengths[rows]
     print(f"--- step {number}, micro-batch 1 of {len(step)}: {len(rows)} rows, {lengths.sum()} tokens")
     for row, start, length in zip(rows, np.cumsum(lengths) - lengths, lengths):

@@ -13,7 +13,7 @@ from minorca.data.packing import BatchSchedule
 from minorca.data.portable_files import adapter_files
 from minorca.data.prepare import prepare_store
 from minorca.data.store import TokenStore
-from minorca.data.tokenizer import check_vocabulary, load_tokenizer
+from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.errors import UserError
 from minorca.files.adapters import read_adapter_settings
 from minorca.files.weights import ModelFiles, open_model
@@ -39,6 +39,7 @@ class Inputs:
     """The base model's files, the rows to train on, those held out, and what the run's numbers follow from.
 
     Attributes:
+        tok: the tokenizer of the rows.
         adapter_files: what lies beside the adapter: the tokenizer and the template of training.
     """
 
@@ -46,6 +47,7 @@ class Inputs:
     store: TokenStore
     held_out: TokenStore | None
     identity: dict
+    tok: Tokenizer
     adapter_files: dict[str, bytes]
 
     def schedule(self, config: Config) -> BatchSchedule:
@@ -73,20 +75,23 @@ def read_inputs(config: Config) -> Inputs:
     if config.lora.init:
         # Before the rows are rendered, which may take minutes.
         read_adapter_settings(config.lora.init)
-    store, held_out = read_data(config)
+    tok, template = read_tokenizer(config)
+    store, held_out = read_data(config, tok, template)
     identity = checkpoint.identity(config, base.arch, base.paths, store, held_out)
-    tok = load_tokenizer(config.model.path)
-    files = adapter_files(tok, resolve_template(tok, config.data.template))
-    return Inputs(base, store, held_out, identity, files)
+    return Inputs(base, store, held_out, identity, tok, adapter_files(tok, template))
 
 
-def read_data(config: Config) -> tuple[TokenStore, TokenStore | None]:
-    """The rows to train on and those held out, rendered; logs what became of every row."""
-    data = config.data
+def read_tokenizer(config: Config) -> tuple[Tokenizer, str]:
+    """The model's tokenizer, and the resolved name of the template that writes the rows."""
     directory = model_directory(config.model.path)
     tok = load_tokenizer(directory)
     check_vocabulary(tok, read_architecture(directory).vocab_size, directory)
-    template = resolve_template(tok, data.template)
+    return tok, resolve_template(tok, config.data.template)
+
+
+def read_data(config: Config, tok: Tokenizer, template: str) -> tuple[TokenStore, TokenStore | None]:
+    """The rows to train on and those held out, rendered; logs what became of every row."""
+    data = config.data
     log.info("template: %s", template)
     store = prepare_store(data.sources(data.train), tok, template, data)
     store.report()

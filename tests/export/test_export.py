@@ -19,7 +19,7 @@ from minorca.export.__main__ import export, main
 from minorca.generate import __main__ as generate_command
 from minorca.generate import engine, generate
 from minorca.train import __main__ as train_command
-from minorca.train.inputs import read_data
+from minorca.train.inputs import read_data, read_tokenizer
 from tests.data.test_jinja_template import SHIPPED
 from tests.data.test_portable_files import json_of_llama, tokenizer_v1, tokenizer_v3
 from tests.data.test_tokenizer import byte_level, orca
@@ -201,7 +201,8 @@ def test_the_same_ids_at_every_station(station, workplace, save_mistral, monkeyp
     tok = load_tokenizer(directory)
     prompt = render_chat(tok, CHAT, template=template)
     run = workplace(**{"model.path": directory, "data.template": setting, "data.train_on": "all", "train.steps": 2})
-    store, _ = read_data(parse_config(config_parser("minorca.train", ""), run)[1])
+    settings = parse_config(config_parser("minorca.train", ""), run)[1]
+    store, _ = read_data(settings, *read_tokenizer(settings))
     for i, line in enumerate((workplace.path / "rows.jsonl").read_text().splitlines()):
         row = json.loads(line)
         system = [{"role": "system", "content": row["system_prompt"]}] if row["system_prompt"] else []

@@ -11,7 +11,7 @@ from minorca.cli import config_parser, parse_config
 from minorca.train import __main__ as train_command
 from minorca.train import step
 from minorca.train.evaluation import set_names
-from minorca.train.inputs import read_data
+from minorca.train.inputs import read_data, read_tokenizer
 from tests.helpers import lines_of
 
 
@@ -44,7 +44,8 @@ def test_each_set_has_its_loss_and_each_row_is_evaluated_once(sets, workplace, t
     train_command.main(options)
     # before step 1 and after it
     assert evaluated == Counter(dict.fromkeys(range(12), 2))
-    _, held_out = read_data(parse_config(config_parser("test", ""), options)[1])
+    config = parse_config(config_parser("test", ""), options)[1]
+    _, held_out = read_data(config, *read_tokenizer(config))
     assert held_out is not None
     sums, trained = [], []
     for row in range(12):

@@ -429,7 +429,7 @@ def test_of_two_ranks_the_one_with_the_nan_is_named(workplace, tmp_path):
     found = re.search(r"minorca: error: step \d: the loss is nan .*from rank (\d), .*line 8\b", err)
     assert found, err
     config = cli.parse_config(cli.config_parser("", ""), workplace(**NONFINITE))[1]
-    store, _ = inputs.read_data(config)
+    store, _ = inputs.read_data(config, *inputs.read_tokenizer(config))
     steps = plan_epoch(store.lengths, 128, 4, True, 0, 0)
     (micro_batch,) = [index for step in steps for index, rows in enumerate(step) if 7 in rows]
     assert int(found[1]) == micro_batch % 2

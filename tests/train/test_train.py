@@ -15,7 +15,7 @@ from minorca.files.weights import open_model
 from minorca.model.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters, seed_dropout
 from minorca.train import __main__ as train_command
 from minorca.train import build, metrics, parallel
-from minorca.train.inputs import read_data
+from minorca.train.inputs import read_data, read_tokenizer
 from minorca.train.optim import learning_rate
 from minorca.train.ranks import init_distributed
 from minorca.train.step import forward_backward
@@ -49,7 +49,7 @@ def test_fifty_steps_follow_pefts_losses(workplace, tmp_path, monkeypatch):
         for name, parameter in trainable.items():
             parameter.copy_(started[name])
     optimizer = torch.optim.AdamW(trainable.values(), betas=(0.9, 0.95), weight_decay=0.1)
-    store, _ = read_data(config)
+    store, _ = read_data(config, *read_tokenizer(config))
     steps = [(epoch, step) for epoch in range(50) for step in plan_epoch(store.lengths, 128, 4, True, 0, epoch)][:50]
     for n, (_, micro_batches) in enumerate(steps, 1):
         rows = [store.row(row) for micro_batch in micro_batches for row in micro_batch]
@@ -155,7 +155,7 @@ def step_gradients(
         learner = build.build(config, open_model(config.model.path), world)
     for parameter in learner.trainable.parameters.values():
         torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
-    store, _ = read_data(config)
+    store, _ = read_data(config, *read_tokenizer(config))
     micro_batches = plan_epoch(store.lengths, 128, 4, True, 0, 0)[0]
     trained = learner.objective.normalizer(store, np.concatenate(micro_batches))
     if not accumulate:
