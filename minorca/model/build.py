@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from minorca.device import default_device
 from minorca.errors import UserError
 from minorca.files.adapters import load_adapter, open_adapter, read_adapter_settings
 from minorca.files.weights import load_weights, open_model
@@ -24,8 +25,8 @@ def build_model(arch: Architecture, dtype: torch.dtype) -> Mistral:
 
 def fast_dtype() -> torch.dtype:
     """bf16 where this machine multiplies it in hardware, else fp32."""
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if default_device().type == "cuda":
+        return torch.bfloat16
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
@@ -44,12 +45,13 @@ def load_model(
     Raises:
         UserError: what is wrong with which file; found before memory is taken for the model.
     """
+    device = device or default_device()
     files = open_model(path)
     model = build_model(files.arch, dtype)
     if adapter is not None:
         add_adapters(model, read_adapter_settings(adapter), dtype)
         open_adapter(adapter, adapter_parameters(model))
-    model.to_empty(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to_empty(device=device)
     load_weights(model, files)
     if adapter is not None:
         pad_for_adapters(model)

@@ -30,13 +30,14 @@ def _memory_per_rank(device: torch.device) -> int:
 
 
 def shards(model: nn.Module, config: ParallelConfig, world: World) -> bool:
-    """Whether the model is to be sharded; `auto`: where its weights take half of a rank's memory, or an option needs
-    it.
+    """Whether the model is to be sharded; `auto`: where an option needs it, or where its weights take half of the
+    memory of each of several ranks. A single rank would only copy every weight, and store the same.
     """
     if config.shard != "auto":
         return config.shard == "fsdp"
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    needed = config.replicate > 1 or config.cpu_offload or 2 * weights >= _memory_per_rank(world.device)
+    too_large = world.size > 1 and 2 * weights >= _memory_per_rank(world.device)
+    needed = config.replicate > 1 or config.cpu_offload or too_large
     # ranks may differ in memory, and must not differ in this
     return world.sum([needed])[0] > 0
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from minorca.device import default_device, has_gpu
 from minorca.errors import RunEnded, UserError
 from minorca.signals import Terminated, signals_noted
 from minorca.train.rank_monitor import RankMonitor
@@ -93,14 +94,14 @@ def init_distributed(timeout: int) -> Iterator[World]:
 
 
 def _device() -> torch.device:
-    """This rank's device, made the current one. Raises UserError: there are more ranks than GPUs."""
-    if not torch.cuda.is_available():
+    """This rank's device, made the current one. Raises UserError: there are more ranks than GPUs, or see `device`."""
+    if not has_gpu():
         return torch.device("cpu")
     index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if index >= count:
         rank = os.environ.get("RANK")
         raise UserError(f"rank {rank} has no GPU: this machine has {count}; lower --nproc-per-node")
-    device = torch.device("cuda", index)
+    device = default_device(index)
     torch.cuda.set_device(device)
     return device
 

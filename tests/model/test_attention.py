@@ -3,6 +3,7 @@
 On the CPU both implementations are tested: plain PyTorch, and with TRITON_INTERPRET=1 the Triton kernels.
 """
 
+import contextlib
 import itertools
 import logging
 import sys
@@ -10,9 +11,10 @@ import sys
 import pytest
 import torch
 from torch.torch_version import TorchVersion
+from torch.utils.checkpoint import checkpoint
 
-import minorca.model.attention
-from minorca.model.attention import PackedAttention, choose_backend, flash_implementation, visible
+from minorca.model import attention as backends
+from minorca.model.attention import Case, PackedAttention, candidates, flash_implementation, visible
 from minorca_kernels import attention, attention_definition
 from minorca_kernels.operator import INTERPRETED
 from tests.helpers import relative_error
@@ -257,35 +259,101 @@ AMPERE = (8, 0)
 HOPPER = (9, 0)
 BLACKWELL = (10, 0)
 HALF = torch.bfloat16
+CPU = torch.device("cpu")
 SINGLE = torch.float32
 
 
 @pytest.mark.parametrize(
     "capability, dtype, size, plain, deterministic, flash, varlen, expected",
     [
-        (HOPPER, HALF, 128, True, False, "FA3", True, "FA3"),
-        (HOPPER, HALF, 256, False, True, "FA3", True, "FA3"),
-        (BLACKWELL, HALF, 128, False, False, "FA4", True, "FA4"),
-        (BLACKWELL, HALF, 256, False, False, "FA4", True, "varlen"),
-        (HOPPER, HALF, 128, True, False, None, True, "cudnn"),
-        (HOPPER, HALF, 128, True, False, None, False, "cudnn"),
-        # cuDNN's gradients are not deterministic
-        (HOPPER, HALF, 128, True, True, None, True, "varlen"),
-        (HOPPER, HALF, 256, True, False, None, True, "varlen"),
-        (HOPPER, HALF, 128, False, False, None, True, "varlen"),
-        (AMPERE, torch.float16, 64, False, False, None, True, "varlen"),
-        (AMPERE, HALF, 128, False, False, None, False, "own"),
-        (HOPPER, SINGLE, 128, True, False, "FA3", True, "own"),
-        (HOPPER, HALF, 84, True, False, "FA3", True, "own"),
-        (HOPPER, HALF, 512, True, False, "FA3", True, "own"),
-        (TURING, torch.float16, 128, True, False, None, True, "own"),
+        (HOPPER, HALF, 128, True, False, "FA3", True, ["FA3", "cudnn", "own"]),
+        (HOPPER, HALF, 256, False, False, "FA3", True, ["FA3", "own"]),
+        (BLACKWELL, HALF, 128, False, False, "FA4", True, ["FA4", "own"]),
+        (BLACKWELL, HALF, 256, False, False, "FA4", True, ["own"]),
+        (HOPPER, HALF, 128, True, False, None, True, ["varlen", "cudnn", "own"]),
+        (HOPPER, HALF, 128, True, False, None, False, ["cudnn", "own"]),
+        (HOPPER, HALF, 256, True, False, None, True, ["varlen", "own"]),
+        (AMPERE, torch.float16, 64, False, False, None, True, ["varlen", "own"]),
+        (AMPERE, HALF, 128, False, False, None, False, ["own"]),
+        # a measurement may choose another one tomorrow
+        (HOPPER, HALF, 128, True, True, "FA3", True, ["own"]),
+        (HOPPER, SINGLE, 128, True, False, "FA3", True, ["own"]),
+        (HOPPER, HALF, 84, True, False, "FA3", True, ["own"]),
+        (HOPPER, HALF, 512, True, False, "FA3", True, ["own"]),
+        (TURING, torch.float16, 128, True, False, None, True, ["own"]),
     ],
 )
-def test_the_choice_of_a_backend(capability, dtype, size, plain, deterministic, flash, varlen, expected):
-    choice = choose_backend(
-        capability, dtype, size, plain=plain, deterministic=deterministic, flash=flash, varlen=varlen
-    )
-    assert choice == expected
+def test_the_backends_to_choose_from(capability, dtype, size, plain, deterministic, flash, varlen, expected):
+    case = Case(torch.device("cuda"), dtype, 8, 2, size, plain, True, deterministic, flash)
+    assert candidates(case, capability, varlen) == expected
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """What asks for a GPU is answered as on a Hopper; what runs there runs on the CPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: HOPPER)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    backends.fastest.cache_clear()
+    yield
+    backends.fastest.cache_clear()
+
+
+def window_too_large_by(keys: int):
+    """A varlen_attn by our kernels, whose window may be wrong."""
+
+    def varlen(q, k, v, cu_q, cu_k, longest_q, longest_k, window_size, **_):
+        window = None if window_size[0] < 0 else window_size[0] + 1 + keys
+        attend = PackedAttention(cu_q, len(q), window, q.device)
+        return attention(q, k, v, attend.first, attend.last)
+
+    return varlen
+
+
+def fails(*_, **__):
+    raise TypeError("varlen_attn() got an unexpected keyword argument 'enable_gqa'")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="bf16 is wrong in the interpreter")
+@pytest.mark.parametrize("in_inference_mode", [False, True])
+@pytest.mark.parametrize(
+    "varlen, seconds, expected, message",
+    [
+        (window_too_large_by(0), {"varlen": 1.0, "own": 2.0}, "varlen", None),
+        (window_too_large_by(0), {"varlen": 2.0, "own": 1.0}, "own", None),
+        (window_too_large_by(1), {"varlen": 1.0, "own": 2.0}, "own", "relative error"),
+        (fails, {"varlen": 1.0, "own": 2.0}, "own", "unexpected keyword"),
+    ],
+)
+def test_the_fastest_backend_that_is_right_is_used(
+    hopper, varlen, seconds, expected, message, in_inference_mode, monkeypatch, caplog
+):
+    """Measured once, in any mode that the first attention is in."""
+    measured = []
+    monkeypatch.setattr(backends, "varlen_attn", varlen)
+    monkeypatch.setattr(backends, "_seconds", lambda name, case: measured.append(name) or seconds[name])
+    case = Case(torch.device("cpu"), HALF, 4, 2, 16, False, not in_inference_mode, False, None)
+    with torch.inference_mode(in_inference_mode), caplog.at_level(logging.INFO):
+        assert [backends.fastest(case) for _ in range(3)] == [expected] * 3
+    assert measured.count("own") == 1 and len([line for line in caplog.messages if "is not used" not in line]) == 1
+    assert message is None or message in caplog.text
+
+
+@pytest.mark.skipif(INTERPRETED, reason="bf16 is wrong in the interpreter")
+def test_measuring_inside_a_checkpointed_block_leaves_it_alone(hopper, monkeypatch):
+    """The gradients are those without a measurement, though it differentiates in the middle of a forward."""
+
+    def seconds(name: str, case: Case) -> float:
+        return float(len(backends._run(name, case, [4], None)()))
+
+    def block(x):
+        backends.fastest(Case(CPU, HALF, 4, 2, 16, False, True, False, None))
+        return x.sin().exp()
+
+    monkeypatch.setattr(backends, "varlen_attn", window_too_large_by(0))
+    monkeypatch.setattr(backends, "_seconds", seconds)
+    x = torch.ones(3, requires_grad=True)
+    (found,) = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).sum(), x)
+    assert torch.allclose(found, x.cos() * x.sin().exp())
 
 
 @pytest.mark.parametrize(
@@ -295,38 +363,29 @@ def test_the_choice_of_a_backend(capability, dtype, size, plain, deterministic, 
 def test_the_choice_of_a_flash_implementation(version, capability, expected, monkeypatch):
     """By GPU and torch, and only where it can be activated."""
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
-    monkeypatch.setattr(minorca.model.attention, "activate_flash_attention_impl", lambda name: None)
-    monkeypatch.setattr(minorca.model.attention, "_varlen_error", lambda device: 0.0)
-    assert flash_implementation.__wrapped__(capability) == expected
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(backends, "activate_flash_attention_impl", lambda name: None)
+    monkeypatch.setattr(backends, "_check", lambda name, case: None)
+    assert flash_implementation.__wrapped__(CPU) == expected
 
     def missing(name):
         raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr(minorca.model.attention, "activate_flash_attention_impl", missing)
-    assert flash_implementation.__wrapped__(capability) is None
+    monkeypatch.setattr(backends, "activate_flash_attention_impl", missing)
+    assert flash_implementation.__wrapped__(CPU) is None
 
 
 @pytest.mark.skipif(INTERPRETED, reason="bf16 is wrong in the interpreter")
-@pytest.mark.parametrize("off, expected", [(0, "FA3"), (1, None)])
-def test_a_flash_implementation_that_is_wrong_is_not_used(off, expected, monkeypatch):
-    """An implementation whose window is one key too large is detected."""
+@pytest.mark.parametrize("in_inference_mode", [False, True])
+@pytest.mark.parametrize(
+    "varlen, expected", [(window_too_large_by(0), "FA3"), (window_too_large_by(1), None), (fails, None)]
+)
+def test_a_flash_implementation_that_is_wrong_is_not_used(hopper, varlen, expected, in_inference_mode, monkeypatch):
+    """One whose window is one key too large, or whose interface is another version's; also where generation asks."""
     restored = []
-
-    def varlen(q, k, v, cu_q, cu_k, longest_q, longest_k, window_size, **_):
-        attend = PackedAttention(cu_q, len(q), window_size[0] + 1 + off, q.device)
-        return attention(q, k, v, attend.first, attend.last)
-
-    error = minorca.model.attention._varlen_error
-    monkeypatch.setattr(minorca.model.attention, "_varlen_error", lambda device: error("cpu"))
-    monkeypatch.setattr(minorca.model.attention, "varlen_attn", varlen)
-    monkeypatch.setattr(minorca.model.attention, "activate_flash_attention_impl", lambda name: None)
-    monkeypatch.setattr(minorca.model.attention, "restore_flash_attention_impl", lambda: restored.append(True))
-    assert flash_implementation.__wrapped__(HOPPER) == expected and bool(restored) == (expected is None)
-
-
-def test_a_choice_is_reported_once(caplog):
-    minorca.model.attention._report.cache_clear()
-    with caplog.at_level(logging.INFO, logger="minorca.model.attention"):
-        for choice in ("varlen", "own", "varlen"):
-            minorca.model.attention._report(choice, torch.bfloat16, 128)
-    assert caplog.messages == [f"attention by {choice} (bfloat16, head size 128)" for choice in ("varlen", "own")]
+    monkeypatch.setattr(backends, "varlen_attn", varlen)
+    monkeypatch.setattr(backends, "activate_flash_attention_impl", lambda name: None)
+    monkeypatch.setattr(backends, "restore_flash_attention_impl", lambda: restored.append(True))
+    with torch.inference_mode(in_inference_mode):
+        assert flash_implementation.__wrapped__(CPU) == expected
+    assert bool(restored) == (expected is None)
