@@ -11,11 +11,13 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from minorca.model.architecture import read_architecture
 from minorca.model.build import build_model, fast_dtype, load_model
@@ -56,6 +58,18 @@ def clock() -> float:
 
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def kernel_times(run: Callable[[], object]) -> list[dict]:
+    """The kernels that a call launches on CUDA: names, launches and seconds, the longest first."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
+    kernels = [
+        {"name": event.key, "launches": event.count, "seconds": event.self_device_time_total / 1e6} for event in events
+    ]
+    return sorted(kernels, key=lambda kernel: -kernel["seconds"])
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:

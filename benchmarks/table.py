@@ -80,6 +80,23 @@ def training(results: list[dict]) -> str:
     return grid(header, rows)
 
 
+def longest_kernels(results: list[dict]) -> str:
+    """What takes 1% of the kernels' time of one of our steps, or more."""
+    rows = []
+    for result in results:
+        kernels = result["ours"].get("kernels", [])
+        whole = sum(kernel["seconds"] for kernel in kernels)
+        launches = sum(kernel["launches"] for kernel in kernels)
+        if kernels:
+            rows.append([result["rows"], "all", launches, f"{1e3 * whole:,.1f}", ""])
+        for kernel in kernels:
+            share = kernel["seconds"] / whole
+            if share >= 0.01:
+                name = f"`{kernel['name'][:80]}`"
+                rows.append(["", name, kernel["launches"], f"{1e3 * kernel['seconds']:,.2f}", percent(share)])
+    return grid(["rows", "kernel", "launches", "ms", "of all"], rows) if rows else ""
+
+
 def generating(result: dict) -> str:
     header = ["model", "batch", "prompt + new", "side", "a step (ms)", "tokens/s", "of the limit", "of copy bandwidth"]
     header += ["tokens/s, ours / theirs", "same ids"]
@@ -220,6 +237,8 @@ def page(folder: Path) -> str:
         parts += ["## Kernels", kernels(found["kernels"])]
     if steps := [result for name, result in found.items() if name.startswith("train-")]:
         parts += ["## A LoRA training step, median (minimum to maximum)", training(steps)]
+        if kernels_of_steps := longest_kernels(steps):
+            parts += ["### Kernels of one of our steps", kernels_of_steps]
     if "decode" in found:
         parts += ["## Greedy generation, median (minimum to maximum)", generating(found["decode"])]
     return "\n\n".join(parts) + "\n"

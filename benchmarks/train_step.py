@@ -7,11 +7,14 @@ micro-batch, which has at most --tokens tokens, padding included. Both share one
 from the same adapter; their losses must agree in the first two steps. A side whose micro-batches do not fit into the
 GPU's memory halves them.
 
-The sides alternate step by step. Tokens per second do not count padding. Peak memory is what CUDA allocated for one
-side alone, or the resident memory of a process that runs one side alone (Python and its libraries included).
+The sides alternate step by step, and only whole steps are timed: on CUDA the host runs ahead within one. The parts are
+those of two more steps, in which the host waits after each. Tokens per second do not count padding. Peak memory is what
+CUDA allocated for one side alone, or the resident memory of a process that runs one side alone (Python and its
+libraries included).
 """
 
 import contextlib
+import functools
 import itertools
 import subprocess
 import sys
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.common import DEVICE, clock, model_under_test, parser, peer, report, spread
+from benchmarks.common import DEVICE, clock, kernel_times, model_under_test, parser, peer, report, spread
 from minorca.config import OptimConfig
 from minorca.data.packing import make_batch, plan_epoch
 from minorca.data.store import TokenStore
@@ -159,7 +162,15 @@ class Theirs:
 SIDES = {"ours": Ours, "theirs": Theirs}
 
 
-def timed(side: Ours | Theirs) -> dict[str, float]:
+def whole_step(side: Ours | Theirs) -> float:
+    """One step's seconds."""
+    start = clock()
+    for _ in side.step():
+        pass
+    return clock() - start
+
+
+def timed_parts(side: Ours | Theirs) -> dict[str, float]:
     """One step's seconds by part."""
     parts = defaultdict(float)
     start = clock()
@@ -177,7 +188,7 @@ def warm_up(side: Ours | Theirs, tokens: int) -> tuple[int, list[int]]:
         if DEVICE.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         try:
-            timed(side)
+            whole_step(side)
             return tokens, sizes
         except torch.OutOfMemoryError:
             tokens //= 2
@@ -212,17 +223,21 @@ def measure(args, names: list[str]) -> dict:
         steps = {name: [] for name in names}
         for _ in range(args.steps):
             for name, side in sides.items():
-                steps[name].append(timed(side))
+                steps[name].append(whole_step(side))
                 results[name]["losses"].append(side.loss.item())
+        parts = {name: [timed_parts(side) for _ in range(2)] for name, side in sides.items()}
+        if DEVICE.type == "cuda":
+            for name, side in sides.items():
+                results[name]["kernels"] = kernel_times(functools.partial(whole_step, side))
         flops = training_flops(
             model.arch, sum(map(torch.numel, adapter.values())), store.lengths.tolist(), int(store.trained.sum())
         )
     for name, result in results.items():
-        seconds = spread([sum(step.values()) for step in steps[name]])
+        seconds = spread(steps[name])
         peak = peak_flops(DEVICE, getattr(torch, args.dtype))
         result |= {
             "seconds": seconds,
-            "parts_seconds": {part: spread([step[part] for step in steps[name]])["median"] for part in steps[name][0]},
+            "parts_seconds": {part: spread([step[part] for step in parts[name]])["median"] for part in parts[name][0]},
             "tokens_per_second": len(store.tokens) / seconds["median"],
             "trained_tokens_per_second": int(store.trained.sum()) / seconds["median"],
             "mfu": flops / seconds["median"] / peak if peak else None,
