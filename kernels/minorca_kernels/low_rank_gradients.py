@@ -148,7 +148,8 @@ def _single_pass(dy_TN: Tensor, b_NR: Tensor, s_TR: Tensor, scale: float, dtype:
     ds, db = (parts.new_empty(parts.shape[1:], dtype=dtype) for parts in (ds_parts, db_parts))
     sums = (ds_parts, db_parts, ds, db, programs_n, programs_t, ds.numel(), db.numel())
     grid = (triton.cdiv(ds.numel(), BLOCK_SUM) + triton.cdiv(db.numel(), BLOCK_SUM),)
-    _sums_kernel[grid](*sums, SCALE=scale, BLOCK=BLOCK_SUM)
+    constants = {"SCALE": scale, "BLOCK": BLOCK_SUM}
+    _sums_kernel[grid](*sums, **constants)
     return ds, db
 
 
