@@ -61,7 +61,7 @@ def _cross_entropy_kernel(
     # An invalid target makes the loss NaN.
     in_vocabulary = (target >= 0) & (target < V)
     target_logit = tl.load(logits_ptr + target, mask=in_vocabulary, other=float("nan")).to(acc_dtype)
-    # Powers of two, which processors compute: 2^(z log2(e) - max log2(e)) is one multiply-add and one power. Both passes
+    # Processors compute powers of two: 2^(z log2(e) - max log2(e)) is one multiply-add and one power. Both passes
     # use the same rounded maximum, whose error cancels in the softmax.
     log2_e = tl.full([], 1.4426950408889634, acc_dtype)
     row_max = tl.full([], -float("inf"), acc_dtype)
