@@ -19,7 +19,15 @@ def correlations(first: Tensor, second: Tensor) -> Tensor:
     return (first * second).mean(1) / (first.std() * second.std()) * size**0.5
 
 
-@pytest.mark.parametrize("p", [0.05, 0.5])
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
+def test_rates(p):
+    """Of the whole mask, within 4 standard deviations of 1 - p."""
+    mask = dropout_mask(512, 1024, p, 7, DEVICE).double()
+    assert (mask.mean() - (1 - p)).abs() < 4 * (p * (1 - p) / mask.numel()) ** 0.5
+
+
+# less probable drops coincide too rarely for their number to be normally distributed
+@pytest.mark.parametrize("p", [0.25, 0.5])
 def test_elements_are_independent(p):
     """Rates and correlations of rows, columns, shifted rows, and seeds, within 5 standard deviations; 1 on average."""
     mask = dropout_mask(512, 1024, p, 7, DEVICE)
@@ -29,7 +37,7 @@ def test_elements_are_independent(p):
         statistics.append(correlations(mask, dropout_mask(512, 1024, p, other_seed, DEVICE)))
         # a neighbouring row of another seed
         statistics.append(correlations(mask[1:], dropout_mask(511, 1024, p, other_seed, DEVICE)))
-    for distance in (1, 2, 16, 512):
+    for distance in (1, 2, 16, 256):
         statistics.append(correlations(mask[distance:], mask[:-distance]))
         statistics.append(correlations(mask.t()[distance:], mask.t()[:-distance]))
         statistics.append(correlations(mask[:-1, distance:], mask[1:, :-distance]))
@@ -59,9 +67,9 @@ def test_triton_computes_the_same_bits(seed):
 def test_products(dtype, ranks, poisoned):
     """Of strided inputs, against fp64; twice to the bit."""
     generator = torch.Generator().manual_seed(0)
-    shapes = (150, 203), (150, sum(ranks)), (150, 199), *((rank, 199) for rank in ranks)
+    shapes = (70, 103), (70, sum(ranks)), (70, 99), *((rank, 99) for rank in ranks)
     x, ds, dx, *a = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes)
-    x, seeds, p = x[:, :199], [5, 6][: len(ranks)], 0.3
+    x, seeds, p = x[:, :99], [5, 6][: len(ranks)], 0.3
     dropped = [dropout_definition(x.double(), p, seed) for seed in seeds]
     own_ds = ds.double().split(ranks, 1)
     exact = [
@@ -74,7 +82,8 @@ def test_products(dtype, ranks, poisoned):
         sum_TK = dx.clone()
         return [dropped_product(x, a, seeds, p), dropped_gradients(x, ds, a, seeds, p, sum_TK), sum_TK]
 
-    for got, again, reference in zip(run(), run(), exact, strict=True):
+    results = run()
+    for got, again, reference in zip(results, run(), exact, strict=True):
         assert got.dtype == dtype and torch.equal(got, again)
         assert relative_error(got, reference) < max(torch.finfo(dtype).eps, 1e-6)
-    assert torch.equal(dropped_gradients(x, ds, a, seeds, p, None), run()[1])
+    assert torch.equal(dropped_gradients(x, ds, a, seeds, p, None), results[1])
