@@ -46,12 +46,14 @@ def _cross_entropy_kernel(
     targets_ptr,
     losses_ptr,
     V: tl.constexpr,
+    STRIDE: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     # One program a row, in two passes: the second finds the row's 64 KiB of bf16 in the processor's own cache.
+    # What follows the V logits of a row is -inf.
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * V
+    logits_ptr += row * STRIDE
     target = tl.load(targets_ptr + row)
     dtype = logits_ptr.dtype.element_ty
     acc_dtype = tl.float64 if dtype == tl.float64 else tl.float32
@@ -59,28 +61,53 @@ def _cross_entropy_kernel(
     # An invalid target makes the loss NaN.
     in_vocabulary = (target >= 0) & (target < V)
     target_logit = tl.load(logits_ptr + target, mask=in_vocabulary, other=float("nan")).to(acc_dtype)
+    # Processors compute powers of two: 2^(z log2(e) - max log2(e)) is one multiply-add and one power. Both passes
+    # use the same rounded maximum, whose error cancels in the softmax.
+    log2_e = tl.full([], 1.4426950408889634, acc_dtype)
     row_max = tl.full([], -float("inf"), acc_dtype)
     row_sum = tl.zeros([], acc_dtype)
-    for start in range(0, V, BLOCK_V):
+    for start in range(0, STRIDE, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
-        logits = tl.load(logits_ptr + column, mask=column < V, other=-float("inf")).to(acc_dtype)
-        new_max = tl.maximum(row_max, tl.max(logits, 0))
-        row_sum = row_sum * tl.exp(row_max - new_max) + tl.sum(tl.exp(logits - new_max), 0)
+        logits = tl.load(logits_ptr + column, mask=column < STRIDE, other=-float("inf")).to(acc_dtype)
+        new_max = tl.maximum(row_max, tl.max(logits, 0) * log2_e)
+        row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(logits * log2_e - new_max), 0)
         row_max = new_max
+    tl.store(losses_ptr + row, (row_max + tl.log2(row_sum)) / log2_e - target_logit)
     if GRADIENT:
-        for start in range(0, V, BLOCK_V):
+        share = 1.0 / row_sum
+        # the target's own is softmax - 1 in fp32, rounded once: it cancels badly in bf16
+        target_gradient = tl.exp2(target_logit * log2_e - row_max) * share - 1.0
+        for start in range(0, STRIDE, BLOCK_V):
             column = start + tl.arange(0, BLOCK_V)
-            logits = tl.load(logits_ptr + column, mask=column < V, other=-float("inf")).to(acc_dtype)
-            # softmax minus the one-hot target in fp32, rounded once: p - 1 cancels badly in bf16
-            gradient = tl.exp(logits - row_max) / row_sum - tl.where(column == target, 1.0, 0.0)
-            tl.store(logits_ptr + column, gradient, mask=column < V)
-    tl.store(losses_ptr + row, row_max + tl.log(row_sum) - target_logit)
+            logits = tl.load(logits_ptr + column, mask=column < STRIDE, other=-float("inf")).to(acc_dtype)
+            tl.store(logits_ptr + column, tl.exp2(logits * log2_e - row_max) * share, mask=column < STRIDE)
+        # all threads have stored the row
+        tl.debug_barrier()
+        # loaded again rather than kept in registers, which are full
+        target = tl.load(targets_ptr + row)
+        tl.store(logits_ptr + target, target_gradient, mask=(target >= 0) & (target < V))
 
 
 def _cross_entropy_triton(logits: Tensor, targets: Tensor, losses: Tensor, gradient: bool) -> None:
-    block = min(triton.next_power_of_2(logits.shape[1]), MAX_BLOCK_V)
-    constants = {"V": logits.shape[1], "GRADIENT": gradient, "BLOCK_V": block, "num_warps": max(block // 512, 1)}
+    block = min(triton.next_power_of_2(logits.stride(0)), MAX_BLOCK_V)
+    constants = {
+        "V": logits.shape[1],
+        "STRIDE": logits.stride(0),
+        "GRADIENT": gradient,
+        "BLOCK_V": block,
+        "num_warps": max(block // 512, 1),
+    }
     _cross_entropy_kernel[(len(logits),)](logits, targets.contiguous(), losses, **constants)
+
+
+def _aligned_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in rows of a multiple of 8 elements, the rest of them -inf: each begins where 16 bytes can be loaded at
+    once.
+    """
+    vocabulary = len(weight)
+    rows = x.new_empty(len(x), triton.cdiv(vocabulary, 8) * 8)
+    rows[:, vocabulary:].fill_(-torch.inf)
+    return torch.mm(x, weight.t(), out=rows[:, :vocabulary])
 
 
 # ----------------------------------------------------------------------------------------------------- plain PyTorch
@@ -97,19 +124,19 @@ def _cross_entropy_torch(logits: Tensor, targets: Tensor, losses: Tensor, gradie
 
 # ------------------------------------------------------------------------------------------- operators and autograd
 
-# Both loops take a function of (logits, targets, losses, gradient) that writes a chunk's losses and, if `gradient` is
-# true, overwrites its logits by the gradient of each row's own loss.
+# Both loops take a function that computes a chunk's logits, and one of (logits, targets, losses, gradient) that writes
+# its losses and, if `gradient` is true, overwrites its logits by the gradient of each row's own loss.
 
 
 def _forward(
-    cross_entropy, chunk_rows: int, x: Tensor, weight: Tensor, targets: Tensor, x_gradient: bool
+    linear, cross_entropy, chunk_rows: int, x: Tensor, weight: Tensor, targets: Tensor, x_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Losses [M], and the gradient of each row's own loss with respect to its x: [M, H], or [0] where not needed."""
     losses = x.new_empty(len(x), dtype=accumulate_dtype(x.dtype))
     dx = torch.empty_like(x) if x_gradient else x.new_empty(0)
     for start in range(0, len(x), chunk_rows):
         rows = slice(start, start + chunk_rows)
-        logits = F.linear(x[rows], weight)
+        logits = linear(x[rows], weight)
         cross_entropy(logits, targets[rows], losses[rows], x_gradient)
         if x_gradient:
             torch.mm(logits, weight, out=dx[rows])
@@ -117,14 +144,14 @@ def _forward(
 
 
 def _weight_gradient(
-    cross_entropy, chunk_rows: int, dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor
+    linear, cross_entropy, chunk_rows: int, dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor
 ) -> Tensor:
     """The weight's gradient [V, H], summed in fp32, from the gradient of each row's loss [M]."""
     dweight = torch.zeros_like(weight, dtype=dlosses.dtype)
     losses = torch.empty_like(dlosses)
     for start in range(0, len(x), chunk_rows):
         rows = slice(start, start + chunk_rows)
-        logits = F.linear(x[rows], weight)
+        logits = linear(x[rows], weight)
         cross_entropy(logits, targets[rows], losses[rows], True)
         # scales x, not the logits' gradients: H numbers a row, not V
         dweight += logits.t() @ (x[rows] * dlosses[rows, None]).to(x.dtype)
@@ -133,8 +160,8 @@ def _weight_gradient(
 
 _linear_cross_entropy = operator(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, bool x_gradient) -> (Tensor, Tensor)",
-    cuda=lambda *arguments: _forward(_cross_entropy_triton, CHUNK_ROWS["cuda"], *arguments),
-    cpu=lambda *arguments: _forward(_cross_entropy_torch, CHUNK_ROWS["cpu"], *arguments),
+    cuda=lambda *arguments: _forward(_aligned_logits, _cross_entropy_triton, CHUNK_ROWS["cuda"], *arguments),
+    cpu=lambda *arguments: _forward(F.linear, _cross_entropy_torch, CHUNK_ROWS["cpu"], *arguments),
     fake=lambda x, weight, targets, x_gradient: (
         x.new_empty(x.shape[0], dtype=accumulate_dtype(x.dtype)),
         torch.empty_like(x) if x_gradient else x.new_empty(0),
@@ -142,8 +169,8 @@ _linear_cross_entropy = operator(
 )
 _linear_cross_entropy_weight_gradient = operator(
     "linear_cross_entropy_weight_gradient(Tensor dlosses, Tensor x, Tensor weight, Tensor targets) -> Tensor",
-    cuda=lambda *arguments: _weight_gradient(_cross_entropy_triton, CHUNK_ROWS["cuda"], *arguments),
-    cpu=lambda *arguments: _weight_gradient(_cross_entropy_torch, CHUNK_ROWS["cpu"], *arguments),
+    cuda=lambda *arguments: _weight_gradient(_aligned_logits, _cross_entropy_triton, CHUNK_ROWS["cuda"], *arguments),
+    cpu=lambda *arguments: _weight_gradient(F.linear, _cross_entropy_torch, CHUNK_ROWS["cpu"], *arguments),
     fake=lambda dlosses, x, weight, targets: torch.empty_like(weight),
 )
 

@@ -2,15 +2,25 @@
 one pass over it, without atomics.
 
 Splitting the rows among programs and summing their shares afterwards makes LoRAFusion's single pass (arXiv:2510.00206,
-section 4) deterministic. Axes: T tokens, N columns, R rank.
+section 4) deterministic. The shares grow with the square of the rank, so high ranks take two matrix products instead.
+Axes: T tokens, N columns, R rank.
 """
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from minorca_kernels.dot import add_dot, dot
 from minorca_kernels.operator import accumulate_dtype, as_rows, multiprocessor_count
+
+# From this rank, reading dy twice costs less than writing and reading the shares.
+MIN_RANK_PRODUCTS = 64
+# By their shared memory, two programs run on a processor.
+PROGRAMS_PER_PROCESSOR = 2
+BLOCK_SUM = 512
 
 
 @triton.jit
@@ -50,10 +60,66 @@ def _gradients_kernel(
     tl.store(ds_ptr + (pid_n * T + offs_t[:, None]) * R + offs_r, ds, mask=mask_tr)
 
 
-def low_rank_gradients(dy_TN: Tensor, b_NR: Tensor, s_TR: Tensor) -> tuple[Tensor, Tensor]:
-    """dy [T, N], B [N, R], S = drop(x) A^T [T, R] -> dy B [T, R] and dy^T S [N, R], both fp32 (fp64 for fp64) and
-    unscaled.
+@triton.jit
+def _sum_block(parts_ptr, sum_ptr, block, parts, size, SCALE: tl.constexpr, BLOCK: tl.constexpr):
+    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], parts_ptr.dtype.element_ty)
+    parts_ptrs = parts_ptr + offs
+    for _ in tl.range(0, parts, loop_unroll_factor=4):
+        acc += tl.load(parts_ptrs, mask=offs < size, other=0.0)
+        parts_ptrs += size
+    tl.store(sum_ptr + offs, acc * tl.full([], SCALE, acc.dtype), mask=offs < size)
+
+
+@triton.jit(do_not_specialize=["parts_s", "parts_b"])
+def _sums_kernel(
+    ds_parts_ptr,
+    db_parts_ptr,
+    ds_ptr,
+    db_ptr,
+    parts_s,
+    parts_b,
+    size_s,
+    size_b,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # both sums in one launch: the first programs compute ds, the others db
+    pid = tl.program_id(0)
+    blocks_s = tl.cdiv(size_s, BLOCK)
+    if pid < blocks_s:
+        _sum_block(ds_parts_ptr, ds_ptr, pid, parts_s, size_s, SCALE, BLOCK)
+    else:
+        _sum_block(db_parts_ptr, db_ptr, pid - blocks_s, parts_b, size_b, SCALE, BLOCK)
+
+
+def low_rank_gradients(
+    dy_TN: Tensor, b_NR: Tensor, s_TR: Tensor, scale: float = 1.0, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """dy [T, N], B [N, R], S = drop(x) A^T [T, R] -> scale * dy B [T, R] and scale * dy^T S [N, R].
+
+    Both are summed and scaled in fp32 (fp64 for fp64), then rounded to `dtype`, if given.
     """
+    of_rank = _matrix_products if b_NR.shape[1] >= MIN_RANK_PRODUCTS else _single_pass
+    return of_rank(dy_TN, b_NR, s_TR, scale, dtype or accumulate_dtype(dy_TN.dtype))
+
+
+def _matrix_products(dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        acc_dtype = accumulate_dtype(x.dtype)
+        # the interpreter's tensors are on the CPU, which does not know out_dtype
+        if x.dtype == acc_dtype or x.device.type == "cpu":
+            out = x.to(acc_dtype) @ y.to(acc_dtype)
+        else:
+            out = torch.mm(x, y, out_dtype=acc_dtype)
+        if (scale, dtype) == (1.0, acc_dtype):
+            return out
+        return torch.mul(out, scale, out=out.new_empty(out.shape, dtype=dtype))
+
+    return product(dy, b), product(dy.t(), s)
+
+
+def _single_pass(dy_TN: Tensor, b_NR: Tensor, s_TR: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     tokens, columns = dy_TN.shape
     rank = b_NR.shape[1]
     block_r = max(triton.next_power_of_2(rank), 16)
@@ -61,13 +127,12 @@ def low_rank_gradients(dy_TN: Tensor, b_NR: Tensor, s_TR: Tensor) -> tuple[Tenso
     block_t = max(1024 * 16 // dy_TN.element_size() // max(block_r, 32), 16)
     block_n = 64
     programs_t = triton.cdiv(tokens, block_t)
-    wanted = triton.cdiv(2 * multiprocessor_count(dy_TN.device), programs_t)
-    programs_n = min(triton.cdiv(columns, block_n), wanted)
-    columns_per_program = triton.cdiv(triton.cdiv(columns, block_n), programs_n) * block_n
-    programs_n = triton.cdiv(columns, columns_per_program)
+    blocks_n = triton.cdiv(columns, block_n)
+    blocks_per_program = _blocks_per_program(programs_t, blocks_n, rank, multiprocessor_count(dy_TN.device))
+    programs_n = triton.cdiv(blocks_n, blocks_per_program)
     # each program's share of the sums
-    ds = dy_TN.new_empty(programs_n, tokens, rank, dtype=accumulate_dtype(dy_TN.dtype))
-    db = ds.new_empty(programs_t, columns, rank)
+    ds_parts = dy_TN.new_empty(programs_n, tokens, rank, dtype=accumulate_dtype(dy_TN.dtype))
+    db_parts = ds_parts.new_empty(programs_t, columns, rank)
     dy_TN = as_rows(dy_TN)
     s_TR = as_rows(s_TR)
     constants = {
@@ -78,8 +143,25 @@ def low_rank_gradients(dy_TN: Tensor, b_NR: Tensor, s_TR: Tensor) -> tuple[Tenso
         "num_warps": 8,
         "num_stages": 2,
     }
-    strides = (dy_TN.stride(0), s_TR.stride(0))
-    _gradients_kernel[(programs_t, programs_n)](
-        dy_TN, b_NR.contiguous(), s_TR, ds, db, tokens, columns, columns_per_program, *strides, **constants
-    )
-    return ds.sum(0), db.sum(0)
+    sizes = (tokens, columns, blocks_per_program * block_n, dy_TN.stride(0), s_TR.stride(0))
+    _gradients_kernel[(programs_t, programs_n)](dy_TN, b_NR.contiguous(), s_TR, ds_parts, db_parts, *sizes, **constants)
+    ds, db = (parts.new_empty(parts.shape[1:], dtype=dtype) for parts in (ds_parts, db_parts))
+    sums = (ds_parts, db_parts, ds, db, programs_n, programs_t, ds.numel(), db.numel())
+    grid = (triton.cdiv(ds.numel(), BLOCK_SUM) + triton.cdiv(db.numel(), BLOCK_SUM),)
+    constants = {"SCALE": scale, "BLOCK": BLOCK_SUM}
+    _sums_kernel[grid](*sums, **constants)
+    return ds, db
+
+
+@functools.cache
+def _blocks_per_program(programs_t: int, blocks_n: int, rank: int, multiprocessors: int) -> int:
+    """How many blocks of columns a program takes, so that the grid fills whole waves of the GPU.
+
+    A program also writes its share of ds, which is read again: in fp32 as many bytes as rank / 16 blocks of bf16.
+    """
+
+    def time(blocks: int) -> float:
+        waves = triton.cdiv(programs_t * triton.cdiv(blocks_n, blocks), PROGRAMS_PER_PROCESSOR * multiprocessors)
+        return waves * (blocks + rank / 16)
+
+    return min(range(1, blocks_n + 1), key=time)
