@@ -38,7 +38,7 @@ from benchmarks.table import grid
 from minorca_kernels import STRATEGIES
 
 # bytes of shared memory that a block may use, by architecture
-SHARED = {80: 166912, 90: 232448, 100: 232448}
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 # PTX loads of 16 bytes or more
 WIDE_LOAD = r"ld\.global\S*\.(v[48]\.[bfu]32|v[24]\.[bfu]64)|cp\.async\.cg\.shared\.global|cp\.async\.bulk"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
