@@ -135,11 +135,10 @@ def ropes(shape: Shape, tokens: int) -> Iterator[Case]:
     providers = {"ours": ours.rope, "plain": ours.rope_definition, "liger": liger}
     name = f"{tokens} x ({heads} + {kv_heads}) x {size}"
     tables = 2 * 4 * tokens * size // 2
-    # forward leaves the values in place, backward writes three gradients into one buffer
-    forward = 2 * BYTES * tokens * (heads + kv_heads) * size + tables
-    backward = 2 * BYTES * tokens * (heads + 2 * kv_heads) * size + tables
-    yield Case("RoPE", "forward", name, inputs, providers, "copy", {"ours": 0.90}, forward)
-    yield Case("RoPE", "backward", name, inputs, providers, "copy", {"ours": 0.90}, backward)
+    # queries, keys and values, read and written
+    size_bytes = 2 * BYTES * tokens * (heads + 2 * kv_heads) * size + tables
+    yield Case("RoPE", "forward", name, inputs, providers, "copy", {"ours": 0.90}, size_bytes)
+    yield Case("RoPE", "backward", name, inputs, providers, "copy", {"ours": 0.90}, size_bytes)
 
 
 def swiglus(shape: Shape, tokens: int) -> Iterator[Case]:
