@@ -316,7 +316,7 @@ _TILES: dict[str, dict[int, Tiles]] = {
     # 99 KiB of shared memory: all from sm_80 that are not below
     "sm_86": {
         128: {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 2), "dkdv": (64, 64, 8, 2)},
-        256: {"forward": (64, 32, 8, 2), "dq": (32, 32, 8, 2), "dkdv": (32, 32, 8, 2)},
+        256: {"forward": (64, 32, 8, 2), "dq": (32, 32, 4, 2), "dkdv": (32, 32, 8, 2)},
     },
     # 163 KiB
     "sm_80": {
