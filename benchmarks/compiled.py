@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel at every shape without a GPU: python -m benchmarks.compiled [--arch 80 90 100]
+"""Compiles every Triton kernel at every shape without a GPU: python -m benchmarks.compiled [--arch 80 90]
 
 The operators' own launchers run on meta tensors, so each kernel is specialised as on a GPU; it is compiled but not
 launched. A kernel is rejected if it spills registers, needs more shared memory than a block has, has no 128-bit load,
@@ -13,6 +13,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import argparse
 import contextlib
+import itertools
 import multiprocessing
 import re
 import subprocess
@@ -33,23 +34,40 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.cases import MISTRAL_7B, NEMO, SMOLLM2, Case, cases
+from benchmarks.cases import (
+    MISTRAL_7B,
+    NEMO,
+    SMOLLM2,
+    Case,
+    Shape,
+    attentions,
+    cases,
+    decoding,
+    norms,
+    projections,
+    ropes,
+    swiglus,
+)
 from benchmarks.table import grid
 from minorca_kernels import STRATEGIES
 
 # bytes of shared memory that a block may use, by architecture
-SHARED = {80: 166912, 90: 232448, 100: 232448}
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+# of LoRA
+RANKS = (8, 16, 32, 64, 128, 256)
+LARGE_HEADS = replace(MISTRAL_7B, head_dim=256)
 # PTX loads of 16 bytes or more
 WIDE_LOAD = r"ld\.global\S*\.(v[48]\.[bfu]32|v[24]\.[bfu]64)|cp\.async\.cg\.shared\.global|cp\.async\.bulk"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 class RunAsCUDA(TorchDispatchMode):
-    """Makes our operators run their CUDA implementations on meta tensors."""
+    """Makes our operators run their CUDA implementations on meta tensors, also where one calls another."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "minorca":
-            return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **(kwargs or {}))
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -93,16 +111,19 @@ def traced(case: Case, function: Callable, dtype: torch.dtype) -> list:
 
 
 def selection() -> Iterator[tuple[str, Case, Callable, torch.dtype]]:
-    """What is compiled: (label, case, one of our implementations, dtype). SmolLM2's shapes take three dtypes."""
+    """What is compiled: (label, case, one of our implementations, dtype)."""
     for case in cases(MISTRAL_7B):
         for strategy in STRATEGIES:
             if strategy in case.providers:
                 yield f"{case.name}, Mistral 7B", case, case.providers[strategy], torch.bfloat16
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
     for name, shape in {"Mistral 7B": MISTRAL_7B, "Nemo": NEMO, "SmolLM2": SMOLLM2}.items():
-        for case in cases(shape, small=(8,)):
-            for dtype in dtypes if shape is SMOLLM2 else dtypes[:1]:
-                yield f"{case.name}, {name}", case, case.providers["ours"], dtype
+        for case in _steps(shape):
+            yield f"{case.name}, {name}", case, case.providers["ours"], torch.bfloat16
+    for dtype in (torch.float16, torch.float32):
+        for case in cases(SMOLLM2, small=(8,)):
+            yield f"{case.name}, SmolLM2", case, case.providers["ours"], dtype
+    for case in (*ropes(LARGE_HEADS, 8192), *attentions(LARGE_HEADS, [8192], None), *decoding(LARGE_HEADS, 8, 4096)):
+        yield f"{case.name}, heads of 256", case, case.providers["ours"], torch.bfloat16
     # not among the cases: a prime number of tokens, trained weights, and a loss without gradients
     for case in cases(MISTRAL_7B, 8191, small=()):
         yield f"{case.name}, Mistral 7B", case, case.providers["ours"], torch.bfloat16
@@ -112,6 +133,20 @@ def selection() -> Iterator[tuple[str, Case, Callable, torch.dtype]]:
         if case.kernel == "cross-entropy":
             forward = replace(case, direction="forward")
             yield f"{forward.name}, Mistral 7B", forward, torch.no_grad()(case.providers["ours"]), torch.bfloat16
+
+
+def _steps(shape: Shape) -> Iterator[Case]:
+    """What a step of training launches, at every rank, and one of decoding for 1 and 8 sequences."""
+    yield from cases(shape, small=())
+    for rank in RANKS:
+        for case in projections(shape, 8192, rank):
+            if case.direction == "forward":
+                yield from (case, replace(case, direction="backward"))
+    for tokens in (8, 1):
+        step = (norms(shape, tokens), ropes(shape, tokens), swiglus(shape, tokens), projections(shape, tokens, 16))
+        for case in itertools.chain(*step):
+            if case.direction == "forward":
+                yield case
 
 
 def _all_trained(case: Case) -> Callable:

@@ -304,45 +304,72 @@ def _dkdv_kernel(
     _store_rows(dv_ptr + kv_head * D, key, T, K * D, dv, D, BLOCK_D)
 
 
-# (BLOCK_M, BLOCK_N, warps, stages), by dtype and GPU; no kernel spills registers on the GPUs named.
-_TILES = {
-    "half, Hopper": {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 3), "dkdv": (64, 128, 8, 2)},
-    "half": {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 2), "dkdv": (64, 64, 8, 2)},
-    "half, large heads": {"forward": (64, 64, 8, 2), "dq": (64, 32, 8, 2), "dkdv": (32, 32, 8, 2)},
-    "single": {"forward": (32, 32, 8, 1), "dq": (32, 32, 8, 2), "dkdv": (32, 32, 8, 1)},
-    "single, large heads": {"forward": (16, 16, 8, 2), "dq": (16, 16, 8, 2), "dkdv": (16, 16, 8, 1)},
+# of each kernel: BLOCK_M, BLOCK_N, warps, stages
+Tiles = dict[str, tuple[int, int, int, int]]
+# Tiles by GPU and the largest head size, for 16-bit dtypes; "wide" is for fp32, and for fp64 of half the size. None
+# spills registers, and all fit in shared memory.
+_TILES: dict[str, dict[int, Tiles]] = {
+    "wide": {
+        128: {"forward": (32, 32, 8, 1), "dq": (32, 32, 8, 2), "dkdv": (32, 32, 8, 1)},
+        256: {"forward": (16, 16, 8, 2), "dq": (16, 16, 8, 2), "dkdv": (16, 16, 8, 1)},
+    },
+    # 99 KiB of shared memory: all from sm_80 that are not below
+    "sm_86": {
+        128: {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 2), "dkdv": (64, 64, 8, 2)},
+        256: {"forward": (64, 32, 8, 2), "dq": (32, 32, 4, 2), "dkdv": (32, 32, 8, 2)},
+    },
+    # 163 KiB
+    "sm_80": {
+        128: {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 2), "dkdv": (64, 64, 8, 2)},
+        256: {"forward": (64, 64, 8, 2), "dq": (64, 32, 8, 2), "dkdv": (32, 32, 8, 2)},
+    },
+    # 227 KiB, products of 64 rows and more from shared memory
+    "sm_90": {
+        64: {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 3), "dkdv": (64, 128, 8, 2)},
+        128: {"forward": (128, 128, 8, 2), "dq": (128, 128, 8, 2), "dkdv": (64, 128, 8, 2)},
+        256: {"forward": (64, 64, 8, 2), "dq": (64, 32, 8, 2), "dkdv": (32, 32, 8, 2)},
+    },
+    # 227 KiB; a forward of 128 x 128 spills
+    "sm_100": {
+        64: {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 3), "dkdv": (64, 128, 8, 2)},
+        128: {"forward": (128, 64, 8, 3), "dq": (128, 128, 8, 2), "dkdv": (64, 128, 8, 2)},
+        256: {"forward": (64, 64, 8, 2), "dq": (64, 32, 8, 2), "dkdv": (32, 32, 8, 2)},
+    },
 }
 
 
-def _tiles(kernel: str, dtype: torch.dtype, block_d: int) -> dict[str, int]:
-    """Tile sizes and launch options of a kernel, for heads padded to `block_d`."""
+def _tiles(dtype: torch.dtype, block_d: int) -> Tiles:
+    """The kernels' tiles on the current GPU, for heads padded to `block_d`."""
     capability = compute_capability()
     if capability < 80:
         # a block has 64 KiB of shared memory, enough for the smallest tiles only
-        kind = "single, large heads"
-    elif dtype not in (torch.bfloat16, torch.float16):
-        kind = "single" if block_d * dtype.itemsize <= 512 else "single, large heads"
-    elif block_d > 128:
-        kind = "half, large heads"
+        return _TILES["wide"][256]
+    if dtype not in (torch.bfloat16, torch.float16):
+        gpu = "wide"
+        block_d = block_d * dtype.itemsize // 4
+    elif capability in (80, 87):
+        gpu = "sm_80"
     else:
-        kind = "half, Hopper" if 90 <= capability < 110 else "half"
-    block_m, block_n, warps, stages = _TILES[kind][kernel]
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+        gpu = {9: "sm_90", 10: "sm_100"}.get(capability // 10, "sm_86")
+    return _TILES[gpu][min((size for size in _TILES[gpu] if size >= block_d), default=256)]
 
 
-def _constants(kernel: str, q_THD: Tensor, k_SKD: Tensor) -> dict[str, Any]:
+def _constants(kernel: str, q_THD: Tensor, k_SKD: Tensor, tiles: Tiles | None) -> dict[str, Any]:
     heads, head_dim = q_THD.shape[1:]
     kv_heads = k_SKD.shape[1]
     # a product takes at least 16 columns
     block_d = max(triton.next_power_of_2(head_dim), 16)
-    head_count = {"K": kv_heads} if kernel == "dkdv" else {"H": heads}
+    block_m, block_n, warps, stages = (tiles or _tiles(q_THD.dtype, block_d))[kernel]
     return {
         "SCALE": head_dim**-0.5,
+        "K" if kernel == "dkdv" else "H": kv_heads if kernel == "dkdv" else heads,
         "GROUP": heads // kv_heads,
         "D": head_dim,
         "BLOCK_D": block_d,
-        **head_count,
-        **_tiles(kernel, q_THD.dtype, block_d),
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "num_warps": warps,
+        "num_stages": stages,
     }
 
 
@@ -351,29 +378,40 @@ def unit_stride(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
-def _attention_triton(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+def _attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, tiles: Tiles | None = None
+) -> tuple[Tensor, Tensor]:
+    """Benchmarks choose the tiles."""
     q, k, v = unit_stride(q, k, v)
     tokens, heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty(heads, tokens, dtype=accumulate_dtype(q.dtype))
     strides = [stride for t in (q, k, v) for stride in t.stride()[:2]]
-    constants = _constants("forward", q, k)
+    constants = _constants("forward", q, k, tiles)
     grid = (triton.cdiv(tokens, constants["BLOCK_M"]) * heads,)
     _forward_kernel[grid](q, k, v, first, out, lse, tokens, len(k), *strides, **constants)
     return out, lse
 
 
 def _attention_backward_triton(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, first: Tensor, last: Tensor
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    first: Tensor,
+    last: Tensor,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, q, k, v = unit_stride(dout, q, k, v)
     tokens, heads, _ = q.shape
     dq, dk, dv, lse2, delta = (t.new_empty(t.shape) for t in (q, k, v, lse, lse))
     strides = [stride for t in (dout, q, k, v) for stride in t.stride()[:2]]
-    constants = _constants("dq", q, k)
+    constants = _constants("dq", q, k, tiles)
     grid = (triton.cdiv(tokens, constants["BLOCK_M"]) * heads,)
     _dq_kernel[grid](dout, q, k, v, first, out, lse, lse2, delta, dq, tokens, *strides, **constants)
-    constants = _constants("dkdv", q, k)
+    constants = _constants("dkdv", q, k, tiles)
     grid = (triton.cdiv(tokens, constants["BLOCK_N"]) * k.shape[1],)
     _dkdv_kernel[grid](dout, q, k, v, last, lse2, delta, dk, dv, tokens, *strides, **constants)
     return dq, dk, dv

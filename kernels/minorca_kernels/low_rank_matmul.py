@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minorca_kernels.dot import add_dot
-from minorca_kernels.operator import as_rows
+from minorca_kernels.operator import as_rows, compute_capability
 
 
 @triton.jit
@@ -75,6 +75,9 @@ def low_rank_matmul(x_MK: Tensor, w_NK: Tensor, s_MR: Tensor, b_NR: Tensor) -> T
     x_MK = as_rows(x_MK)
     y_MN = x_MK.new_empty(m, n)
     block_m, block_n, block_k = (128, 256, 64) if x_MK.element_size() == 2 else (64, 64, 32)
+    if compute_capability() >= 120:
+        # larger ones spill registers
+        block_n = min(block_n, 128)
     constants = {
         "R": rank,
         "BLOCK_M": block_m,

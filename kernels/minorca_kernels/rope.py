@@ -75,6 +75,13 @@ def _rotate_heads(
 
 
 @triton.jit
+def _copy_heads(source_ptr, target_ptr, N: tl.constexpr, BLOCK_N: tl.constexpr):
+    offset = tl.arange(0, BLOCK_N)
+    mask = offset < N
+    tl.store(target_ptr + offset, tl.load(source_ptr + offset, mask=mask, other=0.0), mask=mask)
+
+
+@triton.jit
 def _load_tables(cos_ptr, sin_ptr, row, pair, pair_mask, dtype: tl.constexpr, D: tl.constexpr):
     acc_dtype = tl.float64 if dtype == tl.float64 else tl.float32
     cos = tl.load(cos_ptr + row * (D // 2) + pair, mask=pair_mask, other=0.0).to(acc_dtype)
@@ -89,6 +96,7 @@ def _forward_kernel(
     sin_ptr,
     q_ptr,
     k_ptr,
+    v_ptr,
     stride_qkv,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -106,6 +114,8 @@ def _forward_kernel(
     _rotate_heads(
         qkv_ptr + HEADS * D, k_ptr + row * KV_HEADS * D, cos, sin, pair, pair_mask, KV_HEADS, D, BLOCK_KV_HEADS
     )
+    v_ptr += row * KV_HEADS * D
+    _copy_heads(qkv_ptr + (HEADS + KV_HEADS) * D, v_ptr, KV_HEADS * D, BLOCK_KV_HEADS * BLOCK_P * 2)
 
 
 @triton.jit
@@ -135,11 +145,8 @@ def _backward_kernel(
     _rotate_heads(
         dk_ptr + row * stride_dk, dqkv_ptr + HEADS * D, cos, -sin, pair, pair_mask, KV_HEADS, D, BLOCK_KV_HEADS
     )
-    offset = tl.arange(0, BLOCK_KV_HEADS * BLOCK_P * 2)
-    mask = offset < KV_HEADS * D
-    target_ptrs = dqkv_ptr + (HEADS + KV_HEADS) * D + offset
-    dv = tl.load(dv_ptr + row * stride_dv + offset, mask=mask, other=0.0)
-    tl.store(target_ptrs, dv, mask=mask)
+    dqkv_ptr += (HEADS + KV_HEADS) * D
+    _copy_heads(dv_ptr + row * stride_dv, dqkv_ptr, KV_HEADS * D, BLOCK_KV_HEADS * BLOCK_P * 2)
 
 
 def _constants(heads: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
@@ -156,12 +163,12 @@ def _constants(heads: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
     }
 
 
-def _rope_triton(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
-    q, k = _empty_rope(qkv, cos, sin, heads, kv_heads)
+def _rope_triton(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = _empty_rope(qkv, cos, sin, heads, kv_heads)
     qkv = as_rows(qkv)
     constants = _constants(heads, kv_heads, q.shape[2])
-    _forward_kernel[(len(qkv),)](qkv, cos.contiguous(), sin.contiguous(), q, k, qkv.stride(0), **constants)
-    return q, k
+    _forward_kernel[(len(qkv),)](qkv, cos.contiguous(), sin.contiguous(), q, k, v, qkv.stride(0), **constants)
+    return q, k, v
 
 
 def _rope_backward_triton(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -182,13 +189,14 @@ def _head_tables(cos_TP: Tensor, sin_TP: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((cos_TP, cos_TP), dim=1)[:, None], torch.cat((-sin_TP, sin_TP), dim=1)[:, None]
 
 
-def _rope_torch(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
-    """q and k are views of one new tensor."""
+def _rope_torch(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k are views of one new tensor, v is a view of the buffer."""
     cos_T1D, sin_T1D = _head_tables(cos, sin)
-    qk = qkv.view(len(qkv), heads + 2 * kv_heads, -1)[:, : heads + kv_heads]
+    qkv = qkv.view(len(qkv), heads + 2 * kv_heads, -1)
+    qk = qkv[:, : heads + kv_heads]
     qk = qk.to(torch.promote_types(qkv.dtype, cos.dtype))
     qk = torch.addcmul(qk * cos_T1D, qk.roll(qk.shape[2] // 2, dims=2), sin_T1D).to(qkv.dtype)
-    return qk[:, :heads], qk[:, heads:]
+    return qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :]
 
 
 def _rope_backward_torch(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -198,9 +206,9 @@ def _rope_backward_torch(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: T
 # ------------------------------------------------------------------------------------------- operators and autograd
 
 
-def _empty_rope(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+def _empty_rope(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
     head_dim = qkv.shape[1] // (heads + 2 * kv_heads)
-    return qkv.new_empty(qkv.shape[0], heads, head_dim), qkv.new_empty(qkv.shape[0], kv_heads, head_dim)
+    return tuple(qkv.new_empty(qkv.shape[0], count, head_dim) for count in (heads, kv_heads, kv_heads))
 
 
 def _empty_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -208,9 +216,9 @@ def _empty_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: T
 
 
 _rope = operator(
-    "rope(Tensor qkv, Tensor cos, Tensor sin, int heads, int kv_heads) -> (Tensor, Tensor)",
+    "rope(Tensor qkv, Tensor cos, Tensor sin, int heads, int kv_heads) -> (Tensor, Tensor, Tensor)",
     cuda=_rope_triton,
-    cpu=lambda *arguments: tuple(t.contiguous() for t in _rope_torch(*arguments)),
+    cpu=lambda *arguments: tuple(t.clone(memory_format=torch.contiguous_format) for t in _rope_torch(*arguments)),
     fake=_empty_rope,
 )
 _rope_backward = operator(
@@ -224,13 +232,15 @@ _rope_backward = operator(
 class _Rope(torch.autograd.Function):
     """Keeps the tables alone: a rotation's derivative is the inverse rotation.
 
-    Backward gathers the three gradients into one buffer in the same pass.
+    The values are copied: as a view, the v that attention saves would keep the whole buffer beside the new q and k.
+    Rotation in place would save the copy, a tenth of the bytes, but selective checkpointing saves the buffer and
+    rotates it again in backward. Backward gathers the three gradients into one buffer in the same pass.
     """
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, heads, kv_heads):
         ctx.save_for_backward(cos, sin)
-        return *_rope(qkv, cos, sin, heads, kv_heads), _split(qkv, heads, kv_heads)[2]
+        return _rope(qkv, cos, sin, heads, kv_heads)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -239,8 +249,6 @@ class _Rope(torch.autograd.Function):
 
 
 def rope(qkv_TN: Tensor, cos_TP: Tensor, sin_TP: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`rope_definition`, fused; q and k are new tensors, v is a view of the buffer."""
-    if can_skip_dispatch(qkv_TN):
-        v_TKD = qkv_TN.view(len(qkv_TN), heads + 2 * kv_heads, -1)[:, heads + kv_heads :]
-        return *_rope_torch(qkv_TN, cos_TP, sin_TP, heads, kv_heads), v_TKD
-    return _Rope.apply(qkv_TN, cos_TP, sin_TP, heads, kv_heads)
+    """`rope_definition`, fused. The results are new tensors; without gradients on a CPU, v is a view of the buffer."""
+    function = _rope_torch if can_skip_dispatch(qkv_TN) else _Rope.apply
+    return function(qkv_TN, cos_TP, sin_TP, heads, kv_heads)

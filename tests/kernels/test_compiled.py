@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers import ROOT
 
 
@@ -17,8 +19,11 @@ def run(*command, **options) -> subprocess.CompletedProcess:
     )
 
 
-def test_every_kernel():
-    result = run("-m", "benchmarks.compiled", stderr=subprocess.STDOUT)
+@pytest.mark.parametrize(
+    "arch", [["90"], pytest.param(["80", "86", "89", "100", "120"], marks=pytest.mark.slow)], ids=" ".join
+)
+def test_every_kernel(arch):
+    result = run("-m", "benchmarks.compiled", "--arch", *arch, stderr=subprocess.STDOUT)
     print(result.stdout)
     assert result.returncode == 0, result.stdout.splitlines()[-1]
 

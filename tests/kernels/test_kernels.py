@@ -426,6 +426,13 @@ def test_only_scratch_columns_are_written():
     assert torch.equal(w, before) and w._version == version and w.stride(0) % 64 == 0
 
 
+def test_rope_does_not_keep_its_buffer():
+    """Attention saves q, k and v for backward: a view of the fused buffer among them would keep all of it."""
+    qkv = torch.randn(5, 12 * 8, requires_grad=True)
+    results = rope(qkv, *rope_tables(torch.arange(5), 8, 1e4), 4, 4)
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in results)
+
+
 def test_rope_depends_on_distance_alone():
     """Scores of rotated queries and keys do not change when all positions shift."""
     qkv = torch.randn(7, 12 * 8)
