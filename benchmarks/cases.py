@@ -7,7 +7,6 @@ alone: 4 D for each query head and pair in forward, 2.5 times that in backward, 
 import importlib
 import inspect
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -264,25 +263,6 @@ def _cudnn(q, k, v, first, last, cu_seqlens):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
 
 
-class _TilesOfSmallerHeads(torch.autograd.Function):
-    """Our attention for heads of 128 with the tiles that heads of 64 take on Hopper, 128 x 64."""
-
-    # `import minorca_kernels.attention` would give the function of that name
-    module = sys.modules[ours.attention.__module__]
-    tiles = module._TILES["sm_90"][64]
-
-    @staticmethod
-    def forward(ctx, q, k, v, first, last, cu_seqlens):
-        out, lse = _TilesOfSmallerHeads.module._attention_triton(q, k, v, first, last, _TilesOfSmallerHeads.tiles)
-        ctx.save_for_backward(q, k, v, out, lse, first, last)
-        return out
-
-    @staticmethod
-    def backward(ctx, dout):
-        backward = _TilesOfSmallerHeads.module._attention_backward_triton
-        return *backward(dout, *ctx.saved_tensors, _TilesOfSmallerHeads.tiles), None, None, None
-
-
 def attentions(shape: Shape, lengths: list[int], window: int | None) -> Iterator[Case]:
     """Causal attention within documents of these lengths, where a query sees at most `window` keys."""
     tokens = sum(lengths)
@@ -302,7 +282,6 @@ def attentions(shape: Shape, lengths: list[int], window: int | None) -> Iterator
     providers = {
         "ours": lambda q, k, v, first, last, cu_seqlens: ours.attention(q, k, v, first, last),
         "plain": lambda q, k, v, first, last, cu_seqlens: ours.attention_definition(q, k, v, first),
-        **({"ours 128x64": _TilesOfSmallerHeads.apply} if shape.head_dim == 128 else {}),
         **({"cudnn": _cudnn} if len(lengths) == 1 and not window else {}),
         "varlen": _varlen(max(lengths), window, None),
         "fa3": _varlen(max(lengths), window, "FA3"),
