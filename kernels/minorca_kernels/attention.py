@@ -323,9 +323,8 @@ _TILES: dict[str, dict[int, Tiles]] = {
         128: {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 2), "dkdv": (64, 64, 8, 2)},
         256: {"forward": (64, 64, 8, 2), "dq": (64, 32, 8, 2), "dkdv": (32, 32, 8, 2)},
     },
-    # 227 KiB, products of 64 rows and more from shared memory
-    # The fastest on an H200 (benchmarks.attention_tiles): 128 x 128 executes a fifth fewer instructions a key in forward
-    # and dQ, and takes 16% and 10% longer.
+    # 227 KiB, products of 64 rows and more from shared memory. The fastest on an H200 (benchmarks.attention_tiles):
+    # 128 x 128 executes a fifth fewer instructions a key in forward and dQ, and takes 16% and 10% longer.
     "sm_90": {
         128: {"forward": (128, 64, 8, 3), "dq": (128, 64, 8, 3), "dkdv": (64, 128, 8, 3)},
         256: {"forward": (64, 64, 8, 2), "dq": (64, 32, 8, 2), "dkdv": (32, 32, 8, 2)},
