@@ -20,10 +20,13 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch._subclasses import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
 
 from benchmarks.compiled import target
 from benchmarks.recorder import Recorder
+from minorca.train import parallel
 from minorca.train.ranks import World
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -121,9 +124,22 @@ def fake_cuda(ranks: int = 1) -> Iterator[tuple[World, Recorder]]:
         mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
         swap_tensors(one, other)
 
-    patches = mock.patch.multiple(torch.cuda, **_cuda(recorder)), mock.patch.object(torch.utils, "swap_tensors", swap)
+
+    def device_mesh(*arguments, **options) -> DeviceMesh:
+        # it needs the numbers of the ranks
+        with _disable_current_modes():
+            mesh = init_device_mesh(*arguments, **options)
+            return mesh
+
     try:
-        with patches[0], patches[1], mode, recorder.recording():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.multiple(torch.cuda, **_cuda(recorder)))
+            stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", swap))
+            stack.enter_context(mock.patch.object(parallel, "init_device_mesh", device_mesh))
+            stack.enter_context(mode)
+            # torch.tensor copies to the GPU where the modes see it
+            torch._C._set_only_lift_cpu_tensors(True)
+            stack.enter_context(recorder.recording())
             yield World(0, ranks, DEVICE), recorder
     finally:
         dist.destroy_process_group()
