@@ -2,7 +2,8 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 
 from benchmarks.common import SHAPES
 from benchmarks.fake_cuda import fake_cuda
-from benchmarks.recorder import Recorder
+from benchmarks.recorder import Launch, Recorder
 from minorca.config import Config, DataConfig, LoRAConfig, ModelConfig, ParallelConfig
 from minorca.data.packing import make_batch
 from minorca.data.store import TokenStore
@@ -55,6 +56,7 @@ class Training:
     Attributes:
         lengths: of the micro-batch's documents.
         trained: the share of each document, at its end, that is trained.
+        later: gradients of an earlier micro-batch are there, to which this one adds.
     """
 
     layers: int
@@ -65,6 +67,7 @@ class Training:
     checkpointing: str = "none"
     ranks: int = 1
     replicate: int = 1
+    later: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,16 @@ class Recording:
 
     recorder: Recorder
     peak: dict[str, int]
+
+    @property
+    def launches(self) -> Counter[Launch]:
+        return Counter(self.recorder.launches)
+
+
+def extrapolated(run: Callable[[int], Recording], layers: int) -> Counter[Launch]:
+    """The launches of so many layers, from runs of two and three."""
+    two, three = run(2).launches, run(3).launches
+    return Counter({launch: two[launch] + (layers - 2) * (three[launch] - two[launch]) for launch in two | three})
 
 
 def train(run: Training) -> Recording:
@@ -99,6 +112,9 @@ def train(run: Training) -> Recording:
         adapters = list(learner.trainable.parameters.values())
         kinds = {recorder.number(p): "weights" for p in learner.model.parameters()}
         kinds |= {recorder.number(p): "adapters" for p in adapters}
+        if run.later:
+            for p in adapters:
+                p.grad = torch.zeros_like(p)
         recorder.phase = "batch"
         batch = batch.to(world.device)
         seed_dropout(learner.model, config.train.seed, 1, 0)
@@ -124,8 +140,8 @@ def decode(layers: int, batch: int, prompt: int, sampling: Sampling | None = Non
         kinds = {recorder.number(p): "weights" for p in model.parameters()}
         engine = Engine(model, batch, prompt + 32)
         cache = engine.cache
-        for _ in range(batch):
-            engine.add(Request(list(range(prompt)), 32, sampling or Sampling()))
+        for slot in range(batch):
+            engine.add(Request([slot, *range(1, prompt)], 32, sampling or Sampling()))
         recorder.phase = "prefill"
         while len(engine._prompt_logits) < batch:
             engine.step()
