@@ -124,18 +124,18 @@ def fake_cuda(ranks: int = 1) -> Iterator[tuple[World, Recorder]]:
         mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
         swap_tensors(one, other)
 
-
     def device_mesh(*arguments, **options) -> DeviceMesh:
         # it needs the numbers of the ranks
         with _disable_current_modes():
-            mesh = init_device_mesh(*arguments, **options)
-            return mesh
+            return init_device_mesh(*arguments, **options)
 
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.multiple(torch.cuda, **_cuda(recorder)))
             stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", swap))
             stack.enter_context(mock.patch.object(parallel, "init_device_mesh", device_mesh))
+            # it would compute with single numbers that it knows, on a GPU too
+            stack.enter_context(mock.patch.object(mode, "may_turn_const", lambda t: False))
             stack.enter_context(mode)
             # torch.tensor copies to the GPU where the modes see it
             torch._C._set_only_lift_cpu_tensors(True)

@@ -134,18 +134,20 @@ def train(run: Training) -> Recording:
 
 
 def decode(layers: int, batch: int, prompt: int, sampling: Sampling | None = None) -> Recording:
-    """Prefills prompts and decodes some tokens by the engine: phases build, prefill, decode."""
+    """Prefills equal prompts and decodes some tokens by the engine: phases build, prefill (and a step), decode."""
     with fake_cuda() as (world, recorder):
         model = build_model(architecture(layers), torch.bfloat16).to_empty(device=world.device).eval()
         kinds = {recorder.number(p): "weights" for p in model.parameters()}
         engine = Engine(model, batch, prompt + 32)
         cache = engine.cache
-        for slot in range(batch):
-            engine.add(Request([slot, *range(1, prompt)], 32, sampling or Sampling()))
         recorder.phase = "prefill"
+        # of equal prompts one is prefilled, and the others' caches are copied
+        for _ in range(batch):
+            engine.add(Request(list(range(prompt)), 32, sampling or Sampling()))
         while len(engine._prompt_logits) < batch:
             engine.step()
         recorder.phase = "decode"
+        # one has been eager, maybe; the next one is captured, and then replayed
         for _ in range(3):
             engine.step()
         kinds |= {recorder.number(t): "cache" for t in (*cache.k_LNSKD, *cache.v_LNSKD)}

@@ -127,7 +127,7 @@ class Prediction:
     @functools.cached_property
     def by_group(self) -> dict[str, float]:
         """Seconds of each group."""
-        seconds = dict.fromkeys(GROUPS, 0.0)
+        seconds: dict[str, float] = {group: 0.0 for group in GROUPS}
         for launch, count in self.launches.items():
             seconds[self.group(launch)] += count * self.seconds(launch)
         return seconds
@@ -192,6 +192,8 @@ def _print_step(prediction: Prediction, tokens: int, measured: float | None) -> 
     """The waterfall from the matrix products to the step; what was measured beside it."""
     seconds = 0.0
     for group, part in prediction.by_group.items():
+        if not part:
+            continue
         seconds += part
         print(f"  {'+' if seconds > part else ' '} {group:22}{1e3 * part:9.2f} ms{tokens / seconds:12,.0f} tokens/s")
     count = sum(prediction.launches.values())
@@ -206,7 +208,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.predict", description="Steps of Mistral-7B, predicted without a GPU."
     )
-    parser.add_argument("--measured", type=Path, metavar="FOLDER", help="a GPU's results, for rates and to compare with")
+    parser.add_argument(
+        "--measured", type=Path, metavar="FOLDER", help="a GPU's results, for rates and to compare with"
+    )
     parser.add_argument("--attention", choices=Rates().attention, default="FA2", help="default: FA2")
     parser.add_argument("--kernels", type=int, default=0, metavar="N", help="also the N kernels that take longest")
     args = parser.parse_args()
