@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensorMode, fake_tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
@@ -98,6 +98,7 @@ def _cuda(recorder: Recorder) -> dict[str, Any]:
         "get_device_capability": lambda device=None: divmod(ARCH, 10),
         "mem_get_info": lambda device=None: (PROPERTIES.total_memory, PROPERTIES.total_memory),
         "synchronize": lambda device=None: recorder.wait("synchronize"),
+        "is_current_stream_capturing": lambda: recorder.captured,
         "current_stream": _Handle,
         "Stream": _Handle,
         "Event": _Handle,
@@ -134,6 +135,9 @@ def fake_cuda(ranks: int = 1) -> Iterator[tuple[World, Recorder]]:
             stack.enter_context(mock.patch.multiple(torch.cuda, **_cuda(recorder)))
             stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", swap))
             stack.enter_context(mock.patch.object(parallel, "init_device_mesh", device_mesh))
+            # attention takes varlen_attn
+            stack.enter_context(mock.patch.object(torch._C, "_can_use_cudnn_attention", lambda *arguments: False))
+            stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None))
             # it would compute with single numbers that it knows, on a GPU too
             stack.enter_context(mock.patch.object(mode, "may_turn_const", lambda t: False))
             stack.enter_context(mode)

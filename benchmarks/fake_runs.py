@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class Training:
     trained: float = 1.0
     rank: int = 16
     dropout: float = 0.0
-    checkpointing: str = "none"
+    checkpointing: Literal["none", "selective", "full"] = "none"
     ranks: int = 1
     replicate: int = 1
     later: bool = False

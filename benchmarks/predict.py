@@ -28,7 +28,7 @@ BATCHES = {"4,096 tokens a document": ([4096] * 2, 1.0), "packed, 683 a document
 PROMPT, NEW = 512, 32
 # matrix products of which no dimension is smaller are those of whole weights
 WEIGHT = 512
-GROUPS = ("matrix products", "attention", "low-rank products", "memory-bound kernels", "small kernels")
+GROUPS: tuple[str, ...] = ("matrix products", "attention", "low-rank products", "memory-bound kernels", "small kernels")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Prediction:
     @functools.cached_property
     def by_group(self) -> dict[str, float]:
         """Seconds of each group."""
-        seconds: dict[str, float] = {group: 0.0 for group in GROUPS}
+        seconds: dict[str, float] = dict.fromkeys(GROUPS, 0.0)
         for launch, count in self.launches.items():
             seconds[self.group(launch)] += count * self.seconds(launch)
         return seconds

@@ -31,23 +31,22 @@ def per_layer(two, three, chosen):
 """
 
 STEPS = """
-runs = {layers: train(Training(layers, [8192], later=True)) for layers in (2, 3)}
-alone = {layers: train(Training(layers, [8192])) for layers in (2, 3)}
+runs = {layers: train(Training(layers, [8192])) for layers in (2, 3)}
 kinds = [Training(2, [4096], checkpointing=kind) for kind in ("selective", "full")]
 ranks = [Training(2, [4096], ranks=8), Training(2, [4096], checkpointing="full", ranks=8, replicate=2)]
 dropped = [Training(2, [2048, 1024], dropout=0.05)]
-held = list(itertools.accumulate(change for _, change, phase in alone[2].recorder.memory if phase == "build"))
+held = list(itertools.accumulate(change for _, change, phase in runs[2].recorder.memory if phase == "build"))
 peaks = [runs[layers].peak for layers in (2, 3)]
 decoded = {layers: decode(layers, 1, 512) for layers in (2, 3)}
 many = decode(2, 8, 512)
-print(json.dumps({
-    "waits": [waits(run) for run in (*runs.values(), *map(train, kinds + ranks + dropped))],
-    "batch copies": alone[2].recorder.async_copies,
-    "rows": max(int(wait.what.split("[")[1].split(",")[0].split("]")[0]) for wait in alone[2].recorder.waits
+steps = {
+    "waits": [waits(run) for run in (runs[2], *map(train, kinds + ranks + dropped))],
+    "batch copies": runs[2].recorder.async_copies,
+    "rows": max(int(wait.what.split("[")[1].split(",")[0].split("]")[0]) for wait in runs[2].recorder.waits
                 if wait.phase == "build" and "copy" in wait.what and "[4096]" not in wait.what),
     "beside weights": max(held) - held[-1],
     "peak": {kind: peaks[0][kind] + 30 * (peaks[1][kind] - peaks[0][kind]) for kind in peaks[0]},
-    "training": {phase: per_layer(*alone.values(), lambda launch: launch.phase == phase)
+    "training": {phase: per_layer(*runs.values(), lambda launch: launch.phase == phase)
                  for phase in ("forward", "backward")},
     "decoding": per_layer(*decoded.values(), lambda launch: launch.captured),
     "generating": [(wait.phase, wait.captured, wait.what) for run in (*decoded.values(), many)
@@ -56,7 +55,7 @@ print(json.dumps({
     "prefill launches": per_layer(*decoded.values(), lambda launch: launch.phase == "prefill")["launches"],
     "tokens per second": 8192 / training(Rates(), "packed, 683 a document", 16, 0.0, "FA2").step_seconds,
     "of copy": of_copy(decoding(Rates(), 1), 1),
-}))
+}
 """
 
 FAULTS = """
@@ -81,25 +80,31 @@ with fake_cuda() as (world, recorder):
     sizes.append(recorder.peak({})["total"])
     y.untyped_storage().resize_(4000)
     sizes.append(recorder.peak({})["total"])
-print(json.dumps({"clean": clean, "found": found, "copies": recorder.async_copies.total(), "sizes": sizes}))
+faults = {"clean": clean, "found": found, "copies": recorder.async_copies.total(), "sizes": sizes}
 """
 
 PEAKS = """
 cases = ((8192, "none"), (8192, "selective"), (8192, "full"), (4096, "none"), (4096, "full"))
 runs = [Training(32, [tokens], checkpointing=kind, later=True) for tokens, kind in cases]
-print(json.dumps([train(run).peak["total"] for run in runs]))
+peaks = [train(run).peak["total"] for run in runs]
 """
 
 
-def result_of(tmp_path, script: str) -> Any:
-    """What a script prints, in a process of its own: torch answers there that CUDA exists."""
-    (tmp_path / "script.py").write_text(SCRIPT + script)
-    return json.loads(run(tmp_path / "script.py", check=True).stdout.splitlines()[-1])
+def results_of(directory, script: str, name: str) -> Any:
+    """The value of a name after a script, in a process of its own: torch answers there that CUDA exists."""
+    path = directory / "script.py"
+    path.write_text(f"{SCRIPT}{script}print(json.dumps({name}))")
+    return json.loads(run(path, check=True).stdout.splitlines()[-1])
 
 
-def test_steps(tmp_path):
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    return results_of(tmp_path_factory.mktemp("fake"), STEPS + FAULTS, '{"steps": steps, "faults": faults}')
+
+
+def test_steps(found):
     """Training by each kind of checkpointing, on one rank, sharded and replicated; loading; decoding."""
-    found = result_of(tmp_path, STEPS)
+    found = found["steps"]
     print(found)
     # a step waits once, for the norm that it clips to
     assert all(waits == [["optimizer", "_local_scalar_dense"]] for waits in found["waits"])
@@ -116,9 +121,9 @@ def test_steps(tmp_path):
     assert found["tokens per second"] >= 18_500 and found["of copy"] >= 0.75
 
 
-def test_faults_are_seen(tmp_path):
+def test_faults_are_seen(found):
     """Every wait is noted, and no other; storages that FSDP empties do not count."""
-    found = result_of(tmp_path, FAULTS)
+    found = found["faults"]
     assert found["clean"] == 0 and found["copies"] == 1 and all(found["found"]), found
     assert found["sizes"][0] == found["sizes"][1] == found["sizes"][2] - 4000, found
 
@@ -127,4 +132,4 @@ def test_faults_are_seen(tmp_path):
 def test_peaks_of_all_layers(tmp_path):
     """GB, as an independent measurement with another tracker gave them, within 1%."""
     expected = [47.8, 28.5, 19.1, 31.4, 17.0]
-    assert [size / 1e9 for size in result_of(tmp_path, PEAKS)] == pytest.approx(expected, rel=0.01)
+    assert [size / 1e9 for size in results_of(tmp_path, PEAKS, "peaks")] == pytest.approx(expected, rel=0.01)
