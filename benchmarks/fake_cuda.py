@@ -10,7 +10,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,8 +46,9 @@ def load_library() -> None:
     """Compiles fake_cuda.cpp, once for each version of it and of torch, and loads it."""
     torch_path = Path(torch.__file__).parent
     key = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {torch_path}".encode()).hexdigest()[:16]
-    library = Path(tempfile.gettempdir(), f"minorca-fake-cuda-{key}.so")
+    library = Path.home() / ".cache" / "minorca" / f"fake-cuda-{key}.so"
     if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
         built = f"{library}.{os.getpid()}"
         options = ["-std=c++20", "-shared", "-fPIC", f"-I{torch_path}/include", f"-L{torch_path}/lib"]
         subprocess.run(["g++", *options, SOURCE, "-o", built, "-lc10", "-ltorch_cpu"], check=True)
