@@ -99,7 +99,7 @@ def main() -> None:
         for kernel, found in tiles.items():
             for tile in found:
                 use(kernel, tile)
-                seconds = do_bench(calls[kernel], warmup=5, rep=40, return_mode="median") / 1e3
+                seconds = cast(float, do_bench(calls[kernel], warmup=5, rep=40, return_mode="median")) / 1e3
                 rate = flops * PRODUCTS[kernel] / seconds
                 shape = f"{len(lengths)} x {lengths[0]}"
                 rows.append(
