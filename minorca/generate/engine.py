@@ -169,12 +169,20 @@ class Engine:
     def _admit(self) -> None:
         while self._waiting and self._free_slots:
             request = self._waiting.popleft()
-            sequence = Sequence(request, self._free_slots.pop(0))
+            sequence = Sequence(request, self._free_slots.pop(0), *self._to_device(request))
             self._running[request] = sequence
             self._prefilling.append(sequence)
-            self._adapter_N[sequence.slot] = self._adapters.index(request.adapter)
+            self._adapter_N[sequence.slot : sequence.slot + 1] = sequence.adapter_1
             if self.reuse:
                 self._keep_common_prefix(sequence)
+
+    def _to_device(self, request: Request) -> tuple[Tensor, ...]:
+        """Copies what the device has to know of a request, at once; on CUDA the host does not wait for it."""
+        sampling = request.sampling.words(request.sample)
+        packed = torch.tensor([self._adapters.index(request.adapter), *sampling, *request.prompt])
+        if self.device.type == "cuda":
+            packed = packed.pin_memory()
+        return packed.to(self.device, non_blocking=True).split((1, len(sampling), len(request.prompt)))
 
     def _keep_common_prefix(self, sequence: Sequence) -> None:
         request, slot = sequence.request, sequence.slot
@@ -199,9 +207,9 @@ class Engine:
             self._start_decoding(sequence, shared_1V)
             return 0
         start = self.cache.lengths[slot]
-        ids_T = torch.tensor(request.prompt[start : start + self.chunk], device=self.device)
+        ids_T = sequence.prompt_T[start : start + self.chunk]
         is_last = start + len(ids_T) == len(request.prompt)
-        self._adapters.choose(self._adapter_N[slot : slot + 1], request.adapter is not None)
+        self._adapters.choose(sequence.adapter_1, request.adapter is not None)
         head = self._last_logits if is_last else self._no_logits
         logits_1V = self.model(ids_T, attend=self.cache.prefill(slot, len(ids_T)), head=head)
         if is_last:
@@ -233,7 +241,7 @@ class Engine:
         self._cached[slot] = (request.adapter, request.prompt)
         self._prompt_logits[slot] = logits_1V
         own = slice(slot, slot + 1)
-        self._sampler.set(slot, request.sampling, request.sample, request.prompt)
+        self._sampler.set(slot, request.sampling, sequence.words_4, sequence.prompt_T)
         ids_1 = self._sampler(logits_1V, self.cache.lengths_N[own], own, self._sampler.ops(own))
         self._decode_step.tokens_N[own] = ids_1
         self._pending.append(PendingTokens([(0, sequence)], ids_1, logits_1V))

@@ -124,7 +124,7 @@ class KVCache:
     def set_length(self, slot: int, length: int) -> None:
         """Declares the slot's first `length` tokens, which its buffer must hold, to be its sequence; 0 empties it."""
         self.lengths[slot] = length
-        self.lengths_N[slot] = length
+        self.lengths_N[slot].fill_(length)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Makes the first `length` tokens of slot `source`, which must hold them, the sequence of slot `target`."""
@@ -135,7 +135,7 @@ class KVCache:
     def set_active(self, slot: int, active: bool) -> None:
         """Includes a slot in decoding, or excludes it."""
         self.active[slot] = active
-        self.active_N[slot] = int(active)
+        self.active_N[slot].fill_(int(active))
 
     def prefill(self, slot: int, tokens: int) -> "_PrefillAttention":
         """The attend object for the next `tokens` tokens of a slot, which count as part of its sequence from now on."""
