@@ -14,7 +14,6 @@ from minorca.generate.sampling import Sampler, SamplingOps
 from minorca.model.lora import AdapterChoice
 from minorca.model.network import Mistral
 
-
 log = logging.getLogger(__name__)
 
 
@@ -64,7 +63,9 @@ class DecodeStep:
             except RuntimeError as error:
                 self._uses_graphs = False
                 self._graphs.clear()
-                log.warning("decoding is slower, without CUDA graphs: a step cannot be captured (%s)", one_line(error))
+                log.warning(
+                    "decoding is slower, without CUDA graphs: a step cannot be captured (%s)", one_line(str(error))
+                )
                 return self._compute(ops)
         graph, logits_NV = self._graphs[key]
         graph.replay()
