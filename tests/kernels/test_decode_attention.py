@@ -31,10 +31,12 @@ def edge_lengths(slots):
     return [0, 1, slots - 1, slots, slots + 5]
 
 
-@pytest.fixture(params=[1, 3, 64] if INTERPRETED else [1])
+@pytest.fixture(params=[16, 64] if INTERPRETED else [None])
 def splits(request, monkeypatch):
-    """The number of splits, for five sequences with two key heads."""
-    monkeypatch.setattr(KERNEL_MODULE, "multiprocessor_count", lambda device: 5 * request.param)
+    """The filled slots of a split, several of which one program combines at once, and the programs of two key heads."""
+    monkeypatch.setattr(KERNEL_MODULE, "SPLIT", request.param)
+    monkeypatch.setattr(KERNEL_MODULE, "BLOCK_SPLITS", 4)
+    monkeypatch.setattr(KERNEL_MODULE, "multiprocessor_count", lambda device: 3)
 
 
 def test_the_definition_equals_python_loops():
@@ -60,7 +62,7 @@ def test_equals_the_definition(group, size, slots, splits, poisoned):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])], ids=str)
-@pytest.mark.parametrize("splits", [3], indirect=True)
+@pytest.mark.parametrize("splits", [64], indirect=True)
 def test_rounding(dtype, splits):
     """At most twice as far from fp64 as the formula in the same dtype."""
     q, k, v, lengths = random_inputs([200] * 5, 200, 4, 128, dtype)
@@ -76,9 +78,9 @@ def test_rounding(dtype, splits):
 @pytest.mark.parametrize("threads", [1] if INTERPRETED else [1, 2])
 @pytest.mark.parametrize("size, length", [(20, 150), *([] if INTERPRETED else [(64, 64), (64, 130)])])
 def test_no_bit_depends_on_a_neighbour(dtype, threads, size, length, monkeypatch):
-    """On the sequence's position, the others' contents or lengths, the call, or where the groups are computed."""
+    """On the sequence's position, the others' contents, lengths or number, the call, or where groups are computed."""
     # 3 splits
-    monkeypatch.setattr(KERNEL_MODULE, "multiprocessor_count", lambda device: 8)
+    monkeypatch.setattr(KERNEL_MODULE, "SPLIT", 64)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     slots = 150
@@ -91,12 +93,13 @@ def test_no_bit_depends_on_a_neighbour(dtype, threads, size, length, monkeypatch
             for t, alone in zip((q, k, v), random_inputs([length], slots, 3, size, dtype, kv_heads=1)):
                 t[position] = alone[0]
             results.append(decode_attention(q, k, v, lengths_N)[position])
+            results.append(decode_attention(*(t[position:][:1] for t in (q, k, v, lengths_N)))[0])
             results.append(decode_attention(q, k, v, lengths_N, decode_groups(lengths, slots))[position])
     torch.set_num_threads(threads_before)
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("splits", [3], indirect=True)
+@pytest.mark.parametrize("splits", [64], indirect=True)
 def test_the_order_of_slots_does_not_matter(splits):
     q, k, v, lengths = random_inputs([200] * 5, 200, 1, 64)
     # as in a buffer that has rolled over
