@@ -24,6 +24,7 @@ from minorca_kernels.frozen_weight import (
 from minorca_kernels.lora_linear import STRATEGIES, Adapter, lora_linear, lora_linear_definition, padding_pays
 from minorca_kernels.rms_norm import add_rms_norm, add_rms_norm_definition, rms_norm, rms_norm_definition
 from minorca_kernels.rope import rope, rope_definition, rope_tables
+from minorca_kernels.rope_into_cache import rope_into_cache, rope_into_cache_definition
 from minorca_kernels.swiglu import swiglu, swiglu_definition
 
 __all__ = [
@@ -50,6 +51,8 @@ __all__ = [
     "rms_norm_definition",
     "rope",
     "rope_definition",
+    "rope_into_cache",
+    "rope_into_cache_definition",
     "rope_tables",
     "padding_pays",
     "swiglu",

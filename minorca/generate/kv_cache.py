@@ -7,7 +7,7 @@ buffer; Jiang et al. 2023, arXiv:2310.06825). The buffers of all slots grow toge
 needs.
 
 Axes in names: L layers, N slots, S positions of a buffer, P some of these positions, T tokens,
-H query heads, K key/value heads, D head size.
+H query heads, K key/value heads, D head size, M = (H + 2 K) D, P = D/2 (`cos_NP`).
 """
 
 import os
@@ -19,7 +19,7 @@ from minorca.errors import UserError
 from minorca.model.architecture import Architecture
 from minorca.model.attention import PackedAttention
 from minorca.model.network import Mistral
-from minorca_kernels import decode_attention, decode_groups
+from minorca_kernels import decode_attention, decode_groups, rope_into_cache
 
 # Buffers grow to a multiple of this many positions.
 CAPACITY_MULTIPLE = 64
@@ -227,9 +227,10 @@ class _DecodeAttention:
             filled = [min(length, capacity) * active for length, active in zip(cache.lengths, cache.active)]
             self.groups = decode_groups(filled, capacity)
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+    def of_qkv(self, layer: int, qkv_NM: Tensor, cos_NP: Tensor, sin_NP: Tensor, heads: int, kv_heads: int) -> Tensor:
+        """As `PackedAttention.of_qkv`; the cache knows the numbers of heads."""
         k_NSKD = self.cache.k_LNSKD[layer]
         v_NSKD = self.cache.v_LNSKD[layer]
-        k_NSKD.flatten(0, 1).index_copy_(0, self.index_N, k_NKD)
-        v_NSKD.flatten(0, 1).index_copy_(0, self.index_N, v_NKD)
+        caches = k_NSKD.flatten(0, 1), v_NSKD.flatten(0, 1)
+        q_NHD = rope_into_cache(qkv_NM, cos_NP, sin_NP, *caches, self.index_N)
         return decode_attention(q_NHD, k_NSKD, v_NSKD, self.filled_N, self.groups)

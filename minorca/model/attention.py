@@ -21,7 +21,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, activate_flash_attention_impl, restore_flash_attention_impl, sdpa_kernel
 from torch.torch_version import TorchVersion
 
-from minorca_kernels import attention
+from minorca_kernels import attention, rope
 
 varlen_attn: Callable[..., Any] | None
 try:
@@ -180,6 +180,10 @@ class PackedAttention:
         if not torch.compiler.is_compiling():
             _report(backend, q_THD.dtype, q_THD.shape[-1])
         return self.run(backend, q_THD, k_TKD, v_TKD)
+
+    def of_qkv(self, layer: int, qkv_TN: Tensor, cos_TP: Tensor, sin_TP: Tensor, heads: int, kv_heads: int) -> Tensor:
+        """The same of a fused buffer, whose queries and keys are rotated before; see `rope`."""
+        return self(layer, *rope(qkv_TN, cos_TP, sin_TP, heads, kv_heads))
 
     def run(self, backend: str, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         """Attention by the back end of this name."""
