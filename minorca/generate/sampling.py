@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from minorca.errors import UserError, raise_problems
+from minorca_kernels import draw
+from minorca_kernels.draw import MIN_TEMPERATURE, inverse_transform
 
 
 @dataclass(frozen=True)
@@ -143,10 +145,9 @@ class Sampler:
             logits_NV = torch.where(self.seen_NV[slots], penalized_NV, logits_NV)
         ids_N = logits_NV.argmax(-1)
         if ops.draw:
-            scaled_NV = logits_NV / temperature_N1.clamp(min=1e-4)
-            uniform_N = _uniform(self.words_N4[slots, 0], positions_N)
-            drawn_N = _draw(scaled_NV.softmax(-1), uniform_N)
+            drawn_N, uniform_N = draw(logits_NV, temperature_N1[:, 0], self.words_N4[slots, 0], positions_N)
             if ops.filter:
+                scaled_NV = logits_NV / temperature_N1.clamp(min=MIN_TEMPERATURE)
                 # Chosen slot by slot: a draw must not depend on what other slots ask for.
                 filtered_N = _draw_filtered(scaled_NV, uniform_N, top_p_N1, top_k_N1, min_p_N1)
                 drawn_N = torch.where(filters_N1[:, 0] > 0, filtered_N, drawn_N)
@@ -164,19 +165,4 @@ def _draw_filtered(
     p_NV = sorted_NV.masked_fill(rank_V >= top_k_N1, -torch.inf).softmax(-1)
     before_NV = p_NV.cumsum(-1) - p_NV
     p_NV = p_NV.masked_fill((before_NV >= top_p_N1) | (p_NV < min_p_N1 * p_NV[:, :1]), 0)
-    return ids_NV.gather(-1, _draw(p_NV, uniform_N)[:, None])[:, 0]
-
-
-def _draw(p_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    """Inverse transform sampling from p, which need not sum to 1; never an index whose p is 0."""
-    cumulative_NV = p_NV.cumsum(-1)
-    passed_NV = cumulative_NV <= uniform_N[:, None] * cumulative_NV[:, -1:]
-    return (~passed_NV & (p_NV > 0)).int().argmax(-1)
-
-
-def _uniform(seed_N: Tensor, position_N: Tensor) -> Tensor:
-    """[N] fp32 in [0, 1), a function of its arguments: SplitMix64 (Steele et al. 2014, doi 10.1145/2660193.2660195)."""
-    x_N = seed_N + position_N * -0x61C8864680B583EB
-    x_N = (x_N ^ (x_N >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
-    x_N = (x_N ^ (x_N >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
-    return ((x_N ^ (x_N >> 31 & (1 << 33) - 1)) >> 40 & (1 << 24) - 1).float() / (1 << 24)
+    return ids_NV.gather(-1, inverse_transform(p_NV, uniform_N)[:, None])[:, 0]

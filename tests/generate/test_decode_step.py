@@ -17,8 +17,6 @@ from minorca_kernels.operator import INTERPRETED
 from tests.generate.test_engine import ids, prompt, run
 from tests.helpers import random_adapter
 
-WINDOW = 40
-
 
 def tensors(tree) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
@@ -98,7 +96,7 @@ def requests(adapters=(None,)) -> list[Request]:
         Sampling(temperature=0.8, top_p=0.9, top_k=20, repetition_penalty=1.3, seed=2),
     ]
     return [
-        Request(prompt(3 + 2 * n), 8 + 3 * n, sampling, adapter=adapters[n % len(adapters)])
+        Request(prompt(3 + 2 * n), 6 + 2 * n, sampling, adapter=adapters[n % len(adapters)])
         for n, sampling in enumerate(sampled)
     ]
 

@@ -12,7 +12,8 @@ from transformers import (
 )
 
 from minorca.errors import UserError
-from minorca.generate.sampling import Sampler, Sampling, _uniform
+from minorca.generate.sampling import Sampler, Sampling
+from minorca_kernels.draw import uniform
 
 VOCABULARY = 12
 DRAWS = 40_000
@@ -104,7 +105,7 @@ def test_a_draw_depends_on_seed_sample_and_position_alone():
 
 def test_uniform_numbers_are_uniform_and_independent():
     seeds, positions = torch.meshgrid(torch.randint(-(2**63), 2**63 - 1, (300,)), torch.arange(300), indexing="ij")
-    u = _uniform(seeds.flatten(), positions.flatten()).double()
+    u = uniform(seeds.flatten(), positions.flatten()).double()
     assert u.min() >= 0 and u.max() < 1
     assert torch.allclose(torch.histc(u, 20, 0, 1) / len(u), torch.tensor(0.05, dtype=torch.float64), atol=0.004)
     u = u.view(300, 300)
