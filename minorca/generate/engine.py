@@ -177,13 +177,15 @@ class Engine:
             if self.reuse:
                 self._keep_common_prefix(sequence)
 
-    def _to_device(self, request: Request) -> tuple[Tensor, ...]:
+    def _to_device(self, request: Request) -> tuple[Tensor, Tensor, Tensor]:
         """Copies what the device has to know of a request, at once; on CUDA the host does not wait for it."""
         sampling = request.sampling.words(request.sample)
         packed = torch.tensor([self._adapters.index(request.adapter), *sampling, *request.prompt])
         if self.device.type == "cuda":
             packed = packed.pin_memory()
-        return packed.to(self.device, non_blocking=True).split((1, len(sampling), len(request.prompt)))
+        packed = packed.to(self.device, non_blocking=True)
+        after = 1 + len(sampling)
+        return packed[:1], packed[1:after], packed[after:]
 
     def _keep_common_prefix(self, sequence: Sequence) -> None:
         request, slot = sequence.request, sequence.slot

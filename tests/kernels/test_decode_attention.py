@@ -103,8 +103,9 @@ def test_no_bit_depends_on_a_neighbour(dtype, threads, size, length, monkeypatch
             for t, alone in zip((q, k, v), random_inputs([length], slots, 3, size, dtype, kv_heads=1)):
                 t[position] = alone[0]
             results.append(decode_attention(q, k, v, lengths_N)[position])
-            results.append(decode_attention(*(t[position:][:1] for t in (q, k, v, lengths_N)))[0])
             results.append(decode_attention(q, k, v, lengths_N, decode_groups(lengths, slots))[position])
+            q, k, v, lengths_N = (t[position : position + 1] for t in (q, k, v, lengths_N))
+            results.append(decode_attention(q, k, v, lengths_N)[0])
     torch.set_num_threads(threads_before)
     assert all(torch.equal(result, results[0]) for result in results)
 
