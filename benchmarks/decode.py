@@ -2,7 +2,9 @@
 
 Decoding: both continue the same random prompts of equal length with the same weights and no stop ids: minorca's engine
 with as many slots as there are prompts, and transformers' generate with its defaults (SDPA, its dynamic cache). A
-step's time is the median over the steps after the first tokens; runs alternate. Beside them, in the same rounds, stands
+step's time is that of the steps in which all sequences decode, from the arrival of their third tokens to that of their
+last but one, over their number: nothing waits for the device in between, so that the host's work may overlap with the
+device's. Runs alternate; the median is over runs. Beside them, in the same rounds, stands
 the limit: every weight multiplied once by as many rows, by the same calls as in the engine (prepacked on a CPU), and
 nothing else. Bandwidth counts what a step must read: every weight (of an embedding that is not the head, nothing) and
 the filled part of the cache, divided by a copy's bytes per second on the same machine.
@@ -11,7 +13,7 @@ First token: from the request until its id is on the host, for one prompt of eac
 """
 
 import functools
-import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +50,7 @@ def products(model: Mistral, rows: int) -> list[Callable[[], Tensor]]:
 
 @torch.inference_mode()
 def limit(model: Mistral, rows: int, steps: int) -> float:
-    """Median seconds of all products with weights; on CUDA as a CUDA graph, like the engine's step."""
+    """Mean seconds of all products with weights; on CUDA as a CUDA graph, like the engine's step."""
     calls = products(model, rows)
 
     def run_all() -> None:
@@ -56,12 +58,13 @@ def limit(model: Mistral, rows: int, steps: int) -> float:
             call()
 
     run_all()
-    if DEVICE.type != "cuda":
-        return statistics.median(_timed(run_all) for _ in range(steps))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run_all()
-    return statistics.median(_timed(graph.replay) for _ in range(steps))
+    step = run_all
+    if DEVICE.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run_all()
+        step = graph.replay
+    return _timed(lambda: [step() for _ in range(steps)]) / steps
 
 
 def _timed(run: Callable) -> float:
@@ -71,36 +74,41 @@ def _timed(run: Callable) -> float:
 
 
 class Stamps:
-    """The time of each token: a streamer for transformers, which puts the prompt first."""
+    """The time at which each token is on the host: a streamer for transformers, which puts the prompt first."""
 
     def __init__(self):
         self.times = []
 
     def put(self, ids: Tensor) -> None:
-        self.times.append(clock())
+        self.times.append(time.perf_counter())
 
     def end(self) -> None:
         pass
 
 
 def our_run(model: Mistral, prompts: Tensor, new: int) -> tuple[list[list[int]], float]:
-    """The new ids of each prompt, and a decoding step's median seconds."""
+    """The new ids of each prompt, and a decoding step's mean seconds."""
     engine = Engine(model, len(prompts), prompts.shape[1] + new)
     outs: dict[Request, list[int]] = {}
-    times = []
+    # Tokens of each sequence on the host, and when.
+    times: list[tuple[int, float]] = []
     for prompt in prompts.tolist():
         request = Request(prompt, new)
         engine.add(request)
         outs[request] = []
     while engine.busy:
-        is_last = any(len(ids) == new - 1 for ids in outs.values())
-        start = clock()
         for token in engine.step():
             outs[token.request].append(token.id)
-        # Only steps in which all slots decode.
-        if min(map(len, outs.values())) > 2 and not is_last:
-            times.append(clock() - start)
-    return list(outs.values()), statistics.median(times)
+        counts = list(map(len, outs.values()))
+        if min(counts) > 2 and max(counts) < new:
+            times.append((min(counts), time.perf_counter()))
+    return list(outs.values()), step_seconds(times)
+
+
+def step_seconds(times: list[tuple[int, float]]) -> float:
+    """Mean seconds of a token, from (tokens, time) in order."""
+    (first, start), *_, (last, stop) = times
+    return (stop - start) / (last - first)
 
 
 def their_run(model: Any, prompts: Tensor, new: int) -> tuple[list[list[int]], float]:
@@ -110,8 +118,7 @@ def their_run(model: Any, prompts: Tensor, new: int) -> tuple[list[list[int]], f
     out = model.generate(
         prompts, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0, streamer=stamps
     )
-    times = stamps.times[2:]
-    return out[:, prompts.shape[1] :].tolist(), statistics.median(b - a for a, b in zip(times, times[1:]))
+    return out[:, prompts.shape[1] :].tolist(), step_seconds(list(enumerate(stamps.times))[3:new])
 
 
 def random_prompts(model: Mistral, batch: int, length: int) -> Tensor:

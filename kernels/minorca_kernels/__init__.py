@@ -13,6 +13,7 @@ Shape suffixes name a tensor's axes: `q_THD` is [T, H, D]. Each module's docstri
 from minorca_kernels.attention import attention, attention_definition
 from minorca_kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_definition
 from minorca_kernels.decode_attention import decode_attention, decode_attention_definition, decode_groups
+from minorca_kernels.draw import draw, draw_definition
 from minorca_kernels.frozen_weight import (
     DenseWeight,
     FrozenWeight,
@@ -24,6 +25,7 @@ from minorca_kernels.frozen_weight import (
 from minorca_kernels.lora_linear import STRATEGIES, Adapter, lora_linear, lora_linear_definition, padding_pays
 from minorca_kernels.rms_norm import add_rms_norm, add_rms_norm_definition, rms_norm, rms_norm_definition
 from minorca_kernels.rope import rope, rope_definition, rope_tables
+from minorca_kernels.rope_into_cache import rope_into_cache, rope_into_cache_definition
 from minorca_kernels.swiglu import swiglu, swiglu_definition
 
 __all__ = [
@@ -40,6 +42,8 @@ __all__ = [
     "decode_attention",
     "decode_attention_definition",
     "decode_groups",
+    "draw",
+    "draw_definition",
     "fill_rows",
     "linear_cross_entropy",
     "linear_cross_entropy_definition",
@@ -50,6 +54,8 @@ __all__ = [
     "rms_norm_definition",
     "rope",
     "rope_definition",
+    "rope_into_cache",
+    "rope_into_cache_definition",
     "rope_tables",
     "padding_pays",
     "swiglu",

@@ -4,7 +4,7 @@
 
 Source: Flash-Decoding (Dao et al. 2023): the filled slots are split among programs, whose partial outputs are combined
 by their log-sum-exp. The query heads of a key head are the rows of one tile, so that keys and values, nearly all of
-what is read, are read once. Nothing is atomic, so results repeat to the bit. For inference only: it has no backward.
+what is read, are read once. Nothing is atomic, so results repeat to the bit. For inference only: they have no backward.
 
 Axes: N sequences, S slots of each, H query heads, K key heads (query head h reads key head h // (H // K)), G = H // K
 query heads of a key head, D head size. In the CPU's implementation, a lowercase n is a group of sequences.
@@ -22,8 +22,11 @@ from torch import Tensor
 from minorca_kernels.attention import _INITIAL_MAX, _forward_inner, _load_rows, _store_rows, unit_stride
 from minorca_kernels.operator import accumulate_dtype, compute_capability, multiprocessor_count, operator, uses_triton
 
+# Filled slots of a split: a constant, so that no bit of a sequence's result depends on the others. Partial outputs are
+# then a thirty-second of the keys and values of 8 heads of 128 in bf16, if 4 query heads share each.
+SPLIT = 128
 # Partial outputs that one program combines at once.
-MAX_SPLITS = 64
+BLOCK_SPLITS = 16
 
 
 def decode_attention_definition(q_NHD: Tensor, k_NSKD: Tensor, v_NSKD: Tensor, lengths_N: Tensor) -> Tensor:
@@ -52,83 +55,95 @@ def decode_attention_definition(q_NHD: Tensor, k_NSKD: Tensor, v_NSKD: Tensor, l
 
 # ------------------------------------------------------------------------------------------------------------ Triton
 # Lengths are read on the device alone and the grid depends on shapes alone, so a CUDA graph of a step fits all later
-# steps. A split is a contiguous part of the slots that its own sequence has filled: a short sequence in a large buffer
-# occupies all splits too.
+# steps. The programs of a key head take the splits of all sequences in turn, so that each has as much to do as the
+# others, whether one sequence is long or all are: a split is SPLIT filled slots of a sequence.
 
 
 @triton.jit
-def _split_length(lengths_ptr, n, S, splits, BLOCK_N: tl.constexpr):
-    """The filled slots of sequence n, and how many of them a split takes: whole blocks."""
-    filled = tl.minimum(tl.load(lengths_ptr + n), S).to(tl.int32)
-    return filled, tl.cdiv(tl.cdiv(filled, splits), BLOCK_N) * BLOCK_N
+def _load_filled(lengths_ptr, n, mask, S):
+    """The number of filled slots of sequence n, or of several."""
+    return tl.minimum(tl.load(lengths_ptr + n, mask=mask, other=0), S).to(tl.int32)
 
 
-# `splits` is not specialised, so that the code compiled without a GPU is the code that runs on one.
-@triton.jit(do_not_specialize=["splits"])
+# `max_splits` is not specialised, so that the code compiled without a GPU is the code that runs on one.
+@triton.jit(do_not_specialize=["max_splits"])
 def _split_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, partial_out_ptr, lse2_ptr, S, splits,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, partial_out_ptr, lse2_ptr, S, max_splits,
     stride_q_row, stride_q_head, stride_k_row, stride_k_slot, stride_k_head, stride_v_row, stride_v_slot, stride_v_head,
     SCALE: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    N: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     # The heads of a slot are adjacent in memory, and so run side by side.
     kv_head = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    n = tl.program_id(2).to(tl.int64)
-    filled, length = _split_length(lengths_ptr, n, S, splits, BLOCK_N)
-    begin = split * length
-    end = tl.minimum(begin + length, filled)
-    if begin >= end:
-        return
+    q_ptr += kv_head * GROUP * stride_q_head
+    k_ptr += kv_head * stride_k_head
+    v_ptr += kv_head * stride_v_head
     acc_dtype: tl.constexpr = lse2_ptr.dtype.element_ty
     row = tl.arange(0, BLOCK_M)
-    q_ptr += n * stride_q_row + kv_head * GROUP * stride_q_head
-    q = _load_rows(q_ptr, tl.minimum(row, GROUP - 1), stride_q_head, D, BLOCK_D)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], acc_dtype)
-    m_i = tl.full([BLOCK_M], _INITIAL_MAX, acc_dtype)
-    l_i = tl.zeros([BLOCK_M], acc_dtype)
-    first = tl.full([BLOCK_M], begin, tl.int32)
-    last = tl.full([BLOCK_M], end - 1, tl.int32)
-    tiles = tl.cdiv(end - begin, BLOCK_N)
-    k_ptr += n * stride_k_row + kv_head * stride_k_head
-    v_ptr += n * stride_v_row + kv_head * stride_v_head
-    acc, m_i, l_i = _forward_inner(
-        acc, m_i, l_i, q, last, first, k_ptr, v_ptr,
-        begin, tiles, tiles, 0,
-        end, stride_k_slot, stride_v_slot, SCALE, D, BLOCK_D, BLOCK_N, True,
-    )  # fmt: skip
-    offset = (n * K + kv_head) * GROUP * splits + split
-    _store_rows(partial_out_ptr + offset * D, row, GROUP, splits * D, acc / l_i[:, None], D, BLOCK_D)
-    tl.store(lse2_ptr + offset + row * splits, m_i + tl.log2(l_i), mask=row < GROUP)
+    sequence = tl.arange(0, BLOCK_SEQUENCES)
+    splits = tl.cdiv(_load_filled(lengths_ptr, sequence, sequence < N, S), SPLIT)
+    # Splits are counted through all sequences.
+    ends = tl.cumsum(splits, 0)
+    for item in range(tl.program_id(1), tl.sum(splits, 0), tl.num_programs(1)):
+        n = tl.sum((ends <= item).to(tl.int64), 0)
+        split = item - tl.max(tl.where(ends <= item, ends, 0), 0)
+        begin = split * SPLIT
+        end = tl.minimum(begin + SPLIT, _load_filled(lengths_ptr, n, True, S))
+        q = _load_rows(q_ptr + n * stride_q_row, tl.minimum(row, GROUP - 1), stride_q_head, D, BLOCK_D)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], acc_dtype)
+        m_i = tl.full([BLOCK_M], _INITIAL_MAX, acc_dtype)
+        l_i = tl.zeros([BLOCK_M], acc_dtype)
+        first = tl.full([BLOCK_M], begin, tl.int32)
+        last = tl.full([BLOCK_M], end - 1, tl.int32)
+        tiles = tl.cdiv(end - begin, BLOCK_N)
+        acc, m_i, l_i = _forward_inner(
+            acc, m_i, l_i, q, last, first, k_ptr + n * stride_k_row, v_ptr + n * stride_v_row,
+            begin, tiles, tiles, 0,
+            end, stride_k_slot, stride_v_slot, SCALE, D, BLOCK_D, BLOCK_N, True,
+        )  # fmt: skip
+        offset = (n * K + kv_head) * GROUP * max_splits + split
+        _store_rows(partial_out_ptr + offset * D, row, GROUP, max_splits * D, acc / l_i[:, None], D, BLOCK_D)
+        tl.store(lse2_ptr + offset + row * max_splits, m_i + tl.log2(l_i), mask=row < GROUP)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["max_splits"])
 def _combine_kernel(
     partial_out_ptr,
     lse2_ptr,
     lengths_ptr,
     out_ptr,
     S,
-    splits,
+    max_splits,
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     n = tl.program_id(1).to(tl.int64)
     head = n * H + tl.program_id(0)
-    filled, length = _split_length(lengths_ptr, n, S, splits, BLOCK_N)
-    split = tl.arange(0, BLOCK_SPLITS)
+    splits = tl.cdiv(_load_filled(lengths_ptr, n, True, S), SPLIT)
     d = tl.arange(0, BLOCK_D)
-    # the other splits have written nothing
-    written = split * length < filled
-    lse2 = tl.load(lse2_ptr + head * splits + split, mask=written, other=float("-inf"))
-    weight = tl.exp2(lse2 - tl.maximum(tl.max(lse2, 0), _INITIAL_MAX))
-    mask = written[:, None] & (d < D)[None, :]
-    partial_out = tl.load(partial_out_ptr + (head * splits + split)[:, None] * D + d[None, :], mask=mask, other=0.0)
+    acc_dtype: tl.constexpr = lse2_ptr.dtype.element_ty
+    acc = tl.zeros([BLOCK_D], acc_dtype)
+    m_i = tl.full([1], _INITIAL_MAX, acc_dtype)
+    l_i = tl.zeros([1], acc_dtype)
+    for start in range(0, splits, BLOCK_SPLITS):
+        split = start + tl.arange(0, BLOCK_SPLITS)
+        # the other splits have written nothing
+        written = split < splits
+        lse2 = tl.load(lse2_ptr + head * max_splits + split, mask=written, other=float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(lse2, 0, keep_dims=True))
+        weight = tl.exp2(lse2 - m_new)
+        rescale = tl.exp2(m_i - m_new)
+        mask = written[:, None] & (d < D)[None, :]
+        partial_out = tl.load(partial_out_ptr + (head * max_splits + split)[:, None] * D + d[None, :], mask, other=0.0)
+        acc = acc * rescale + tl.sum(weight[:, None] * partial_out, 0)
+        l_i = l_i * rescale + tl.sum(weight, 0, keep_dims=True)
+        m_i = m_new
     # the largest weight is 1, so the sum is at least 1 unless nothing is filled
-    out = tl.sum(weight[:, None] * partial_out, 0) / tl.maximum(tl.sum(weight, 0), 1.0)
+    out = acc / tl.maximum(l_i, 1.0)
     tl.store(out_ptr + head * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
@@ -153,20 +168,22 @@ def _decode_attention_triton(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -
     block_d = max(triton.next_power_of_2(head_dim), 16)
     # a product takes at least 16 rows
     block_m = max(triton.next_power_of_2(group), 16)
-    # two programs a multiprocessor
-    splits = min(max(2 * multiprocessor_count(q.device) // (sequences * kv_heads), 1), MAX_SPLITS)
+    max_splits = triton.cdiv(slots, SPLIT)
+    # two programs a multiprocessor, at most as many as there may be splits
+    programs = min(max(2 * multiprocessor_count(q.device) // kv_heads, 1), sequences * max_splits)
     out = q.new_empty(q.shape)
     dtype = accumulate_dtype(q.dtype)
-    partial_out = q.new_empty(sequences, heads, splits, head_dim, dtype=dtype)
-    lse2 = q.new_empty(sequences, heads, splits, dtype=dtype)
-    constants: dict[str, Any] = {"D": head_dim, "BLOCK_D": block_d, **_tiles(q.dtype, block_d)}
+    partial_out = q.new_empty(sequences, heads, max_splits, head_dim, dtype=dtype)
+    lse2 = q.new_empty(sequences, heads, max_splits, dtype=dtype)
+    constants: dict[str, Any] = {"D": head_dim, "BLOCK_D": block_d, "SPLIT": SPLIT}
     split_constants = {"SCALE": head_dim**-0.5, "K": kv_heads, "GROUP": group, "BLOCK_M": block_m, **constants}
+    split_constants |= {"N": sequences, "BLOCK_SEQUENCES": triton.next_power_of_2(sequences)}
     strides = *q.stride()[:2], *k.stride()[:3], *v.stride()[:3]
-    _split_kernel[kv_heads, splits, sequences](
-        q, k, v, lengths, partial_out, lse2, slots, splits, *strides, **split_constants
+    _split_kernel[kv_heads, programs](
+        q, k, v, lengths, partial_out, lse2, slots, max_splits, *strides, **split_constants, **_tiles(q.dtype, block_d)
     )
     _combine_kernel[heads, sequences](
-        partial_out, lse2, lengths, out, slots, splits, **constants, H=heads, BLOCK_SPLITS=MAX_SPLITS
+        partial_out, lse2, lengths, out, slots, max_splits, **constants, H=heads, BLOCK_SPLITS=BLOCK_SPLITS
     )
     return out
 
@@ -234,8 +251,7 @@ def decode_attention(
 ) -> Tensor:
     """`decode_attention_definition`, split among programs.
 
-    No bit of a sequence's result depends on the contents or lengths of other sequences, nor on the contents of empty
-    slots; on CUDA it depends on the number of sequences.
+    No bit of a sequence's result depends on other sequences, or on the contents or number of empty slots.
 
     Args:
         q_NHD: like k and v, it may be a view; with groups, its last stride is 1.

@@ -1,7 +1,8 @@
 """Registers an operation as a PyTorch operator: a schema, an implementation for each device, and its results' shapes.
 
 A registered operation is opaque to `torch.compile`, can be named by selective activation checkpointing, and is checked
-by `torch.library.opcheck`. All operators are functional: none changes its arguments. An `autograd.Function` calls them.
+by `torch.library.opcheck`. Operators change no argument but those that their schema says. An `autograd.Function` calls
+those that have a backward.
 """
 
 from collections.abc import Callable

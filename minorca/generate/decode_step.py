@@ -3,13 +3,18 @@
 Axes in names: N slots of the batch, V vocabulary.
 """
 
+import logging
+
 import torch
 from torch import Tensor
 
+from minorca.errors import one_line
 from minorca.generate.kv_cache import KVCache
 from minorca.generate.sampling import Sampler, SamplingOps
 from minorca.model.lora import AdapterChoice
 from minorca.model.network import Mistral
+
+log = logging.getLogger(__name__)
 
 
 class DecodeStep:
@@ -17,7 +22,8 @@ class DecodeStep:
 
     A step, sampling included, runs on the device alone. On CUDA its first run is eager, because kernels are compiled
     and chosen then; later ones replay a CUDA graph. There is one graph for each set of sampling operations, with and
-    without adapters, and graphs are captured anew when the buffers of the cache grow.
+    without adapters, and graphs are captured anew when the buffers of the cache grow. If one cannot be captured, all
+    further steps are eager.
 
     `tokens_N` holds the last token of each slot.
     """
@@ -28,6 +34,7 @@ class DecodeStep:
         self._sampler = sampler
         self._adapters = adapters
         self.tokens_N = torch.zeros(len(cache.lengths), dtype=torch.int64, device=cache.device)
+        self._uses_graphs = cache.device.type == "cuda"
         self._warmed_up: set[tuple[SamplingOps, bool]] = set()
         self._graphs: dict[tuple[SamplingOps, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._captured_capacity = 0
@@ -39,7 +46,7 @@ class DecodeStep:
             The logits [N, V], valid until the next call; rows of inactive slots are meaningless.
         """
         ops = self._sampler.ops(slice(None))
-        if self._cache.device.type != "cuda":
+        if not self._uses_graphs:
             return self._compute(ops)
         if self._captured_capacity != self._cache.capacity:
             self._warmed_up.clear()
@@ -50,14 +57,24 @@ class DecodeStep:
             self._warmed_up.add(key)
             return self._compute(ops)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(ops)
+            try:
+                self._graphs[key] = self._capture(ops)
+            # CUDA or torch refuses an operation, or memory runs out. Nothing was computed yet.
+            except RuntimeError as error:
+                self._uses_graphs = False
+                self._graphs.clear()
+                log.warning(
+                    "decoding is slower, without CUDA graphs: a step cannot be captured (%s)", one_line(str(error))
+                )
+                return self._compute(ops)
         graph, logits_NV = self._graphs[key]
         graph.replay()
         return logits_NV
 
     def _capture(self, ops: SamplingOps) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Capturing that fails leaves its own stream as the current one.
+        with torch.cuda.stream(torch.cuda.current_stream(self._cache.device)), torch.cuda.graph(graph):
             logits_NV = self._compute(ops)
         return graph, logits_NV
 

@@ -7,7 +7,7 @@ buffer; Jiang et al. 2023, arXiv:2310.06825). The buffers of all slots grow toge
 needs.
 
 Axes in names: L layers, N slots, S positions of a buffer, P some of these positions, T tokens,
-H query heads, K key/value heads, D head size.
+H query heads, K key/value heads, D head size, M = (H + 2 K) D, P = D/2 (`cos_NP`).
 """
 
 import os
@@ -19,7 +19,7 @@ from minorca.errors import UserError
 from minorca.model.architecture import Architecture
 from minorca.model.attention import PackedAttention
 from minorca.model.network import Mistral
-from minorca_kernels import decode_attention, decode_groups
+from minorca_kernels import decode_attention, decode_groups, rope_into_cache
 
 # Buffers grow to a multiple of this many positions.
 CAPACITY_MULTIPLE = 64
@@ -59,18 +59,18 @@ class KVCache:
     def _buffer(self, capacity: int) -> Tensor:
         return torch.zeros(len(self.lengths), capacity, *self._head_shape, dtype=self.dtype, device=self.device)
 
-    @property
-    def max_bytes(self) -> int:
-        """The size of all buffers once they have grown to `max_capacity`."""
+    def bytes(self, capacity: int) -> int:
+        """The size of all buffers at this capacity."""
         kv_heads, head_dim = self._head_shape
         token_bytes = 2 * len(self.k_LNSKD) * kv_heads * head_dim * self.dtype.itemsize
-        return len(self.lengths) * self.max_capacity * token_bytes
+        return len(self.lengths) * capacity * token_bytes
 
     def reserve(self, length: int) -> None:
         """Grows the buffers for sequences of `length` tokens.
 
         Raises:
             ValueError: `length` exceeds `max_length`, and there is no window that would let old keys be overwritten.
+            UserError: memory ran out; the cache is as it was.
         """
         if length > self.max_length and self.max_capacity != self.window:
             raise ValueError(f"the cache was created for at most {self.max_length} tokens a sequence, got {length}")
@@ -78,13 +78,35 @@ class KVCache:
             return
         wanted = max(length, 2 * self.capacity)
         capacity = min(wanted + -wanted % CAPACITY_MULTIPLE, self.max_capacity)
-        # One layer at a time, so that only one buffer exists twice.
-        for buffers in (self.k_LNSKD, self.v_LNSKD):
-            for layer, buffer in enumerate(buffers):
-                buffers[layer] = self._buffer(capacity)
-                buffers[layer][:, : buffer.shape[1]] = buffer
-        # Last, so that growing can be retried after it ran out of memory.
+        try:
+            # One layer at a time, so that only one buffer exists twice.
+            for buffers in (self.k_LNSKD, self.v_LNSKD):
+                for layer, buffer in enumerate(buffers):
+                    grown = self._buffer(capacity)
+                    grown[:, : self.capacity] = buffer
+                    buffers[layer] = grown
+        except BaseException as error:
+            self._undo_growth()
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
+            # What torch's message says of its allocator is left out.
+            reason = str(error).partition(" Of the allocated")[0]
+            raise UserError(
+                f"the KV cache cannot grow to {self.bytes(capacity) / 1e9:.1f} GB for {len(self.lengths)} slots of "
+                f"{capacity} tokens: {reason} Use fewer slots or a smaller maximum length"
+            ) from error
         self.capacity = capacity
+
+    def _undo_growth(self) -> None:
+        """Positions are counted through the buffers of all slots, so layers of different capacities would disagree."""
+        for buffers in (self.k_LNSKD, self.v_LNSKD):
+            for layer, grown in enumerate(buffers):
+                if grown.shape[1] > self.capacity:
+                    # By way of the host, because the device may have no room for both.
+                    kept_NSKD = torch.stack([slot_SKD[: self.capacity].cpu() for slot_SKD in grown])
+                    del grown
+                    buffers[layer] = kept_NSKD
+                    buffers[layer] = kept_NSKD.to(self.device)
 
     def reserve_next(self, length: int) -> None:
         """Grows the buffers for `length` tokens and, within `max_length`, for one more.
@@ -102,7 +124,7 @@ class KVCache:
     def set_length(self, slot: int, length: int) -> None:
         """Declares the slot's first `length` tokens, which its buffer must hold, to be its sequence; 0 empties it."""
         self.lengths[slot] = length
-        self.lengths_N[slot] = length
+        self.lengths_N[slot].fill_(length)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Makes the first `length` tokens of slot `source`, which must hold them, the sequence of slot `target`."""
@@ -113,7 +135,7 @@ class KVCache:
     def set_active(self, slot: int, active: bool) -> None:
         """Includes a slot in decoding, or excludes it."""
         self.active[slot] = active
-        self.active_N[slot] = int(active)
+        self.active_N[slot].fill_(int(active))
 
     def prefill(self, slot: int, tokens: int) -> "_PrefillAttention":
         """The attend object for the next `tokens` tokens of a slot, which count as part of its sequence from now on."""
@@ -146,13 +168,16 @@ def check_memory(cache: KVCache, model: Mistral) -> None:
         UserError: it does not fit.
     """
     if cache.device.type == "cuda":
-        free = torch.cuda.mem_get_info(cache.device)[0]
+        # What torch keeps of freed tensors, as of an engine before this one, counts as taken for the driver.
+        unused = torch.cuda.memory_reserved(cache.device) - torch.cuda.memory_allocated(cache.device)
+        free = torch.cuda.mem_get_info(cache.device)[0] + unused
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         free = total - sum(parameter.nbytes for parameter in model.parameters())
-    if cache.max_bytes > MAX_MEMORY_SHARE * free:
+    needed = cache.bytes(cache.max_capacity)
+    if needed > MAX_MEMORY_SHARE * free:
         raise UserError(
-            f"the KV cache needs {cache.max_bytes / 1e9:.1f} GB for {len(cache.lengths)} slots of {cache.max_capacity} "
+            f"the KV cache needs {needed / 1e9:.1f} GB for {len(cache.lengths)} slots of {cache.max_capacity} "
             f"tokens, {free / 1e9:.1f} GB are free after loading; use fewer slots or a smaller maximum length"
         )
 
@@ -202,9 +227,10 @@ class _DecodeAttention:
             filled = [min(length, capacity) * active for length, active in zip(cache.lengths, cache.active)]
             self.groups = decode_groups(filled, capacity)
 
-    def __call__(self, layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
+    def of_qkv(self, layer: int, qkv_NM: Tensor, cos_NP: Tensor, sin_NP: Tensor, heads: int, kv_heads: int) -> Tensor:
+        """As `PackedAttention.of_qkv`; the cache knows the numbers of heads."""
         k_NSKD = self.cache.k_LNSKD[layer]
         v_NSKD = self.cache.v_LNSKD[layer]
-        k_NSKD.flatten(0, 1).index_copy_(0, self.index_N, k_NKD)
-        v_NSKD.flatten(0, 1).index_copy_(0, self.index_N, v_NKD)
+        caches = k_NSKD.flatten(0, 1), v_NSKD.flatten(0, 1)
+        q_NHD = rope_into_cache(qkv_NM, cos_NP, sin_NP, *caches, self.index_N)
         return decode_attention(q_NHD, k_NSKD, v_NSKD, self.filled_N, self.groups)

@@ -3,6 +3,8 @@
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from minorca.errors import UserError, raise_problems
 from minorca.generate.sampling import Sampling
 from minorca.model.architecture import Architecture
@@ -57,12 +59,17 @@ class Sequence:
     """A request that runs in a slot.
 
     Args:
+        adapter_1, words_4, prompt_T: what the device has to know of the request, there: the index of its adapter, the
+            words of its sampling, and its prompt.
         scheduled: generated tokens, including those still being computed.
         ids: generated tokens that have reached the host.
     """
 
     request: Request
     slot: int
+    adapter_1: Tensor
+    words_4: Tensor
+    prompt_T: Tensor
     scheduled: int = 0
     ids: list[int] = field(default_factory=list)
 

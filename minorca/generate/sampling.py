@@ -4,11 +4,12 @@ A draw is a function of (seed, sample, position) and the slot's logits alone, so
 whatever else is in the batch. The order of the filters is that of transformers: repetition penalty, temperature, top-k,
 top-p, min-p.
 
-Axes in names: N slots, V vocabulary, 6 the values of a `Sampling` on the device.
+Axes in names: N slots, V vocabulary, T tokens; 4 and 6 are literal.
 """
 
 import hashlib
 import secrets
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from minorca.errors import UserError, raise_problems
+from minorca_kernels import draw
+from minorca_kernels.draw import MIN_TEMPERATURE, inverse_transform
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,19 @@ class Sampling:
         """Whether it draws from a part of the vocabulary."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
+    def words(self, sample: int) -> list[int]:
+        """What the device needs to know, as four integers of 64 bits: a seed, and six numbers in fp32.
+
+        Args:
+            sample: an index that makes draws with one seed differ.
+        """
+        seed = secrets.randbits(64) if self.seed is None else self.seed
+        mixed = hashlib.blake2b(f"{seed} {sample}".encode(), digest_size=8).digest()
+        # Above the size of any vocabulary where it is off.
+        top_k = self.top_k or 2**31
+        numbers = (self.temperature, self.top_p, top_k, self.min_p, self.repetition_penalty, self.filters)
+        return list(struct.unpack("=4q", mixed + struct.pack("=6f", *numbers)))
+
 
 class SamplingOps(NamedTuple):
     """The operations that some slot needs: known on the host, and constant within a CUDA graph."""
@@ -79,43 +95,25 @@ class Sampler:
 
     def __init__(self, slots: int, vocab_size: int, device: torch.device):
         self.settings = [Sampling()] * slots
-        self.seed_N = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.values_6N = torch.zeros(6, slots, device=device)
+        self.words_N4 = torch.tensor(Sampling(seed=0).words(0), device=device).repeat(slots, 1)
         self.seen_NV = torch.zeros(slots, vocab_size, dtype=torch.bool, device=device)
-        for slot in range(slots):
-            self.clear(slot)
 
-    def set(self, slot: int, sampling: Sampling, sample: int, prompt: list[int]) -> None:
+    def set(self, slot: int, sampling: Sampling, words_4: Tensor, prompt_T: Tensor) -> None:
         """Sets how a slot samples, once its prompt is prefilled.
 
         Args:
-            sample: an index that makes draws with one seed differ.
-            prompt: the ids that the repetition penalty starts from.
+            words_4: what `sampling.words` returned, on the device.
+            prompt_T: the ids that the repetition penalty starts from, on the device.
         """
-        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-        mixed = hashlib.blake2b(f"{seed} {sample}".encode(), digest_size=8).digest()
-        self.seed_N[slot] = int.from_bytes(mixed, "little", signed=True)
-        self._set(slot, sampling)
-        self.seen_NV[slot] = False
+        self.settings[slot] = sampling
+        self.words_N4[slot].copy_(words_4)
+        self.seen_NV[slot].fill_(False)
         if sampling.repetition_penalty != 1:
-            self.seen_NV[slot, torch.tensor(prompt, device=self.seen_NV.device)] = True
+            self.seen_NV[slot].index_fill_(0, prompt_T, True)
 
     def clear(self, slot: int) -> None:
-        """Makes a free slot greedy, which costs least."""
-        self._set(slot, Sampling())
-
-    def _set(self, slot: int, sampling: Sampling) -> None:
-        self.settings[slot] = sampling
-        top_k = sampling.top_k or self.seen_NV.shape[1]
-        values = (
-            sampling.temperature,
-            sampling.top_p,
-            top_k,
-            sampling.min_p,
-            sampling.repetition_penalty,
-            sampling.filters,
-        )
-        self.values_6N[:, slot] = torch.tensor(values, device=self.values_6N.device)
+        """Makes a free slot greedy, which costs least, for `ops`; what the device computes for it is not read."""
+        self.settings[slot] = Sampling()
 
     def ops(self, slots: slice) -> SamplingOps:
         """The operations that sampling these slots needs."""
@@ -138,7 +136,8 @@ class Sampler:
         Returns:
             The ids, [N] int64.
         """
-        temperature_N1, top_p_N1, top_k_N1, min_p_N1, penalty_N1, filters_N1 = self.values_6N[:, slots, None]
+        numbers_N6 = self.words_N4[slots, 1:].view(torch.float32)
+        temperature_N1, top_p_N1, top_k_N1, min_p_N1, penalty_N1, filters_N1 = numbers_N6.split(1, dim=-1)
         # On the CPU argmax takes five times as long in bf16.
         logits_NV = logits_NV.float()
         if ops.penalize:
@@ -146,10 +145,9 @@ class Sampler:
             logits_NV = torch.where(self.seen_NV[slots], penalized_NV, logits_NV)
         ids_N = logits_NV.argmax(-1)
         if ops.draw:
-            scaled_NV = logits_NV / temperature_N1.clamp(min=1e-4)
-            uniform_N = _uniform(self.seed_N[slots], positions_N)
-            drawn_N = _draw(scaled_NV.softmax(-1), uniform_N)
+            drawn_N, uniform_N = draw(logits_NV, temperature_N1[:, 0], self.words_N4[slots, 0], positions_N)
             if ops.filter:
+                scaled_NV = logits_NV / temperature_N1.clamp(min=MIN_TEMPERATURE)
                 # Chosen slot by slot: a draw must not depend on what other slots ask for.
                 filtered_N = _draw_filtered(scaled_NV, uniform_N, top_p_N1, top_k_N1, min_p_N1)
                 drawn_N = torch.where(filters_N1[:, 0] > 0, filtered_N, drawn_N)
@@ -167,19 +165,4 @@ def _draw_filtered(
     p_NV = sorted_NV.masked_fill(rank_V >= top_k_N1, -torch.inf).softmax(-1)
     before_NV = p_NV.cumsum(-1) - p_NV
     p_NV = p_NV.masked_fill((before_NV >= top_p_N1) | (p_NV < min_p_N1 * p_NV[:, :1]), 0)
-    return ids_NV.gather(-1, _draw(p_NV, uniform_N)[:, None])[:, 0]
-
-
-def _draw(p_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    """Inverse transform sampling from p, which need not sum to 1; never an index whose p is 0."""
-    cumulative_NV = p_NV.cumsum(-1)
-    passed_NV = cumulative_NV <= uniform_N[:, None] * cumulative_NV[:, -1:]
-    return (~passed_NV & (p_NV > 0)).int().argmax(-1)
-
-
-def _uniform(seed_N: Tensor, position_N: Tensor) -> Tensor:
-    """[N] fp32 in [0, 1), a function of its arguments: SplitMix64 (Steele et al. 2014, doi 10.1145/2660193.2660195)."""
-    x_N = seed_N + position_N * -0x61C8864680B583EB
-    x_N = (x_N ^ (x_N >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47
-    x_N = (x_N ^ (x_N >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15
-    return ((x_N ^ (x_N >> 31 & (1 << 33) - 1)) >> 40 & (1 << 24) - 1).float() / (1 << 24)
+    return ids_NV.gather(-1, inverse_transform(p_NV, uniform_N)[:, None])[:, 0]

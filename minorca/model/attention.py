@@ -22,7 +22,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, activate_flash_attention_impl, restore_flash_attention_impl, sdpa_kernel
 from torch.torch_version import TorchVersion
 
-from minorca_kernels import attention
+from minorca_kernels import attention, rope
 
 varlen_attn: Callable[..., Any] | None
 try:
@@ -232,6 +232,10 @@ class PackedAttention:
         flash = flash_implementation(device) if varlen_attn else None
         case = Case(device, q_THD.dtype, heads, kv_heads, q_THD.shape[2], plain, *modes, flash)
         return self.run(fastest(case), q_THD, k_TKD, v_TKD)
+
+    def of_qkv(self, layer: int, qkv_TN: Tensor, cos_TP: Tensor, sin_TP: Tensor, heads: int, kv_heads: int) -> Tensor:
+        """The same of a fused buffer, whose queries and keys are rotated before; see `rope`."""
+        return self(layer, *rope(qkv_TN, cos_TP, sin_TP, heads, kv_heads))
 
     def run(self, backend: str, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         """Attention by the back end of this name."""

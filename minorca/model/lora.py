@@ -190,6 +190,8 @@ class AdapterChoice:
         self.names = names
         # whether any row uses one
         self.in_use = False
+        # what rows multiply the columns of a product by, which is the same in many layers
+        self.factors: dict[tuple, Tensor] = {}
         self.index_T1 = torch.full((1, 1), NO_ADAPTER, device=device)
 
     def index(self, name: str | None) -> int:
@@ -199,6 +201,7 @@ class AdapterChoice:
         """index [T], or [1] for all rows: what `index` gave. in_use: whether any row uses an adapter."""
         self.index_T1 = index_T[:, None]
         self.in_use = in_use
+        self.factors.clear()
 
 
 class RowLoRA(nn.Module):
@@ -224,6 +227,7 @@ class RowLoRA(nn.Module):
         def by_rank(values: list) -> Tensor:
             return torch.tensor(values).repeat_interleave(ranks).to(self.a_RK.device)
 
+        self.columns = tuple((index, scale, rank) for (index, scale, *_), rank in zip(matrices, ranks.tolist()))
         self.index_R = by_rank([index for index, *_ in matrices])
         self.scale_R = by_rank([scale for _, scale, *_ in matrices])
 
@@ -231,5 +235,8 @@ class RowLoRA(nn.Module):
         """Adds to y [T, N] in place, and returns it."""
         if not self.choice.in_use:
             return y_TN
-        own_TR = torch.where(self.choice.index_T1 == self.index_R, self.scale_R, 0)
-        return y_TN.addmm_((F.linear(x_TK, self.a_RK) * own_TR).to(x_TK.dtype), self.b_NR.t())
+        factors = self.choice.factors
+        if self.columns not in factors:
+            factors[self.columns] = torch.where(self.choice.index_T1 == self.index_R, self.scale_R, 0)
+        # in place, a product of bf16 and fp32 is computed in fp32 and rounded in one pass
+        return y_TN.addmm_(F.linear(x_TK, self.a_RK).mul_(factors[self.columns]), self.b_NR.t())

@@ -16,7 +16,7 @@ from minorca.model.architecture import Architecture
 from minorca.model.attention import PackedAttention
 from minorca.model.layout import GROUPS, projections
 from minorca.model.projection import Projection
-from minorca_kernels import DenseWeight, FrozenWeight, add_rms_norm, rms_norm, rope, rope_tables
+from minorca_kernels import DenseWeight, FrozenWeight, add_rms_norm, rms_norm, rope_tables
 
 
 class RMSNorm(nn.Module):
@@ -64,8 +64,8 @@ class Block(nn.Module):
 
     def forward(self, x_TH: Tensor, cos_TP: Tensor, sin_TP: Tensor, attend) -> Tensor:
         qkv_TN = self.qkv(self.attention_norm(x_TH))
-        q_THD, k_TKD, v_TKD = rope(qkv_TN, cos_TP, sin_TP, self.arch.heads, self.arch.kv_heads)
-        x_TH, normed_TH = self.mlp_norm(x_TH, self.o(attend(self.layer, q_THD, k_TKD, v_TKD).flatten(1)))
+        attended_THD = attend.of_qkv(self.layer, qkv_TN, cos_TP, sin_TP, self.arch.heads, self.arch.kv_heads)
+        x_TH, normed_TH = self.mlp_norm(x_TH, self.o(attended_THD.flatten(1)))
         return x_TH + self.down(self.gate_up(normed_TH))
 
 

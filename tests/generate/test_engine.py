@@ -1,5 +1,6 @@
 """The engine: answers depend on their request alone; slots are reused; a shared prompt is prefilled once."""
 
+import contextlib
 import signal
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from minorca import load_model
 from minorca.errors import UserError
 from minorca.generate.engine import Engine
-from minorca.generate.kv_cache import KVCache
+from minorca.generate.kv_cache import KVCache, check_memory
 from minorca.generate.request import Request
 from minorca.generate.sampling import Sampling
 from minorca.model.build import load_adapters, prepack
@@ -297,6 +298,55 @@ def test_a_cache_that_does_not_fit_in_memory_is_refused(save_mistral):
     message = "the KV cache needs .* GB for 8 slots of 1000000000 tokens, .* GB are free .* use fewer slots"
     with pytest.raises(UserError, match=message):
         Engine(model, 8, 10**9)
+
+
+def test_memory_that_torch_keeps_is_free(model, monkeypatch):
+    """After a first engine, the driver counts torch's cache of freed tensors as taken."""
+    cache = KVCache(model.arch, 1, 100, torch.float32, torch.device("cpu"))
+    cache.device = torch.device("cuda")
+    needed = cache.bytes(cache.max_capacity)
+    for reserved, fits in ((0, False), (needed, True)):
+        figures = {"mem_get_info": (needed, 2 * needed), "memory_reserved": needed + reserved}
+        for name, value in ({"memory_allocated": needed} | figures).items():
+            monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="are free after loading"):
+            check_memory(cache, model)
+
+
+# Of the keys of the first and the last layer, and of the last layer's values.
+@pytest.mark.parametrize("fails_at", [0, 2, 5])
+def test_growth_is_all_or_nothing(fails_at, save_mistral, monkeypatch):
+    """After it ran out of memory, every layer is as it was, and the sequence that needs no growth goes on unchanged."""
+    model = load_model(save_mistral(num_hidden_layers=3, initializer_range=0.2)[0], torch.float32, "cpu")
+    asked = lambda: Request(prompt(20), 40)  # noqa: E731
+    (alone,) = run(Engine(model, 2, 400), asked())
+    engine = Engine(model, 2, 400)
+    cache = engine.cache
+    engine.add(going := asked())
+    found = [token for _ in range(5) for token in engine.step()]
+    before = [(t.clone(), t.stride()) for t in (*cache.k_LNSKD, *cache.v_LNSKD)]
+    allocate = cache._buffer
+    calls = []
+
+    def fail(capacity):
+        calls.append(capacity)
+        if len(calls) > fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. Of the allocated memory ...")
+        return allocate(capacity)
+
+    monkeypatch.setattr(cache, "_buffer", fail)
+    engine.add(long := Request(prompt(200), 50))
+    with pytest.raises(UserError, match=r"cannot grow to 0.0 GB for 2 slots of 256 tokens: .* allocate 2 GiB. Use"):
+        engine.step()
+    after = (*cache.k_LNSKD, *cache.v_LNSKD)
+    assert all(torch.equal(t, kept) and t.stride() == stride for t, (kept, stride) in zip(after, before, strict=True))
+    engine.cancel(long)
+    while engine.busy:
+        found += engine.step()
+    assert ids(found) == ids(alone) and {token.request for token in found} == {going}
+    # Once there is memory, it can grow.
+    monkeypatch.undo()
+    assert ids(run(engine, Request(prompt(200), 50))[0]) == ids(run(Engine(model, 2, 400), Request(prompt(200), 50))[0])
 
 
 def test_each_request_chooses_its_adapter(save_mistral, tmp_path):

@@ -12,22 +12,27 @@ from transformers import (
 )
 
 from minorca.errors import UserError
-from minorca.generate.sampling import Sampler, Sampling, _uniform
+from minorca.generate.sampling import Sampler, Sampling
+from minorca_kernels.draw import uniform
 
 VOCABULARY = 12
 DRAWS = 40_000
 LOGITS_V = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(0)) * 2
 
 
+def choose(sampler: Sampler, slot: int, sampling: Sampling, sample: int = 0, prompt=(1,)) -> None:
+    sampler.set(slot, sampling, torch.tensor(sampling.words(sample)), torch.tensor(prompt, dtype=torch.int64))
+
+
 def draws(logits_V: torch.Tensor, sampling: Sampling, slots: int = DRAWS, prompt=(), position: int = 5) -> torch.Tensor:
     """One id from each of many slots, which differ in their seeds."""
     sampler = Sampler(1, VOCABULARY, torch.device("cpu"))
     wide = Sampler(slots, VOCABULARY, torch.device("cpu"))
-    sampler.set(0, sampling, 0, list(prompt))
+    choose(sampler, 0, sampling, prompt=prompt)
     wide.settings = sampler.settings * slots
-    wide.values_6N = sampler.values_6N.repeat(1, slots)
+    wide.words_N4 = sampler.words_N4.repeat(slots, 1)
+    wide.words_N4[:, 0] = torch.arange(slots) * 7919
     wide.seen_NV = sampler.seen_NV.repeat(slots, 1)
-    wide.seed_N = torch.arange(slots) * 7919
     return wide(logits_V.repeat(slots, 1), torch.full((slots,), position), slice(None), wide.ops(slice(None)))
 
 
@@ -63,7 +68,7 @@ def test_frequencies_are_those_of_transformers_filters(case):
 
 def test_temperature_zero_is_the_likeliest_and_a_penalty_counts_what_was_drawn():
     sampler = Sampler(2, VOCABULARY, torch.device("cpu"))
-    sampler.set(0, Sampling(repetition_penalty=100.0), 0, [int(LOGITS_V.argmin())])
+    choose(sampler, 0, Sampling(repetition_penalty=100.0), prompt=[int(LOGITS_V.argmin())])
     logits_NV = LOGITS_V.clamp(min=0.1).repeat(2, 1)
     seen = []
     for position in range(4):
@@ -88,8 +93,8 @@ def test_a_draw_depends_on_seed_sample_and_position_alone():
         for beside in ([], neighbours):
             sampler = Sampler(4, 500, torch.device("cpu"))
             for n, other in enumerate(beside):
-                sampler.set(n + (n >= slot), other, 0, [1])
-            sampler.set(slot, asked, 2, [1])
+                choose(sampler, n + (n >= slot), other)
+            choose(sampler, slot, asked, 2)
             ids = [
                 sampler(logits_V.repeat(4, 1), torch.full((4,), t), slice(None), sampler.ops(slice(None)))[slot].item()
                 for t, logits_V in enumerate(logits_TV)
@@ -100,7 +105,7 @@ def test_a_draw_depends_on_seed_sample_and_position_alone():
 
 def test_uniform_numbers_are_uniform_and_independent():
     seeds, positions = torch.meshgrid(torch.randint(-(2**63), 2**63 - 1, (300,)), torch.arange(300), indexing="ij")
-    u = _uniform(seeds.flatten(), positions.flatten()).double()
+    u = uniform(seeds.flatten(), positions.flatten()).double()
     assert u.min() >= 0 and u.max() < 1
     assert torch.allclose(torch.histc(u, 20, 0, 1) / len(u), torch.tensor(0.05, dtype=torch.float64), atol=0.004)
     u = u.view(300, 300)

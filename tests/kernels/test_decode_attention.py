@@ -1,4 +1,7 @@
-"""Attention of one query a sequence to its filled slots. On the CPU, as test_attention.py, in both implementations."""
+"""Attention of one query a sequence to its filled slots, and the write into them before it.
+
+On the CPU, as test_attention.py, in both implementations.
+"""
 
 import itertools
 import sys
@@ -6,7 +9,14 @@ import sys
 import pytest
 import torch
 
-from minorca_kernels import decode_attention, decode_attention_definition, decode_groups
+from minorca_kernels import (
+    decode_attention,
+    decode_attention_definition,
+    decode_groups,
+    rope_into_cache,
+    rope_into_cache_definition,
+    rope_tables,
+)
 from minorca_kernels.operator import INTERPRETED
 from tests.helpers import relative_error
 
@@ -31,10 +41,12 @@ def edge_lengths(slots):
     return [0, 1, slots - 1, slots, slots + 5]
 
 
-@pytest.fixture(params=[1, 3, 64] if INTERPRETED else [1])
+@pytest.fixture(params=[16, 64] if INTERPRETED else [None])
 def splits(request, monkeypatch):
-    """The number of splits, for five sequences with two key heads."""
-    monkeypatch.setattr(KERNEL_MODULE, "multiprocessor_count", lambda device: 5 * request.param)
+    """The filled slots of a split, several of which one program combines at once, and the programs of two key heads."""
+    monkeypatch.setattr(KERNEL_MODULE, "SPLIT", request.param)
+    monkeypatch.setattr(KERNEL_MODULE, "BLOCK_SPLITS", 4)
+    monkeypatch.setattr(KERNEL_MODULE, "multiprocessor_count", lambda device: 3)
 
 
 def test_the_definition_equals_python_loops():
@@ -60,7 +72,7 @@ def test_equals_the_definition(group, size, slots, splits, poisoned):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])], ids=str)
-@pytest.mark.parametrize("splits", [3], indirect=True)
+@pytest.mark.parametrize("splits", [64], indirect=True)
 def test_rounding(dtype, splits):
     """At most twice as far from fp64 as the formula in the same dtype."""
     q, k, v, lengths = random_inputs([200] * 5, 200, 4, 128, dtype)
@@ -76,9 +88,9 @@ def test_rounding(dtype, splits):
 @pytest.mark.parametrize("threads", [1] if INTERPRETED else [1, 2])
 @pytest.mark.parametrize("size, length", [(20, 150), *([] if INTERPRETED else [(64, 64), (64, 130)])])
 def test_no_bit_depends_on_a_neighbour(dtype, threads, size, length, monkeypatch):
-    """On the sequence's position, the others' contents or lengths, the call, or where the groups are computed."""
+    """On the sequence's position, the others' contents, lengths or number, the call, or where groups are computed."""
     # 3 splits
-    monkeypatch.setattr(KERNEL_MODULE, "multiprocessor_count", lambda device: 8)
+    monkeypatch.setattr(KERNEL_MODULE, "SPLIT", 64)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     slots = 150
@@ -92,11 +104,13 @@ def test_no_bit_depends_on_a_neighbour(dtype, threads, size, length, monkeypatch
                 t[position] = alone[0]
             results.append(decode_attention(q, k, v, lengths_N)[position])
             results.append(decode_attention(q, k, v, lengths_N, decode_groups(lengths, slots))[position])
+            q, k, v, lengths_N = (t[position : position + 1] for t in (q, k, v, lengths_N))
+            results.append(decode_attention(q, k, v, lengths_N)[0])
     torch.set_num_threads(threads_before)
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("splits", [3], indirect=True)
+@pytest.mark.parametrize("splits", [64], indirect=True)
 def test_the_order_of_slots_does_not_matter(splits):
     q, k, v, lengths = random_inputs([200] * 5, 200, 1, 64)
     # as in a buffer that has rolled over
@@ -126,6 +140,30 @@ def test_offsets_past_32_bits(strides):
     assert torch.equal(decode_attention(q, far_k, far_v, lengths), expected)
 
 
+def rope_inputs(heads, kv_heads, size, dtype=torch.float64):
+    """qkv as part of a wider buffer, tables, a cache and three of its positions."""
+    generator = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    qkv = random(3, (heads + 2 * kv_heads) * size + 5)[:, :-5]
+    tables = rope_tables(torch.tensor([0, 700, 9]), size, 1e4)
+    return qkv, *tables, random(11, kv_heads, size), random(11, kv_heads, size), torch.tensor([4, 0, 10])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("heads, kv_heads, size", [(4, 2, 64), (9, 3, 20), (3, 3, 128)])
+def test_rotation_and_cache_write(heads, kv_heads, size, dtype, poisoned):
+    """As the definition, at the positions given; all other positions keep their bits."""
+    inputs = rope_inputs(heads, kv_heads, size, dtype)
+    ours, plain = [t.clone() for t in inputs], [t.clone() for t in inputs]
+    q, expected = rope_into_cache(*ours), rope_into_cache_definition(*plain)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-3
+    for got, wanted in ((q, expected), *zip(ours[3:5], plain[3:5])):
+        assert got.dtype == dtype and relative_error(got, wanted) < tolerance
+    untouched = [n for n in range(11) if n not in inputs[-1].tolist()]
+    assert all(torch.equal(now[untouched], before[untouched]) for now, before in zip(ours[3:5], inputs[3:5]))
+    assert torch.equal(ours[4], plain[4])
+
+
 def test_strides_change_nothing():
     """Queries that are part of a larger buffer, and tensors whose last stride is not 1."""
     q, k, v, lengths = random_inputs([7, 3, 1], 7, 3, 16)
@@ -141,3 +179,5 @@ def test_the_operator_is_sound():
     arguments = random_inputs([7, 3], 7, 2, 16, torch.float32)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.minorca.decode_attention.default, arguments, test_utils=tests)
+    arguments = rope_inputs(4, 2, 16, torch.float32)
+    torch.library.opcheck(torch.ops.minorca.rope_into_cache.default, arguments, test_utils=tests)
