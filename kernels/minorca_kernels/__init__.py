@@ -21,7 +21,15 @@ from minorca_kernels.frozen_weight import (
     fill_rows,
     local_part,
 )
-from minorca_kernels.lora_linear import STRATEGIES, Adapter, lora_linear, lora_linear_definition, padding_pays
+from minorca_kernels.lora_linear import (
+    STRATEGIES,
+    Adapter,
+    Factors,
+    lora_linear,
+    lora_linear_definition,
+    padding_pays,
+    write_update,
+)
 from minorca_kernels.rms_norm import add_rms_norm, add_rms_norm_definition, rms_norm, rms_norm_definition
 from minorca_kernels.rope import rope, rope_definition, rope_tables
 from minorca_kernels.swiglu import swiglu, swiglu_definition
@@ -29,6 +37,7 @@ from minorca_kernels.swiglu import swiglu, swiglu_definition
 __all__ = [
     "Adapter",
     "DenseWeight",
+    "Factors",
     "FrozenWeight",
     "PaddedWeight",
     "PrepackedWeight",
@@ -54,4 +63,5 @@ __all__ = [
     "padding_pays",
     "swiglu",
     "swiglu_definition",
+    "write_update",
 ]

@@ -105,5 +105,5 @@ def _selective_policy(_, operator, *arguments, **options) -> CheckpointPolicy:
     save = operator in _attention_operators()
     if operator == torch.ops.minorca.lora_linear.default:
         out_features, a = arguments[3], arguments[4]
-        save = out_features <= 2 * a[0].shape[1]
+        save = out_features <= 2 * a.shape[1]
     return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE

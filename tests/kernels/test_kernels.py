@@ -474,7 +474,8 @@ def test_no_product_reads_memory_that_nobody_wrote(k, n, ranks, strategy, dropou
     module, tensors = lora_linear_module, [t.detach() for t in weight.tensors()]
     settings = (starts, 0.7, dropout, seeds, of_swiglu, strategy)
     with torch.no_grad(), ReadsWrittenMemory() as mode:
-        y, s = module._forward(x, tensors, weight.kind, n, a, b, *settings)
-        results = module._backward(module._gradients_torch, dy, x, tensors, weight.kind, a, b, s, *settings, True)
+        y, s = module._forward(x, tensors, weight.kind, n, torch.cat(a), b, *settings, False, False)
+        arguments = dy, x, tensors, weight.kind, torch.cat(a), b, s, *settings, True
+        results = module._backward(module._gradients_torch, *arguments)
     assert mode.products >= 6 and y.isfinite().all()
     assert all(result.isfinite().all() for result in tree_leaves(results))

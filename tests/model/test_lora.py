@@ -1,18 +1,20 @@
 """Adapters compared with PEFT: files, logits and gradients."""
 
 import json
+import sys
 
 import pytest
 import torch
 from peft import PeftModel
 
+import minorca.model.lora
 from minorca import UserError, load_model
 from minorca.files.adapters import read_adapter_settings, save_adapter
 from minorca.model.architecture import read_architecture
 from minorca.model.attention import PackedAttention
 from minorca.model.build import build_model
 from minorca.model.layout import TARGETS
-from minorca.model.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters
+from minorca.model.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters, pad_for_adapters
 from minorca_kernels import linear_cross_entropy, rope_tables
 from minorca_kernels.operator import INTERPRETED
 from tests.helpers import gradients_of, random_adapter, relative_error
@@ -135,6 +137,48 @@ def test_another_models_adapter_is_refused(save_mistral, tmp_path):
         random_adapter(model, tmp_path / name, TARGETS)
         with pytest.raises(UserError, match=message):
             load_model(directory, torch.float32, "cpu", adapter=tmp_path / name)
+
+
+def test_kept_adapters_are_never_stale(save_mistral, monkeypatch):
+    """Whoever changes them, the rounded copies give the loss and gradients of adapters that every call rounds."""
+    monkeypatch.setattr(minorca.model.lora, "uses_triton", lambda x: True)
+    monkeypatch.setattr(sys.modules["minorca_kernels.lora_linear"], "MIN_TOKENS_AUGMENTED", 0)
+    directory, _ = save_mistral()
+    kept, _ = models = [load_model(directory, torch.float32, "cpu") for _ in range(2)]
+    for model in models:
+        add_adapters(model, LoRASettings(4, 8, ("q", "k", "v", "o")))
+    pad_for_adapters(kept)
+    assert {p.base.kind for _, p in kept.projections()} == {"padded", "dense"}
+    optimizers = [torch.optim.SGD(adapter_parameters(model).values(), 0.1, fused=True) for model in models]
+
+    def changes():
+        for model in models:
+            init_adapters(model, seed=0)
+        yield
+        for _ in range(3):
+            for optimizer in optimizers:
+                optimizer.step()
+            yield
+        with torch.inference_mode():
+            for model in models:
+                for parameter in adapter_parameters(model).values():
+                    parameter.mul_(-2)
+        yield
+
+    seen = set()
+    for _ in changes():
+        with torch.inference_mode():
+            losses = [model(TOKENS).square().mean() for model in models]
+        assert torch.allclose(*losses, rtol=1e-5)
+        for model in models:
+            # accumulated
+            for _ in range(2):
+                model(TOKENS).square().mean().backward()
+        gradients = [gradients_of(adapter_parameters(model)) for model in models]
+        assert all(torch.allclose(gradients[0][name], gradients[1][name], 1e-4, 1e-5) for name in gradients[1])
+        seen.add(losses[0].item())
+    # each change shows
+    assert len(seen) == 5
 
 
 @pytest.mark.skipif(INTERPRETED, reason="torch.compile cannot trace the interpreter")
