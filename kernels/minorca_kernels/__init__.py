@@ -27,6 +27,8 @@ from minorca_kernels.lora_linear import (
     Factors,
     lora_linear,
     lora_linear_definition,
+    norm_lora_linear,
+    norm_lora_linear_definition,
     padding_pays,
     write_update,
 )
@@ -55,6 +57,8 @@ __all__ = [
     "local_part",
     "lora_linear",
     "lora_linear_definition",
+    "norm_lora_linear",
+    "norm_lora_linear_definition",
     "rms_norm",
     "rms_norm_definition",
     "rope",

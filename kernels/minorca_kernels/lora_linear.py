@@ -2,7 +2,8 @@
 (arXiv:2106.09685).
 
 A projection may stack several of the model's by rows (q, k and v), each with an adapter of its own or none. Its input
-may be the SwiGLU of a buffer, which is then recomputed in backward instead of being stored.
+may be the SwiGLU of a buffer, or the norm of the residual stream, which are then recomputed in backward instead of
+being stored.
 
 There are four strategies to add the update (`STRATEGIES`), two of which touch the output once; `python -m
 benchmarks.kernels` compares them. Axes: T tokens, N out, K in, R ranks of all adapters side by side.
@@ -20,6 +21,14 @@ from minorca_kernels.frozen_weight import FrozenWeight
 from minorca_kernels.low_rank_gradients import low_rank_gradients
 from minorca_kernels.low_rank_matmul import low_rank_matmul
 from minorca_kernels.operator import accumulate_dtype, operator, uses_triton
+from minorca_kernels.rms_norm import (
+    add_rms_norm,
+    add_rms_norm_forward,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_definition,
+    rms_norm_forward,
+)
 from minorca_kernels.swiglu import swiglu, swiglu_backward, swiglu_definition, swiglu_into
 
 
@@ -74,6 +83,22 @@ def lora_linear_definition(
         for start, stop, a, b, seed in ((*each[:2], each.a_RK.to(y), each.b_NR.to(y), each.seed) for each in adapters)
     ]
     return y + sum(updates) if updates else y
+
+
+def norm_lora_linear_definition(
+    x_TK: Tensor,
+    update_TK: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    w_NK: Tensor,
+    adapters: list[Adapter],
+    scale: float,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """x and update [T, K] -> their sum, and `lora_linear_definition` of its norm; update may be None."""
+    total_TK = x_TK if update_TK is None else x_TK + update_TK
+    normed_TK = rms_norm_definition(total_TK, norm_weight, eps)
+    return total_TK, lora_linear_definition(normed_TK, w_NK, adapters, scale, dropout)
 
 
 # ------------------------------------------------------------------------------------------------------- strategies
@@ -346,6 +371,10 @@ class _Call(NamedTuple):
     settings: tuple
     update_in_weight: bool
 
+    @property
+    def strategy(self) -> str:
+        return self.settings[-1]
+
     def forward(self, x: Tensor, tensors: tuple[Tensor, ...], x_padded: bool = False) -> tuple[Tensor, Tensor]:
         w, a, b = self._split(tensors)
         flags = x_padded, self.update_in_weight
@@ -381,6 +410,64 @@ class _LoRALinear(torch.autograd.Function):
         x, s, *tensors = ctx.saved_tensors
         dx, *gradients = ctx.call.backward(dys[0], x, s, tensors, ctx.needs_input_grad[0])
         return dx, None, *gradients
+
+
+class _NormLoRALinear(torch.autograd.Function):
+    """Keeps the sum, which the residual stream keeps too, and the rstd of each row: the norm, as large as the sum, is
+    computed again in backward, and lies beside its products in forward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, update, norm_weight, eps, call, *tensors):
+        w = tensors[0]
+        scratch = w.stride(0) - w.shape[1] if call.strategy == "augmented" else 0
+        total = x
+        if update is None:
+            normed, rstd = rms_norm_forward(x, norm_weight, eps, scratch)
+        else:
+            total, normed, rstd = add_rms_norm_forward(x, update, norm_weight, eps, scratch)
+        y, s = call.forward(normed, tensors, x_padded=scratch > 0)
+        ctx.save_for_backward(total, norm_weight, rstd, s, *tensors)
+        ctx.eps, ctx.call, ctx.adds = eps, call, update is not None
+        return total, y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dtotal, dy):
+        total, norm_weight, rstd, s, *tensors = ctx.saved_tensors
+        needs_dx = any(ctx.needs_input_grad[:3])
+        normed, _ = rms_norm_forward(total, norm_weight, ctx.eps)
+        dx, *gradients = ctx.call.backward(dy, normed, s, tensors, needs_dx)
+        dweight = None
+        if needs_dx:
+            dx, dweight = rms_norm_backward(dx, dtotal, total, norm_weight, rstd, ctx.needs_input_grad[2])
+        dweight = dweight if ctx.needs_input_grad[2] else None
+        return dx, dx if ctx.adds else None, dweight, None, None, *gradients
+
+
+def norm_lora_linear(
+    x_TK: Tensor,
+    update_TK: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: FrozenWeight,
+    adapters: list[Adapter],
+    scale: float,
+    dropout: float = 0.0,
+    strategy: str | None = None,
+    factors: Factors | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`norm_lora_linear_definition`, with the arguments of `lora_linear`."""
+    strategy = strategy or _choose_strategy(x_TK, weight)
+    if uses_triton(x_TK):
+        call = _call(x_TK, weight, adapters, scale, dropout, False, strategy, factors)
+        return _NormLoRALinear.apply(x_TK, update_TK, norm_weight, eps, *call)
+    # computing the norm again takes a CPU longer than reading it
+    if update_TK is None:
+        normed_TK = rms_norm(x_TK, norm_weight, eps)
+    else:
+        x_TK, normed_TK = add_rms_norm(x_TK, update_TK, norm_weight, eps)
+    return x_TK, lora_linear(normed_TK, weight, adapters, scale, dropout, False, strategy, factors)
 
 
 def lora_linear(

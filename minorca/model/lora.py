@@ -29,6 +29,7 @@ from minorca_kernels import (
     PaddedWeight,
     fill_rows,
     lora_linear,
+    norm_lora_linear,
     padding_pays,
     write_update,
 )
@@ -36,7 +37,7 @@ from minorca_kernels.operator import uses_triton
 
 # the network imports this file
 if TYPE_CHECKING:
-    from minorca.model.network import Mistral
+    from minorca.model.network import Mistral, RMSNorm
 
 
 class PartSettings(NamedTuple):
@@ -111,20 +112,23 @@ class LoRA(nn.Module):
 
     def forward(self, x: Tensor, base: FrozenWeight, gated_input: bool) -> Tensor:
         """x [T, K], or [T, 2K] with gated input -> [T, N]."""
+        return lora_linear(x, base, *self._update(), of_swiglu=gated_input, factors=self._factors())
+
+    def of_norm(self, norm: RMSNorm, x: Tensor, update: Tensor | None, base: FrozenWeight) -> tuple[Tensor, Tensor]:
+        """x and update [T, K] -> their sum, and of its norm [T, N]."""
+        return norm_lora_linear(x, update, norm.weight, norm.eps, base, *self._update(), factors=self._factors())
+
+    def _update(self) -> tuple[list[Adapter], float, float]:
+        """The adapters, their scale and dropout."""
         adapters = [
-            Adapter(
-                part.start,
-                part.stop,
-                self.a[part.name],
-                self._scaled_b(part.name),
-                self.seeds[part.name],
-            )
+            Adapter(part.start, part.stop, self.a[part.name], self._scaled_b(part.name), self.seeds[part.name])
             for part in self.parts
         ]
-        dropout = self.dropout if self.training else 0.0
+        return adapters, self.scale, self.dropout if self.training else 0.0
+
+    def _factors(self) -> Factors | None:
         # a compiler cannot trace what keeps them
-        factors = None if self.rounded is None or torch.compiler.is_compiling() else self.rounded.of(self)
-        return lora_linear(x, base, adapters, self.scale, dropout, gated_input, factors=factors)
+        return None if self.rounded is None or torch.compiler.is_compiling() else self.rounded.of(self)
 
     @property
     def matrices(self) -> list[nn.Parameter]:
@@ -226,8 +230,8 @@ def pad_for_adapters(model: Mistral, device: torch.device | str | None = None) -
         if lora is None:
             continue
         if isinstance(base, DenseWeight):
-            ranks = sum(lora.ranks)
-            if padding_pays(base.out_features, base.in_features, ranks, projection.gated_input):
+            ranks, in_place = sum(lora.ranks), projection.gated_input or projection.normed_input
+            if padding_pays(base.out_features, base.in_features, ranks, in_place):
                 projection.base = PaddedWeight(base.weight.detach(), ranks)
         # parts of different scales are scaled anew in every call
         if len(set(lora.scales.values())) == 1:

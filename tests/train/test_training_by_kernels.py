@@ -77,7 +77,12 @@ def use_definitions(monkeypatch) -> None:
     def lora_linear(x, weight, adapters, scale, dropout, of_swiglu, factors):
         return minorca_kernels.lora_linear_definition(x, weight.weight, adapters, scale, dropout, of_swiglu)
 
+    def norm_lora_linear(x, update, norm_weight, eps, weight, adapters, scale, dropout, factors):
+        arguments = x, update, norm_weight, eps, weight.weight, adapters, scale, dropout
+        return minorca_kernels.norm_lora_linear_definition(*arguments)
+
     monkeypatch.setattr(minorca.model.lora, "lora_linear", lora_linear)
+    monkeypatch.setattr(minorca.model.lora, "norm_lora_linear", norm_lora_linear)
     monkeypatch.setattr(
         PackedAttention,
         "__call__",
