@@ -22,16 +22,14 @@ from minorca_kernels.frozen_weight import (
     local_part,
 )
 from minorca_kernels.lora_linear import (
-    STRATEGIES,
     Adapter,
     Factors,
     lora_linear,
     lora_linear_definition,
     norm_lora_linear,
     norm_lora_linear_definition,
-    padding_pays,
-    write_update,
 )
+from minorca_kernels.low_rank_update import STRATEGIES, padding_pays, write_update
 from minorca_kernels.rms_norm import add_rms_norm, add_rms_norm_definition, rms_norm, rms_norm_definition
 from minorca_kernels.rope import rope, rope_definition, rope_tables
 from minorca_kernels.swiglu import swiglu, swiglu_definition

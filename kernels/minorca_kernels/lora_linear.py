@@ -4,9 +4,7 @@
 A projection may stack several of the model's by rows (q, k and v), each with an adapter of its own or none. Its input
 may be the SwiGLU of a buffer, or the norm of the residual stream, which are then recomputed in backward instead of
 being stored.
-
-There are four strategies to add the update (`STRATEGIES`), two of which touch the output once; `python -m
-benchmarks.kernels` compares them. Axes: T tokens, N out, K in, R ranks of all adapters side by side.
+Axes: T tokens, N out, K in, R ranks of all adapters side by side.
 """
 
 import functools
@@ -19,7 +17,16 @@ from torch import Tensor
 
 from minorca_kernels.frozen_weight import FrozenWeight
 from minorca_kernels.low_rank_gradients import low_rank_gradients
-from minorca_kernels.low_rank_matmul import low_rank_matmul
+from minorca_kernels.low_rank_update import (
+    STRATEGIES,
+    Factor,
+    has_padding,
+    own_columns,
+    ranks_of,
+    scratch_columns,
+    whole_rows,
+    write_update,
+)
 from minorca_kernels.operator import accumulate_dtype, operator, uses_triton
 from minorca_kernels.rms_norm import (
     add_rms_norm,
@@ -101,132 +108,10 @@ def norm_lora_linear_definition(
     return total_TK, lora_linear_definition(normed_TK, w_NK, adapters, scale, dropout)
 
 
-# ------------------------------------------------------------------------------------------------------- strategies
-# x [T, K], W [N, K], s [T, R], b: an adapter's B [N_i, R_i] for the rows from each of starts, their columns side by
-# side in s -> x W^T + scale * s b^T
+# -------------------------------------------------------------------------------------------- forward and backward
 
-
-class _Factor(NamedTuple):
-    """W, or its transpose in backward, as the second factor of a product."""
-
-    storage: type[FrozenWeight]
-    tensors: list[Tensor]
-    transposed: bool
-    rows: int
-
-    def product(self, x: Tensor) -> Tensor:
-        product = self.storage.transposed_product if self.transposed else self.storage.product
-        return product(x, self.tensors)
-
-    def add_product(self, y: Tensor, x: Tensor) -> Tensor:
-        """Adds the product to y in place."""
-        add = self.storage.add_transposed_product if self.transposed else self.storage.add_product
-        return add(y, x, self.tensors)
-
-    @property
-    def matrix(self) -> Tensor:
-        """The factor of a kind that is stored as a matrix."""
-        return self.tensors[0].t() if self.transposed else self.tensors[0]
-
-
-def _whole_rows(t: Tensor) -> Tensor:
-    """A slice of columns as an operand of a matrix product, whose rows must not be read past their end.
-
-    On CPUs with AMX, oneDNN reads bf16 rows in blocks of 32 elements and multiplies what lies behind a shorter row by
-    zero, which gives NaN where that is NaN or infinite (oneDNN#5717).
-    """
-    return t.contiguous() if t.device.type == "cpu" and t.shape[-1] % 32 else t
-
-
-def _ranks(b: list[Tensor]) -> list[int]:
-    return [b_i.shape[1] for b_i in b]
-
-
-def _own_columns(columns: Tensor, b: list[Tensor]) -> list[Tensor]:
-    """Each adapter's columns of a tensor [M, R]."""
-    return [_whole_rows(part) for part in columns.split(_ranks(b), dim=1)]
-
-
-def _added(x: Tensor, weight: _Factor, s: Tensor, b: list[Tensor], starts: list[int], scale: float) -> Tensor:
-    """Reads and writes the output once more: 13% of the time of a product 4096 deep on an H100, by its bytes."""
-    y = weight.product(x)
-    for start, s_i, b_i in zip(starts, _own_columns(s, b), b):
-        y[:, start : start + len(b_i)].addmm_(s_i, b_i.t(), alpha=scale)
-    return y
-
-
-def _accumulated(x: Tensor, weight: _Factor, s: Tensor, b: list[Tensor], starts: list[int], scale: float) -> Tensor:
-    """Writes the update first, and lets the large product add to it where it is about to write."""
-    covered = sum(map(len, b)) == weight.rows
-    y = x.new_empty(len(x), weight.rows) if covered else x.new_zeros(len(x), weight.rows)
-    for start, s_i, b_i in zip(starts, _own_columns(s, b), b):
-        y[:, start : start + len(b_i)].addmm_(s_i, b_i.t(), beta=0, alpha=scale)
-    return weight.add_product(y, x)
-
-
-def _augmented(x: Tensor, weight: _Factor, s: Tensor, b: list[Tensor], starts: list[int], scale: float) -> Tensor:
-    """[x | s] [W | scale b]^T, one product a little deeper: x and W have scratch columns after each row, in those of W
-    lies the update.
-
-    The product takes rows with all of their scratch columns, the unused ones zero: it reads nothing that is not
-    written.
-    """
-    scratch_columns(x, weight.matrix)[:, : s.shape[1]] = s
-    return F.linear(_whole(x, weight.matrix), _whole(weight.matrix, weight.matrix))
-
-
-def _fused(x: Tensor, weight: _Factor, s: Tensor, b: list[Tensor], starts: list[int], scale: float) -> Tensor:
-    """Triton's product, whose last step in depth is the update."""
-    update = weight.matrix.new_zeros(weight.rows, s.shape[1])
-    write_update(b, starts, scale, update)
-    return low_rank_matmul(x, weight.matrix, s, update)
-
-
-def write_update(b: list[Tensor], starts: list[int], scale: float, out: Tensor) -> None:
-    """Writes every scale * B into its own rows and columns of out [N, R or more], whose other elements are zero."""
-    column = 0
-    for start, b_i in zip(starts, b):
-        torch.mul(b_i, scale, out=out[start : start + len(b_i), column : column + b_i.shape[1]])
-        column += b_i.shape[1]
-
-
-STRATEGIES = {"added": _added, "accumulated": _accumulated, "augmented": _augmented, "fused": _fused}
 # Below so many tokens launches cost more than memory traffic: generation takes one token a sequence.
 MIN_TOKENS_AUGMENTED = 256
-
-
-# what an H100 multiplies while it copies a byte: 700 TFLOP/s and 3 TB/s, both assumed
-FLOPS_PER_BYTE = 233
-
-
-def padding_pays(out_features: int, in_features: int, ranks: int, in_place: bool) -> bool:
-    """Whether the augmented strategy is faster on a GPU than the accumulated one, by its bytes in bf16.
-
-    It deepens the product by the ranks of all adapters, and x must be copied next to its products, unless x is written
-    there in the first place (`in_place`); the other one writes and reads an update of the output's size.
-    """
-    deepened = 2 * out_features * ranks / FLOPS_PER_BYTE
-    return deepened + (0 if in_place else 4 * in_features) < 4 * out_features
-
-
-def scratch_columns(x: Tensor, w: Tensor) -> Tensor:
-    """The columns after each row of x, as many as W has after its own."""
-    return _whole(x, w)[:, w.shape[1] :]
-
-
-def _whole(x: Tensor, w: Tensor) -> Tensor:
-    """x or W with its scratch columns."""
-    # .data: no element of x or W itself is written, so what autograd has saved of it stays valid
-    return x.data.as_strided((len(x), w.stride(0)), (w.stride(0), 1))
-
-
-def _has_padding(x: Tensor, stride: int) -> bool:
-    """Whether x or W still has its scratch columns: a copy made on the way here, by a compiler or a check, has none."""
-    end = (x.storage_offset() + len(x) * stride) * x.element_size()
-    return x.stride() == (stride, 1) and end <= x.untyped_storage().nbytes()
-
-
-# -------------------------------------------------------------------------------------------- forward and backward
 
 
 def _padded_input(x: Tensor, w: Tensor, of_swiglu: bool) -> Tensor:
@@ -244,7 +129,7 @@ def _inner(x: Tensor, a: Tensor, b: list[Tensor], dropout: float, seeds: list[in
     """drop(x) A^T of every adapter, side by side: [T, R]."""
     if not dropout:
         return F.linear(x, a)
-    parts = zip(a.split(_ranks(b)), seeds)
+    parts = zip(a.split(ranks_of(b)), seeds)
     return torch.cat([F.linear(_dropped(x, dropout, seed), a_i) for a_i, seed in parts], dim=1)
 
 
@@ -264,12 +149,12 @@ def _forward(
     x_padded: bool,
     update_in_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    weight = _Factor(FrozenWeight.kinds[kind], w, False, out_features)
+    weight = Factor(FrozenWeight.kinds[kind], w, False, out_features)
     stride = w[0].stride(0)
-    if strategy == "augmented" and not (stride >= w[0].shape[1] + len(a) and _has_padding(w[0], stride)):
+    if strategy == "augmented" and not (stride >= w[0].shape[1] + len(a) and has_padding(w[0], stride)):
         strategy = "accumulated"
     if strategy == "augmented":
-        if not (x_padded and _has_padding(x, stride)):
+        if not (x_padded and has_padding(x, stride)):
             x = _padded_input(x, w[0], of_swiglu)
         if not update_in_weight:
             write_update(b, starts, scale, scratch_columns(w[0], w[0]).zero_())
@@ -296,19 +181,19 @@ def _backward(
     strategy: str,
     x_gradient: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    dy_rows = [_whole_rows(dy[:, start : start + len(b_i)]) for start, b_i in zip(starts, b)]
-    of_b = [gradients(dy_i, b_i, s_i) for dy_i, b_i, s_i in zip(dy_rows, b, _own_columns(s, b))]
+    dy_rows = [whole_rows(dy[:, start : start + len(b_i)]) for start, b_i in zip(starts, b)]
+    of_b = [gradients(dy_i, b_i, s_i) for dy_i, b_i, s_i in zip(dy_rows, b, own_columns(s, b))]
     ds = dy.new_empty(s.shape)
-    for (ds_i, _), columns in zip(of_b, ds.split(_ranks(b), dim=1)):
+    for (ds_i, _), columns in zip(of_b, ds.split(ranks_of(b), dim=1)):
         torch.mul(ds_i, scale, out=columns)
     db = [db_i for _, db_i in of_b]
     torch._foreach_mul_(db, scale)
 
-    weight = _Factor(FrozenWeight.kinds[kind], w, True, a.shape[1])
+    weight = Factor(FrozenWeight.kinds[kind], w, True, a.shape[1])
     dx = x.new_empty(0)
     if x_gradient and dropout:
         dx = weight.product(dy)
-        for ds_i, a_i, seed in zip(_own_columns(ds, b), a.split(_ranks(b)), seeds):
+        for ds_i, a_i, seed in zip(own_columns(ds, b), a.split(ranks_of(b)), seeds):
             dx += _dropped(ds_i @ a_i, dropout, seed)
     elif x_gradient:
         # the same sum of two products as in forward; a transposed W has no scratch columns
@@ -320,7 +205,7 @@ def _backward(
         x = swiglu(x)
 
     if dropout:
-        da = torch.cat([ds_i.t() @ _dropped(x, dropout, seed) for ds_i, seed in zip(_own_columns(ds, b), seeds)])
+        da = torch.cat([ds_i.t() @ _dropped(x, dropout, seed) for ds_i, seed in zip(own_columns(ds, b), seeds)])
     else:
         da = ds.t() @ x
     dtype = accumulate_dtype(x.dtype)
@@ -384,7 +269,7 @@ class _Call(NamedTuple):
         """The gradients of x and of all the tensors."""
         w, a, b = self._split(tensors)
         dx, da, db = _lora_linear_backward(dy, x, w, self.kind, a, b, s, *self.settings, x_gradient)
-        ab = [gradient for pair in zip(da.split(_ranks(b)), db) for gradient in pair]
+        ab = [gradient for pair in zip(da.split(ranks_of(b)), db) for gradient in pair]
         masters = tensors[-2 * self.adapters :]
         frozen = len(tensors) - len(masters)
         return dx if x_gradient else None, *[None] * frozen, *(g.to(t.dtype) for g, t in zip(ab, masters))

@@ -115,20 +115,24 @@ def lora_case(strategy: str, dropout: float, of_swiglu: bool) -> Case:
 def norm_lora_case(strategy: str, dropout: float, adds: bool) -> Case:
     alone = lora_case(strategy, dropout, False)
 
-    def arguments(tensors: tuple[Tensor, ...]) -> tuple:
+    def split(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, Tensor, DenseWeight, list[Adapter]]:
         x, update, norm_weight, *ab = tensors if adds else (tensors[0], None, *tensors[1:])
         weight = frozen_weight(strategy, x, False)
-        return x, update, norm_weight, 1e-5, weight, adapters(ab, weight.out_features), 0.7, dropout
+        return x, update, norm_weight, weight, adapters(ab, weight.out_features)
+
+    def operation(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        x, update, norm_weight, weight, lora = split(tensors)
+        return norm_lora_linear(x, update, norm_weight, 1e-5, weight, lora, 0.7, dropout, strategy)
 
     def definition(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        *before, weight, lora, scale, _ = arguments(tensors)
-        return norm_lora_linear_definition(*before, weight.weight, lora, scale, dropout)
+        x, update, norm_weight, weight, lora = split(tensors)
+        return norm_lora_linear_definition(x, update, norm_weight, 1e-5, weight.weight, lora, 0.7, dropout)
 
     def shapes(size: int) -> list[tuple[int, ...]]:
         x, *ab = alone.shapes(size)
         return [*[x] * (1 + adds), x[1:], *ab]
 
-    return Case(lambda *tensors: norm_lora_linear(*arguments(tensors), strategy), definition, shapes)
+    return Case(operation, definition, shapes)
 
 
 CASES = {
