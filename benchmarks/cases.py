@@ -187,7 +187,7 @@ def _projection(name: str, tokens: int, columns: int, rows: list[int], rank: int
     def lora_linear(strategy: str | None) -> Callable:
         def call(x, dense, adapters, scale, padded):
             # the default as in minorca/model/lora.py
-            pays = strategy is None and ours.padding_pays(sum(rows), columns, of_swiglu)
+            pays = strategy is None and ours.padding_pays(sum(rows), columns, rank * len(rows), of_swiglu)
             weight = padded if pays or strategy == "augmented" else dense
             return ours.lora_linear(x, weight, adapters, scale, of_swiglu=of_swiglu, strategy=strategy)
 

@@ -22,7 +22,15 @@ from minorca_kernels.frozen_weight import (
     fill_rows,
     local_part,
 )
-from minorca_kernels.lora_linear import STRATEGIES, Adapter, lora_linear, lora_linear_definition, padding_pays
+from minorca_kernels.lora_linear import (
+    Adapter,
+    Factors,
+    lora_linear,
+    lora_linear_definition,
+    norm_lora_linear,
+    norm_lora_linear_definition,
+)
+from minorca_kernels.low_rank_update import STRATEGIES, padding_pays, write_update
 from minorca_kernels.rms_norm import add_rms_norm, add_rms_norm_definition, rms_norm, rms_norm_definition
 from minorca_kernels.rope import rope, rope_definition, rope_tables
 from minorca_kernels.rope_into_cache import rope_into_cache, rope_into_cache_definition
@@ -31,6 +39,7 @@ from minorca_kernels.swiglu import swiglu, swiglu_definition
 __all__ = [
     "Adapter",
     "DenseWeight",
+    "Factors",
     "FrozenWeight",
     "PaddedWeight",
     "PrepackedWeight",
@@ -50,6 +59,8 @@ __all__ = [
     "local_part",
     "lora_linear",
     "lora_linear_definition",
+    "norm_lora_linear",
+    "norm_lora_linear_definition",
     "rms_norm",
     "rms_norm_definition",
     "rope",
@@ -60,4 +71,5 @@ __all__ = [
     "padding_pays",
     "swiglu",
     "swiglu_definition",
+    "write_update",
 ]

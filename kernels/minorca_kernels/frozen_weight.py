@@ -153,6 +153,21 @@ class PaddedWeight(DenseWeight):
         padded = weight_NK.new_empty(n, k + columns + -(k + columns) % 64)
         super().__init__(padded[:, :k].copy_(weight_NK))
 
+    @property
+    def scratch(self) -> Tensor:
+        """The columns after each row of W."""
+        return self._rows()[:, self.in_features :]
+
+    def _rows(self) -> Tensor:
+        # .data: no element of W itself is written there, so what autograd has saved of it stays valid
+        stride = self.weight.stride(0)
+        return self.weight.data.as_strided((self.out_features, stride), (stride, 1))
+
+    def _apply(self, fn, recurse=True):
+        # another device or dtype, for whole rows: the weight alone would lose its scratch columns
+        self.weight = nn.Parameter(fn(self._rows())[:, : self.in_features], requires_grad=False)
+        return self
+
 
 class PrepackedWeight(FrozenWeight):
     """W laid out once as the CPU's matrix products read it, for inference alone: it can be multiplied by, and nothing

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 import triton
+import triton.language as tl
 from triton import knobs
 
 # TRITON_INTERPRET=1: the Triton kernels run on CPU tensors, for tests.
@@ -66,6 +67,14 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     """Reshapes x [..., N] to [M, N] with a last stride of 1; the stride of rows may be anything."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+@triton.jit
+def zero_scratch(row_end_ptr, SCRATCH: tl.constexpr):
+    """Writes zeros into the scratch columns after a row."""
+    zeros = tl.zeros([triton.next_power_of_2(SCRATCH)], row_end_ptr.dtype.element_ty)
+    column = tl.arange(0, triton.next_power_of_2(SCRATCH))
+    tl.store(row_end_ptr + column, zeros, mask=column < SCRATCH)
 
 
 def multiprocessor_count(device: torch.device) -> int:

@@ -12,7 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minorca_kernels.operator import accumulate_dtype, as_rows, can_skip_dispatch, multiprocessor_count, operator
+from minorca_kernels.operator import (
+    accumulate_dtype,
+    as_rows,
+    can_skip_dispatch,
+    multiprocessor_count,
+    operator,
+    zero_scratch,
+)
 
 
 def rms_norm_definition(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -41,7 +48,9 @@ def _forward_kernel(
     rstd_ptr,
     stride_x,
     stride_update,
+    stride_y,
     H: tl.constexpr,
+    SCRATCH: tl.constexpr,
     EPS: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -52,6 +61,8 @@ def _forward_kernel(
     dtype = y_ptr.dtype.element_ty
     acc_dtype = tl.float64 if dtype == tl.float64 else tl.float32
     x = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(acc_dtype)
+    # before the sum, for which the warps wait for each other
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(acc_dtype)
     if ADD:
         update = tl.load(update_ptr + row * stride_update + column, mask=mask, other=0.0).to(acc_dtype)
         total = (x + update).to(dtype)
@@ -60,9 +71,9 @@ def _forward_kernel(
     rstd = 1 / tl.sqrt(tl.sum(x * x, 0) / H + EPS)
     tl.store(rstd_ptr + row, rstd)
     x_hat = (x * rstd).to(dtype).to(acc_dtype)
-    y_ptrs = y_ptr + row * H + column
-    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(acc_dtype)
-    tl.store(y_ptrs, x_hat * weight, mask=mask)
+    tl.store(y_ptr + row * stride_y + column, x_hat * weight, mask=mask)
+    if SCRATCH > 0:
+        zero_scratch(y_ptr + row * stride_y + H, SCRATCH)
 
 
 @triton.jit
@@ -113,12 +124,14 @@ def _constants(x: Tensor, **flags: Any) -> dict[str, Any]:
     return {"H": x.shape[-1], "BLOCK_H": block, "num_warps": min(max(block // 512, 1), 16), **flags}
 
 
-def _add_rms_norm_triton(x: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _add_rms_norm_triton(
+    x: Tensor, update: Tensor | None, weight: Tensor, eps: float, scratch: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """(sum, norm, rstd of each row); without an update, (norm, norm, rstd)."""
     x_MH = as_rows(x)
     update_MH = x_MH if update is None else as_rows(update)
-    y, rstd = _empty_forward(x, weight, eps)
-    total = y if update is None else torch.empty_like(y)
+    y, rstd = _empty_forward(x, weight, eps, scratch)
+    total = y if update is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _forward_kernel[(len(rstd),)](
         x_MH,
         update_MH,
@@ -128,7 +141,8 @@ def _add_rms_norm_triton(x: Tensor, update: Tensor | None, weight: Tensor, eps: 
         rstd,
         x_MH.stride(0),
         update_MH.stride(0),
-        **_constants(x, EPS=eps, ADD=update is not None),
+        y.stride(-2),
+        **_constants(x, SCRATCH=scratch, EPS=eps, ADD=update is not None),
     )
     return total, y, rstd
 
@@ -162,13 +176,15 @@ def _rms_norm_backward_triton(
 # ----------------------------------------------------------------------------------------------------- plain PyTorch
 
 
-def _rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _rms_norm_torch(x: Tensor, weight: Tensor, eps: float, scratch: int = 0) -> tuple[Tensor, Tensor]:
     value = x.to(accumulate_dtype(x.dtype))
     rstd = torch.rsqrt(torch.linalg.vecdot(value, value) / x.shape[-1] + eps)
     return (value * rstd[..., None]).to(x.dtype).mul_(weight).contiguous(), rstd.flatten()
 
 
-def _add_rms_norm_torch(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _add_rms_norm_torch(
+    x: Tensor, update: Tensor, weight: Tensor, eps: float, scratch: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     total = (x + update).contiguous()
     return total, *_rms_norm_torch(total, weight, eps)
 
@@ -191,13 +207,15 @@ def _rms_norm_backward_torch(
 # ------------------------------------------------------------------------------------------- operators and autograd
 
 
-def _empty_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _empty_forward(x: Tensor, weight: Tensor, eps: float, scratch: int = 0) -> tuple[Tensor, Tensor]:
+    y = torch.empty(*x.shape[:-1], x.shape[-1] + scratch, dtype=x.dtype, device=x.device)[..., : x.shape[-1]]
     return y, x.new_empty(x.shape[:-1].numel(), dtype=accumulate_dtype(x.dtype))
 
 
-def _empty_add_forward(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), *_empty_forward(x, weight, eps)
+def _empty_add_forward(
+    x: Tensor, update: Tensor, weight: Tensor, eps: float, scratch: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), *_empty_forward(x, weight, eps, scratch)
 
 
 def _empty_backward(
@@ -207,19 +225,20 @@ def _empty_backward(
     return dx, weight.new_empty(weight.shape if weight_gradient else 0)
 
 
-_rms_norm = operator(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
-    cuda=lambda x, weight, eps: _add_rms_norm_triton(x, None, weight, eps)[1:],
+# scratch: how many columns of zeros lie after each row of the norm; the CPU's has none
+rms_norm_forward = operator(
+    "rms_norm(Tensor x, Tensor weight, float eps, int scratch=0) -> (Tensor, Tensor)",
+    cuda=lambda x, weight, eps, scratch=0: _add_rms_norm_triton(x, None, weight, eps, scratch)[1:],
     cpu=_rms_norm_torch,
     fake=_empty_forward,
 )
-_add_rms_norm = operator(
-    "add_rms_norm(Tensor x, Tensor update, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+add_rms_norm_forward = operator(
+    "add_rms_norm(Tensor x, Tensor update, Tensor weight, float eps, int scratch=0) -> (Tensor, Tensor, Tensor)",
     cuda=_add_rms_norm_triton,
     cpu=_add_rms_norm_torch,
     fake=_empty_add_forward,
 )
-_rms_norm_backward = operator(
+rms_norm_backward = operator(
     "rms_norm_backward(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor rstd, bool weight_gradient)"
     " -> (Tensor, Tensor)",
     cuda=_rms_norm_backward_triton,
@@ -233,14 +252,14 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        y, rstd = _rms_norm(x, weight, eps)
+        y, rstd = rms_norm_forward(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        dx, dweight = _rms_norm_backward(dy, None, *ctx.saved_tensors, ctx.needs_input_grad[1])
+        dx, dweight = rms_norm_backward(dy, None, *ctx.saved_tensors, ctx.needs_input_grad[1])
         return dx, dweight if ctx.needs_input_grad[1] else None, None
 
 
@@ -249,14 +268,14 @@ class _AddRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, update, weight, eps):
-        total, y, rstd = _add_rms_norm(x, update, weight, eps)
+        total, y, rstd = add_rms_norm_forward(x, update, weight, eps)
         ctx.save_for_backward(total, weight, rstd)
         return total, y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dtotal, dy):
-        dx, dweight = _rms_norm_backward(dy, dtotal, *ctx.saved_tensors, ctx.needs_input_grad[2])
+        dx, dweight = rms_norm_backward(dy, dtotal, *ctx.saved_tensors, ctx.needs_input_grad[2])
         return dx, dx, dweight if ctx.needs_input_grad[2] else None, None
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minorca_kernels.operator import as_rows, can_skip_dispatch, operator
+from minorca_kernels.operator import as_rows, can_skip_dispatch, operator, zero_scratch
 
 
 def swiglu_definition(gate_up_TI: Tensor) -> Tensor:
@@ -25,9 +25,18 @@ def swiglu_definition(gate_up_TI: Tensor) -> Tensor:
 
 
 @triton.jit
-def _forward_kernel(gate_up_ptr, y_ptr, stride_gate_up, stride_y, INTERMEDIATE: tl.constexpr, BLOCK_I: tl.constexpr):
+def _forward_kernel(
+    gate_up_ptr,
+    y_ptr,
+    stride_gate_up,
+    stride_y,
+    INTERMEDIATE: tl.constexpr,
+    SCRATCH: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
     row = (tl.program_id(0) // tl.cdiv(INTERMEDIATE, BLOCK_I)).to(tl.int64)
-    column = tl.program_id(0) % tl.cdiv(INTERMEDIATE, BLOCK_I) * BLOCK_I + tl.arange(0, BLOCK_I)
+    part = tl.program_id(0) % tl.cdiv(INTERMEDIATE, BLOCK_I)
+    column = part * BLOCK_I + tl.arange(0, BLOCK_I)
     mask = column < INTERMEDIATE
     dtype = y_ptr.dtype.element_ty
     acc_dtype = tl.float64 if dtype == tl.float64 else tl.float32
@@ -35,6 +44,8 @@ def _forward_kernel(gate_up_ptr, y_ptr, stride_gate_up, stride_y, INTERMEDIATE: 
     up = tl.load(gate_up_ptr + row * stride_gate_up + INTERMEDIATE + column, mask=mask, other=0.0).to(acc_dtype)
     silu = (gate / (1 + tl.exp(-gate))).to(dtype).to(acc_dtype)
     tl.store(y_ptr + row * stride_y + column, silu * up, mask=mask)
+    if SCRATCH > 0 and part == 0:
+        zero_scratch(y_ptr + row * stride_y + INTERMEDIATE, SCRATCH)
 
 
 @triton.jit
@@ -80,10 +91,12 @@ def _swiglu_triton(gate_up: Tensor) -> Tensor:
     return y
 
 
-def swiglu_into(gate_up_TI: Tensor, out_TI: Tensor) -> None:
-    """Writes `swiglu` into out [T, I], whose rows may have any stride. Launches the Triton kernel."""
+def swiglu_into(gate_up_TI: Tensor, out_TI: Tensor, scratch: int = 0) -> None:
+    """Writes `swiglu` into out [T, I], whose rows may have any stride, and zeros into the scratch columns after each
+    row, of which there are so many. Launches the Triton kernel.
+    """
     gate_up_TI = as_rows(gate_up_TI)
-    constants = _constants(out_TI.shape[1])
+    constants = _constants(out_TI.shape[1], SCRATCH=scratch)
     grid = _grid(out_TI, constants)
     _forward_kernel[grid](gate_up_TI, out_TI, gate_up_TI.stride(0), out_TI.stride(0), **constants)
 

@@ -51,10 +51,10 @@ def load_model(
     if adapter is not None:
         add_adapters(model, read_adapter_settings(adapter), dtype)
         open_adapter(adapter, adapter_parameters(model))
+        pad_for_adapters(model, device)
     model.to_empty(device=device)
     load_weights(model, files)
     if adapter is not None:
-        pad_for_adapters(model)
         load_adapter(model, adapter)
     return model.eval()
 

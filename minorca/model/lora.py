@@ -6,6 +6,7 @@ after Chen et al. 2023 (Punica, arXiv:2310.18547). Axes: T tokens, K in, N out, 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
@@ -15,15 +16,28 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minorca.model.layout import TARGETS, ProjectionSpec
-from minorca_kernels import Adapter, DenseWeight, FrozenWeight, PaddedWeight, fill_rows, lora_linear, padding_pays
+from minorca_kernels import (
+    Adapter,
+    DenseWeight,
+    Factors,
+    FrozenWeight,
+    PaddedWeight,
+    fill_rows,
+    lora_linear,
+    norm_lora_linear,
+    padding_pays,
+    write_update,
+)
 from minorca_kernels.operator import uses_triton
 
 # the network imports this file
 if TYPE_CHECKING:
-    from minorca.model.network import Mistral
+    from minorca.model.network import Mistral, RMSNorm
 
 
 class PartSettings(NamedTuple):
@@ -93,21 +107,38 @@ class LoRA(nn.Module):
         self.b = nn.ParameterDict({part.name: empty(part.out_features, rank) for part, (rank, _) in parts.items()})
         # of the next forward's dropout
         self.seeds = {part.name: 0 for part in parts}
+        # what keeps the matrices rounded; None: every call rounds them
+        self.rounded: RoundedAdapters | None = None
 
     def forward(self, x: Tensor, base: FrozenWeight, gated_input: bool) -> Tensor:
         """x [T, K], or [T, 2K] with gated input -> [T, N]."""
+        return lora_linear(x, base, *self._update(), of_swiglu=gated_input, factors=self._factors())
+
+    def of_norm(self, norm: RMSNorm, x: Tensor, update: Tensor | None, base: FrozenWeight) -> tuple[Tensor, Tensor]:
+        """x and update [T, K] -> their sum, and of its norm [T, N]."""
+        return norm_lora_linear(x, update, norm.weight, norm.eps, base, *self._update(), factors=self._factors())
+
+    def _update(self) -> tuple[list[Adapter], float, float]:
+        """The adapters, their scale and dropout."""
         adapters = [
-            Adapter(
-                part.start,
-                part.stop,
-                self.a[part.name].to(x.dtype),
-                self._scaled_b(part.name).to(x.dtype),
-                self.seeds[part.name],
-            )
+            Adapter(part.start, part.stop, self.a[part.name], self._scaled_b(part.name), self.seeds[part.name])
             for part in self.parts
         ]
-        dropout = self.dropout if self.training else 0.0
-        return lora_linear(x, base, adapters, self.scale, dropout, gated_input)
+        return adapters, self.scale, self.dropout if self.training else 0.0
+
+    def _factors(self) -> Factors | None:
+        # a compiler cannot trace what keeps them
+        return None if self.rounded is None or torch.compiler.is_compiling() else self.rounded.of(self)
+
+    @property
+    def matrices(self) -> list[nn.Parameter]:
+        """A of all parts, then B of all."""
+        # a ParameterDict has an order of its own
+        return [matrices[part.name] for matrices in (self.a, self.b) for part in self.parts]
+
+    @property
+    def ranks(self) -> list[int]:
+        return [len(self.a[part.name]) for part in self.parts]
 
     def _scaled_b(self, name: str) -> Tensor:
         """B for an operator that multiplies all parts by `scale`, where this one may have another."""
@@ -131,14 +162,84 @@ def adapters(model: Mistral) -> Iterator[tuple[int, LoRA]]:
             yield layer, projection.lora
 
 
-def pad_for_adapters(model: Mistral) -> None:
-    """Gives weights that are whole on this rank, on CUDA, scratch columns for their adapters, where that is faster."""
+@functools.cache
+def _count_optimizer_steps() -> None:
+    """Has autograd count the changes that optimizers make: torch's fused kernels leave that out."""
+
+    def count(optimizer: torch.optim.Optimizer, *_) -> None:
+        increment_version(parameter for group in optimizer.param_groups for parameter in group["params"])
+
+    register_optimizer_step_post_hook(count)
+
+
+class RoundedAdapters:
+    """Adapters of a model in the dtype of its products, kept from call to call: forward and backward of all
+    micro-batches of a step read the same copies.
+
+    Autograd counts the changes of every tensor, be they an optimizer's, a file's or a person's. The first adapters that
+    find theirs changed have all of the model's rounded again, so that a step takes few launches.
+    """
+
+    def __init__(self, bases: dict[LoRA, FrozenWeight], dtype: torch.dtype):
+        self.bases = bases
+        self.dtype = dtype
+        self.factors: dict[LoRA, Factors] = {}
+        self.versions: dict[LoRA, list[int]] = {}
+
+    def of(self, lora: LoRA) -> Factors:
+        if self.versions.get(lora) != [matrix._version for matrix in lora.matrices]:
+            self._round()
+        return self.factors[lora]
+
+    # a backward pass may come to read what generation has made
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _round(self) -> None:
+        self.factors = self.factors or {lora: self._empty(lora, base) for lora, base in self.bases.items()}
+        copies = [copy for lora, (a, b, _) in self.factors.items() for copy in (*a.split(lora.ranks), *b)]
+        matrices: list[Tensor] = [matrix for lora in self.factors for matrix in lora.matrices]
+        torch._foreach_copy_(copies, matrices)  # pyright: ignore[reportPrivateImportUsage]
+        for lora, factors in self.factors.items():
+            base = self.bases[lora]
+            if isinstance(base, PaddedWeight):
+                write_update(factors.b, [part.start for part in lora.parts], lora.scale, base.scratch)
+            self.versions[lora] = [matrix._version for matrix in lora.matrices]
+
+    def _empty(self, lora: LoRA, base: FrozenWeight) -> Factors:
+        copies = [torch.empty_like(matrix, dtype=self.dtype) for matrix in lora.matrices]
+        parts = len(lora.parts)
+        if isinstance(base, PaddedWeight):
+            base.scratch.zero_()
+        return Factors(torch.cat(copies[:parts]), copies[parts:], isinstance(base, PaddedWeight))
+
+
+def pad_for_adapters(model: Mistral, device: torch.device | str | None = None) -> None:
+    """Where Triton runs, and weights and adapters are whole on this rank: keeps the adapters rounded, and gives weights
+    scratch columns for them where that is faster.
+
+    Args:
+        device: where the model will be; best before it is there, so that its weights are loaded beside their scratch
+            columns.
+    """
+    weight = model.embedding.weight
+    if isinstance(weight, DTensor) or not uses_triton(torch.empty(0, device=device or weight.device)):
+        return
+    bases = {}
     for _, projection in model.projections():
-        base = projection.base
-        if projection.lora is None or not isinstance(base, DenseWeight) or isinstance(base.weight, DTensor):
+        base, lora = projection.base, projection.lora
+        if lora is None:
             continue
-        if uses_triton(base.weight) and padding_pays(base.out_features, base.in_features, projection.gated_input):
-            projection.base = PaddedWeight(base.weight.detach(), sum(map(len, projection.lora.a.values())))
+        if isinstance(base, DenseWeight):
+            ranks, in_place = sum(lora.ranks), projection.gated_input or projection.normed_input
+            if padding_pays(base.out_features, base.in_features, ranks, in_place):
+                projection.base = PaddedWeight(base.weight.detach(), ranks)
+        # parts of different scales are scaled anew in every call
+        if len(set(lora.scales.values())) == 1:
+            bases[lora] = projection.base
+    _count_optimizer_steps()
+    rounded = RoundedAdapters(bases, weight.dtype)
+    for lora in bases:
+        lora.rounded = rounded
 
 
 def adapter_parameters(model: Mistral) -> dict[str, nn.Parameter]:

@@ -17,6 +17,7 @@ from minorca.model.attention import PackedAttention
 from minorca.model.layout import GROUPS, projections
 from minorca.model.projection import Projection
 from minorca_kernels import DenseWeight, FrozenWeight, add_rms_norm, rms_norm, rope_tables
+from minorca_kernels.operator import uses_triton
 
 
 class RMSNorm(nn.Module):
@@ -25,14 +26,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-class AddRMSNorm(RMSNorm):
-    """Adds to the residual stream: returns the sum and its norm."""
-
-    def forward(self, x: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Adds update, where there is one, to the residual stream: returns the sum and its norm."""
+        if update is None:
+            return x, rms_norm(x, self.weight, self.eps)
         return add_rms_norm(x, update, self.weight, self.eps)
 
 
@@ -48,7 +45,9 @@ def logits(hidden_TH: Tensor, weight: FrozenWeight) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention, then SwiGLU, each added to the residual stream. Projections are stored as they are multiplied."""
+    """Attention, then SwiGLU, each added to the residual stream by the norm that follows. Projections are stored as
+    they are multiplied.
+    """
 
     def __init__(self, arch: Architecture, layer: int):
         super().__init__()
@@ -56,17 +55,22 @@ class Block(nn.Module):
         self.layer = layer
         stacked = projections(arch)
         self.attention_norm = RMSNorm(arch.hidden_size, arch.norm_eps)
-        self.qkv = Projection(stacked["qkv"])
+        self.qkv = Projection(stacked["qkv"], normed_input=True)
         self.o = Projection(stacked["o"])
-        self.mlp_norm = AddRMSNorm(arch.hidden_size, arch.norm_eps)
-        self.gate_up = Projection(stacked["gate_up"])
+        self.mlp_norm = RMSNorm(arch.hidden_size, arch.norm_eps)
+        self.gate_up = Projection(stacked["gate_up"], normed_input=True)
         self.down = Projection(stacked["down"], gated_input=True)
 
-    def forward(self, x_TH: Tensor, cos_TP: Tensor, sin_TP: Tensor, attend) -> Tensor:
-        qkv_TN = self.qkv(self.attention_norm(x_TH))
+    def forward(
+        self, x_TH: Tensor, update_TH: Tensor | None, cos_TP: Tensor, sin_TP: Tensor, attend
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream, and what is still to be added to it or None -> the same after this block."""
+        x_TH, qkv_TN = self.qkv.of_norm(self.attention_norm, x_TH, update_TH)
         attended_THD = attend.of_qkv(self.layer, qkv_TN, cos_TP, sin_TP, self.arch.heads, self.arch.kv_heads)
-        x_TH, normed_TH = self.mlp_norm(x_TH, self.o(attended_THD.flatten(1)))
-        return x_TH + self.down(self.gate_up(normed_TH))
+        x_TH, gate_up_TI = self.gate_up.of_norm(self.mlp_norm, x_TH, self.o(attended_THD.flatten(1)))
+        down_TH = self.down(gate_up_TI)
+        # a norm in Triton adds it in the same pass; a CPU gains nothing
+        return (x_TH, down_TH) if uses_triton(x_TH) else (x_TH + down_TH, None)
 
 
 class Mistral(nn.Module):
@@ -110,7 +114,8 @@ class Mistral(nn.Module):
         if attend is None:
             attend = PackedAttention(cu_seqlens, len(tokens_T), self.arch.window, tokens_T.device)
         cos_TP, sin_TP = rope_tables(attend.positions, self.arch.head_dim, self.arch.rope_theta)
-        x_TH = self.embedding(tokens_T)
+        x_TH, update_TH = self.embedding(tokens_T), None
         for block in self.layers:
-            x_TH = block(x_TH, cos_TP, sin_TP, attend)
-        return head(self.norm(x_TH), self.embedding if self.head is None else self.head)
+            x_TH, update_TH = block(x_TH, update_TH, cos_TP, sin_TP, attend)
+        _, normed_TH = self.norm(x_TH, update_TH)
+        return head(normed_TH, self.embedding if self.head is None else self.head)

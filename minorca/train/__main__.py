@@ -24,6 +24,9 @@ def main(argv: list[str]) -> None:
     dry = "print the plan, a rendered row and the first micro-batch; write nothing (one process is enough)"
     instead.add_argument("--dry-run", action="store_true", help=dry)
     args, config = _parse(parser, argv)
+    # micro-batches of many lengths fragment a GPU's memory; read when CUDA starts
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if not args.dry_run:
         train(config, args.profile)
     elif os.environ.get("RANK", "0") == "0":

@@ -43,9 +43,9 @@ def build(config: Config, base: ModelFiles, world: World, resumed: bool = False)
     parallel.checkpoint_activations(model, config.parallel.activation_checkpointing)
     if parallel.shards(model, config.parallel, world):
         parallel.shard(model, config.parallel, world)
+    pad_for_adapters(model, world.device)
     model.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
     load_weights(model, base)
-    pad_for_adapters(model)
     init_adapters(model, config.train.seed)
     if init:
         load_adapter(model, init)

@@ -8,9 +8,10 @@ gather.
 
 import functools
 import os
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -88,8 +89,18 @@ def checkpoint_activations(model: Mistral, kind: str) -> None:
         options = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _selective_policy)}
     for block in model.layers:
         block.forward = functools.partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options
+            checkpoint,
+            functools.partial(_summed, block.forward),
+            use_reentrant=False,
+            preserve_rng_state=False,
+            **options,
         )
+
+
+def _summed(forward: Callable, *arguments) -> tuple[Tensor, None]:
+    """A block's forward that leaves nothing to be added: of the next block's input one tensor is saved, not two."""
+    x_TH, update_TH = forward(*arguments)
+    return x_TH if update_TH is None else x_TH + update_TH, None
 
 
 @functools.cache
@@ -106,5 +117,5 @@ def _selective_policy(_, operator, *arguments, **options) -> CheckpointPolicy:
     save = operator in _attention_operators()
     if operator == torch.ops.minorca.lora_linear.default:
         out_features, a = arguments[3], arguments[4]
-        save = out_features <= 2 * a[0].shape[1]
+        save = out_features <= 2 * a.shape[1]
     return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE

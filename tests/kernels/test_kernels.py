@@ -26,6 +26,8 @@ from minorca_kernels import (
     linear_cross_entropy_definition,
     lora_linear,
     lora_linear_definition,
+    norm_lora_linear,
+    norm_lora_linear_definition,
     rms_norm,
     rms_norm_definition,
     rope,
@@ -85,26 +87,50 @@ def adapters(ab: Sequence[Tensor], n: int, seed: int = 0) -> list[Adapter]:
 WEIGHTS: dict[tuple, DenseWeight] = {}
 
 
-def lora_case(strategy: str, dropout: float, of_swiglu: bool) -> Case:
-    def frozen(x: Tensor) -> DenseWeight:
-        k = x.shape[1] // 2 if of_swiglu else x.shape[1]
-        key = (strategy, k, x.dtype, str(x.device))
-        if key not in WEIGHTS:
-            w = torch.arange((k - 2) * k, device=x.device).view(k - 2, k).double().sin().to(x.dtype)
-            WEIGHTS[key] = PaddedWeight(w, 8) if strategy == "augmented" else DenseWeight(w)
-        return WEIGHTS[key]
+def frozen_weight(strategy: str, x: Tensor, of_swiglu: bool) -> DenseWeight:
+    k = x.shape[1] // 2 if of_swiglu else x.shape[1]
+    key = (strategy, k, x.dtype, str(x.device))
+    if key not in WEIGHTS:
+        w = torch.arange((k - 2) * k, device=x.device).view(k - 2, k).double().sin().to(x.dtype)
+        WEIGHTS[key] = PaddedWeight(w, 8) if strategy == "augmented" else DenseWeight(w)
+    return WEIGHTS[key]
 
+
+def lora_case(strategy: str, dropout: float, of_swiglu: bool) -> Case:
     def shapes(size: int) -> list[tuple[int, ...]]:
         k, first, second = HIDDEN[size], (2, 3, 3)[size], (1, 5, 16)[size]
         return [(TOKENS[size], 2 * k if of_swiglu else k), (first, k), (3, first), (second, k), (k - 7, second)]
 
     def operation(x: Tensor, *ab: Tensor) -> Tensor:
-        weight = frozen(x)
+        weight = frozen_weight(strategy, x, of_swiglu)
         return lora_linear(x, weight, adapters(ab, weight.out_features), 0.7, dropout, of_swiglu, strategy)
 
     def definition(x: Tensor, *ab: Tensor) -> Tensor:
-        w = frozen(x).weight
+        w = frozen_weight(strategy, x, of_swiglu).weight
         return lora_linear_definition(x, w, adapters(ab, len(w)), 0.7, dropout, of_swiglu)
+
+    return Case(operation, definition, shapes)
+
+
+def norm_lora_case(strategy: str, dropout: float, adds: bool) -> Case:
+    alone = lora_case(strategy, dropout, False)
+
+    def split(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, Tensor, DenseWeight, list[Adapter]]:
+        x, update, norm_weight, *ab = tensors if adds else (tensors[0], None, *tensors[1:])
+        weight = frozen_weight(strategy, x, False)
+        return x, update, norm_weight, weight, adapters(ab, weight.out_features)
+
+    def operation(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        x, update, norm_weight, weight, lora = split(tensors)
+        return norm_lora_linear(x, update, norm_weight, 1e-5, weight, lora, 0.7, dropout, strategy)
+
+    def definition(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        x, update, norm_weight, weight, lora = split(tensors)
+        return norm_lora_linear_definition(x, update, norm_weight, 1e-5, weight.weight, lora, 0.7, dropout)
+
+    def shapes(size: int) -> list[tuple[int, ...]]:
+        x, *ab = alone.shapes(size)
+        return [*[x] * (1 + adds), x[1:], *ab]
 
     return Case(operation, definition, shapes)
 
@@ -138,6 +164,14 @@ CASES = {
         for dropout in (0.0, 0.4)
         for of_swiglu in (False, True)
     },
+}
+CASES |= {
+    f"norm_lora_linear, {name}": norm_lora_case(*arguments)
+    for name, arguments in {
+        "accumulated": ("accumulated", 0.0, True),
+        "augmented": ("augmented", 0.0, True),
+        "augmented, dropout 0.4, no update": ("augmented", 0.4, False),
+    }.items()
 }
 NEEDS_TRITON = {name for name in CASES if "fused" in name or ("augmented" in name and "swiglu" in name)}
 
@@ -485,7 +519,8 @@ def test_no_product_reads_memory_that_nobody_wrote(k, n, ranks, strategy, dropou
     module, tensors = lora_linear_module, [t.detach() for t in weight.tensors()]
     settings = (starts, 0.7, dropout, seeds, of_swiglu, strategy)
     with torch.no_grad(), ReadsWrittenMemory() as mode:
-        y, s = module._forward(x, tensors, weight.kind, n, a, b, *settings)
-        results = module._backward(module._gradients_torch, dy, x, tensors, weight.kind, a, b, s, *settings, True)
+        y, s = module._forward(x, tensors, weight.kind, n, torch.cat(a), b, *settings, False, False)
+        arguments = dy, x, tensors, weight.kind, torch.cat(a), b, s, *settings, True
+        results = module._backward(module._gradients_torch, *arguments)
     assert mode.products >= 6 and y.isfinite().all()
     assert all(result.isfinite().all() for result in tree_leaves(results))

@@ -1,18 +1,20 @@
 """Adapters compared with PEFT: files, logits and gradients."""
 
 import json
+import sys
 
 import pytest
 import torch
 from peft import PeftModel
 
+import minorca.model.lora
 from minorca import UserError, load_model
 from minorca.files.adapters import read_adapter_settings, save_adapter
 from minorca.model.architecture import read_architecture
 from minorca.model.attention import PackedAttention
 from minorca.model.build import build_model
 from minorca.model.layout import TARGETS
-from minorca.model.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters
+from minorca.model.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters, pad_for_adapters
 from minorca_kernels import linear_cross_entropy, rope_tables
 from minorca_kernels.operator import INTERPRETED
 from tests.helpers import gradients_of, random_adapter, relative_error
@@ -137,6 +139,44 @@ def test_another_models_adapter_is_refused(save_mistral, tmp_path):
             load_model(directory, torch.float32, "cpu", adapter=tmp_path / name)
 
 
+def test_kept_adapters_are_never_stale(save_mistral, monkeypatch):
+    """Whatever changes them, the rounded copies give the loss and gradients of a model that rounds in every call."""
+    monkeypatch.setattr(minorca.model.lora, "uses_triton", lambda x: True)
+    monkeypatch.setattr(sys.modules["minorca_kernels.lora_linear"], "MIN_TOKENS_AUGMENTED", 0)
+    directory, _ = save_mistral()
+    kept, plain = models = [load_model(directory, torch.float32, "cpu") for _ in range(2)]
+    for model in models:
+        add_adapters(model, LoRASettings(4, 8, ("q", "k", "v", "o")))
+    pad_for_adapters(kept)
+    assert {p.base.kind for _, p in kept.projections()} == {"padded", "dense"}
+    init_adapters(kept, seed=0)
+    parameters = adapter_parameters(kept)
+    optimizer = torch.optim.AdamW(parameters.values(), 0.01, fused=True)
+
+    def double():
+        with torch.inference_mode():
+            for parameter in parameters.values():
+                parameter.mul_(2)
+
+    seen = set()
+    for change in (optimizer.step, optimizer.step, double):
+        change()
+        for name, parameter in adapter_parameters(plain).items():
+            parameter.data.copy_(parameters[name])
+        with torch.inference_mode():
+            seen.add(kept(TOKENS).square().mean().item())
+        losses = [model(TOKENS).square().mean() for model in models]
+        gradients = [
+            torch.autograd.grad(loss, [*adapter_parameters(model).values()]) for loss, model in zip(losses, models)
+        ]
+        assert torch.allclose(*losses, rtol=1e-5)
+        assert all(torch.allclose(ours, theirs, 1e-4, 1e-5) for ours, theirs in zip(*gradients))
+        for parameter, gradient in zip(parameters.values(), gradients[0]):
+            parameter.grad = gradient
+    # without gradients the first step does nothing
+    assert len(seen) == 3
+
+
 @pytest.mark.skipif(INTERPRETED, reason="torch.compile cannot trace the interpreter")
 def test_a_block_compiles_without_a_break(save_mistral):
     """With adapters, packed documents and a window: one graph, and the same values and gradients."""
@@ -151,6 +191,6 @@ def test_a_block_compiles_without_a_break(save_mistral):
     assert qkv.lora
     adapters = list(qkv.lora.a.values())
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    outs = [function(x, *tables, attend) for function in (block, compiled)]
+    outs = [function(x, None, *tables, attend)[0] for function in (block, compiled)]
     gradients = [torch.autograd.grad(out.square().sum(), [x, *adapters]) for out in outs]
     assert torch.equal(*outs) and all(map(torch.equal, *gradients))

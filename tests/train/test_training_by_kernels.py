@@ -43,9 +43,9 @@ def train(directory, dtype: torch.dtype, device: str, steps: int) -> tuple[list[
     source = open_model(directory)
     model = build_model(source.arch, dtype)
     add_adapters(model, LoRASettings(rank=4, alpha=8))
+    pad_for_adapters(model, device)
     model.to_empty(device=device)
     load_weights(model, source)
-    pad_for_adapters(model)
     init_adapters(model, seed=0)
     adapters = adapter_parameters(model.train())
     head = NextToken().head
@@ -74,10 +74,15 @@ def use_definitions(monkeypatch) -> None:
         for name in names:
             monkeypatch.setattr(module, name, getattr(minorca_kernels, f"{name}_definition"))
 
-    def lora_linear(x, weight, adapters, scale, dropout, of_swiglu):
+    def lora_linear(x, weight, adapters, scale, dropout, of_swiglu, factors):
         return minorca_kernels.lora_linear_definition(x, weight.weight, adapters, scale, dropout, of_swiglu)
 
+    def norm_lora_linear(x, update, norm_weight, eps, weight, adapters, scale, dropout, factors):
+        arguments = x, update, norm_weight, eps, weight.weight, adapters, scale, dropout
+        return minorca_kernels.norm_lora_linear_definition(*arguments)
+
     monkeypatch.setattr(minorca.model.lora, "lora_linear", lora_linear)
+    monkeypatch.setattr(minorca.model.lora, "norm_lora_linear", norm_lora_linear)
     monkeypatch.setattr(
         PackedAttention,
         "__call__",
