@@ -18,7 +18,7 @@ from minorca.generate import generate
 from minorca.generate.engine import Engine
 from minorca.generate.request import Request
 from minorca.generate.sampling import Sampling
-from minorca.model.attention import PackedAttention, varlen_attn, visible
+from minorca.model.attention import PackedAttention, flash_implementation, varlen_attn, visible
 from minorca.model.build import load_adapters
 from minorca_kernels import attention, attention_definition, decode_attention, decode_attention_definition
 from tests.helpers import random_adapter, relative_error
@@ -39,7 +39,7 @@ def backends(attend, q) -> list[str]:
     half = q.dtype != torch.float32
     found = ["own"]
     if half and varlen_attn is not None:
-        found.append(attend.flash or "varlen")
+        found.append(flash_implementation(q.device) or "varlen")
     if half and len(attend.lengths) == 1 and attend.window is None and head_dim <= 128:
         found.append("cudnn")
     return found

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import minorca.model.attention
 import minorca.model.lora
 import minorca.model.network
 import minorca.model.projection
@@ -67,7 +68,8 @@ def train(directory, dtype: torch.dtype, device: str, steps: int) -> tuple[list[
 
 def use_definitions(monkeypatch) -> None:
     for module, names in (
-        (minorca.model.network, ("rms_norm", "add_rms_norm", "rope")),
+        (minorca.model.network, ("rms_norm", "add_rms_norm")),
+        (minorca.model.attention, ("rope",)),
         (minorca.model.projection, ("swiglu",)),
         (minorca.train.objectives, ("linear_cross_entropy",)),
     ):
