@@ -46,6 +46,7 @@ setup(
             "peft",
             "playwright",
             "pytest",
+            "pytest-xdist",
             "ruff==0.17.6",
             "schemathesis",
             "transformers",

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from benchmarks.compiled import target
 from benchmarks.recorder import Recorder
+from minorca.model import attention as backends
 from minorca.train import parallel
 from minorca.train.ranks import World
 
@@ -111,8 +112,11 @@ def _cuda(recorder: Recorder) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def fake_cuda(ranks: int = 1) -> Iterator[tuple[World, Recorder]]:
-    """Within it, tensors are fake: this is rank 0 of a run on `ranks` H100s, and the recorder sees what it launches."""
+def fake_cuda(ranks: int = 1, attention: str = "own") -> Iterator[tuple[World, Recorder]]:
+    """Within it, tensors are fake: this is rank 0 of a run on `ranks` H100s, and the recorder sees what it launches.
+
+    attention: the back end that is used, "own" or "varlen".
+    """
     load_library()
     target(ARCH)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
@@ -135,8 +139,8 @@ def fake_cuda(ranks: int = 1) -> Iterator[tuple[World, Recorder]]:
             stack.enter_context(mock.patch.multiple(torch.cuda, **_cuda(recorder)))
             stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", swap))
             stack.enter_context(mock.patch.object(parallel, "init_device_mesh", device_mesh))
-            # attention takes varlen_attn
             stack.enter_context(mock.patch.object(torch._C, "_can_use_cudnn_attention", lambda *arguments: False))
+            stack.enter_context(mock.patch.object(backends, "fastest", lambda case: attention))
             stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None))
             # it would compute with single numbers that it knows, on a GPU too
             stack.enter_context(mock.patch.object(mode, "may_turn_const", lambda t: False))

@@ -57,6 +57,7 @@ class Training:
         lengths: of the micro-batch's documents.
         trained: the share of each document, at its end, that is trained.
         later: gradients of an earlier micro-batch are there, to which this one adds.
+        attention: its back end, "own" or "varlen".
     """
 
     layers: int
@@ -68,6 +69,7 @@ class Training:
     ranks: int = 1
     replicate: int = 1
     later: bool = False
+    attention: str = "own"
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def extrapolated(run: Callable[[int], Recording], layers: int) -> Counter[Launch
 
 
 def train(run: Training) -> Recording:
-    """Builds what learns, then runs one step: phases build, batch, forward, backward, optimizer."""
+    """Builds what learns, then runs one step: phases build, first step, batch, forward, backward, optimizer."""
     config = Config(
         model=ModelConfig(path="fake"),
         data=DataConfig(train="fake"),
@@ -106,15 +108,19 @@ def train(run: Training) -> Recording:
     trained = position >= np.repeat((1 - run.trained) * lengths, lengths)
     store = TokenStore(np.zeros(offsets[-1], np.int32), trained, offsets)
     batch = make_batch(store, np.arange(len(lengths)))
-    with fake_cuda(run.ranks) as (world, recorder):
+    first = make_batch(store, np.argsort(lengths)[:1])
+    with fake_cuda(run.ranks, run.attention) as (world, recorder):
         learner = build(config, model_files(architecture(run.layers)), world)
         learner.model.train()
         adapters = list(learner.trainable.parameters.values())
         kinds = {recorder.number(p): "weights" for p in learner.model.parameters()}
         kinds |= {recorder.number(p): "adapters" for p in adapters}
-        if run.later:
-            for p in adapters:
-                p.grad = torch.zeros_like(p)
+        # what a first step makes stays: the optimizer's state, and copies of adapters
+        recorder.phase = "first step"
+        forward_backward(learner, first.to(world.device), 1.0, True)
+        learner.optimizer.step()
+        if not run.later:
+            learner.optimizer.zero_grad()
         recorder.phase = "batch"
         batch = batch.to(world.device)
         seed_dropout(learner.model, config.train.seed, 1, 0)

@@ -1,7 +1,8 @@
 #!/bin/bash
 # Everything a machine with CUDA can tell, in at most nine minutes: benchmarks/gpu.sh FOLDER
 # Works without installing. A part that fails, or runs out of its time, does not stop the rest; the exit status is how many did.
-# Liger-Kernel stands in the kernel table where it can be imported: pip install --no-deps --target DIR liger-kernel; PYTHONPATH=DIR
+# Needs pytest-xdist. Liger-Kernel stands in the kernel table where it can be imported:
+# pip install --no-deps --target DIR liger-kernel; PYTHONPATH=DIR
 # SMOKE=1 tries the script itself with tiny sizes, on any machine.
 folder=$(mkdir -p "${1:?usage: benchmarks/gpu.sh FOLDER}" && cd "$1" && pwd) || exit
 cd "$(dirname "$0")/.." || exit
@@ -28,12 +29,13 @@ else
     shape="--shape 7b --layers 1" full="--tokens 1024 --steps 1" short="--tokens 256 --steps 1"
     decode="--batch 1,2 --prompt-tokens 16 --new-tokens 8 --first-token 8" kernels=--smoke
 fi
-part device 35 python -m benchmarks.device --output "$folder"
-# a process a file, for most of the time goes into compiling
-part tests 95 sh -c 'grep -rl --include="*.py" mark.cuda tests | xargs -n 1 -P 8 python -m pytest -m cuda -q -rfE -p no:cacheprovider'
-part kernels 140 python -m benchmarks.kernels $kernels --output "$folder"
-part train-full 90 python -m benchmarks.train_step $shape $full --rows full --output "$folder"
-part train-short 80 python -m benchmarks.train_step $shape $short --rows short --output "$folder"
+part device 30 python -m benchmarks.device --output "$folder"
+# first, for most of its time goes into compiling, side by side, what the parts below find in Triton's cache
+part tests 110 python -m pytest -m cuda -q -rfE -p no:cacheprovider -n "$(nproc)" --dist worksteal \
+    $(grep -rl --include="*.py" mark.cuda tests)
+part kernels 125 python -m benchmarks.kernels $kernels --output "$folder"
+part train-full 80 python -m benchmarks.train_step $shape $full --rows full --output "$folder"
+part train-short 65 python -m benchmarks.train_step $shape $short --rows short --output "$folder"
 part decode 75 python -m benchmarks.decode $shape $decode --output "$folder"
 timeout 10 python -m benchmarks.table "$folder"
 [ ! -f "$folder/kernels.json" ] || timeout 15 python -m benchmarks.plot "$folder"

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.decode import step_bytes
 from benchmarks.fake_cuda import unavailable
-from benchmarks.fake_runs import Training, architecture, decode, extrapolated, train
+from benchmarks.fake_runs import Recording, Training, architecture, decode, extrapolated, train
 from benchmarks.recorder import Launch
 from minorca.generate.sampling import Sampling
 from minorca.model.build import build_model
@@ -61,8 +61,10 @@ class Rates:
 
     @classmethod
     def measured(cls, folder: Path) -> "Rates":
-        """The defaults, replaced by what is in device.json and kernels.json."""
+        """The defaults, replaced by what is in device.json, kernels.json and train-full.json."""
         rates = cls()
+        if host := (_read(folder, "train-full") or {"ours": {}})["ours"].get("host"):
+            rates = replace(rates, host=host["seconds"] / host["launches"])
         if (device := _read(folder, "device")) is not None:
             matmul = device["matmul_bf16"]["flops_per_second"]
             rates = replace(rates, copy=device["copy_bytes_per_second"], matmul=matmul)
@@ -97,7 +99,7 @@ class Prediction:
     launches: Counter[Launch]
     rates: Rates
     attention_flops: float = 0.0
-    backend: str = "FA2"
+    backend: str = "own"
 
     def group(self, launch: Launch) -> str:
         """Which of GROUPS a launch belongs to."""
@@ -167,8 +169,15 @@ def _is_backward(launch: Launch) -> bool:
 def training(rates: Rates, name: str, rank: int, dropout: float, backend: str) -> Prediction:
     """A step of one micro-batch of BATCHES."""
     lengths, trained = BATCHES[name]
-    launches = extrapolated(lambda layers: train(Training(layers, lengths, trained, rank, dropout)), LAYERS)
-    launches = Counter({launch: n for launch, n in launches.items() if launch.phase not in ("build", "batch")})
+    attention = "own" if backend == "own" else "varlen"
+
+    def run(layers: int) -> Recording:
+        return train(Training(layers, lengths, trained, rank, dropout, attention=attention))
+
+    launches = extrapolated(run, LAYERS)
+    launches = Counter(
+        {launch: n for launch, n in launches.items() if launch.phase not in ("build", "first step", "batch")}
+    )
     arch = architecture(LAYERS)
     pairs = sum(length * (length + 1) // 2 for length in lengths)
     return Prediction(launches, rates, 4.0 * arch.heads * arch.head_dim * pairs, backend)
@@ -211,7 +220,7 @@ def main() -> None:
     parser.add_argument(
         "--measured", type=Path, metavar="FOLDER", help="a GPU's results, for rates and to compare with"
     )
-    parser.add_argument("--attention", choices=Rates().attention, default="FA2", help="default: FA2")
+    parser.add_argument("--attention", choices=Rates().attention, default="own", help="default: own")
     parser.add_argument("--kernels", type=int, default=0, metavar="N", help="also the N kernels that take longest")
     args = parser.parse_args()
     if reason := unavailable():

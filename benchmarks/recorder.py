@@ -27,6 +27,8 @@ ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_s
 GATHERS = {"embedding", "gather", "index", "index_select"}
 # they write into their first argument, and do not read it; these, as many rows as their last has
 ROWS_WRITTEN = {"index_copy_", "index_put_"}
+# a Triton kernel that writes as many rows of these arguments as another argument has
+TRITON_ROWS_WRITTEN = {"_rope_into_cache_kernel": ({"k_ptr", "v_ptr"}, "index_ptr")}
 OVERWRITES = {"copy_", "fill_", "zero_", "uniform_"}
 # they wait for the GPU
 SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal"}
@@ -207,10 +209,13 @@ class Recorder(TorchDispatchMode):
         source = kernel.src
         sizes: dict[tuple, int] = {}
         tensors = []
-        for name, argument in zip(kernel.arg_names, arguments):
+        named = dict(zip(kernel.arg_names, arguments))
+        some_rows, counted_by = TRITON_ROWS_WRITTEN.get(kernel.__name__, ((), ""))
+        for name, argument in named.items():
             if isinstance(argument, Tensor):
                 in_place = all(re.search(rf"tl\.{access}\(\s*{name}\b", source) for access in ("load", "store"))
-                sizes[_place(argument)] = touched_bytes(argument) * (1 + in_place)
+                rows = argument[: len(named[counted_by])] if name in some_rows else argument
+                sizes[_place(argument)] = touched_bytes(rows) * (1 + in_place)
                 tensors.append(argument)
         self._add(kernel.__name__, tensors, sum(sizes.values()), 0)
 

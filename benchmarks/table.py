@@ -232,7 +232,7 @@ def page(folder: Path) -> str:
     if (tests := folder / "tests.txt").exists():
         pattern = r"^=*\s*(\d+ (?:passed|failed|skipped).* in .*?)\s*=*$"
         summaries = re.findall(pattern, tests.read_text(), flags=re.MULTILINE)
-        parts += ["## Tests on the device, by file", "\n".join(f"- {summary}" for summary in summaries)]
+        parts += ["## Tests on the device", "\n".join(f"- {summary}" for summary in summaries)]
     if "kernels" in found:
         parts += ["## Kernels", kernels(found["kernels"])]
     if steps := [result for name, result in found.items() if name.startswith("train-")]:

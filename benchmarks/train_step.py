@@ -181,6 +181,16 @@ def timed_parts(side: Ours | Theirs) -> dict[str, float]:
     return parts
 
 
+def host_time(side: Ours) -> dict:
+    """Of a step whose micro-batches are one short row each, on CUDA: the GPU waits for the host."""
+    shortest = make_batch(side.store, np.argsort(side.store.lengths)[:1]).to(DEVICE)
+    batches, side.batches = side.batches, [shortest] * len(side.batches)
+    seconds = [whole_step(side) for _ in range(5)]
+    launches = sum(kernel["launches"] for kernel in kernel_times(functools.partial(whole_step, side)))
+    side.batches = batches
+    return {"seconds": spread(seconds)["median"], "launches": launches}
+
+
 def warm_up(side: Ours | Theirs, tokens: int) -> tuple[int, list[int]]:
     """Runs the first step; returns the largest micro-batch that fits, at most `tokens`, and the sizes of all."""
     while True:
@@ -229,6 +239,7 @@ def measure(args, names: list[str]) -> dict:
         if DEVICE.type == "cuda":
             for name, side in sides.items():
                 results[name]["kernels"] = kernel_times(functools.partial(whole_step, side))
+            results["ours"]["host"] = host_time(sides["ours"])
         flops = training_flops(
             model.arch, sum(map(torch.numel, adapter.values())), store.lengths.tolist(), int(store.trained.sum())
         )

@@ -22,7 +22,7 @@ from benchmarks.fake_runs import Training, decode, train
 from benchmarks.predict import Prediction, Rates, decoding, of_copy, training
 
 def waits(run):
-    return sorted({(wait.phase, wait.what) for wait in run.recorder.waits if wait.phase != "build"})
+    return sorted({(wait.phase, wait.what) for wait in run.recorder.waits if wait.phase not in ("build", "first step")})
 
 def per_layer(two, three, chosen):
     sizes = [[launch.bytes for launch in run.recorder.launches if chosen(launch)] for run in (two, three)]
@@ -41,7 +41,7 @@ decoded = {layers: decode(layers, 1, 512) for layers in (2, 3)}
 many = decode(2, 8, 512)
 steps = {
     "waits": [waits(run) for run in (runs[2], *map(train, kinds + ranks + dropped))],
-    "batch copies": runs[2].recorder.async_copies,
+    "batch copies": {phase: runs[2].recorder.async_copies[phase] for phase in ("batch", "forward", "backward")},
     "rows": max(int(wait.what.split("[")[1].split(",")[0].split("]")[0]) for wait in runs[2].recorder.waits
                 if wait.phase == "build" and "copy" in wait.what and "[4096]" not in wait.what),
     "beside weights": max(held) - held[-1],
@@ -53,7 +53,7 @@ steps = {
                    for wait in run.recorder.waits if wait.phase == "decode" or wait.captured],
     "request copies": sum(wait.phase == "prefill" for wait in decoded[2].recorder.waits),
     "prefill launches": per_layer(*decoded.values(), lambda launch: launch.phase == "prefill")["launches"],
-    "tokens per second": 8192 / training(Rates(), "packed, 683 a document", 16, 0.0, "FA2").step_seconds,
+    "tokens per second": 8192 / training(Rates(), "packed, 683 a document", 16, 0.0, "own").step_seconds,
     "of copy": of_copy(decoding(Rates(), 1), 1),
 }
 """
@@ -85,8 +85,7 @@ faults = {"clean": clean, "found": found, "copies": recorder.async_copies.total(
 
 PEAKS = """
 cases = ((8192, "none"), (8192, "selective"), (8192, "full"), (4096, "none"), (4096, "full"))
-runs = [Training(32, [tokens], checkpointing=kind, later=True) for tokens, kind in cases]
-peaks = [train(run).peak["total"] for run in runs]
+peaks = [train(Training(32, [tokens], checkpointing=kind)).peak["total"] for tokens, kind in cases]
 """
 
 
@@ -109,16 +108,16 @@ def test_steps(found):
     # a step waits once, for the norm that it clips to
     assert all(waits == [["optimizer", "_local_scalar_dense"]] for waits in found["waits"])
     # tokens and targets, and what attention knows of the documents
-    assert found["batch copies"] == {"batch": 3, "forward": 4}
+    assert found["batch copies"] == {"batch": 3, "forward": 4, "backward": 0}
     assert found["rows"] <= 1024 and found["beside weights"] < 0.3e9
-    assert found["peak"]["total"] <= 48.5e9 and found["peak"]["scratch"] <= 1.2e9
-    assert 26e9 < found["peak"]["activations"] <= 32.5e9 and 14e9 < found["peak"]["weights"] < 15e9
-    assert 20 < found["training"]["forward"]["launches"] <= 50 and 30 < found["training"]["backward"]["launches"] <= 91
-    assert sum(phase["bytes"] for phase in found["training"].values()) <= 11e9
-    assert 5 < found["decoding"]["launches"] <= 13 and found["decoding"]["rest"] <= 24
+    assert found["peak"]["total"] <= 41.5e9 and found["peak"]["scratch"] <= 1.2e9
+    assert 20e9 < found["peak"]["activations"] <= 25e9 and 14e9 < found["peak"]["weights"] < 15e9
+    assert 15 < found["training"]["forward"]["launches"] <= 23 and 25 < found["training"]["backward"]["launches"] <= 49
+    assert sum(phase["bytes"] for phase in found["training"].values()) <= 10.7e9
+    assert 5 < found["decoding"]["launches"] <= 10 and found["decoding"]["rest"] <= 24
     assert found["generating"] == []
-    assert found["request copies"] <= 6 and found["prefill launches"] <= 28
-    assert found["tokens per second"] >= 18_500 and found["of copy"] >= 0.75
+    assert found["request copies"] == 0 and found["prefill launches"] <= 23
+    assert found["tokens per second"] >= 19_200 and found["of copy"] >= 0.79
 
 
 def test_faults_are_seen(found):
@@ -130,6 +129,8 @@ def test_faults_are_seen(found):
 
 @pytest.mark.slow
 def test_peaks_of_all_layers(tmp_path):
-    """GB, as an independent measurement with another tracker gave them, within 1%."""
-    expected = [47.8, 28.5, 19.1, 31.4, 17.0]
-    assert [size / 1e9 for size in results_of(tmp_path, PEAKS, "peaks")] == pytest.approx(expected, rel=0.01)
+    """GB of 7B steps. Another tracker found 47.8, 28.5, 19.1, 31.4 and 17.0 before normed values were made again and
+    rotation freed its input, without the optimizer's 0.3; this one agreed within 1%.
+    """
+    peaks = [size / 1e9 for size in results_of(tmp_path, PEAKS, "peaks")]
+    assert peaks == pytest.approx([41.0, 28.5, 19.1, 28.1, 17.2], rel=0.01)
