@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minorca_kernels.dot import add_dot, dot
-from minorca_kernels.operator import accumulate_dtype, as_rows, multiprocessor_count
+from minorca_kernels.operator import accumulate_dtype, as_rows, multiprocessor_count, uses_triton
 
 # From this rank, reading dy twice costs less than writing and reading the shares.
 MIN_RANK_PRODUCTS = 64
@@ -98,9 +98,13 @@ def _sums_kernel(
 
 
 def unrounded_product(x: Tensor, y: Tensor) -> Tensor:
-    """x y in the dtype in which it is summed; on the CPU it is rounded to that of x before."""
+    """x y in the dtype in which it is summed; without Triton it is rounded to that of x before."""
     dtype = accumulate_dtype(x.dtype)
-    return torch.mm(x, y, out_dtype=dtype) if x.is_cuda and x.dtype != dtype else (x @ y).to(dtype)
+    if x.is_cuda and x.dtype != dtype:
+        return torch.mm(x, y, out_dtype=dtype)
+    # the interpreter's tensors are on the CPU, which does not know out_dtype
+    x, y = (x.to(dtype), y.to(dtype)) if uses_triton(x) else (x, y)
+    return (x @ y).to(dtype)
 
 
 def low_rank_gradients(dy_TN: Tensor, b_NR: Tensor, s_TR: Tensor, scale: float, ds_TR: Tensor) -> Tensor:
