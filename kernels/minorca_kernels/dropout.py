@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minorca_kernels.dot import add_dot
-from minorca_kernels.operator import accumulate_dtype, as_rows, multiprocessor_count, uses_triton
+from minorca_kernels.operator import INTERPRETED, accumulate_dtype, as_rows, multiprocessor_count
 
 _FIRST = tl.constexpr(0x21F0AAAD)
 _SECOND = tl.constexpr(0xD35A2D97)
@@ -175,7 +175,7 @@ def _a_gradient_kernel(
     acc_dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros([BLOCK_K, BLOCK_R], acc_dtype)
     for start in range(part * tokens_per_program, tl.minimum((part + 1) * tokens_per_program, T), BLOCK_T):
-        offs_t = start + tl.arange(0, BLOCK_T)
+        offs_t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
         mask_t = (offs_t < T)[:, None]
         row_key, second_key = _row_keys(offs_t, first, second)
         x = tl.load(x_ptr + offs_t[:, None] * stride_xt + offs_k, mask=mask_t & (offs_k < K), other=0.0)
@@ -242,13 +242,18 @@ def _constants(rank: int, p: float, max_block_r: int, **blocks: int) -> dict:
 # ------------------------------------------------------------------------------------- products of several adapters
 
 
+def _without_triton(x: Tensor) -> bool:
+    # meta tensors are for compiling the kernels
+    return x.device.type == "cpu" and not INTERPRETED
+
+
 def _kept_torch(x_TK: Tensor, p: float, seed: int) -> Tensor:
     return torch.where(dropout_mask(*x_TK.shape, p, seed, x_TK.device), x_TK, 0.0)
 
 
 def dropped_product(x_TK: Tensor, a: list[Tensor], seeds: list[int], p: float) -> Tensor:
     """S [T, R] in x's dtype: drop(x) A^T of every adapter, side by side. x [T, K], A [R_i, K]."""
-    if not uses_triton(x_TK):
+    if _without_triton(x_TK):
         parts = [F.linear(_kept_torch(x_TK, p, seed), a_i) for a_i, seed in zip(a, seeds, strict=True)]
         return torch.cat(parts, 1).div_(1 - p)
     x_TK = as_rows(x_TK)
@@ -268,7 +273,7 @@ def a_gradient(x_TK: Tensor, ds: list[Tensor], seeds: list[int], p: float) -> Te
     x [T, K], dS [T, R_i].
     """
     dtype = accumulate_dtype(x_TK.dtype)
-    if not uses_triton(x_TK):
+    if _without_triton(x_TK):
         parts = [ds_i.t() @ _kept_torch(x_TK, p, seed) for ds_i, seed in zip(ds, seeds, strict=True)]
         return torch.cat(parts).to(dtype).div_(1 - p)
     x_TK = as_rows(x_TK)
@@ -293,9 +298,9 @@ def add_x_gradient(dx_TK: Tensor, ds: list[Tensor], a: list[Tensor], seeds: list
     tokens, columns = dx_TK.shape
     grid = (triton.cdiv(tokens, 64), triton.cdiv(columns, 64))
     for ds_i, a_i, seed in zip(ds, a, seeds, strict=True):
-        if uses_triton(dx_TK):
-            constants = _constants(len(a_i), p, 64, BLOCK_T=64, BLOCK_K=64)
-            sizes = (tokens, columns, dx_TK.stride(0), ds_i.stride(0))
-            _x_gradient_kernel[grid](dx_TK, ds_i, a_i.contiguous(), *_signed_keys(seed), *sizes, **constants)
-        else:
+        if _without_triton(dx_TK):
             dx_TK.add_(_kept_torch(ds_i @ a_i, p, seed), alpha=1 / (1 - p))
+            continue
+        constants = _constants(len(a_i), p, 64, BLOCK_T=64, BLOCK_K=64)
+        sizes = (tokens, columns, dx_TK.stride(0), ds_i.stride(0))
+        _x_gradient_kernel[grid](dx_TK, ds_i, a_i.contiguous(), *_signed_keys(seed), *sizes, **constants)
