@@ -34,13 +34,13 @@ STEPS = """
 runs = {layers: train(Training(layers, [8192])) for layers in (2, 3)}
 kinds = [Training(2, [4096], checkpointing=kind) for kind in ("selective", "full")]
 ranks = [Training(2, [4096], ranks=8), Training(2, [4096], checkpointing="full", ranks=8, replicate=2)]
-dropped = [Training(2, [2048, 1024], dropout=0.05)]
+dropped = {layers: train(Training(layers, [8192], dropout=0.05)) for layers in (2, 3)}
 held = list(itertools.accumulate(change for _, change, phase in runs[2].recorder.memory if phase == "build"))
 peaks = [runs[layers].peak for layers in (2, 3)]
 decoded = {layers: decode(layers, 1, 512) for layers in (2, 3)}
 many = decode(2, 8, 512)
 steps = {
-    "waits": [waits(run) for run in (runs[2], *map(train, kinds + ranks + dropped))],
+    "waits": [waits(run) for run in (runs[2], dropped[2], *map(train, kinds + ranks))],
     "batch copies": {phase: runs[2].recorder.async_copies[phase] for phase in ("batch", "forward", "backward")},
     "rows": max(int(wait.what.split("[")[1].split(",")[0].split("]")[0]) for wait in runs[2].recorder.waits
                 if wait.phase == "build" and "copy" in wait.what and "[4096]" not in wait.what),
@@ -48,6 +48,7 @@ steps = {
     "peak": {kind: peaks[0][kind] + 30 * (peaks[1][kind] - peaks[0][kind]) for kind in peaks[0]},
     "training": {phase: per_layer(*runs.values(), lambda launch: launch.phase == phase)
                  for phase in ("forward", "backward")},
+    "dropped": per_layer(*dropped.values(), lambda launch: launch.phase in ("forward", "backward")),
     "decoding": per_layer(*decoded.values(), lambda launch: launch.captured),
     "generating": [(wait.phase, wait.captured, wait.what) for run in (*decoded.values(), many)
                    for wait in run.recorder.waits if wait.phase == "decode" or wait.captured],
@@ -112,12 +113,14 @@ def test_steps(found):
     assert found["rows"] <= 1024 and found["beside weights"] < 0.3e9
     assert found["peak"]["total"] <= 41.5e9 and found["peak"]["scratch"] <= 1.2e9
     assert 20e9 < found["peak"]["activations"] <= 25e9 and 14e9 < found["peak"]["weights"] < 15e9
-    assert 15 < found["training"]["forward"]["launches"] <= 23 and 25 < found["training"]["backward"]["launches"] <= 49
+    assert 15 < found["training"]["forward"]["launches"] <= 23 and 25 < found["training"]["backward"]["launches"] <= 34
     assert sum(phase["bytes"] for phase in found["training"].values()) <= 10.7e9
+    # dropout makes no pass over an activation, but those of the adapters' products, which each read it for themselves
+    assert found["dropped"]["launches"] <= 70 and found["dropped"]["bytes"] <= 10.8e9
     assert 5 < found["decoding"]["launches"] <= 10 and found["decoding"]["rest"] <= 24
     assert found["generating"] == []
     assert found["request copies"] == 0 and found["prefill launches"] <= 23
-    assert found["tokens per second"] >= 19_200 and found["of copy"] >= 0.79
+    assert found["tokens per second"] >= 19_300 and found["of copy"] >= 0.79
 
 
 def test_faults_are_seen(found):

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minorca_kernels.dropout import a_gradient, add_x_gradient, dropout_definition, dropped_product
 from minorca_kernels.frozen_weight import FrozenWeight
-from minorca_kernels.low_rank_gradients import low_rank_gradients
+from minorca_kernels.low_rank_gradients import low_rank_gradients, unrounded_product
 from minorca_kernels.low_rank_update import (
     STRATEGIES,
     Factor,
@@ -65,17 +66,6 @@ class Factors(NamedTuple):
     in_weight: bool = False
 
 
-def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """Inverted dropout of x by a mask that is a function of (seed, shape, device), so that backward can make it
-    again.
-    """
-    if not dropout:
-        return x
-    generator = torch.Generator(x.device).manual_seed(seed)
-    keep = torch.rand(x.shape, device=x.device, generator=generator) >= dropout
-    return x * keep / (1 - dropout)
-
-
 def lora_linear_definition(
     x_TK: Tensor, w_NK: Tensor, adapters: list[Adapter], scale: float, dropout: float = 0.0, of_swiglu: bool = False
 ) -> Tensor:
@@ -86,8 +76,11 @@ def lora_linear_definition(
     x_TK = swiglu_definition(x_TK) if of_swiglu else x_TK
     y = F.linear(x_TK, w_NK)
     updates = [
-        F.pad(F.linear(F.linear(_dropped(x_TK, dropout, seed), a), b) * scale, (start, w_NK.shape[0] - stop))
-        for start, stop, a, b, seed in ((*each[:2], each.a_RK.to(y), each.b_NR.to(y), each.seed) for each in adapters)
+        F.pad(
+            F.linear(F.linear(dropout_definition(x_TK, dropout, seed), a.to(y)), b.to(y)) * scale,
+            (start, w_NK.shape[0] - stop),
+        )
+        for start, stop, a, b, seed in adapters
     ]
     return y + sum(updates) if updates else y
 
@@ -125,14 +118,6 @@ def _padded_input(x: Tensor, w: Tensor, of_swiglu: bool) -> Tensor:
     return padded.copy_(x)
 
 
-def _inner(x: Tensor, a: Tensor, b: list[Tensor], dropout: float, seeds: list[int]) -> Tensor:
-    """drop(x) A^T of every adapter, side by side: [T, R]."""
-    if not dropout:
-        return F.linear(x, a)
-    parts = zip(a.split(ranks_of(b)), seeds)
-    return torch.cat([F.linear(_dropped(x, dropout, seed), a_i) for a_i, seed in parts], dim=1)
-
-
 def _forward(
     x: Tensor,
     w: list[Tensor],
@@ -160,7 +145,7 @@ def _forward(
             write_update(b, starts, scale, scratch_columns(w[0], w[0]).zero_())
     elif of_swiglu:
         x = swiglu(x)
-    s = _inner(x, a, b, dropout, seeds)
+    s = dropped_product(x, a.split(ranks_of(b)), seeds, dropout) if dropout else F.linear(x, a)
     return STRATEGIES[strategy](x, weight, s, b, starts, scale), s
 
 
@@ -182,19 +167,15 @@ def _backward(
     x_gradient: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     dy_rows = [whole_rows(dy[:, start : start + len(b_i)]) for start, b_i in zip(starts, b)]
-    of_b = [gradients(dy_i, b_i, s_i) for dy_i, b_i, s_i in zip(dy_rows, b, own_columns(s, b))]
     ds = dy.new_empty(s.shape)
-    for (ds_i, _), columns in zip(of_b, ds.split(ranks_of(b), dim=1)):
-        torch.mul(ds_i, scale, out=columns)
-    db = [db_i for _, db_i in of_b]
-    torch._foreach_mul_(db, scale)
+    parts = zip(dy_rows, b, own_columns(s, b), ds.split(ranks_of(b), dim=1))
+    db = [gradients(dy_i, b_i, s_i, scale, ds_i) for dy_i, b_i, s_i, ds_i in parts]
 
     weight = Factor(FrozenWeight.kinds[kind], w, True, a.shape[1])
     dx = x.new_empty(0)
     if x_gradient and dropout:
         dx = weight.product(dy)
-        for ds_i, a_i, seed in zip(own_columns(ds, b), a.split(ranks_of(b)), seeds):
-            dx += _dropped(ds_i @ a_i, dropout, seed)
+        add_x_gradient(dx, own_columns(ds, b), a.split(ranks_of(b)), seeds, dropout)
     elif x_gradient:
         # the same sum of two products as in forward; a transposed W has no scratch columns
         strategy = "accumulated" if strategy == "augmented" else strategy
@@ -204,16 +185,16 @@ def _backward(
     elif of_swiglu:
         x = swiglu(x)
 
-    if dropout:
-        da = torch.cat([ds_i.t() @ _dropped(x, dropout, seed) for ds_i, seed in zip(own_columns(ds, b), seeds)])
-    else:
-        da = ds.t() @ x
-    dtype = accumulate_dtype(x.dtype)
-    return dx, da.to(dtype), [db_i.to(dtype) for db_i in db]
+    da = a_gradient(x, own_columns(ds, b), seeds, dropout) if dropout else unrounded_product(ds.t(), x)
+    return dx, da, [db_i.to(da.dtype) for db_i in db]
 
 
-def _gradients_torch(dy: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    return dy @ b, dy.t() @ s
+def _gradients_torch(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor) -> Tensor:
+    torch.mul(dy @ b, scale, out=ds)
+    db = dy.t() @ s
+    # rounds the scale to the dtype of db, too
+    torch._foreach_mul_([db], scale)
+    return db
 
 
 def _fake_backward(dy, x, w, kind, a, b, s, *settings) -> tuple[Tensor, Tensor, list[Tensor]]:

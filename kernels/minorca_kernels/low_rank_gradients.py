@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minorca_kernels.dot import add_dot, dot
-from minorca_kernels.operator import accumulate_dtype, as_rows, multiprocessor_count
+from minorca_kernels.operator import accumulate_dtype, as_rows, multiprocessor_count, uses_triton
 
 # From this rank, reading dy twice costs less than writing and reading the shares.
 MIN_RANK_PRODUCTS = 64
@@ -61,14 +61,16 @@ def _gradients_kernel(
 
 
 @triton.jit
-def _sum_block(parts_ptr, sum_ptr, block, parts, size, SCALE: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_block(
+    parts_ptr, sum_ptr, block, parts, size, stride, R: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr
+):
     offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], parts_ptr.dtype.element_ty)
     parts_ptrs = parts_ptr + offs
     for _ in tl.range(0, parts, loop_unroll_factor=4):
         acc += tl.load(parts_ptrs, mask=offs < size, other=0.0)
         parts_ptrs += size
-    tl.store(sum_ptr + offs, acc * tl.full([], SCALE, acc.dtype), mask=offs < size)
+    tl.store(sum_ptr + offs // R * stride + offs % R, acc * tl.full([], SCALE, acc.dtype), mask=offs < size)
 
 
 @triton.jit(do_not_specialize=["parts_s", "parts_b"])
@@ -81,6 +83,8 @@ def _sums_kernel(
     parts_b,
     size_s,
     size_b,
+    stride_dst,
+    R: tl.constexpr,
     SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -88,38 +92,37 @@ def _sums_kernel(
     pid = tl.program_id(0)
     blocks_s = tl.cdiv(size_s, BLOCK)
     if pid < blocks_s:
-        _sum_block(ds_parts_ptr, ds_ptr, pid, parts_s, size_s, SCALE, BLOCK)
+        _sum_block(ds_parts_ptr, ds_ptr, pid, parts_s, size_s, stride_dst, R, SCALE, BLOCK)
     else:
-        _sum_block(db_parts_ptr, db_ptr, pid - blocks_s, parts_b, size_b, SCALE, BLOCK)
+        _sum_block(db_parts_ptr, db_ptr, pid - blocks_s, parts_b, size_b, R, R, SCALE, BLOCK)
 
 
-def low_rank_gradients(
-    dy_TN: Tensor, b_NR: Tensor, s_TR: Tensor, scale: float = 1.0, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """dy [T, N], B [N, R], S = drop(x) A^T [T, R] -> scale * dy B [T, R] and scale * dy^T S [N, R].
+def unrounded_product(x: Tensor, y: Tensor) -> Tensor:
+    """x y in the dtype in which it is summed; without Triton it is rounded to that of x before."""
+    dtype = accumulate_dtype(x.dtype)
+    if x.is_cuda and x.dtype != dtype:
+        return torch.mm(x, y, out_dtype=dtype)
+    # the interpreter's tensors are on the CPU, which does not know out_dtype
+    x, y = (x.to(dtype), y.to(dtype)) if uses_triton(x) else (x, y)
+    return (x @ y).to(dtype)
 
-    Both are summed and scaled in fp32 (fp64 for fp64), then rounded to `dtype`, if given.
+
+def low_rank_gradients(dy_TN: Tensor, b_NR: Tensor, s_TR: Tensor, scale: float, ds_TR: Tensor) -> Tensor:
+    """dy [T, N], B [N, R], S = drop(x) A^T [T, R] -> scale * dy^T S [N, R], and writes scale * dy B into ds [T, R].
+
+    Both are summed and scaled in fp32 (fp64 for fp64), which is the dtype of the first; ds has any dtype, and its rows
+    may lie apart.
     """
     of_rank = _matrix_products if b_NR.shape[1] >= MIN_RANK_PRODUCTS else _single_pass
-    return of_rank(dy_TN, b_NR, s_TR, scale, dtype or accumulate_dtype(dy_TN.dtype))
+    return of_rank(dy_TN, b_NR, s_TR, scale, ds_TR)
 
 
-def _matrix_products(dy: Tensor, b: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    def product(x: Tensor, y: Tensor) -> Tensor:
-        acc_dtype = accumulate_dtype(x.dtype)
-        # the interpreter's tensors are on the CPU, which does not know out_dtype
-        if x.dtype == acc_dtype or x.device.type == "cpu":
-            out = x.to(acc_dtype) @ y.to(acc_dtype)
-        else:
-            out = torch.mm(x, y, out_dtype=acc_dtype)
-        if (scale, dtype) == (1.0, acc_dtype):
-            return out
-        return torch.mul(out, scale, out=out.new_empty(out.shape, dtype=dtype))
-
-    return product(dy, b), product(dy.t(), s)
+def _matrix_products(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor) -> Tensor:
+    ds.addmm_(dy, b, beta=0, alpha=scale)
+    return unrounded_product(dy.t(), s).mul_(scale)
 
 
-def _single_pass(dy_TN: Tensor, b_NR: Tensor, s_TR: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _single_pass(dy_TN: Tensor, b_NR: Tensor, s_TR: Tensor, scale: float, ds_TR: Tensor) -> Tensor:
     tokens, columns = dy_TN.shape
     rank = b_NR.shape[1]
     block_r = max(triton.next_power_of_2(rank), 16)
@@ -145,12 +148,11 @@ def _single_pass(dy_TN: Tensor, b_NR: Tensor, s_TR: Tensor, scale: float, dtype:
     }
     sizes = (tokens, columns, blocks_per_program * block_n, dy_TN.stride(0), s_TR.stride(0))
     _gradients_kernel[(programs_t, programs_n)](dy_TN, b_NR.contiguous(), s_TR, ds_parts, db_parts, *sizes, **constants)
-    ds, db = (parts.new_empty(parts.shape[1:], dtype=dtype) for parts in (ds_parts, db_parts))
-    sums = (ds_parts, db_parts, ds, db, programs_n, programs_t, ds.numel(), db.numel())
-    grid = (triton.cdiv(ds.numel(), BLOCK_SUM) + triton.cdiv(db.numel(), BLOCK_SUM),)
-    constants = {"SCALE": scale, "BLOCK": BLOCK_SUM}
-    _sums_kernel[grid](*sums, **constants)
-    return ds, db
+    db = db_parts.new_empty(columns, rank)
+    sums = (ds_parts, db_parts, ds_TR, db, programs_n, programs_t, ds_TR.numel(), db.numel(), ds_TR.stride(0))
+    grid = (triton.cdiv(ds_TR.numel(), BLOCK_SUM) + triton.cdiv(db.numel(), BLOCK_SUM),)
+    _sums_kernel[grid](*sums, R=rank, SCALE=scale, BLOCK=BLOCK_SUM)
+    return db
 
 
 @functools.cache

@@ -267,6 +267,7 @@ def test_strides_change_nothing(case, layout, device):
         "swiglu",
         "rope",
         "lora_linear, accumulated, dropout 0.0",
+        "lora_linear, accumulated, dropout 0.4",
         "lora_linear, fused, dropout 0.0",
     ],
 )

@@ -22,7 +22,14 @@ from minorca.data.store import TokenStore
 from minorca.files.weights import load_weights, open_model
 from minorca.model.attention import PackedAttention
 from minorca.model.build import build_model
-from minorca.model.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters, pad_for_adapters
+from minorca.model.lora import (
+    LoRASettings,
+    adapter_parameters,
+    add_adapters,
+    init_adapters,
+    pad_for_adapters,
+    seed_dropout,
+)
 from minorca.train.objectives import NextToken
 from minorca.train.optim import adamw, clip_gradients
 from minorca_kernels.operator import INTERPRETED
@@ -43,7 +50,7 @@ def train(directory, dtype: torch.dtype, device: str, steps: int) -> tuple[list[
     )
     source = open_model(directory)
     model = build_model(source.arch, dtype)
-    add_adapters(model, LoRASettings(rank=4, alpha=8))
+    add_adapters(model, LoRASettings(rank=4, alpha=8, dropout=0.1))
     pad_for_adapters(model, device)
     model.to_empty(device=device)
     load_weights(model, source)
@@ -52,9 +59,10 @@ def train(directory, dtype: torch.dtype, device: str, steps: int) -> tuple[list[
     head = NextToken().head
     optimizer = adamw(adapters.values(), OptimConfig(lr=1e-3))
     losses = []
-    for _ in range(steps):
+    for n in range(steps):
         step = 0.0
-        for rows in np.array([[0, 1], [2, 3]]):
+        for index, rows in enumerate(np.array([[0, 1], [2, 3]])):
+            seed_dropout(model, 0, n, index)
             batch = make_batch(store, rows).to(torch.device(device))
             loss = model(batch.tokens, batch.cu_seqlens, head=head(batch, int(store.trained.sum()))).loss
             loss.backward()
