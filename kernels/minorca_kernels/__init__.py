@@ -31,6 +31,7 @@ from minorca_kernels.lora_linear import (
     norm_lora_linear_definition,
 )
 from minorca_kernels.low_rank_update import STRATEGIES, padding_pays, write_update
+from minorca_kernels.repetition_penalty import repetition_penalty, repetition_penalty_definition
 from minorca_kernels.rms_norm import add_rms_norm, add_rms_norm_definition, rms_norm, rms_norm_definition
 from minorca_kernels.rope import rope, rope_definition, rope_tables
 from minorca_kernels.rope_into_cache import rope_into_cache, rope_into_cache_definition
@@ -61,6 +62,8 @@ __all__ = [
     "lora_linear_definition",
     "norm_lora_linear",
     "norm_lora_linear_definition",
+    "repetition_penalty",
+    "repetition_penalty_definition",
     "rms_norm",
     "rms_norm_definition",
     "rope",

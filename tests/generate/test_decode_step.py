@@ -143,7 +143,7 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(fault, emulated, save_mistr
     asked = requests()
     plain = list(map(ids, run(Engine(model, 2, 100), *asked)))
     if fault == "host":
-        model.layers[1].register_forward_hook(lambda module, arguments, out: print(out[0, 0].item()))
+        model.layers[1].register_forward_hook(lambda module, arguments, out: print(out[0][0, 0].item()))
     else:
         monkeypatch.setattr(EmulatedGraph, "__torch_dispatch__", out_of_memory)
     with caplog.at_level(logging.WARNING):
