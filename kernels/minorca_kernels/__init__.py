@@ -31,9 +31,15 @@ from minorca_kernels.lora_linear import (
     norm_lora_linear_definition,
 )
 from minorca_kernels.low_rank_update import STRATEGIES, padding_pays, write_update
+from minorca_kernels.repetition_penalty import repetition_penalty, repetition_penalty_definition
 from minorca_kernels.rms_norm import add_rms_norm, add_rms_norm_definition, rms_norm, rms_norm_definition
-from minorca_kernels.rope import rope, rope_definition, rope_tables
-from minorca_kernels.rope_into_cache import rope_into_cache, rope_into_cache_definition
+from minorca_kernels.rope import rope, rope_definition, rope_frequencies, rope_tables
+from minorca_kernels.rope_into_cache import (
+    decode_positions,
+    decode_positions_definition,
+    rope_into_cache,
+    rope_into_cache_definition,
+)
 from minorca_kernels.swiglu import swiglu, swiglu_definition
 
 __all__ = [
@@ -51,6 +57,8 @@ __all__ = [
     "decode_attention",
     "decode_attention_definition",
     "decode_groups",
+    "decode_positions",
+    "decode_positions_definition",
     "draw",
     "draw_definition",
     "fill_rows",
@@ -61,10 +69,13 @@ __all__ = [
     "lora_linear_definition",
     "norm_lora_linear",
     "norm_lora_linear_definition",
+    "repetition_penalty",
+    "repetition_penalty_definition",
     "rms_norm",
     "rms_norm_definition",
     "rope",
     "rope_definition",
+    "rope_frequencies",
     "rope_into_cache",
     "rope_into_cache_definition",
     "rope_tables",

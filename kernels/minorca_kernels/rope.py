@@ -19,9 +19,14 @@ from minorca_kernels.operator import as_rows, can_skip_dispatch, operator
 
 def rope_tables(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """positions [T] (integers) -> cos and sin, each [T, D/2] fp32, of position times theta^(-2i/D)."""
-    exponents = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.int64).float() / head_dim
-    angles_TP = positions_T.float()[:, None] * (1.0 / theta**exponents)
+    angles_TP = positions_T.float()[:, None] * rope_frequencies(head_dim, theta, positions_T.device)
     return angles_TP.cos(), angles_TP.sin()
+
+
+def rope_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """theta^(-2i/D), [D/2] fp32."""
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.int64).float() / head_dim
+    return 1.0 / theta**exponents
 
 
 def _rotate(x_THD: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """Rotary position embedding of one token a sequence, whose key and value go into the cache in the same pass.
 
-In a decoding step each layer would otherwise launch three small kernels. For inference only.
+In a decoding step each layer would otherwise launch three small kernels, and what all layers share a dozen. For
+inference only.
 Axes: N sequences, M = (H + 2 K) D columns, H query heads, K key heads, D head size, P = D/2, S positions of the cache.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -102,3 +104,90 @@ def rope_into_cache(
     """`rope_into_cache_definition`, fused."""
     function = _rope_into_cache if uses_triton(qkv_NM) else _rope_into_cache_torch
     return function(qkv_NM, cos_NP, sin_NP, k_SKD, v_SKD, index_N)
+
+
+# -------------------------------------------------------------------------------------- what all layers of a step share
+
+
+def decode_positions_definition(
+    lengths_N: Tensor, active_N: Tensor, frequencies_P: Tensor, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The place of each sequence's next token in a rolling cache, one buffer of `capacity` positions a sequence.
+
+    Args:
+        lengths_N: int64 [N], the tokens of each sequence; one more for active ones afterwards, in place.
+        active_N: int64 [N], 1 for active sequences and 0 for others.
+        frequencies_P: from `rope_frequencies`.
+
+    Returns:
+        cos and sin [N, P] fp32, as `rope_tables` of the next tokens' positions; the index that `rope_into_cache` takes,
+        counted through all buffers, and the filled positions of each buffer afterwards, 0 of inactive ones: int64 [N].
+    """
+    angles_NP = lengths_N.float()[:, None] * frequencies_P
+    index_N = torch.arange(len(lengths_N), device=lengths_N.device) * capacity + lengths_N % capacity
+    filled_N = (lengths_N + 1).clamp(max=capacity) * active_N
+    lengths_N += active_N
+    return angles_NP.cos(), angles_NP.sin(), index_N, filled_N
+
+
+@triton.jit
+def _decode_positions_kernel(
+    lengths_ptr,
+    active_ptr,
+    frequencies_ptr,
+    cos_ptr,
+    sin_ptr,
+    index_ptr,
+    filled_ptr,
+    capacity,
+    P: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    position = tl.load(lengths_ptr + n)
+    active = tl.load(active_ptr + n)
+    pair = tl.arange(0, BLOCK_P)
+    mask = pair < P
+    angle = position.to(tl.float32) * tl.load(frequencies_ptr + pair, mask=mask, other=0.0)
+    tl.store(cos_ptr + n * P + pair, tl.cos(angle), mask=mask)
+    tl.store(sin_ptr + n * P + pair, tl.sin(angle), mask=mask)
+    tl.store(index_ptr + n, n * capacity + position % capacity)
+    tl.store(filled_ptr + n, tl.minimum(position + 1, capacity) * active)
+    # Whatever thread stores, all have loaded.
+    tl.debug_barrier()
+    tl.store(lengths_ptr + n, position + active)
+
+
+def _decode_positions_triton(
+    lengths: Tensor, active: Tensor, frequencies: Tensor, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outs = _empty_positions(lengths, active, frequencies, capacity)
+    pairs = len(frequencies)
+    _decode_positions_kernel[(len(lengths),)](
+        lengths, active, frequencies, *outs, capacity, P=pairs, BLOCK_P=triton.next_power_of_2(pairs), num_warps=1
+    )
+    return outs
+
+
+def _empty_positions(
+    lengths: Tensor, active: Tensor, frequencies: Tensor, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cos, sin = (frequencies.new_empty(len(lengths), len(frequencies)) for _ in range(2))
+    return cos, sin, torch.empty_like(lengths), torch.empty_like(lengths)
+
+
+_decode_positions = operator(
+    "decode_positions(Tensor(a!) lengths, Tensor active, Tensor frequencies, int capacity) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    cuda=_decode_positions_triton,
+    cpu=decode_positions_definition,
+    fake=_empty_positions,
+)
+
+
+def decode_positions(
+    lengths_N: Tensor, active_N: Tensor, frequencies_P: Tensor, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`decode_positions_definition`, in one kernel."""
+    function = _decode_positions if uses_triton(lengths_N) else decode_positions_definition
+    return function(lengths_N, active_N, frequencies_P, capacity)

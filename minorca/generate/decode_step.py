@@ -1,6 +1,6 @@
 """One decoding step of the whole batch, captured as CUDA graphs.
 
-Axes in names: N slots of the batch, V vocabulary.
+Axes in names: N slots of the batch, H hidden, V vocabulary.
 """
 
 import logging
@@ -13,6 +13,9 @@ from minorca.generate.kv_cache import KVCache
 from minorca.generate.sampling import Sampler, SamplingOps
 from minorca.model.lora import AdapterChoice
 from minorca.model.network import Mistral
+from minorca_kernels import DenseWeight, FrozenWeight
+from minorca_kernels.draw import ALIGNMENT
+from minorca_kernels.operator import uses_triton
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +82,15 @@ class DecodeStep:
         return graph, logits_NV
 
     def _compute(self, ops: SamplingOps) -> Tensor:
-        logits_NV = self._model(self.tokens_N, attend=self._cache.decode())
+        logits_NV = self._model(self.tokens_N, attend=self._cache.decode(), head=_aligned_logits)
         self.tokens_N.copy_(self._sampler(logits_NV, self._cache.lengths_N, slice(None), ops))
         return logits_NV
+
+
+def _aligned_logits(hidden_NH: Tensor, head: FrozenWeight) -> Tensor:
+    """Logits [N, V], where Triton reads them as a view of a buffer whose rows are aligned."""
+    padding = -head.out_features % ALIGNMENT
+    if not (padding and uses_triton(hidden_NH) and isinstance(head, DenseWeight)):
+        return head.linear(hidden_NH)
+    logits_NV = hidden_NH.new_empty(len(hidden_NH), head.out_features + padding)[:, : head.out_features]
+    return torch.mm(hidden_NH, head.weight.t(), out=logits_NV)

@@ -7,7 +7,7 @@ buffer; Jiang et al. 2023, arXiv:2310.06825). The buffers of all slots grow toge
 needs.
 
 Axes in names: L layers, N slots, S positions of a buffer, P some of these positions, T tokens,
-H query heads, K key/value heads, D head size, M = (H + 2 K) D, P = D/2 (`cos_NP`).
+H query heads, K key/value heads, D head size, M = (H + 2 K) D, P = D/2 (`cos_NP`, `frequencies_P`).
 """
 
 import os
@@ -19,7 +19,7 @@ from minorca.errors import UserError
 from minorca.model.architecture import Architecture
 from minorca.model.attention import PackedAttention
 from minorca.model.network import Mistral
-from minorca_kernels import decode_attention, decode_groups, rope_into_cache
+from minorca_kernels import decode_attention, decode_groups, decode_positions, rope_frequencies, rope_into_cache
 
 # Buffers grow to a multiple of this many positions.
 CAPACITY_MULTIPLE = 64
@@ -51,7 +51,7 @@ class KVCache:
         self.active = [False] * slots
         self.lengths_N = torch.zeros(slots, dtype=torch.int64, device=device)
         self.active_N = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.slots_N = torch.arange(slots, device=device)
+        self.frequencies_P = rope_frequencies(arch.head_dim, arch.rope_theta, device)
         self._head_shape = (arch.kv_heads, arch.head_dim)
         self.k_LNSKD = [self._buffer(0) for _ in range(arch.layers)]
         self.v_LNSKD = [self._buffer(0) for _ in range(arch.layers)]
@@ -156,9 +156,7 @@ class KVCache:
 
         It works on the device alone, so that a CUDA graph can capture it. The output for inactive slots is meaningless.
         """
-        positions_N = self.lengths_N.clone()
-        self.lengths_N += self.active_N
-        return _DecodeAttention(self, positions_N)
+        return _DecodeAttention(self, self.lengths_N)
 
 
 def check_memory(cache: KVCache, model: Mistral) -> None:
@@ -215,17 +213,21 @@ class _PrefillAttention(PackedAttention):
 class _DecodeAttention:
     """Attention of one token a slot; in a full buffer its key replaces the one that has just left the window."""
 
-    def __init__(self, cache: KVCache, positions_N: Tensor):
+    def __init__(self, cache: KVCache, lengths_N: Tensor):
+        """Counts the new tokens into `lengths_N`."""
         capacity = cache.capacity
         self.cache = cache
-        self.positions = positions_N
-        # Where the new keys and values go, counted through the buffers of all slots.
-        self.index_N = cache.slots_N * capacity + self.positions % capacity
-        self.filled_N = (self.positions + 1).clamp(max=capacity) * cache.active_N
+        self.cos_NP, self.sin_NP, self.index_N, self.filled_N = decode_positions(
+            lengths_N, cache.active_N, cache.frequencies_P, capacity
+        )
         self.groups = None
         if cache.device.type == "cpu":
             filled = [min(length, capacity) * active for length, active in zip(cache.lengths, cache.active)]
             self.groups = decode_groups(filled, capacity)
+
+    def rope_tables(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+        """As `PackedAttention.rope_tables`; the cache knows both numbers."""
+        return self.cos_NP, self.sin_NP
 
     def of_qkv(self, layer: int, qkv_NM: Tensor, cos_NP: Tensor, sin_NP: Tensor, heads: int, kv_heads: int) -> Tensor:
         """As `PackedAttention.of_qkv`; the cache knows the numbers of heads."""

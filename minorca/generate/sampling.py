@@ -1,8 +1,7 @@
 """Sampling of the next token, on the device and for all slots at once.
 
 A draw is a function of (seed, sample, position) and the slot's logits alone, so that an answer can be reproduced
-whatever else is in the batch. The order of the filters is that of transformers: repetition penalty, temperature, top-k,
-top-p, min-p.
+whatever else is in the batch. The order is that of transformers: repetition penalty, then temperature and filters.
 
 Axes in names: N slots, V vocabulary, T tokens; 4 and 6 are literal.
 """
@@ -18,8 +17,7 @@ import torch
 from torch import Tensor
 
 from minorca.errors import UserError, raise_problems
-from minorca_kernels import draw
-from minorca_kernels.draw import MIN_TEMPERATURE, inverse_transform
+from minorca_kernels import draw, repetition_penalty
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Sampling:
         mixed = hashlib.blake2b(f"{seed} {sample}".encode(), digest_size=8).digest()
         # Above the size of any vocabulary where it is off.
         top_k = self.top_k or 2**31
-        numbers = (self.temperature, self.top_p, top_k, self.min_p, self.repetition_penalty, self.filters)
+        numbers = (self.temperature, self.repetition_penalty, self.top_p, top_k, self.min_p, self.filters)
         return list(struct.unpack("=4q", mixed + struct.pack("=6f", *numbers)))
 
 
@@ -137,32 +135,14 @@ class Sampler:
             The ids, [N] int64.
         """
         numbers_N6 = self.words_N4[slots, 1:].view(torch.float32)
-        temperature_N1, top_p_N1, top_k_N1, min_p_N1, penalty_N1, filters_N1 = numbers_N6.split(1, dim=-1)
-        # On the CPU argmax takes five times as long in bf16.
-        logits_NV = logits_NV.float()
         if ops.penalize:
-            penalized_NV = torch.where(logits_NV > 0, logits_NV / penalty_N1, logits_NV * penalty_N1)
-            logits_NV = torch.where(self.seen_NV[slots], penalized_NV, logits_NV)
-        ids_N = logits_NV.argmax(-1)
+            logits_NV = repetition_penalty(logits_NV, self.seen_NV[slots], numbers_N6[:, 1])
         if ops.draw:
-            drawn_N, uniform_N = draw(logits_NV, temperature_N1[:, 0], self.words_N4[slots, 0], positions_N)
-            if ops.filter:
-                scaled_NV = logits_NV / temperature_N1.clamp(min=MIN_TEMPERATURE)
-                # Chosen slot by slot: a draw must not depend on what other slots ask for.
-                filtered_N = _draw_filtered(scaled_NV, uniform_N, top_p_N1, top_k_N1, min_p_N1)
-                drawn_N = torch.where(filters_N1[:, 0] > 0, filtered_N, drawn_N)
-            ids_N = torch.where(temperature_N1[:, 0] > 0, drawn_N, ids_N)
+            filters_N4 = numbers_N6[:, 2:] if ops.filter else None
+            ids_N = draw(logits_NV, numbers_N6[:, 0], self.words_N4[slots, 0], positions_N, filters_N4)
+        else:
+            # On the CPU argmax takes five times as long in bf16.
+            ids_N = (logits_NV if logits_NV.is_cuda else logits_NV.float()).argmax(-1)
         if ops.penalize:
-            self.seen_NV[slots] = self.seen_NV[slots].scatter(-1, ids_N[:, None], True)
+            self.seen_NV[slots].scatter_(-1, ids_N[:, None], True)
         return ids_N
-
-
-def _draw_filtered(
-    scaled_NV: Tensor, uniform_N: Tensor, top_p_N1: Tensor, top_k_N1: Tensor, min_p_N1: Tensor
-) -> Tensor:
-    sorted_NV, ids_NV = scaled_NV.sort(dim=-1, descending=True, stable=True)
-    rank_V = torch.arange(scaled_NV.shape[-1], device=scaled_NV.device)
-    p_NV = sorted_NV.masked_fill(rank_V >= top_k_N1, -torch.inf).softmax(-1)
-    before_NV = p_NV.cumsum(-1) - p_NV
-    p_NV = p_NV.masked_fill((before_NV >= top_p_N1) | (p_NV < min_p_N1 * p_NV[:, :1]), 0)
-    return ids_NV.gather(-1, inverse_transform(p_NV, uniform_N)[:, None])[:, 0]

@@ -3,7 +3,7 @@
 One sentence defines the mask: position i sees j with 0 <= i - j < window, inside its own document. `visible` is that
 sentence; every back end is tested against it. Axes: T tokens, H query heads, K key/value heads, D head size.
 
-The network calls an *attend* object, `attend(layer, q_THD, k_TKD, v_TKD)`, that also holds the tokens' positions:
+The network calls an *attend* object, `attend(layer, q_THD, k_TKD, v_TKD)`, that also knows the tokens' positions:
 `PackedAttention` here, and those of the key/value cache in generate/kv_cache.py.
 """
 
@@ -22,7 +22,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn.attention import SDPBackend, activate_flash_attention_impl, restore_flash_attention_impl, sdpa_kernel
 from torch.torch_version import TorchVersion
 
-from minorca_kernels import attention, rope
+from minorca_kernels import attention, rope, rope_tables
 
 varlen_attn: Callable[..., Any] | None
 try:
@@ -232,6 +232,10 @@ class PackedAttention:
         flash = flash_implementation(device) if varlen_attn else None
         case = Case(device, q_THD.dtype, heads, kv_heads, q_THD.shape[2], plain, *modes, flash)
         return self.run(fastest(case), q_THD, k_TKD, v_TKD)
+
+    def rope_tables(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+        """cos and sin of the tokens' positions, each [T, D/2]; see `rope_tables`."""
+        return rope_tables(self.positions, head_dim, theta)
 
     def of_qkv(self, layer: int, qkv_TN: Tensor, cos_TP: Tensor, sin_TP: Tensor, heads: int, kv_heads: int) -> Tensor:
         """The same of a fused buffer, whose queries and keys are rotated before; see `rope`."""

@@ -16,7 +16,7 @@ from minorca.model.architecture import Architecture
 from minorca.model.attention import PackedAttention
 from minorca.model.layout import GROUPS, projections
 from minorca.model.projection import Projection
-from minorca_kernels import DenseWeight, FrozenWeight, add_rms_norm, rms_norm, rope_tables
+from minorca_kernels import DenseWeight, FrozenWeight, add_rms_norm, rms_norm
 from minorca_kernels.operator import uses_triton
 
 
@@ -113,7 +113,7 @@ class Mistral(nn.Module):
         """
         if attend is None:
             attend = PackedAttention(cu_seqlens, len(tokens_T), self.arch.window, tokens_T.device)
-        cos_TP, sin_TP = rope_tables(attend.positions, self.arch.head_dim, self.arch.rope_theta)
+        cos_TP, sin_TP = attend.rope_tables(self.arch.head_dim, self.arch.rope_theta)
         x_TH, update_TH = self.embedding(tokens_T), None
         for block in self.layers:
             x_TH, update_TH = block(x_TH, update_TH, cos_TP, sin_TP, attend)

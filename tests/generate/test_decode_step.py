@@ -8,11 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minorca import load_model
+from minorca.generate.decode_step import _aligned_logits
 from minorca.generate.engine import Engine
 from minorca.generate.kv_cache import KVCache, _DecodeAttention
 from minorca.generate.request import Request
 from minorca.generate.sampling import Sampling
 from minorca.model.build import load_adapters
+from minorca_kernels import DenseWeight
 from minorca_kernels.operator import INTERPRETED
 from tests.generate.test_engine import ids, prompt, run
 from tests.helpers import random_adapter
@@ -108,7 +110,9 @@ triton_only = pytest.mark.skipif(not INTERPRETED, reason="the CPU's implementati
 @pytest.mark.parametrize("window", [None, 12])
 def test_a_replayed_step_is_the_plain_step(window, emulated, save_mistral, tmp_path, monkeypatch):
     monkeypatch.setattr("minorca.generate.kv_cache.CAPACITY_MULTIPLE", 8)
-    directory, base = save_mistral(sliding_window=window, num_hidden_layers=1, initializer_range=0.2, hidden_size=32)
+    # rows of logits that are not aligned unless they are made so
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 130}
+    directory, base = save_mistral(sliding_window=window, initializer_range=0.2, **sizes)
     random_adapter(base, tmp_path / "one", ("q", "down"))
     model = load_model(directory, torch.float32, "cpu")
     adapters = load_adapters(model, {"one": tmp_path / "one"})
@@ -117,6 +121,14 @@ def test_a_replayed_step_is_the_plain_step(window, emulated, save_mistral, tmp_p
         for engine in (Engine(model, 2, 100, adapters), with_graphs(Engine(model, 2, 100, adapters)))
     )
     assert captured == plain and len(emulated) > 3
+
+
+@triton_only
+def test_rows_of_logits_are_aligned():
+    hidden_NH, weight_VH = torch.randn(3, 8), torch.randn(130, 8)
+    logits_NV = _aligned_logits(hidden_NH, DenseWeight(weight_VH))
+    assert logits_NV.shape == (3, 130) and logits_NV.stride() == (144, 1)
+    torch.testing.assert_close(logits_NV, hidden_NH @ weight_VH.T)
 
 
 @triton_only
@@ -143,7 +155,7 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(fault, emulated, save_mistr
     asked = requests()
     plain = list(map(ids, run(Engine(model, 2, 100), *asked)))
     if fault == "host":
-        model.layers[1].register_forward_hook(lambda module, arguments, out: print(out[0, 0].item()))
+        model.layers[1].register_forward_hook(lambda module, arguments, out: print(out[0][0, 0].item()))
     else:
         monkeypatch.setattr(EmulatedGraph, "__torch_dispatch__", out_of_memory)
     with caplog.at_level(logging.WARNING):

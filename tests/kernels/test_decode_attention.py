@@ -13,6 +13,8 @@ from minorca_kernels import (
     decode_attention,
     decode_attention_definition,
     decode_groups,
+    decode_positions,
+    rope_frequencies,
     rope_into_cache,
     rope_into_cache_definition,
     rope_tables,
@@ -164,6 +166,19 @@ def test_rotation_and_cache_write(heads, kv_heads, size, dtype, poisoned):
     assert torch.equal(ours[4], plain[4])
 
 
+@pytest.mark.parametrize("size", [2, 96])
+def test_positions_of_a_step(size):
+    """Buffers that are empty, have room, are just full and wrap around; a sequence that is not active."""
+    lengths, active = torch.tensor([0, 5, 7, 8, 100_003, 3]), torch.tensor([1, 1, 1, 1, 1, 0])
+    frequencies = rope_frequencies(size, 1e6, lengths.device)
+    angles = (lengths[:, None] * frequencies).double()
+    cos, sin, index, filled = decode_positions(lengths, active, frequencies, 8)
+    assert (cos - angles.cos()).abs().max() < 1e-7 and (sin - angles.sin()).abs().max() < 1e-7
+    assert index.tolist() == [0, 8 + 5, 16 + 7, 24 + 0, 32 + 3, 40 + 3]
+    assert filled.tolist() == [1, 6, 8, 8, 8, 0]
+    assert lengths.tolist() == [1, 6, 8, 9, 100_004, 3]
+
+
 def test_strides_change_nothing():
     """Queries that are part of a larger buffer, and tensors whose last stride is not 1."""
     q, k, v, lengths = random_inputs([7, 3, 1], 7, 3, 16)
@@ -181,3 +196,5 @@ def test_the_operator_is_sound():
     torch.library.opcheck(torch.ops.minorca.decode_attention.default, arguments, test_utils=tests)
     arguments = rope_inputs(4, 2, 16, torch.float32)
     torch.library.opcheck(torch.ops.minorca.rope_into_cache.default, arguments, test_utils=tests)
+    positions = torch.arange(3), torch.ones(3, dtype=torch.int64), rope_frequencies(8, 1e4, torch.device("cpu")), 4
+    torch.library.opcheck(torch.ops.minorca.decode_positions.default, positions, test_utils=tests)
