@@ -23,6 +23,7 @@ BYTES = 2
 EPS = 1e-5
 # alpha / rank
 SCALE = 2.0
+DROPOUT = 0.05
 
 
 @dataclass(frozen=True)
@@ -156,20 +157,87 @@ def swiglus(shape: Shape, tokens: int) -> Iterator[Case]:
     yield Case("SwiGLU", "backward", name, inputs, providers, "copy", {"ours": 0.92}, 5 * part)
 
 
+def ropes_into_cache(shape: Shape, sequences: int) -> Iterator[Case]:
+    """One token of each sequence, whose key and value go into a buffer of 1,024 positions."""
+    heads, kv_heads, size = shape.heads, shape.kv_heads, shape.head_dim
+
+    def inputs(device, dtype):
+        qkv = torch.randn(sequences, (heads + 2 * kv_heads) * size, device=device, dtype=dtype)
+        caches = [torch.zeros(sequences * 1024, kv_heads, size, device=device, dtype=dtype) for _ in range(2)]
+        index = torch.arange(sequences, device=device) * 1024
+        return qkv, *ours.rope_tables(index, size, 1e6), *caches, index
+
+    def with_caches(function: Callable) -> Callable:
+        return lambda qkv, cos, sin, k, v, index: (function(qkv, cos, sin, k, v, index), k, v)
+
+    providers = {
+        "ours": with_caches(ours.rope_into_cache),
+        "plain": with_caches(ours.rope_into_cache_definition),
+    }
+    # queries, keys and values, read and written
+    size_bytes = sequences * (2 * BYTES * (heads + 2 * kv_heads) + 4) * size
+    name = f"{sequences} x ({heads} + {kv_heads}) x {size}"
+    yield Case("RoPE into cache", "forward", name, inputs, providers, "copy", {}, size_bytes)
+
+
+def draws(shape: Shape, rows: int) -> Iterator[Case]:
+    """The next token of each row. Logits are fp32 in every dtype; settings are columns of tables, as in the engine."""
+
+    def inputs(device, dtype):
+        logits = 4 * torch.randn(rows, shape.vocabulary, device=device)
+        temperature = torch.full((rows, 6), 0.7, device=device)[:, 0]
+        seed = torch.arange(4 * rows, device=device).view(rows, 4)[:, 0]
+        return logits, temperature, seed, torch.arange(rows, device=device)
+
+    providers = {"ours": ours.draw, "plain": ours.draw_definition}
+    size = 4 * rows * shape.vocabulary
+    yield Case("draw", "forward", f"{rows} x {shape.vocabulary}", inputs, providers, "copy", {}, size)
+
+
+def _projection_sizes(shape: Shape) -> dict[str, tuple[int, list[int]]]:
+    """(columns, rows of each adapter) of the frozen projections."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return {
+        "qkv": (shape.hidden, [queries, keys, keys]),
+        "o": (queries, [shape.hidden]),
+        "gate_up": (shape.hidden, [shape.inner, shape.inner]),
+        "down": (shape.inner, [shape.hidden]),
+    }
+
+
 def projections(shape: Shape, tokens: int, rank: int) -> Iterator[Case]:
     """The frozen projections, each with LoRA; `down` also with SwiGLU as its input, computed in the same operation."""
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    for name, columns, rows, of_swiglu in (
-        ("qkv", shape.hidden, [queries, keys, keys], False),
-        ("o", queries, [shape.hidden], False),
-        ("gate_up", shape.hidden, [shape.inner, shape.inner], False),
-        ("down", shape.inner, [shape.hidden], False),
-        ("down of SwiGLU", shape.inner, [shape.hidden], True),
-    ):
-        yield from _projection(name, tokens, columns, rows, rank, of_swiglu)
+    sizes = _projection_sizes(shape)
+    for name in sizes:
+        yield from _projection(name, tokens, *sizes[name], rank)
+    yield from _projection("down of SwiGLU", tokens, *sizes["down"], rank, of_swiglu=True)
 
 
-def _projection(name: str, tokens: int, columns: int, rows: list[int], rank: int, of_swiglu: bool) -> Iterator[Case]:
+def norm_projections(shape: Shape, tokens: int, rank: int) -> Iterator[Case]:
+    """Those whose input is a norm, computed in the same operation, as is the residual sum before it."""
+    sizes = _projection_sizes(shape)
+    for name in ("qkv", "gate_up"):
+        yield from _projection(f"{name} of add + RMSNorm", tokens, *sizes[name], rank, of_norm=True)
+
+
+def dropout_projections(shape: Shape, tokens: int, rank: int) -> Iterator[Case]:
+    """Two of them with dropout."""
+    sizes = _projection_sizes(shape)
+    label = f"with dropout {DROPOUT}"
+    yield from _projection(f"qkv {label}", tokens, *sizes["qkv"], rank, dropout=DROPOUT)
+    yield from _projection(f"down of SwiGLU {label}", tokens, *sizes["down"], rank, of_swiglu=True, dropout=DROPOUT)
+
+
+def _projection(
+    name: str,
+    tokens: int,
+    columns: int,
+    rows: list[int],
+    rank: int,
+    of_swiglu: bool = False,
+    of_norm: bool = False,
+    dropout: float = 0.0,
+) -> Iterator[Case]:
     def inputs(device, dtype):
         def normal(*size, scale=0.02):
             return torch.randn(*size, device=device, dtype=dtype) * scale
@@ -177,39 +245,53 @@ def _projection(name: str, tokens: int, columns: int, rows: list[int], rank: int
         adapters, start = [], 0
         for count in rows:
             a, b = _trained(normal(rank, columns)), _trained(normal(count, rank))
-            adapters.append(ours.Adapter(start, start + count, a, b))
+            adapters.append(ours.Adapter(start, start + count, a, b, seed=start))
             start += count
         w = normal(start, columns)
         dense = ours.DenseWeight(w)
         padded = ours.PaddedWeight(w, rank * len(rows))
-        return _trained(normal(tokens, columns * (1 + of_swiglu), scale=1)), dense, adapters, SCALE, padded
+        x = [_trained(normal(tokens, columns * (1 + of_swiglu), scale=1)) for _ in range(1 + of_norm)]
+        return [*x, 1 + normal(columns), EPS] if of_norm else x, dense, adapters, SCALE, padded
 
     def lora_linear(strategy: str | None) -> Callable:
         def call(x, dense, adapters, scale, padded):
             # the default as in minorca/model/lora.py
-            pays = strategy is None and ours.padding_pays(sum(rows), columns, rank * len(rows), of_swiglu)
+            pays = strategy is None and ours.padding_pays(sum(rows), columns, rank * len(rows), of_swiglu or of_norm)
             weight = padded if pays or strategy == "augmented" else dense
-            return ours.lora_linear(x, weight, adapters, scale, of_swiglu=of_swiglu, strategy=strategy)
+            update = {"adapters": adapters, "scale": scale, "dropout": dropout}
+            if of_norm:
+                return ours.norm_lora_linear(*x, weight=weight, **update)
+            return ours.lora_linear(*x, weight=weight, of_swiglu=of_swiglu, strategy=strategy, **update)
 
         return call
 
-    providers = {
-        "ours": lora_linear(None),
-        "plain": lambda x, dense, adapters, scale, _: ours.lora_linear_definition(
-            x, dense.weight, adapters, scale, of_swiglu=of_swiglu
-        ),
-        "base": lambda x, dense, adapters, scale, _: dense.linear(ours.swiglu(x) if of_swiglu else x),
-        **{strategy: lora_linear(strategy) for strategy in ours.STRATEGIES},
-    }
+    def plain(x, dense, adapters, scale, _):
+        update = {"w_NK": dense.weight, "adapters": adapters, "scale": scale, "dropout": dropout}
+        if of_norm:
+            return ours.norm_lora_linear_definition(*x, **update)
+        return ours.lora_linear_definition(*x, of_swiglu=of_swiglu, **update)
+
+    def base(x, dense, *_):
+        if of_norm:
+            total, normed = ours.add_rms_norm(*x)
+            return total, dense.linear(normed)
+        return dense.linear(ours.swiglu(*x) if of_swiglu else x[0])
+
+    providers = {"ours": lora_linear(None), "plain": plain, "base": base}
+    if not (of_norm or dropout):
+        providers |= {strategy: lora_linear(strategy) for strategy in ours.STRATEGIES}
     shape, total = f"{tokens} x {columns} -> {sum(rows)}, rank {rank}", sum(rows)
-    forward_bytes = BYTES * (tokens * columns * (1 + of_swiglu) + total * columns + tokens * total)
-    backward_bytes = forward_bytes + BYTES * tokens * columns * (1 + of_swiglu)
-    base, low = 2 * tokens * columns * total, 2 * tokens * rank * (len(rows) * columns + total)
+    # tensors of x's size, read or written: in forward also the update and the sum, in backward also the sum's gradient
+    forward, backward = (3, 3) if of_norm else (1 + of_swiglu, 2 + 2 * of_swiglu)
+    forward_bytes, backward_bytes = (
+        BYTES * (count * tokens * columns + total * columns + tokens * total) for count in (forward, backward)
+    )
+    flops, low = 2 * tokens * columns * total, 2 * tokens * rank * (len(rows) * columns + total)
     kernel = f"LoRA {name}"
-    yield Case(kernel, "forward", shape, inputs, providers, "base", {"ours": 1 / 1.04}, forward_bytes, base + low)
+    yield Case(kernel, "forward", shape, inputs, providers, "base", {"ours": 1 / 1.04}, forward_bytes, flops + low)
     if rank == 16:
         yield Case(
-            kernel, "backward", shape, inputs, providers, "base", {"ours": 1 / 1.06}, backward_bytes, base + 2 * low
+            kernel, "backward", shape, inputs, providers, "base", {"ours": 1 / 1.06}, backward_bytes, flops + 2 * low
         )
 
 
@@ -321,7 +403,7 @@ def decoding(shape: Shape, sequences: int, slots: int) -> Iterator[Case]:
 def cases(
     shape: Shape = MISTRAL_7B, tokens: int = 8192, window: int = 4096, small: tuple[int, ...] = (512, 8)
 ) -> Iterator[Case]:
-    """The cases with targets, of `tokens` tokens, then those without: a higher LoRA rank, and few tokens."""
+    """The cases with targets, of `tokens` tokens, then those without."""
     yield from norms(shape, tokens)
     yield from ropes(shape, tokens)
     yield from swiglus(shape, tokens)
@@ -331,5 +413,13 @@ def cases(
         yield from attentions(shape, lengths, reach)
     for sequences in (1, 8, 32):
         yield from decoding(shape, sequences, window)
-    others = itertools.chain(projections(shape, tokens, 64), *(norms(shape, count) for count in small))
+    for sequences in (1, 8, 32):
+        yield from ropes_into_cache(shape, sequences)
+        yield from draws(shape, sequences)
+    others = itertools.chain(
+        norm_projections(shape, tokens, 16),
+        dropout_projections(shape, tokens, 16),
+        projections(shape, tokens, 64),
+        *(norms(shape, count) for count in small),
+    )
     yield from (replace(case, targets={}) for case in others)

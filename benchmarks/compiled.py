@@ -13,6 +13,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import argparse
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import re
@@ -24,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -43,9 +45,12 @@ from benchmarks.cases import (
     attentions,
     cases,
     decoding,
+    dropout_projections,
+    norm_projections,
     norms,
     projections,
     ropes,
+    ropes_into_cache,
     swiglus,
 )
 from benchmarks.table import grid
@@ -103,26 +108,32 @@ def traced(case: Case, function: Callable, dtype: torch.dtype) -> list:
     """The kernels of a case, including those of its backward."""
     inputs = case.inputs(torch.device("meta"), dtype)
     leaves = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    with RunAsCUDA(), recorded(warmup=True) as kernels:
+    # some operations choose an implementation before they reach an operator
+    with RunAsCUDA(), mock.patch.object(torch.Tensor, "is_cuda", True), recorded(warmup=True) as kernels:
         outs = tree_leaves(function(*inputs))
         if case.direction != "forward":
             torch.autograd.grad(outs, leaves, [torch.empty_like(out) for out in outs])
     return kernels
 
 
-def selection() -> Iterator[tuple[str, Case, Callable, torch.dtype]]:
-    """What is compiled: (label, case, one of our implementations, dtype)."""
+def selection(ranks: list[int]) -> Iterator[tuple[str, Case, Callable, torch.dtype]]:
+    """What is compiled: (label, case, one of our implementations, dtype). Rank 16 is always among it."""
     for case in cases(MISTRAL_7B):
         for strategy in STRATEGIES:
             if strategy in case.providers:
                 yield f"{case.name}, Mistral 7B", case, case.providers[strategy], torch.bfloat16
     for name, shape in {"Mistral 7B": MISTRAL_7B, "Nemo": NEMO, "SmolLM2": SMOLLM2}.items():
-        for case in _steps(shape):
+        for case in _steps(shape, ranks):
             yield f"{case.name}, {name}", case, case.providers["ours"], torch.bfloat16
     for dtype in (torch.float16, torch.float32):
-        for case in cases(SMOLLM2, small=(8,)):
+        for case in (*cases(SMOLLM2, small=(8,)), *_of_ranks(SMOLLM2, ranks)):
             yield f"{case.name}, SmolLM2", case, case.providers["ours"], dtype
-    for case in (*ropes(LARGE_HEADS, 8192), *attentions(LARGE_HEADS, [8192], None), *decoding(LARGE_HEADS, 8, 4096)):
+    for case in itertools.chain(
+        ropes(LARGE_HEADS, 8192),
+        attentions(LARGE_HEADS, [8192], None),
+        decoding(LARGE_HEADS, 8, 4096),
+        ropes_into_cache(LARGE_HEADS, 8),
+    ):
         yield f"{case.name}, heads of 256", case, case.providers["ours"], torch.bfloat16
     # not among the cases: a prime number of tokens, trained weights, and a loss without gradients
     for case in cases(MISTRAL_7B, 8191, small=()):
@@ -135,18 +146,27 @@ def selection() -> Iterator[tuple[str, Case, Callable, torch.dtype]]:
             yield f"{forward.name}, Mistral 7B", forward, torch.no_grad()(case.providers["ours"]), torch.bfloat16
 
 
-def _steps(shape: Shape) -> Iterator[Case]:
-    """What a step of training launches, at every rank, and one of decoding for 1 and 8 sequences."""
+def _steps(shape: Shape, ranks: list[int]) -> Iterator[Case]:
+    """What a step of training launches, at these ranks, and one of decoding for 1 and 8 sequences."""
     yield from cases(shape, small=())
-    for rank in RANKS:
-        for case in projections(shape, 8192, rank):
+    yield from _of_ranks(shape, ranks)
+    for tokens in (8, 1):
+        step = itertools.chain(
+            norms(shape, tokens),
+            ropes(shape, tokens),
+            swiglus(shape, tokens),
+            projections(shape, tokens, 16),
+            norm_projections(shape, tokens, 16),
+        )
+        yield from (case for case in step if case.direction == "forward")
+
+
+def _of_ranks(shape: Shape, ranks: list[int]) -> Iterator[Case]:
+    """The projections of a step of training, forward and backward."""
+    for rank, kind in itertools.product(ranks, (projections, norm_projections, dropout_projections)):
+        for case in kind(shape, 8192, rank):
             if case.direction == "forward":
                 yield from (case, replace(case, direction="backward"))
-    for tokens in (8, 1):
-        step = (norms(shape, tokens), ropes(shape, tokens), swiglus(shape, tokens), projections(shape, tokens, 16))
-        for case in itertools.chain(*step):
-            if case.direction == "forward":
-                yield case
 
 
 def _all_trained(case: Case) -> Callable:
@@ -190,10 +210,13 @@ def examine(kernel, arch: int) -> dict:
     }
 
 
-def compiled(arch: int) -> list[dict]:
+def compiled(arch: int, ranks: list[int]) -> list[dict]:
     target(arch)
     rows = {}
-    for label, case, call, dtype in selection():
+    for label, case, call, dtype in selection(ranks):
+        # torch draws its mask, by a generator that meta tensors do not have
+        if "dropout" in case.name:
+            continue
         for kernel in traced(case, call, dtype):
             if kernel.hash not in rows:
                 rows[kernel.hash] = {"case": f"{label}, {str(dtype).removeprefix('torch.')}", **examine(kernel, arch)}
@@ -205,11 +228,12 @@ def main() -> None:
         prog="python -m benchmarks.compiled", description="Every Triton kernel, compiled without a GPU."
     )
     parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED), choices=SHARED, help="default: all")
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="of LoRA; default: 8 to 256")
     args = parser.parse_args()
     if knobs.runtime.interpret:
         parser.error("interpreted kernels are not compiled; unset TRITON_INTERPRET")
     with multiprocessing.Pool(min(2, len(args.arch))) as pool:
-        rows = sum(pool.map(compiled, args.arch, chunksize=1), [])
+        rows = sum(pool.map(functools.partial(compiled, ranks=args.ranks), args.arch, chunksize=1), [])
     print(grid(list(rows[0]), [list(row.values()) for row in rows]))
     if rejected := [row for row in rows if row["rejected"]]:
         reasons = (f"{row['kernel']} of {row['case']} on {row['arch']}: {row['rejected']}" for row in rejected)

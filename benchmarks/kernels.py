@@ -82,8 +82,10 @@ def reference_results(case: Case) -> list[Tensor]:
 def error(results: list[Tensor], reference: list[Tensor]) -> float:
     """The largest relative error among the results, in the 2-norm, in fp32."""
     norm = torch.linalg.vector_norm
-    pairs = zip(results, reference, strict=True)
-    return max((norm(result.float() - expected) / norm(expected)).item() for result, expected in pairs)
+    # the results of `draw` are indices
+    pairs = [(result.float(), expected.float()) for result, expected in zip(results, reference, strict=True)]
+    tiny = torch.finfo(torch.float32).tiny
+    return max((norm(result - expected) / norm(expected).clamp(min=tiny)).item() for result, expected in pairs)
 
 
 def as_graph(call: Callable) -> Callable:

@@ -127,8 +127,10 @@ def _single_pass(dy_TN: Tensor, b_NR: Tensor, s_TR: Tensor, scale: float, ds_TR:
     rank = b_NR.shape[1]
     block_r = max(triton.next_power_of_2(rank), 16)
     # a tile of 32 KiB; for every number read, R / BLOCK_T + R / columns_per_program more are written, and read again
-    block_t = max(1024 * 16 // dy_TN.element_size() // max(block_r, 32), 16)
-    block_n = 64
+    block_t, block_n, warps = 1024 * 16 // dy_TN.element_size() // max(block_r, 32), 64, 8
+    if dy_TN.element_size() > 2 and block_r > 16:
+        # without tensor cores, products of larger tiles spill registers
+        block_t, block_n, warps = 64, 1024 // block_r, 4
     programs_t = triton.cdiv(tokens, block_t)
     blocks_n = triton.cdiv(columns, block_n)
     blocks_per_program = _blocks_per_program(programs_t, blocks_n, rank, multiprocessor_count(dy_TN.device))
@@ -143,7 +145,7 @@ def _single_pass(dy_TN: Tensor, b_NR: Tensor, s_TR: Tensor, scale: float, ds_TR:
         "BLOCK_R": block_r,
         "BLOCK_T": block_t,
         "BLOCK_N": block_n,
-        "num_warps": 8,
+        "num_warps": warps,
         "num_stages": 2,
     }
     sizes = (tokens, columns, blocks_per_program * block_n, dy_TN.stride(0), s_TR.stride(0))

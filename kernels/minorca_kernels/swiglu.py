@@ -25,6 +25,27 @@ def swiglu_definition(gate_up_TI: Tensor) -> Tensor:
 
 
 @triton.jit
+def _exp(x):
+    """e^x in fp32, as exact as the GPU's power of two: tl.exp rounds x log2(e) first, which costs up to |x| units in
+    the last place.
+    """
+    # beyond these the result is 0 or infinite; infinite x would give NaN
+    x = tl.minimum(tl.maximum(x, -88.0), 89.0)
+    whole = tl.floor(x * 1.4426950408889634)
+    # ln 2 in two parts (Cody and Waite 1980): the product with the first is exact
+    rest = (x - whole * 0.693359375) + whole * 2.12194440e-4
+    return tl.exp2(rest * 1.4426950408889634) * (whole.to(tl.int32) + 127 << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _times_sigmoid(x, gate, EXACT: tl.constexpr):
+    """x / (1 + e^-gate). EXACT: as exact as PyTorch's in fp32, for results that are not rounded to 16 bits."""
+    if EXACT:
+        return tl.math.div_rn(x, 1 + _exp(-gate))
+    return x / (1 + tl.exp(-gate))
+
+
+@triton.jit
 def _forward_kernel(
     gate_up_ptr,
     y_ptr,
@@ -42,7 +63,7 @@ def _forward_kernel(
     acc_dtype = tl.float64 if dtype == tl.float64 else tl.float32
     gate = tl.load(gate_up_ptr + row * stride_gate_up + column, mask=mask, other=0.0).to(acc_dtype)
     up = tl.load(gate_up_ptr + row * stride_gate_up + INTERMEDIATE + column, mask=mask, other=0.0).to(acc_dtype)
-    silu = (gate / (1 + tl.exp(-gate))).to(dtype).to(acc_dtype)
+    silu = _times_sigmoid(gate, gate, dtype == tl.float32).to(dtype).to(acc_dtype)
     tl.store(y_ptr + row * stride_y + column, silu * up, mask=mask)
     if SCRATCH > 0 and part == 0:
         zero_scratch(y_ptr + row * stride_y + INTERMEDIATE, SCRATCH)
@@ -68,7 +89,7 @@ def _backward_kernel(
     dy = tl.load(dy_ptr + row * stride_dy + column, mask=mask, other=0.0).to(acc_dtype)
     gate = tl.load(gate_up_ptr + row * stride_gate_up + column, mask=mask, other=0.0).to(acc_dtype)
     up = tl.load(gate_up_ptr + row * stride_gate_up + INTERMEDIATE + column, mask=mask, other=0.0).to(acc_dtype)
-    sigmoid = 1 / (1 + tl.exp(-gate))
+    sigmoid = _times_sigmoid(tl.full([], 1, acc_dtype), gate, dtype == tl.float32)
     silu = (gate * sigmoid).to(dtype).to(acc_dtype)
     tl.store(dgate_up_ptr + row * 2 * INTERMEDIATE + column, dy * up * sigmoid * (1 + gate * (1 - sigmoid)), mask=mask)
     tl.store(dgate_up_ptr + row * 2 * INTERMEDIATE + INTERMEDIATE + column, dy * silu, mask=mask)

@@ -20,10 +20,10 @@ def run(*command, **options) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "arch", [["90"], pytest.param(["80", "86", "89", "100", "120"], marks=pytest.mark.slow)], ids=" ".join
+    "options", ["--arch 90 --ranks 16", pytest.param("--arch 80 86 89 90 100 120", marks=pytest.mark.slow)]
 )
-def test_every_kernel(arch):
-    result = run("-m", "benchmarks.compiled", "--arch", *arch, stderr=subprocess.STDOUT)
+def test_every_kernel(options):
+    result = run("-m", "benchmarks.compiled", *options.split(), stderr=subprocess.STDOUT)
     print(result.stdout)
     assert result.returncode == 0, result.stdout.splitlines()[-1]
 

@@ -439,6 +439,19 @@ def test_the_loss_never_holds_more_than_a_chunk_of_logits():
     assert sizes == 2 * [16 * 1000 * bytes_fp32]
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_swiglu_is_exact_in_fp32_for_every_gate(device):
+    """Each result within some units in the last place, also where the sigmoid ends: no sum hides an error."""
+    inf = float("inf")
+    gates = torch.cat(
+        (torch.linspace(-87, 87, 1009), torch.tensor([-inf, -1e38, -200, -89, 89, 200, 1e38, inf, inf - inf]))
+    )
+    leaf = torch.stack((gates, torch.ones_like(gates)), 1).to(device).requires_grad_()
+    exact = run(swiglu_definition, [leaf.detach().double().requires_grad_()])
+    for mine, reference in zip(run(swiglu, [leaf]), exact, strict=True):
+        assert torch.allclose(mine.double(), reference, rtol=2**-20, atol=1e-35, equal_nan=True)
+
+
 def test_dropout_is_a_function_of_its_seed():
     case = CASES["lora_linear, added, dropout 0.4"]
     x, *ab = inputs(case, 1, torch.float32)
