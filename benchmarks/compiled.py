@@ -214,9 +214,6 @@ def compiled(arch: int, ranks: list[int]) -> list[dict]:
     target(arch)
     rows = {}
     for label, case, call, dtype in selection(ranks):
-        # torch draws its mask, by a generator that meta tensors do not have
-        if "dropout" in case.name:
-            continue
         for kernel in traced(case, call, dtype):
             if kernel.hash not in rows:
                 rows[kernel.hash] = {"case": f"{label}, {str(dtype).removeprefix('torch.')}", **examine(kernel, arch)}

@@ -156,7 +156,7 @@ def _tiles(dtype: torch.dtype, block_d: int) -> dict[str, int]:
         # 16 KiB of keys at a time
         block_n, warps, stages = min(max(8192 // block_d, 16), 64), 4, 3
     else:
-        block_n, warps, stages = 32, 8, 2
+        block_n, warps, stages = 32, 4, 2
     return {"BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
