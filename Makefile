@@ -4,6 +4,9 @@ PYTHON ?= python3
 # On a machine with a GPU of another CUDA version, name the torch that fits it: make demo TORCH=torch
 TORCH ?= torch==2.13.0
 
+# two processes, each of one thread
+PARALLEL = -n 2 --dist worksteal
+
 # run a second time with Triton's kernels in place of plain PyTorch
 KERNEL_TESTS = tests/kernels/test_kernels.py tests/kernels/test_dropout.py tests/kernels/test_low_rank_gradients.py \
 	tests/kernels/test_decode_attention.py tests/kernels/test_draw.py tests/model/test_attention.py \
@@ -20,8 +23,8 @@ demo: examples/model
 	.venv/bin/python examples/demo.py
 
 test: examples/model
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(KERNEL_TESTS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(PARALLEL)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(PARALLEL) $(KERNEL_TESTS)
 
 test-slow: examples/model
 	command -v chromium >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; }

@@ -177,7 +177,7 @@ def test_files_of_any_float_type_are_rounded_once(held, loaded, save_mistral, tm
     assert found.dtype == loaded and torch.equal(found, logits(tmp_path / "rounded", loaded))
 
 
-@pytest.mark.parametrize("layout", [None, as_consolidated], ids=str)
+@pytest.mark.parametrize("layout", [None, as_consolidated], ids=["hf", "consolidated"])
 def test_ranks_copy_their_own_rows_in_blocks(layout, save_mistral, monkeypatch):
     """The shards of five ranks make up the whole, though shards and blocks end within heads and tensors."""
     monkeypatch.setattr(weights, "BLOCK_ROWS", 7)
