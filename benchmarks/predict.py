@@ -33,7 +33,8 @@ GROUPS: tuple[str, ...] = ("matrix products", "attention", "low-rank products", 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a GPU does a second. The defaults are assumptions about an H100 SXM, none of which was measured here.
+    """What a GPU does a second. The defaults are assumptions about an H100 SXM, but for the host's time, which is what
+    the machine of an H200 took (benchmarks/results/nvidia-h200-2026-11-26): Python, autograd and dispatch included.
 
     Attributes:
         copy: bytes that a copy reads and writes.
@@ -57,7 +58,7 @@ class Rates:
     )
     of_copy: float = 0.93
     launch: float = 2.5e-6
-    host: float = 5e-6
+    host: float = 74e-6
 
     @classmethod
     def measured(cls, folder: Path) -> "Rates":
