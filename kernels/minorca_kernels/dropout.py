@@ -227,13 +227,16 @@ def _signed_keys(seed: int) -> list[int]:
     return [_signed(key) for key in _seed_keys(seed)]
 
 
-def _constants(rank: int, p: float, max_block_r: int, **blocks: int) -> dict:
+def _constants(x: Tensor, rank: int, p: float, max_block_r: int, **blocks: int) -> dict:
+    half = x.element_size() == 2
+    # products in fp32 take more registers
+    max_block_r = max_block_r if half else 16
     return {
         "R": rank,
         "THRESHOLD": _threshold(p),
         "FACTOR": 1 / (1 - p),
         "BLOCK_R": min(max(triton.next_power_of_2(rank), 16), max_block_r),
-        "num_warps": 4 if rank <= 64 else 8,
+        "num_warps": 8 if half and rank > 64 else 4,
         "num_stages": 2,
         **blocks,
     }
@@ -260,7 +263,7 @@ def dropped_product(x_TK: Tensor, a: list[Tensor], seeds: list[int], p: float) -
     tokens, columns = x_TK.shape
     s_TR = x_TK.new_empty(tokens, sum(map(len, a)))
     for a_i, s_i, seed in zip(a, s_TR.split([len(a_i) for a_i in a], 1), seeds, strict=True):
-        constants = _constants(len(a_i), p, 256, BLOCK_T=64, BLOCK_K=64 if x_TK.element_size() == 2 else 32)
+        constants = _constants(x_TK, len(a_i), p, 256, BLOCK_T=64, BLOCK_K=64 if x_TK.element_size() == 2 else 32)
         grid = (triton.cdiv(tokens, 64), triton.cdiv(len(a_i), constants["BLOCK_R"]))
         sizes = (tokens, columns, x_TK.stride(0), s_TR.stride(0))
         _product_kernel[grid](x_TK, a_i.contiguous(), s_i, *_signed_keys(seed), *sizes, **constants)
@@ -286,7 +289,7 @@ def a_gradient(x_TK: Tensor, ds: list[Tensor], seeds: list[int], p: float) -> Te
     # each program's share of the sum over tokens
     da = x_TK.new_empty(shares, sum(ranks), columns, dtype=dtype)
     for ds_i, da_i, seed in zip(ds, da.split(ranks, 1), seeds, strict=True):
-        constants = _constants(ds_i.shape[1], p, 256, BLOCK_T=block_t, BLOCK_K=64)
+        constants = _constants(x_TK, ds_i.shape[1], p, 256, BLOCK_T=block_t, BLOCK_K=64)
         grid = (blocks_k, shares, triton.cdiv(ds_i.shape[1], constants["BLOCK_R"]))
         sizes = (tokens, columns, tokens_per_program, x_TK.stride(0), ds_i.stride(0), da.stride(0))
         _a_gradient_kernel[grid](x_TK, ds_i, da_i, *_signed_keys(seed), *sizes, **constants)
@@ -301,6 +304,6 @@ def add_x_gradient(dx_TK: Tensor, ds: list[Tensor], a: list[Tensor], seeds: list
         if _without_triton(dx_TK):
             dx_TK.add_(_kept_torch(ds_i @ a_i, p, seed), alpha=1 / (1 - p))
             continue
-        constants = _constants(len(a_i), p, 64, BLOCK_T=64, BLOCK_K=64)
+        constants = _constants(dx_TK, len(a_i), p, 64, BLOCK_T=64, BLOCK_K=64)
         sizes = (tokens, columns, dx_TK.stride(0), ds_i.stride(0))
         _x_gradient_kernel[grid](dx_TK, ds_i, a_i.contiguous(), *_signed_keys(seed), *sizes, **constants)
