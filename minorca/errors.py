@@ -82,6 +82,11 @@ class RunEnded(Exception):
         self.status = status
 
 
+def memory_asked_for(error: Exception) -> str:
+    """What torch says of memory that ran out, without what follows about its allocator."""
+    return str(error).partition(" Of the allocated")[0]
+
+
 def one_line(text: str) -> str:
     """Text for a terminal: non-printable characters are escaped, and very long text is cut."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))

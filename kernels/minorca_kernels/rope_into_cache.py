@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minorca_kernels.operator import as_rows, operator, uses_triton
-from minorca_kernels.rope import _constants, _load_tables, _rotate_heads, rope, rope_definition
+from minorca_kernels.rope import _constants, _copy_heads, _load_tables, _rotate_heads, rope, rope_definition
 
 
 def rope_into_cache_definition(
@@ -63,10 +63,7 @@ def _rope_into_cache_kernel(
     qkv_ptr += row * stride_qkv
     _rotate_heads(qkv_ptr, q_ptr + row * HEADS * D, cos, sin, pair, pair_mask, HEADS, D, BLOCK_HEADS)
     _rotate_heads(qkv_ptr + HEADS * D, k_ptr + target, cos, sin, pair, pair_mask, KV_HEADS, D, BLOCK_KV_HEADS)
-    offset = tl.arange(0, BLOCK_KV_HEADS * BLOCK_P * 2)
-    mask = offset < KV_HEADS * D
-    v = tl.load(qkv_ptr + (HEADS + KV_HEADS) * D + offset, mask=mask, other=0.0)
-    tl.store(v_ptr + target + offset, v, mask=mask)
+    _copy_heads(qkv_ptr + (HEADS + KV_HEADS) * D, v_ptr + target, KV_HEADS * D, BLOCK_KV_HEADS * BLOCK_P * 2)
 
 
 def _rope_into_cache_triton(qkv: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:

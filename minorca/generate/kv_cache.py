@@ -15,7 +15,7 @@ import os
 import torch
 from torch import Tensor
 
-from minorca.errors import UserError
+from minorca.errors import UserError, memory_asked_for
 from minorca.model.architecture import Architecture
 from minorca.model.attention import PackedAttention
 from minorca.model.network import Mistral
@@ -89,11 +89,9 @@ class KVCache:
             self._undo_growth()
             if not isinstance(error, torch.OutOfMemoryError):
                 raise
-            # What torch's message says of its allocator is left out.
-            reason = str(error).partition(" Of the allocated")[0]
             raise UserError(
                 f"the KV cache cannot grow to {self.bytes(capacity) / 1e9:.1f} GB for {len(self.lengths)} slots of "
-                f"{capacity} tokens: {reason} Use fewer slots or a smaller maximum length"
+                f"{capacity} tokens: {memory_asked_for(error)} Use fewer slots or a smaller maximum length"
             ) from error
         self.capacity = capacity
 

@@ -3,7 +3,7 @@
 import torch
 
 from minorca.config import Config
-from minorca.errors import UserError
+from minorca.errors import UserError, memory_asked_for
 
 # what computes more again than each
 _RECOMPUTE_MORE = {"none": "selective", "selective": "full"}
@@ -17,7 +17,7 @@ def out_of_memory(error: torch.OutOfMemoryError, config: Config, ranks: int) -> 
     remedies.append(_shorter_batches(config))
     if ranks > 1 and config.parallel.shard != "fsdp":
         remedies.append("set parallel.shard to fsdp, with which the same run resumes")
-    return UserError(f"{_asked(error)} To need less, {', or '.join(remedies)}")
+    return UserError(f"{memory_asked_for(error)} To need less, {', or '.join(remedies)}")
 
 
 def weights_do_not_fit(error: torch.OutOfMemoryError, config: Config, ranks: int) -> UserError:
@@ -29,12 +29,7 @@ def weights_do_not_fit(error: torch.OutOfMemoryError, config: Config, ranks: int
     if not config.parallel.cpu_offload:
         remedies.append("set parallel.cpu_offload, with parallel.shard fsdp")
     remedies = remedies or ["use more GPUs"]
-    return UserError(f"the model does not fit: {_asked(error)} To load it, {', or '.join(remedies)}")
-
-
-def _asked(error: torch.OutOfMemoryError) -> str:
-    # what follows is about the allocator
-    return str(error).partition(" Of the allocated")[0]
+    return UserError(f"the model does not fit: {memory_asked_for(error)} To load it, {', or '.join(remedies)}")
 
 
 def _shorter_batches(config: Config) -> str:
