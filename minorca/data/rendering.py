@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import cast
 
@@ -280,7 +281,7 @@ def _render_in_processes(
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (tok.path, data, template))
     try:
         for source, chunk in chunks:
-            with _ignoring_sigint():
+            with _blocking_sigint():
                 waiting.append((source, pool.submit(_render_in_worker, chunk)))
             while len(waiting) > 2 * workers:
                 source, future = waiting.popleft()
@@ -297,13 +298,18 @@ def _render_in_processes(
 
 
 @contextmanager
-def _ignoring_sigint():
-    """Processes started meanwhile ignore Ctrl-C from their first moment: the process that started them handles it."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _blocking_sigint():
+    """Holds a Ctrl-C back until the end.
+
+    Processes started meanwhile inherit this, so Ctrl-C never reaches them: the process that started them handles it.
+    """
+    # multiprocessing starts it before its first process, and unblocks SIGINT after.
+    resource_tracker.ensure_running()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 # ------------------------------------------------------------------------------------------- in a rendering process

@@ -18,6 +18,7 @@ from minorca.config import Source
 from minorca.data import prepare as module
 from minorca.data import rendering, store
 from minorca.data.__main__ import main
+from minorca.data.tokenizer import load_tokenizer
 from tests.data.samples import RECORDS, path_of, prepare, records, same_rows, write
 from tests.data.test_tekken import FILE
 from tests.helpers import ROOT, wait_until
@@ -338,6 +339,20 @@ def test_killed_while_rendering(model, tmp_path):
     assert left == {signal.SIGKILL: {".lock", ".tmp"}, signal.SIGINT: {".lock"}}
     assert [process.returncode for process in processes.values()] == [-signal.SIGKILL, 130]
     assert said[signal.SIGINT] == ""
+
+
+def test_ctrl_c_while_a_process_is_started(model, data, monkeypatch):
+    """It is held back until the process has been started, not lost."""
+    submit = rendering.ProcessPoolExecutor.submit
+
+    def interrupted(pool, *given):
+        signal.raise_signal(signal.SIGINT)
+        return submit(pool, *given)
+
+    monkeypatch.setattr(rendering.ProcessPoolExecutor, "submit", interrupted)
+    chunks = iter([(0, [])])
+    with pytest.raises(KeyboardInterrupt):
+        list(rendering._render_in_processes(chunks, load_tokenizer(model), data, "chatml", 1))
 
 
 # -------------------------------------------------------------------------------------------------------------- prepare
