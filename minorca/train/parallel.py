@@ -43,9 +43,9 @@ def shards(model: nn.Module, config: ParallelConfig, world: World) -> bool:
     return world.sum([needed])[0] > 0
 
 
-def shard(model: Mistral, config: ParallelConfig, world: World) -> None:
-    """FSDP2 on a model on the meta device: frozen weights in their dtype, adapters fp32, reductions fp32, sums not
-    means.
+def shard(model: Mistral, config: ParallelConfig, world: World, dtype: torch.dtype) -> None:
+    """FSDP2 on a model on the meta device: parameters are stored in their dtype and gathered in `dtype`; reductions are
+    fp32, sums not means.
     """
     if world.size % config.replicate:
         message = f"is {config.replicate}; expected a divisor of the number of ranks, {world.size}"
@@ -54,7 +54,7 @@ def shard(model: Mistral, config: ParallelConfig, world: World) -> None:
     mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=("replicate", "shard"))
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.cpu_offload else OffloadPolicy()
     # RoPE's tables are inputs of a block and stay fp32, so inputs are not cast
-    precision = MixedPrecisionPolicy(model.embedding.weight.dtype, torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     mesh = mesh if config.replicate > 1 else mesh["shard"]
     for module in (*model.layers, model):
         sharded = fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
