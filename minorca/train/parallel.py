@@ -79,14 +79,15 @@ def describe(model: Mistral, world: World) -> str:
 def checkpoint_activations(model: Mistral, kind: str) -> None:
     """Has blocks recompute activations in backward instead of saving them.
 
-    `full`: a block saves its input alone. `selective`: it also saves attention's output and those of the adapted
-    projections that are not much wider than their input; of these products, gate_up alone is recomputed.
+    `full`: a block saves its input alone. `selective`: it also saves attention's output and those of the trained or
+    adapted projections that are not much wider than their input; of these products, gate_up alone is recomputed.
     """
     if kind == "none":
         return
     options = {}
     if kind == "selective":
-        options = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _selective_policy)}
+        policy = functools.partial(_selective_policy, model.embedding.weight.requires_grad)
+        options = {"context_fn": functools.partial(create_selective_checkpoint_contexts, policy)}
     for block in model.layers:
         block.forward = functools.partial(
             checkpoint,
@@ -113,9 +114,13 @@ def _attention_operators() -> set:
     return operators
 
 
-def _selective_policy(_, operator, *arguments, **options) -> CheckpointPolicy:
+def _selective_policy(full: bool, _, operator, *arguments, **options) -> CheckpointPolicy:
+    """full: all weights are trained, and projections are plain products."""
     save = operator in _attention_operators()
     if operator == torch.ops.minorca.lora_linear.default:
         out_features, a = arguments[3], arguments[4]
         save = out_features <= 2 * a.shape[1]
+    elif full and operator == torch.ops.aten.mm.default:
+        in_features, out_features = arguments[1].shape
+        save = out_features <= 2 * in_features
     return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
