@@ -60,7 +60,7 @@ def run(options: list[str], objective, tmp_path) -> Learner:
         schedule = inputs.schedule(config)
         work = Run(config, world, inputs, learner, make_plan(config, schedule), Best(), record, [], 0, 0)
         work.loop(schedule.step, lambda: None)
-        work.finish(tmp_path / "run")
+        work.finish()
     return learner
 
 
