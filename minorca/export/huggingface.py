@@ -130,7 +130,8 @@ def config_file(source: ModelFiles, dtype: torch.dtype) -> bytes:
     config = read_json(path) if path else config_json(source.arch, dtype)
     # transformers 5 calls it dtype
     key = "dtype" if "dtype" in config else "torch_dtype"
-    return (json.dumps(config | {key: str(dtype).removeprefix("torch.")}, indent=2) + "\n").encode()
+    config |= {key: str(dtype).removeprefix("torch."), "vocab_size": source.arch.vocab_size}
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def config_json(arch: Architecture, dtype: torch.dtype) -> dict:
