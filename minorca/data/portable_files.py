@@ -13,11 +13,11 @@ from minorca.data.shipped_template import special_tokens
 from minorca.data.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer, check_vocabulary, load_tokenizer
 from minorca.data.tokenizer_files import chat_templates, read_settings, token_ids
 from minorca.errors import UserError
+from minorca.files.adapters import RECORD
 from minorca.files.safe_io import find_file, quote, read_json, read_optional_json, read_small
 
 log = logging.getLogger(__name__)
 
-RECORD = "minorca.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model*", "tekken.json")
 SETTINGS = (
     "tokenizer_config.json",

@@ -5,7 +5,6 @@ One shard is in memory at a time, and the arithmetic of merging is fp32: W + sca
 
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ from minorca.data.tokenizer import load_tokenizer
 from minorca.errors import UserError
 from minorca.files.adapters import open_adapter, read_adapter_settings
 from minorca.files.atomic import publish
-from minorca.files.safe_io import find_file
+from minorca.files.safe_io import find_file, read_json
+from minorca.files.vocabulary import MatrixUpdate, adapt
 from minorca.files.weights import ModelFiles, open_model
 from minorca.model.architecture import Architecture
 from minorca.model.build import build_model
@@ -50,13 +50,18 @@ def export(model: str | Path, adapter: str | Path | None, output: Path) -> None:
     if output.exists():
         raise UserError("already exists; give --output a new name", path=output)
     source = open_model(model)
-    tensors = merged_tensors(source, adapter)
+    source, updates = adapt(source, adapter) if adapter else (source, {})
+    tensors = merged_tensors(source, adapter, updates)
     directory = source.directory
     files = _files_beside(source, adapter)
 
     def write(temporary: Path) -> None:
         if config := find_file(directory, "config.json"):
-            shutil.copy(config, temporary)
+            text = config.read_text()
+            if updates:
+                sizes = {"vocab_size": source.arch.vocab_size, "tie_word_embeddings": source.arch.tied}
+                text = json.dumps(read_json(config) | sizes, indent=2) + "\n"
+            (temporary / "config.json").write_text(text)
         else:
             dtype = tensors[0].make().dtype
             (temporary / "config.json").write_text(json.dumps(config_json(source.arch, dtype), indent=2) + "\n")
@@ -86,18 +91,24 @@ def _files_beside(source: ModelFiles, adapter: str | Path | None) -> dict[str, b
     return portable_files(tok, template, directory)
 
 
-def merged_tensors(source: ModelFiles, adapter: str | Path | None) -> list[ExportedTensor]:
-    """All tensors of a model under Hugging Face's names, those that an adapter acts on with its update added."""
+def merged_tensors(
+    source: ModelFiles, adapter: str | Path | None, updates: dict[str, MatrixUpdate]
+) -> list[ExportedTensor]:
+    """All tensors of a model under Hugging Face's names, those that an adapter acts on with its update added.
+
+    updates: what the adapter makes of which module of the vocabulary.
+    """
     merge = _merge(source.arch, adapter) if adapter else lambda name, weight: weight
 
-    def exported(name: str, tensor: SourceTensor) -> ExportedTensor:
+    def exported(module: str, name: str, tensor: SourceTensor, rows: int) -> ExportedTensor:
         def make() -> Tensor:
-            return merge(name, source.read(tensor, 0, tensor.rows))
+            weight = source.read(tensor, 0, tensor.rows)
+            return updates[module].apply(weight, rows) if module in updates else merge(name, weight)
 
-        return ExportedTensor(name, source.files.bytes(tensor.name), make)
+        return ExportedTensor(name, source.files.bytes(tensor.name) // tensor.rows * rows, make)
 
     return [
-        exported(wanted.name, tensor)
+        exported(module, wanted.name, tensor, wanted.rows)
         for module, stacked in source_tensors(source.arch, "huggingface").items()
         for wanted, tensor in zip(stacked, source.tensors[module])
     ]
@@ -105,7 +116,7 @@ def merged_tensors(source: ModelFiles, adapter: str | Path | None) -> list[Expor
 
 def _merge(arch: Architecture, adapter: str | Path) -> Callable[[str, Tensor], Tensor]:
     """A function of a tensor's name and value that adds the adapter's update, if there is one for it."""
-    settings = read_adapter_settings(adapter)
+    settings = read_adapter_settings(adapter).of_projections()
     model = build_model(arch, torch.float32)
     add_adapters(model, settings)
     file = open_adapter(adapter, adapter_parameters(model))

@@ -271,6 +271,10 @@ class TensorFiles:
         for name in sorted(self.files.keys() ^ shapes.keys()):
             problem = "unexpected" if name in self.files else "missing"
             raise UserError(f"{problem} tensor {name}; was it made for another model?", path=self.files.get(name, path))
+        self.check_shapes(shapes)
+
+    def check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Checks these tensors alone; errors as `check`."""
         for name, shape in shapes.items():
             if self.dtype(name) not in FLOATS:
                 message = f"is {self.dtype(name)}; expected a floating-point type"

@@ -169,7 +169,7 @@ class Run:
         lengths = store.lengths[rows].tolist()
         trained = int(store.trained_counts[rows].sum())
         flops = metrics.training_flops(model.arch, self.learner.trainable.count, lengths, trained)
-        peak = metrics.peak_flops(world.device, model.embedding.weight.dtype)
+        peak = metrics.peak_flops(world.device, model.dtype)
         return {
             "tokens": sum(lengths),
             "trained_tokens": trained,

@@ -54,7 +54,7 @@ def shard(model: Mistral, config: ParallelConfig, world: World) -> None:
     mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=("replicate", "shard"))
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.cpu_offload else OffloadPolicy()
     # RoPE's tables are inputs of a block and stay fp32, so inputs are not cast
-    precision = MixedPrecisionPolicy(model.embedding.weight.dtype, torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(model.dtype, torch.float32, cast_forward_inputs=False)
     mesh = mesh if config.replicate > 1 else mesh["shard"]
     for module in (*model.layers, model):
         sharded = fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
