@@ -34,7 +34,7 @@ def dry_run(config: Config) -> None:
         data = dataclasses.replace(config.data, store=directory)
         inputs = read_inputs(dataclasses.replace(config, data=data))
         if config.lora.init:
-            check_init(config.lora.init, lora_settings(config), inputs.base.arch.layers)
+            check_init(config.lora.init, lora_settings(config, inputs.base.new_ids), inputs.base.arch.layers)
         found, state = find_earlier(config, inputs.identity)
         schedule = inputs.schedule(config)
         plan = make_plan(config, schedule)
@@ -50,7 +50,7 @@ def dry_run(config: Config) -> None:
 
 def _print_model(config: Config, inputs: Inputs) -> None:
     model = build_model(inputs.base.arch, getattr(torch, config.model.dtype))
-    add_adapters(model, lora_settings(config))
+    add_adapters(model, lora_settings(config, inputs.base.new_ids))
     trained = list(adapter_parameters(model).values())
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     adapters = sum(p.numel() * p.element_size() for p in trained)

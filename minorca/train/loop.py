@@ -213,6 +213,10 @@ class Run:
         )
         directory = self.config.output / "checkpoints"
         learner = self.learner
+        files = self.inputs.adapter_files
+        if not self.inputs.tok.new_tokens:
+            # the model's tokenizer is the run's
+            files = {RECORD: files[RECORD]}
         checkpoint.save(
             directory,
             learner.trainable,
@@ -221,7 +225,7 @@ class Run:
             self.config.train.keep,
             self.world,
             self.best.tensors,
-            {RECORD: self.inputs.adapter_files[RECORD]},
+            files,
         )
 
     def finish(self, output: Path) -> None:
