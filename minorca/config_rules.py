@@ -1,5 +1,6 @@
 """The rules that the values of settings keep: which are out of range, and which contradict each other."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple, cast
 
@@ -72,6 +73,7 @@ def problems(config: Config) -> Iterator[Problem]:
         yield problem(f"is {lora.dropout}; expected at least 0 and less than 1", "lora.dropout")
     if not lora.targets or len(set(lora.targets)) < len(lora.targets):
         yield problem(f"is {lora.targets}; expected at least one target, each once", "lora.targets")
+    yield from _full_problems(config)
     yield from _vocabulary_problems(lora, train)
     yield from _source_problems(data)
     yield from _schedule_problems(config.optim, train)
@@ -96,6 +98,24 @@ def problems(config: Config) -> Iterator[Problem]:
         yield problem("is over 1, which needs parallel.shard fsdp, not none", "parallel.replicate", "parallel.shard")
     if parallel.shard == "none" and parallel.cpu_offload:
         yield problem("needs parallel.shard fsdp, not none", "parallel.cpu_offload", "parallel.shard")
+
+
+def _full_problems(config: Config) -> Iterator[Problem]:
+    """Settings that contradict `train.full`."""
+    if not config.train.full:
+        return
+    without = LoRAConfig()
+    for key in dataclasses.fields(LoRAConfig):
+        value = getattr(config.lora, key.name)
+        if value != getattr(without, key.name):
+            message = f"is {value}, but train.full trains all weights, without adapters; remove it, or train.full"
+            yield problem(message, f"lora.{key.name}", "train.full")
+    if config.model.quantize != "none":
+        message = f"is {config.model.quantize}, but train.full trains weights in fp32; set it to none, or train adapters"
+        yield problem(message, "model.quantize", "train.full")
+    if config.parallel.shard == "none":
+        message = "is none, but train.full keeps weights in fp32, which FSDP copies to model.dtype; set it to auto or fsdp"
+        yield problem(message, "parallel.shard", "train.full")
 
 
 def warmup_problem(optim: OptimConfig, steps: int) -> UserError | None:

@@ -6,15 +6,17 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from minorca.config import Config
 from minorca.data.new_tokens import new_ids, training_tokenizer
 from minorca.data.packing import BatchSchedule
-from minorca.data.portable_files import adapter_files
+from minorca.data.portable_files import adapter_files, portable_files
 from minorca.data.prepare import prepare_store
 from minorca.data.store import TokenStore
 from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.errors import UserError
+from minorca.export.huggingface import config_file
 from minorca.files.adapters import read_adapter_settings
 from minorca.files.weights import ModelFiles, open_model
 from minorca.model.architecture import model_directory, read_architecture
@@ -41,7 +43,7 @@ class Inputs:
 
     Attributes:
         tok: the tokenizer of the rows.
-        adapter_files: what lies beside the adapter: the tokenizer and the template of training.
+        files: what lies beside what was trained: the tokenizer and the template, and of all weights config.json.
     """
 
     base: ModelFiles
@@ -49,7 +51,7 @@ class Inputs:
     held_out: TokenStore | None
     identity: dict
     tok: Tokenizer
-    adapter_files: dict[str, bytes]
+    files: dict[str, bytes]
 
     def schedule(self, config: Config) -> BatchSchedule:
         """Which rows every step has."""
@@ -80,7 +82,12 @@ def read_inputs(config: Config) -> Inputs:
     base = with_vocabulary(base, tok, config)
     store, held_out = read_data(config, tok, template)
     identity = checkpoint.identity(config, base.arch, base.paths, store, held_out)
-    return Inputs(base, store, held_out, identity, tok, adapter_files(tok, template))
+    if config.train.full:
+        dtype = getattr(torch, config.model.dtype)
+        files = portable_files(tok, template, base.directory) | {"config.json": config_file(base, dtype)}
+    else:
+        files = adapter_files(tok, template)
+    return Inputs(base, store, held_out, identity, tok, files)
 
 
 def read_tokenizer(config: Config) -> tuple[Tokenizer, str]:

@@ -38,10 +38,11 @@ def place(save_mistral, tmp_path):
     def make(tied: bool, **settings):
         directory, model = save_mistral(vocab_size=260, tie_word_embeddings=tied, initializer_range=0.08)
         save_tokenizer(directory)
-        texts = [f"<|a|>{n} times {n}<|b|>is {n * n}<|c|>" for n in range(60)]
+        texts = [f"<|a|>{n} times {n}<|b|>is {n * n}<|c|>" for n in range(40)]
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         work = Workplace(tmp_path, directory, model)
-        fixed = {"data.format": "text", "data.train_on": "all", "train.steps": 10} | settings
+        sizes = {"data.seq_len": 64, "train.micro_batch_tokens": 64, "train.batch_tokens": 256, "train.steps": 10}
+        fixed = {"data.format": "text", "data.train_on": "all"} | sizes | settings
         return work, lambda output="run", **more: work(output, **{k: as_text(v) for k, v in (fixed | more).items()})
 
     return make
@@ -99,7 +100,7 @@ def test_ten_steps_follow_pefts(tied, kind, place, tmp_path, monkeypatch):
             parameter.copy_(started[name])
     optimizer = torch.optim.AdamW(trained.values(), lr=0.01, betas=(0.9, 0.95), weight_decay=0)
     store, _ = read_data(config, *read_tokenizer(config))
-    schedule = [step for epoch in range(5) for step in plan_epoch(store.lengths, 128, 4, True, 0, epoch)]
+    schedule = [step for epoch in range(5) for step in plan_epoch(store.lengths, 64, 4, True, 0, epoch)]
     for n, micro_batches in enumerate(schedule[:10], 1):
         rows = [torch.tensor(store.row(row)[0]).long() for micro_batch in micro_batches for row in micro_batch]
         losses = [F.cross_entropy(theirs(row[None]).logits[0, :-1], row[1:], reduction="sum") for row in rows]
@@ -114,3 +115,23 @@ def test_ten_steps_follow_pefts(tied, kind, place, tmp_path, monkeypatch):
     errors = {name: relative_error(saved[name], parameter) for name, parameter in trained.items()}
     assert max(errors.values()) < 2e-3
 
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_and_shards_do_not_matter(kind, place, tmp_path):
+    """Two ranks, the model whole or sharded, follow one rank."""
+    _, options = place(False, **KINDS[kind], **{"train.batch_tokens": 1024, "data.eval": 0.1})
+    torchrun(1, options("one"))
+    for shard in ("none", "fsdp"):
+        torchrun(2, options(shard, **{"parallel.shard": shard}))
+        assert_same_run(tmp_path / "one", tmp_path / shard)
+
+
+def test_new_tokens_of_a_run_that_trains_all_weights(place, tmp_path):
+    settings = {"train.new_tokens": NEW, "train.full": True, "lora.rank": 16, "train.steps": 2}
+    _, options = place(True, **settings)
+    train_command.main(options())
+    model = load_model(tmp_path / "run" / "model", torch.float32, "cpu")
+    assert model.arch.vocab_size == 261 and model.arch.tied
+    assert load_tokenizer(tmp_path / "run" / "model").encode_template("<|c|>") == [260]
