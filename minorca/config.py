@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from minorca.model.layout import TARGETS, Target
+from minorca.model.layout import TARGETS, Matrix, Target
 
 # pydantic's: an unknown key is an error, and a boolean is not a number
 _STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
@@ -34,7 +34,12 @@ class LoRAConfig:
     rank: Annotated[int, "of every adapter"] = 16
     alpha: Annotated[float, "the update is scaled by alpha / rank"] = 32
     dropout: Annotated[float, "of an adapter's input"] = 0.0
-    targets: Annotated[list[Target], "the projections with an adapter"] = field(default_factory=lambda: list(TARGETS))
+    targets: Annotated[list[Literal[Target, Matrix]], "what has an adapter; besides projections, embed and head"] = field(
+        default_factory=lambda: list(TARGETS)
+    )
+    modules_to_save: Annotated[list[Matrix], "of embed and head, what is trained as a whole matrix"] = (
+        field(default_factory=list)
+    )
     rslora: Annotated[bool, "scale by alpha / sqrt(rank) instead"] = False
     init: Annotated[str | None, "a PEFT adapter to start from"] = None
 
@@ -173,6 +178,9 @@ class TrainConfig:
     __pydantic_config__ = _STRICT
     objective: Annotated[Literal["sft"], "what is trained"] = "sft"
     full: Annotated[bool, "train all weights, in fp32 and sharded over the ranks, instead of adapters"] = False
+    new_tokens: Annotated[list[str], "control tokens to add to the vocabulary; their rows are trained"] = field(
+        default_factory=list
+    )
     steps: Annotated[int | None, "optimizer steps; overrides epochs"] = None
     epochs: Annotated[float, "passes over the rows; 2.5: two, and half of the third's steps"] = 1
     batch_tokens: Annotated[int, "tokens a step holds at most, over all ranks"] = 32768

@@ -282,6 +282,10 @@ class TensorFiles:
         for name in sorted(self.files.keys() ^ shapes.keys()):
             problem = "unexpected" if name in self.files else "missing"
             raise UserError(f"{problem} tensor {name}; was it made for another model?", path=self.files.get(name, path))
+        self.check_shapes(shapes, dtypes)
+
+    def check_shapes(self, shapes: dict[str, tuple[int, ...]], dtypes: set[str] = FLOATS) -> None:
+        """Checks these tensors alone; errors as `check`."""
         for name, shape in shapes.items():
             if self.dtype(name) not in dtypes:
                 message = f"is {self.dtype(name)}; expected a floating-point type"

@@ -9,6 +9,7 @@ from minorca.errors import UserError
 from minorca.files.adapters import load_adapter, read_adapter_settings
 from minorca.files.weights import ModelFiles, load_weights
 from minorca.model.build import build_model
+from minorca.model.layout import MATRICES
 from minorca.model.lora import LoRASettings, add_adapters, init_adapters, pad_for_adapters
 from minorca.model.network import Mistral
 from minorca.train import parallel
@@ -42,7 +43,7 @@ def build(config: Config, base: ModelFiles, world: World, resumed: bool = False)
     """
     full = config.train.full
     dtype = getattr(torch, config.model.dtype)
-    settings = lora_settings(config)
+    settings = lora_settings(config, base.new_ids)
     init = None if resumed else config.lora.init
     if init:
         check_init(init, settings, base.arch.layers)
@@ -69,19 +70,28 @@ def build(config: Config, base: ModelFiles, world: World, resumed: bool = False)
     return Learner(model, trainable, OBJECTIVES[config.train.objective](), optimizer, reduce_each=full)
 
 
-def lora_settings(config: Config) -> LoRASettings:
+def lora_settings(config: Config, new_ids: range = range(0)) -> LoRASettings:
+    """new_ids: whose rows are trained where the whole matrix is not."""
     lora = config.lora
-    return LoRASettings(lora.rank, lora.alpha, tuple(lora.targets), lora.dropout, lora.rslora)
+    whole = tuple(lora.modules_to_save)
+    ids = tuple(new_ids) if len(whole) < len(MATRICES) else ()
+    return LoRASettings(
+        lora.rank, lora.alpha, tuple(lora.targets), lora.dropout, lora.rslora, modules_to_save=whole, token_ids=ids
+    )
 
 
 def check_init(init: str, ours: LoRASettings, layers: int) -> None:
     """Raises UserError where the adapter to start from is of another shape or scale."""
     theirs = read_adapter_settings(init)
-    for key in ("rank", "alpha", "targets", "rslora"):
+    for key in ("rank", "alpha", "targets", "rslora", "modules_to_save"):
         here, there = getattr(ours, key), getattr(theirs, key)
-        same = set(here) == set(there) if key == "targets" else here == there
+        same = set(here) == set(there) if isinstance(here, tuple) else here == there
         if not same:
             raise UserError(f"is {here}, and the adapter {init} has {there}; set them equal", field=f"lora.{key}")
+    if ours.token_ids != theirs.token_ids:
+        here, there = list(ours.token_ids), list(theirs.token_ids)
+        message = f"gives rows of the ids {here}, and the adapter {init} has rows of {there}; set them equal"
+        raise UserError(message, field="train.new_tokens")
     if any(theirs.part(i, target) != ours.part(i, target) for i in range(layers) for target in ours.targets):
         raise UserError(
             f"is {init}, whose rank or scale is not the same in every layer, or which leaves layers out; training "

@@ -35,7 +35,7 @@ def dry_run(config: Config) -> None:
         data = dataclasses.replace(config.data, store=directory)
         inputs = read_inputs(dataclasses.replace(config, data=data))
         if config.lora.init:
-            check_init(config.lora.init, lora_settings(config), inputs.base.arch.layers)
+            check_init(config.lora.init, lora_settings(config, inputs.base.new_ids), inputs.base.arch.layers)
         found, state = find_earlier(config, inputs.identity)
         schedule = inputs.schedule(config)
         plan = make_plan(config, schedule)
@@ -61,7 +61,7 @@ def _print_model(config: Config, inputs: Inputs) -> None:
             f"gradients and AdamW's moments, divided among the ranks; multiplied in {config.model.dtype}"
         )
         return
-    add_adapters(model, lora_settings(config))
+    add_adapters(model, lora_settings(config, inputs.base.new_ids))
     trained = list(adapter_parameters(model).values())
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     adapters = sum(p.numel() * p.element_size() for p in trained)

@@ -169,7 +169,9 @@ class Run:
         lengths = store.lengths[rows].tolist()
         trained = int(store.trained_counts[rows].sum())
         full = self.config.train.full
-        adapters = 0 if full else self.learner.trainable.count
+        # a row of the vocabulary is no product of every token
+        parameters = self.learner.trainable.parameters.items()
+        adapters = 0 if full else sum(p.numel() for name, p in parameters if ".layers." in name)
         flops = metrics.training_flops(model.arch, adapters, lengths, trained, full)
         peak = metrics.peak_flops(world.device, getattr(torch, self.config.model.dtype))
         return {
@@ -215,8 +217,9 @@ class Run:
         )
         directory = self.config.output / "checkpoints"
         learner = self.learner
-        # all weights are a model's directory; a checkpoint has no directories within
-        is_kept = (lambda name: "/" not in name) if self.config.train.full else (lambda name: name == RECORD)
+        # all weights are a model's directory, and new tokens need a tokenizer; a checkpoint has no directories within
+        needs_all = self.config.train.full or self.inputs.tok.new_tokens
+        is_kept = (lambda name: "/" not in name) if needs_all else (lambda name: name == RECORD)
         files = {name: content for name, content in self.inputs.files.items() if is_kept(name)}
         checkpoint.save(
             directory,
