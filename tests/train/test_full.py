@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minorca.files.tensor_files
 from minorca import UserError, load_model
@@ -166,6 +166,19 @@ def test_stopped_it_goes_on_to_the_same_bits(optimizer, workplace, tmp_path, mon
     best = json.loads((tmp_path / "stopped" / "model" / "best.json").read_text())
     assert best == json.loads((tmp_path / "whole" / "model" / "best.json").read_text())
     assert best["eval_loss"] == min(line["eval_loss"] for line in lines_of(tmp_path / "whole") if "eval_loss" in line)
+
+
+def test_new_tokens_are_trained_with_all_weights(workplace, tmp_path, monkeypatch):
+    """The model that a run leaves has rows for them, and so have its checkpoints."""
+    settings = FULL | {"train.new_tokens": "[<a>, <b>, <c>]", "train.steps": 4, "train.checkpoint_every": 2}
+    train_command.main(workplace("whole", **settings))
+    stop_in(3, workplace("stopped", **settings), monkeypatch)
+    train_command.main(workplace("stopped", **settings))
+    assert_same_bits(tmp_path / "whole", tmp_path / "stopped")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "stopped" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "stopped" / "model")
+    ids = tokenizer.convert_tokens_to_ids(["<a>", "<b>", "<c>"])
+    assert ids == [258, 259, 260] and theirs.get_input_embeddings().num_embeddings == 261
 
 
 def test_another_optimizer_does_not_resume(workplace):
