@@ -15,7 +15,7 @@ from minorca.model.lora import adapter_parameters, add_adapters
 from minorca.train import metrics
 from minorca.train.build import check_init, lora_settings
 from minorca.train.inputs import Inputs, read_inputs
-from minorca.train.optim import learning_rate
+from minorca.train.optim import check_optimizer, learning_rate
 from minorca.train.plan import Plan, make_plan
 from minorca.train.run import check_writable, find_earlier, why_finished
 
@@ -29,12 +29,13 @@ def dry_run(config: Config) -> None:
         UserError: what the run would refuse before it loads the model.
     """
     metrics.import_wandb(config)
+    check_optimizer(config.optim)
     check_writable(config.output)
     with tempfile.TemporaryDirectory() as directory:
         data = dataclasses.replace(config.data, store=directory)
         inputs = read_inputs(dataclasses.replace(config, data=data))
         if config.lora.init:
-            check_init(config.lora.init, lora_settings(config), inputs.base.arch.layers)
+            check_init(config.lora.init, lora_settings(config, inputs.base.new_ids), inputs.base.arch.layers)
         found, state = find_earlier(config, inputs.identity)
         schedule = inputs.schedule(config)
         plan = make_plan(config, schedule)
@@ -49,13 +50,21 @@ def dry_run(config: Config) -> None:
 
 
 def _print_model(config: Config, inputs: Inputs) -> None:
+    print(inputs.base.arch)
     model = build_model(inputs.base.arch, getattr(torch, config.model.dtype))
-    add_adapters(model, lora_settings(config))
+    # each value with a gradient and two moments of AdamW
+    if config.train.full:
+        count = sum(p.numel() for p in model.parameters())
+        trained = 10 if config.optim.name == "adamw_8bit" else 16
+        print(
+            f"memory before activations: {trained * count / 1e9:.2f} GB for {count:,} trained values in fp32, their "
+            f"gradients and AdamW's moments, divided among the ranks; multiplied in {config.model.dtype}"
+        )
+        return
+    add_adapters(model, lora_settings(config, inputs.base.new_ids))
     trained = list(adapter_parameters(model).values())
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     adapters = sum(p.numel() * p.element_size() for p in trained)
-    print(inputs.base.arch)
-    # each with a gradient and two moments of AdamW
     print(
         f"memory before activations: {weights / 1e9:.2f} GB of {config.model.dtype} weights, and "
         f"{4 * adapters / 1e9:.2f} GB for {sum(p.numel() for p in trained):,} trained values, their gradients and "

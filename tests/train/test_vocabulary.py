@@ -1,0 +1,137 @@
+"""Trained rows of new tokens, whole matrices and low-rank updates of the embedding and head, compared with PEFT's."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minorca import UserError, load_model, load_tokenizer
+from minorca.data.packing import plan_epoch
+from minorca.export.__main__ import export
+from minorca.model.lora import adapter_parameters
+from minorca.train import __main__ as train_command
+from minorca.train import build
+from minorca.train.inputs import read_data, read_tokenizer
+from minorca.train.optim import learning_rate
+from tests.helpers import Workplace, assert_same_bits, assert_same_run, lines_of, relative_error, save_tokenizer, torchrun
+from tests.train.test_train import config_of
+
+# of a tokenizer with 258 ids and a model with 260: the last has no row yet
+NEW = ["<|a|>", "<|b|>", "<|c|>"]
+KINDS = {
+    "rows": {"train.new_tokens": NEW},
+    "matrices": {"train.new_tokens": NEW, "lora.modules_to_save": "[embed, head]"},
+    "matrix and rows": {"train.new_tokens": NEW, "lora.modules_to_save": "[head]"},
+    "adapters": {"lora.targets": "[q, down, embed, head]", "lora.rslora": True},
+}
+CASES = [(tied, kind) for tied in (True, False) for kind in KINDS if not (tied and kind == "matrix and rows")]
+
+
+@pytest.fixture
+def place(save_mistral, tmp_path):
+    """place(tied): a workplace whose rows are texts with the new tokens' strings."""
+
+    def make(tied: bool, **settings):
+        directory, model = save_mistral(vocab_size=260, tie_word_embeddings=tied, initializer_range=0.08)
+        save_tokenizer(directory)
+        texts = [f"<|a|>{n} times {n}<|b|>is {n * n}<|c|>" for n in range(40)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        work = Workplace(tmp_path, directory, model)
+        sizes = {"data.seq_len": 64, "train.micro_batch_tokens": 64, "train.batch_tokens": 256, "train.steps": 10}
+        fixed = {"data.format": "text", "data.train_on": "all"} | sizes | settings
+        return work, lambda output="run", **more: work(output, **{k: as_text(v) for k, v in (fixed | more).items()})
+
+    return make
+
+
+def as_text(value):
+    return json.dumps(value) if isinstance(value, list) else value
+
+
+def resized(model, size: int):
+    """transformers' own model with more rows, as we start them."""
+    if size > model.config.vocab_size:
+        matrices = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+        means = [weight[:258].mean(0) for weight in matrices.values()]
+        model.resize_token_embeddings(size, mean_resizing=False)
+        with torch.no_grad():
+            for module, mean in zip((model.get_input_embeddings(), model.get_output_embeddings()), means * 2):
+                module.weight[258:] = mean
+    return model
+
+
+@pytest.mark.parametrize("tied, kind", CASES)
+def test_ten_steps_follow_pefts(tied, kind, place, tmp_path, monkeypatch):
+    """From the same start, every loss, all that is trained, and the logits of what is saved; nothing else changes."""
+    work, options = place(tied, **KINDS[kind])
+    config = config_of(options())
+    started = {}
+    init = build.init_adapters
+
+    def save_start(model, seed):
+        init(model, seed)
+        started.update({name: p.detach().clone() for name, p in adapter_parameters(model).items()})
+
+    monkeypatch.setattr(build, "init_adapters", save_start)
+    train_command.main(options())
+    ours = [line["loss"] for line in lines_of(tmp_path / "run")]
+    adapter = tmp_path / "run" / "adapter"
+
+    size = 261 if "train.new_tokens" in KINDS[kind] else 260
+    base = resized(AutoModelForCausalLM.from_pretrained(work.model_path), size)
+    theirs = PeftModel.from_pretrained(base, adapter, is_trainable=True).train()
+    trained = {
+        name.replace(".default", "").replace("modules_to_save.", ""): parameter
+        for name, parameter in theirs.named_parameters()
+        if parameter.requires_grad
+    }
+    assert trained.keys() == started.keys()
+    tok = load_tokenizer(adapter)
+    ids = torch.tensor(tok.encode_template("<|a|>7 times 7<|b|>"))
+    with torch.no_grad():
+        expected = theirs(ids[None]).logits[0]
+        model = load_model(work.model_path, torch.float32, "cpu", adapter=adapter)
+        assert relative_error(model(ids), expected) <= 1e-5
+        for name, parameter in trained.items():
+            parameter.copy_(started[name])
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.01, betas=(0.9, 0.95), weight_decay=0)
+    store, _ = read_data(config, *read_tokenizer(config))
+    schedule = [step for epoch in range(5) for step in plan_epoch(store.lengths, 64, 4, True, 0, epoch)]
+    for n, micro_batches in enumerate(schedule[:10], 1):
+        rows = [torch.tensor(store.row(row)[0]).long() for micro_batch in micro_batches for row in micro_batch]
+        losses = [F.cross_entropy(theirs(row[None]).logits[0, :-1], row[1:], reduction="sum") for row in rows]
+        loss = torch.stack(losses).sum() / sum(len(row) - 1 for row in rows)
+        loss.backward()
+        assert abs(loss.item() - ours[n - 1]) <= 2e-5 * ours[n - 1], f"step {n}"
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(n, 10, config.optim)
+        optimizer.step()
+        optimizer.zero_grad()
+    saved = load_file(adapter / "adapter_model.safetensors")
+    errors = {name: relative_error(saved[name], parameter) for name, parameter in trained.items()}
+    assert max(errors.values()) < 2e-3
+
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_and_shards_do_not_matter(kind, place, tmp_path):
+    """Two ranks, the model whole or sharded, follow one rank."""
+    _, options = place(False, **KINDS[kind], **{"train.batch_tokens": 1024, "data.eval": 0.1})
+    torchrun(1, options("one"))
+    for shard in ("none", "fsdp"):
+        torchrun(2, options(shard, **{"parallel.shard": shard}))
+        assert_same_run(tmp_path / "one", tmp_path / shard)
+
+
+def test_new_tokens_of_a_run_that_trains_all_weights(place, tmp_path):
+    settings = {"train.new_tokens": NEW, "train.full": True, "lora.rank": 16, "train.steps": 2}
+    _, options = place(True, **settings)
+    train_command.main(options())
+    model = load_model(tmp_path / "run" / "model", torch.float32, "cpu")
+    assert model.arch.vocab_size == 261 and model.arch.tied
+    assert load_tokenizer(tmp_path / "run" / "model").encode_template("<|c|>") == [260]
