@@ -18,6 +18,7 @@ from minorca.errors import UserError
 from minorca.files.adapters import read_adapter_settings
 from minorca.files.weights import ModelFiles, open_model
 from minorca.model.architecture import model_directory, read_architecture
+from minorca.model.quantization import parse_quantization
 from minorca.train import checkpoint
 from minorca.train.ranks import World
 
@@ -67,7 +68,7 @@ def read_inputs(config: Config) -> Inputs:
     Raises:
         UserError: what is wrong with which file.
     """
-    base = open_model(config.model.path)
+    base = open_model(config.model.path, parse_quantization(config.model.quantize, config.model.double_quant))
     positions = base.arch.max_positions
     if positions and config.data.seq_len > positions:
         message = f"is {config.data.seq_len}; the model has {positions} positions, so set it to {positions} or less"
@@ -78,7 +79,7 @@ def read_inputs(config: Config) -> Inputs:
     tok, template = read_tokenizer(config)
     store, held_out = read_data(config, tok, template)
     identity = checkpoint.identity(config, base.arch, base.paths, store, held_out)
-    return Inputs(base, store, held_out, identity, tok, adapter_files(tok, template))
+    return Inputs(base, store, held_out, identity, tok, adapter_files(tok, template, base.quantization))
 
 
 def read_tokenizer(config: Config) -> tuple[Tokenizer, str]:
