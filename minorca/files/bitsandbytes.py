@@ -177,7 +177,7 @@ class _Parts:
     def state(self) -> dict:
         """The JSON object of `STATE`."""
         name = self._name(STATE)
-        size = self.files.shape(name)[0] if name in self.files.files else 0
+        size = math.prod(self.files.shape(name)) if name in self.files.files else 0
         self.check(STATE, "uint8", size)
         if size > MAX_STATE_BYTES:
             self.refuse(STATE, f"has {size} bytes; expected at most {MAX_STATE_BYTES}")
@@ -205,7 +205,7 @@ class _Parts:
         dtype, offset = state.get("dtype"), state.get("nested_offset")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             self.refuse(STATE, f"has dtype {quote(dtype)}; expected {', '.join(DTYPES)}")
-        if nested and (type(offset) not in (int, float) or not abs(offset) <= MAX_NUMBER):
+        if nested and (type(offset) not in (int, float) or not -MAX_NUMBER <= offset <= MAX_NUMBER):
             self.refuse(STATE, f"has nested_offset {quote(offset)}; expected a number")
         self.check_code("quant_map", code_book(CPU))
         blocks = values // BLOCK

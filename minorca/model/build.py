@@ -25,9 +25,10 @@ def build_model(arch: Architecture, dtype: torch.dtype, quantization: Quantizati
     """The frozen network on the meta device: shapes and dtypes, no memory."""
     with torch.device("meta"):
         model = Mistral(arch).to(dtype).requires_grad_(False)
-        for _, projection in model.projections() if quantization else ():
-            rows = [part.out_features for part in projection.parts]
-            projection.base = NF4Weight(rows, projection.base.in_features, dtype, quantization.double_quant)
+        if quantization:
+            for _, projection in model.projections():
+                rows = [part.out_features for part in projection.parts]
+                projection.base = NF4Weight(rows, projection.base.in_features, dtype, quantization.double_quant)
     return model
 
 
