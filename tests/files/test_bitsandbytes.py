@@ -134,10 +134,8 @@ def test_what_is_written_has_its_bits(dtype, double_quant, unquantized, tmp_path
     shards = [load_file(file) for file in files]
     index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    for found in (
-        load_file(tmp_path / "ours" / FILE),
-        {name: tensor for shard in shards for name, tensor in shard.items()},
-    ):
+    merged = {name: tensor for shard in shards for name, tensor in shard.items()}
+    for found in (load_file(tmp_path / "ours" / FILE), merged):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in found)
         assert all(found[name].dtype == expected[name].dtype for name in found)
@@ -147,10 +145,9 @@ def test_what_is_written_has_its_bits(dtype, double_quant, unquantized, tmp_path
         + [(directory, {"quantize": "nf4", "double_quant": double_quant})]
     ]
     assert all(torch.equal(found, logits[0]) for found in logits)
-    written = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]
-    assert (
-        written.items() <= json.loads((tmp_path / "theirs" / "config.json").read_text())["quantization_config"].items()
-    )
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "theirs")]
+    written, theirs = (config["quantization_config"] for config in configs)
+    assert written.items() <= theirs.items()
 
 
 def test_transformers_loads_what_is_written(unquantized, tmp_path):
