@@ -332,11 +332,12 @@ def test_what_is_written_reads_back_equal(text, read, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml", "written.yaml"]
 
 
-def test_the_quickstart_is_a_valid_configuration():
-    quickstart = ROOT / "configs" / "quickstart.yaml"
-    _, config = parse_config(config_parser("minorca.train", ""), ["--config", str(quickstart)])
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_what_is_shipped_is_valid(file):
+    _, config = parse_config(config_parser("minorca.train", ""), ["--config", str(file)])
     assert isinstance(config.data.train, str)
-    assert (ROOT / config.data.train).is_file()
+    if file.stem == "quickstart":
+        assert (ROOT / config.data.train).is_file()
 
 
 def test_without_a_file_all_settings_have_the_defaults_of_the_help():

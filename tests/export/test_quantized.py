@@ -139,17 +139,14 @@ def test_the_share_of_an_effect(save_mistral):
 
 
 def test_what_is_left_is_printed(save_mistral, tmp_path, capsys):
-    """As the definition says, of whole models: the projection of the change of the logits. A base on NF4's grid keeps
-    little of a small change, and all of none.
-    """
+    """As the definition says, of whole models: the projection of the change of the logits."""
     directory, theirs = save_mistral(**SIZES)
     adapted(theirs, tmp_path / "adapter")
-    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     export(directory, None, tmp_path / "base", NF4)
     options = ["--adapter", str(tmp_path / "adapter"), "--quantize", "nf4"]
     main(["--model", str(tmp_path / "base"), *options, "--output", str(tmp_path / "again")])
     printed = re.search(r"quantizing again keeps (-?\d+)% of the change of the logits", capsys.readouterr().out)
-    assert printed and len(tensors) == 28
+    assert printed
     export(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     ids = torch.randint(128, (TOKENS,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -15,7 +15,7 @@ from minorca.files.atomic import MANIFEST, write_manifest
 from minorca.model.quantization import Quantization
 from minorca.train import __main__ as train_command
 from minorca.train import run
-from tests.helpers import Workplace, assert_same_bits, assert_same_run, lines_of, save_tokenizer, torchrun
+from tests.helpers import ROOT, Workplace, assert_same_bits, assert_same_run, lines_of, save_tokenizer, torchrun
 from tests.train import test_faults as test_faults_of_runs
 from tests.train.test_resume import stop_in
 from tests.train.test_train import config_of, initial_adapters, train_in_peft
@@ -80,7 +80,7 @@ def test_thirty_steps_of_smollm2(dtype, smollm2, qlora, monkeypatch):
 
 
 def test_it_resumes_to_the_same_bits_and_its_base_does_not_change(qlora, tmp_path, monkeypatch):
-    settings = {"lora.dropout": 0.1, "train.steps": 12, "train.checkpoint_every": 4}
+    settings = {"lora.dropout": 0.1, "train.steps": 6, "train.checkpoint_every": 2}
     models = []
     build_all = run.build
 
@@ -91,7 +91,7 @@ def test_it_resumes_to_the_same_bits_and_its_base_does_not_change(qlora, tmp_pat
 
     monkeypatch.setattr(run, "build", build)
     train_command.main(qlora("whole", **settings))
-    stop_in(7, qlora("stopped", **settings), monkeypatch)
+    stop_in(4, qlora("stopped", **settings), monkeypatch)
     train_command.main(qlora("stopped", **settings))
     assert_same_bits(tmp_path / "whole", tmp_path / "stopped")
     untrained = load_model(qlora.model_path, torch.float32, "cpu", quantize="nf4")
@@ -148,6 +148,23 @@ def test_what_a_run_and_a_dry_run_print(qlora, capsys, caplog):
     dense = sum(parameter.numel() for parameter in qlora.model.parameters())
     trained = int(re.findall(r"([\d,]+) trained;", caplog.text)[-1].replace(",", ""))
     assert f"{dense + trained:,} parameters, {trained:,} trained" in caplog.text
+
+
+def test_the_tutorials_configuration(qlora, tmp_path):
+    """Its run on a small model: rows of rendered text, all of which is trained, four a step."""
+    rows = [{"text": f"<s>[INST] Say {n} [/INST] {n * 'ab '}</s>"} for n in range(1, 41)]
+    (tmp_path / "guanaco.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    smaller = {"path": qlora.model_path, "train": tmp_path / "guanaco.jsonl", "template": "chatml", "seq_len": 128}
+    options = ["--config", str(ROOT / "configs" / "mistral-7b-guanaco-qlora.yaml")]
+    options += [f"--{'model' if key == 'path' else 'data'}.{key}={value}" for key, value in smaller.items()]
+    train = {"batch_tokens": 512, "micro_batch_tokens": 128, "steps": 2, "output": tmp_path / "run"}
+    train_command.main([*options, *(f"--train.{key}={value}" for key, value in train.items())])
+    steps = lines_of(tmp_path / "run")
+    assert [step["lr"] for step in steps] == [2e-4, 2e-4]
+    assert all(step["trained_tokens"] == step["tokens"] - 4 for step in steps)
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (64, 16, 0.1)
+    assert config["target_modules"] == [f"{name}_proj" for name in ("q", "k", "v", "o", "gate")]
 
 
 # 3 micro-batches a step, so that in every step one of two ranks has a micro-batch less than the other
