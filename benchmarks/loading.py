@@ -1,4 +1,5 @@
-"""How fast weights load: python -m benchmarks.loading [--model DIR | --gigabytes N] [--rounds N] [--output FOLDER]
+"""How fast weights load: python -m benchmarks.loading [--model DIR | --gigabytes N] [--quantize nf4] [--rounds N]
+[--output FOLDER]
 
 Three methods in turn, with the files' pages in memory (warm) and dropped (cold): `read` puts all bytes into one small
 buffer, the limit of the disk; `read_and_keep` puts them into as much new memory, as a model on the CPU needs too; and
