@@ -7,16 +7,15 @@ from torch import Tensor
 
 from minorca_kernels import NF4Weight, QuantizedPart
 from minorca_kernels.nf4 import (
-    code_book,
+    CODE_BOOK,
+    DYNAMIC_MAP,
     dequantize_absmax_definition,
     dequantize_nf4_definition,
-    dynamic_map,
     quantize_8bit,
     quantize_absmax,
     quantize_nf4,
 )
 
-CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,7 +33,7 @@ def assert_same(got: Tensor, expected: Tensor) -> None:
 
 def midpoints() -> Tensor:
     """A block of 64 whose values are scaled to the code book's, and to exactly halfway between two."""
-    book = code_book(CPU)
+    book = torch.tensor(CODE_BOOK)
     return torch.cat([book, (book[1:] + book[:-1]) / 2]).repeat(3)[:64]
 
 
@@ -67,8 +66,8 @@ def without_denormals(values: Tensor) -> Tensor:
 
 
 def test_the_tables_are_those_of_bitsandbytes(bitsandbytes):
-    assert torch.equal(code_book(CPU), bitsandbytes.get_4bit_type("nf4", device="cpu"))
-    assert torch.equal(dynamic_map(CPU), bitsandbytes.create_dynamic_map())
+    assert torch.equal(torch.tensor(CODE_BOOK), bitsandbytes.get_4bit_type("nf4", device="cpu"))
+    assert torch.equal(torch.tensor(DYNAMIC_MAP), bitsandbytes.create_dynamic_map())
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -97,7 +96,7 @@ def test_bits_and_values_are_those_of_bitsandbytes(bitsandbytes, name, dtype):
 
 def test_8bit_codes_close_to_a_boundary(bitsandbytes):
     """Where rounding to 65,536 values decides: all fp32 numbers next to a boundary of the map, or of those values."""
-    book = dynamic_map(CPU)
+    book = torch.tensor(DYNAMIC_MAP)
     boundary = ((book[:-1] + book[1:]) / 2).view(torch.int32)[:, None] + torch.arange(-300, 300).int()
     steps = ((torch.arange(65535) + 0.5) / 65535 * 2 - 1).view(torch.int32)[:, None] + torch.arange(-2, 3).int()
     near = torch.cat([boundary.flatten(), steps.flatten()]).view(torch.float32)
@@ -115,9 +114,9 @@ def test_stacked_weights_are_quantized_each_on_its_own(bitsandbytes, parts, in_f
     """As they are read, and from what bitsandbytes made of them; and they are given back."""
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(sum(parts), in_features, generator=generator)
-    matrix = (matrix * torch.rand(len(matrix), 1, generator=generator)).bfloat16()
-    streamed = NF4Weight(parts, in_features, torch.bfloat16, double_quant, device="meta").to_empty(device="cpu")
-    copied = NF4Weight(parts, in_features, torch.bfloat16, double_quant)
+    matrix = (matrix * torch.rand(len(matrix), 1, generator=generator)).half()
+    streamed = NF4Weight(parts, in_features, torch.float16, double_quant, device="meta").to_empty(device="cpu")
+    copied = NF4Weight(parts, in_features, torch.float16, double_quant)
     expected = []
     for part, rows in enumerate(matrix.split(parts)):
         reads = []
@@ -135,7 +134,7 @@ def test_stacked_weights_are_quantized_each_on_its_own(bitsandbytes, parts, in_f
         copied.store_quantized_part(part, QuantizedPart(codes, state.absmax, *nested))
         expected.append(bitsandbytes.dequantize_4bit(codes, state))
     # another dtype leaves the codes as they are
-    for weight in (streamed, copied, streamed.to(torch.float16).to("cpu")):
+    for weight in (streamed, copied, streamed.to(torch.float32)):
         assert torch.equal(weight.dequantize(), torch.cat(expected))
     for part in range(len(parts)):
         pair = (weight.quantized_part(part) for weight in (streamed, copied))
