@@ -161,7 +161,7 @@ class NF4Weight(FrozenWeight):
     ) -> None:
         first, rows = sum(self.parts[:part]), self.parts[part]
         # a module that comes from the meta device has lost them
-        self.tables.copy_(tables())
+        local_part(self.tables)[0].copy_(tables())
         _copy_rows(self.absmax, first, absmax.reshape(rows, -1).view(torch.uint8))
         if nested_absmax is None or offset is None:
             return
