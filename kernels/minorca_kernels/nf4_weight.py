@@ -11,16 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minorca_kernels.dequantize_nf4 import dequantize_nf4, nested_parts, tables
 from minorca_kernels.frozen_weight import FrozenWeight, local_part
-from minorca_kernels.nf4 import (
-    BLOCK,
-    NESTED_BLOCK,
-    block_absmax,
-    dequantize_absmax_definition,
-    dequantize_nf4_definition,
-    quantize_absmax,
-    quantize_nf4,
-)
+from minorca_kernels.nf4 import BLOCK, NESTED_BLOCK, block_absmax, quantize_absmax, quantize_nf4
 
 # Rows are quantized so many at a time.
 BLOCK_ROWS = 1024
@@ -55,8 +48,8 @@ def _copy_rows(parameter: Tensor, start: int, rows: Tensor) -> None:
 
 
 class NF4Weight(FrozenWeight):
-    """W in 4 bits. All of its state is bytes, which FSDP's mixed precision and a change of dtype leave as they are, in
-    parameters that are sharded by rows.
+    """W in 4 bits, as dequantize_nf4.py describes it. All of its state is bytes, which FSDP's mixed precision and a
+    change of dtype leave as they are, in parameters that are sharded by rows.
 
     Args:
         parts: rows of each of the stacked weights.
@@ -69,6 +62,7 @@ class NF4Weight(FrozenWeight):
     """
 
     kind = "nf4"
+    makes_rows = True
 
     def __init__(
         self,
@@ -90,38 +84,44 @@ class NF4Weight(FrozenWeight):
 
         blocks = in_features // BLOCK
         self.codes = empty(self.out_features, in_features // 2)
-        # codes, or fp32 as bytes
         self.absmax = empty(self.out_features, blocks if double_quant else 4 * blocks)
+        self.register_buffer("tables", tables(device), persistent=False)
         if double_quant:
-            # fp32 as bytes
             self.nested_absmax = empty(sum(_nested_blocks(rows, in_features) for rows in parts), 4)
-            # of each part int32: its first row, its first nested block, and the bits of its fp32 offset
             self.part_table = empty(len(parts), 12)
 
     def tensors(self) -> list[Tensor]:
-        if self.double_quant:
-            return [self.codes, self.absmax, self.nested_absmax, self.part_table]
-        return [self.codes, self.absmax]
+        nested = [self.nested_absmax, self.part_table] if self.double_quant else []
+        return [self.codes, self.absmax, self.tables, *nested]
 
     @staticmethod
     def product(x_TK: Tensor, tensors: list[Tensor]) -> Tensor:
-        return F.linear(x_TK, dequantize_rows(tensors, x_TK.dtype))
+        return F.linear(x_TK, dequantize_nf4(tensors, x_TK.dtype))
 
     @staticmethod
     def transposed_product(dy_TN: Tensor, tensors: list[Tensor]) -> Tensor:
-        return F.linear(dy_TN, dequantize_rows(tensors, dy_TN.dtype).t())
+        return F.linear(dy_TN, dequantize_nf4(tensors, dy_TN.dtype).t())
 
     @classmethod
     def add_product(cls, y_TN: Tensor, x_TK: Tensor, tensors: list[Tensor]) -> Tensor:
-        return y_TN.addmm_(x_TK, dequantize_rows(tensors, x_TK.dtype).t())
+        return y_TN.addmm_(x_TK, dequantize_nf4(tensors, x_TK.dtype).t())
 
     @classmethod
     def add_transposed_product(cls, dx_TK: Tensor, dy_TN: Tensor, tensors: list[Tensor]) -> Tensor:
-        return dx_TK.addmm_(dy_TN, dequantize_rows(tensors, dy_TN.dtype))
+        return dx_TK.addmm_(dy_TN, dequantize_nf4(tensors, dy_TN.dtype))
+
+    @staticmethod
+    def scratch_width(tensors: list[Tensor], columns: int) -> int:
+        # rows of K, a multiple of 64, stay a multiple of 64 elements apart
+        return columns + -columns % 64
+
+    @staticmethod
+    def padded_rows(tensors: list[Tensor], columns: int, dtype: torch.dtype) -> Tensor:
+        return dequantize_nf4(tensors, dtype, NF4Weight.scratch_width(tensors, columns))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """W [N, K], by default in the dtype that it was quantized from."""
-        return dequantize_rows(self.tensors(), dtype or self.dtype)
+        return dequantize_nf4(self.tensors(), dtype or self.dtype)
 
     # ---------------------------------------------------------------------------------------------- load and read back
 
@@ -160,6 +160,8 @@ class NF4Weight(FrozenWeight):
         self, part: int, absmax: Tensor, nested_absmax: Tensor | None = None, offset: Tensor | None = None
     ) -> None:
         first, rows = sum(self.parts[:part]), self.parts[part]
+        # a module that comes from the meta device has lost them
+        local_part(self.tables)[0].copy_(tables())
         _copy_rows(self.absmax, first, absmax.reshape(rows, -1).view(torch.uint8))
         if nested_absmax is None or offset is None:
             return
@@ -174,22 +176,6 @@ class NF4Weight(FrozenWeight):
         codes, absmax = (local_part(parameter)[0][first : first + rows] for parameter in (self.codes, self.absmax))
         if not self.double_quant:
             return QuantizedPart(codes.flatten(), absmax.flatten().view(torch.float32))
-        return QuantizedPart(codes.flatten(), absmax.flatten(), *_nested(self.nested_absmax, self.part_table)[part])
-
-
-def _nested(nested_absmax: Tensor, part_table: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The nested absmax values and the offset of each part."""
-    table = part_table.detach().view(torch.int32)
-    values = nested_absmax.detach().view(torch.float32).view(-1).tensor_split(table[1:, 1].tolist())
-    return list(zip(values, table[:, 2].view(torch.float32)))
-
-
-def dequantize_rows(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """W [N, K] of the tensors of a `NF4Weight`."""
-    codes, absmax, *nested = tensors
-    if not nested:
-        return dequantize_nf4_definition(codes, absmax.view(torch.float32).view(-1), dtype).view(len(codes), -1)
-    rows = nested[1].view(torch.int32)[1:, 0].tolist()
-    parts = zip(codes.tensor_split(rows), absmax.tensor_split(rows), _nested(*nested))
-    scaled = ((part, dequantize_absmax_definition(scales, *of_part)) for part, scales, of_part in parts)
-    return torch.cat([dequantize_nf4_definition(part, scales, dtype) for part, scales in scaled]).view(len(codes), -1)
+        return QuantizedPart(
+            codes.flatten(), absmax.flatten(), *nested_parts(self.nested_absmax, self.part_table)[part]
+        )
