@@ -24,17 +24,16 @@ from minorca.model.quantization import Quantization
 from minorca_kernels import QuantizedPart
 from minorca_kernels.nf4 import (
     BLOCK,
+    CODE_BOOK,
+    DYNAMIC_MAP,
     NESTED_BLOCK,
-    code_book,
     dequantize_absmax_definition,
     dequantize_nf4_definition,
-    dynamic_map,
     quantize_absmax,
     quantize_nf4,
 )
 
 STATE = "quant_state.bitsandbytes__nf4"
-CPU = torch.device("cpu")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPE_NAMES = {"uint8": ("U8", "torch.uint8"), "fp32": ("F32", "torch.float32")}
 # as a scale may be at most
@@ -95,15 +94,13 @@ def quantized_tensors(name: str, weight_NK: Tensor, quantization: Quantization) 
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(weight_NK.shape),
     }
-    tensors = {"quant_map": code_book(CPU)}
+    tensors = {"quant_map": torch.tensor(CODE_BOOK)}
     if quantization.double_quant:
         absmax, nested_absmax, offset = quantize_absmax(absmax)
-        tensors |= {"nested_absmax": nested_absmax, "nested_quant_map": dynamic_map(CPU)}
+        tensors |= {"nested_absmax": nested_absmax, "nested_quant_map": torch.tensor(DYNAMIC_MAP)}
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset.item()}
     tensors |= {"absmax": absmax, STATE: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
-    # a file holds no two tensors that share memory
-    beside = {f"{name}.{part}": tensor.clone() for part, tensor in tensors.items()}
-    return {name: codes[:, None], **beside}
+    return {name: codes[:, None]} | {f"{name}.{part}": tensor for part, tensor in tensors.items()}
 
 
 def max_bytes(shape: tuple[int, ...]) -> int:
@@ -207,10 +204,10 @@ class _Parts:
             self.refuse(STATE, f"has dtype {quote(dtype)}; expected {', '.join(DTYPES)}")
         if nested and (type(offset) not in (int, float) or not -MAX_NUMBER <= offset <= MAX_NUMBER):
             self.refuse(STATE, f"has nested_offset {quote(offset)}; expected a number")
-        self.check_code("quant_map", code_book(CPU))
+        self.check_code("quant_map", torch.tensor(CODE_BOOK))
         blocks = values // BLOCK
         self.check("absmax", "uint8" if nested else "fp32", blocks)
         if nested:
             self.check("nested_absmax", "fp32", -(blocks // -NESTED_BLOCK))
-            self.check_code("nested_quant_map", dynamic_map(CPU))
+            self.check_code("nested_quant_map", torch.tensor(DYNAMIC_MAP))
         return NF4Tensor(self.files, self.name, shape, DTYPES[dtype], offset if nested else None)
