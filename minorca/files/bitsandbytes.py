@@ -199,10 +199,11 @@ class _Parts:
         for key, right in expected.items():
             if state.get(key) != right:
                 self.refuse(STATE, f"has {key} {quote(state.get(key))}; expected {json.dumps(right)}")
-        dtype, offset = state.get("dtype"), state.get("nested_offset")
+        dtype: object = state.get("dtype")
+        offset: object = state.get("nested_offset")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             self.refuse(STATE, f"has dtype {quote(dtype)}; expected {', '.join(DTYPES)}")
-        if nested and (type(offset) not in (int, float) or not -MAX_NUMBER <= offset <= MAX_NUMBER):
+        if nested and not (isinstance(offset, float | int) and -MAX_NUMBER <= offset <= MAX_NUMBER):
             self.refuse(STATE, f"has nested_offset {quote(offset)}; expected a number")
         self.check_code("quant_map", torch.tensor(CODE_BOOK))
         blocks = values // BLOCK

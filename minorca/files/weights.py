@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os.path import commonprefix
 from pathlib import Path
 
@@ -43,9 +43,9 @@ class ModelFiles:
     # module of the network -> the tensors that its weight stacks, in order
     tensors: dict[str, list[SourceTensor]]
     # the projections that the files hold quantized, by their tensors' names
-    quantized: dict[str, NF4Tensor]
+    quantized: dict[str, NF4Tensor] = field(default_factory=dict)
     # how the model's projections are stored
-    quantization: Quantization | None
+    quantization: Quantization | None = None
 
     @property
     def paths(self) -> list[Path]:

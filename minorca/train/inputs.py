@@ -15,7 +15,7 @@ from minorca.data.prepare import prepare_store
 from minorca.data.store import TokenStore
 from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.errors import UserError
-from minorca.files.adapters import read_adapter_settings
+from minorca.files.adapters import other_base, read_adapter_settings
 from minorca.files.weights import ModelFiles, open_model
 from minorca.model.architecture import model_directory, read_architecture
 from minorca.model.quantization import parse_quantization
@@ -76,6 +76,8 @@ def read_inputs(config: Config) -> Inputs:
     if config.lora.init:
         # Before the rows are rendered, which may take minutes.
         read_adapter_settings(config.lora.init)
+        if other := other_base(config.lora.init, base.quantization):
+            log.warning("%s: it %s", config.lora.init, other)
     tok, template = read_tokenizer(config)
     store, held_out = read_data(config, tok, template)
     identity = checkpoint.identity(config, base.arch, base.paths, store, held_out)

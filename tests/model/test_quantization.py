@@ -18,8 +18,9 @@ from minorca.generate import __main__ as generate_command
 from minorca.generate import engine, generate
 from minorca.model.build import build_model
 from minorca.model.quantization import Quantization
+from minorca.serve import __main__ as serve_command
 from minorca.train import parallel
-from minorca_kernels import DenseWeight, NF4Weight, local_part
+from minorca_kernels import NF4Weight, local_part
 from tests.helpers import random_adapter, save_tokenizer
 
 SIZES = {"intermediate_size": 192}
@@ -31,10 +32,9 @@ def test_projections_are_quantized_and_nothing_else(save_mistral):
     model = load_model(directory, torch.bfloat16, "cpu", quantize="nf4")
     assert {type(projection.base) for _, projection in model.projections()} == {NF4Weight}
     dense = load_model(directory, torch.bfloat16, "cpu")
-    for ours, theirs in ((model.embedding, dense.embedding), (model.head, dense.head), (model.norm, dense.norm)):
-        assert ours is not None and theirs is not None
-        assert not isinstance(ours, NF4Weight) and torch.equal(ours.weight, theirs.weight)
-    assert isinstance(model.head, DenseWeight) and model.head.weight.dtype == torch.bfloat16
+    ours, theirs = (dict(one.named_parameters()) for one in (model, dense))
+    assert all(torch.equal(parameter, theirs[name]) for name, parameter in ours.items() if ".base." not in name)
+    assert "head.weight" in ours and ours["head.weight"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("options", [{"quantize": "nf4"}, {"quantize": "nf4", "double_quant": False}])
@@ -46,7 +46,8 @@ def test_no_more_than_two_layers_are_ever_dense(options, save_mistral):
     theirs.to(torch.bfloat16).save_pretrained(directory)
     layer = sum(parameter.nbytes for parameter in theirs.model.layers[0].parameters())
     mapped = (directory / "model.safetensors").stat().st_size
-    with profiler.profile(profile_memory=True, use_cpu=True) as profile:
+    profile: Any = profiler.profile(profile_memory=True, use_cpu=True)
+    with profile:
         model = load_model(directory, torch.bfloat16, "cpu", **options)
     events = sorted(profile.kineto_results.events(), key=lambda event: event.start_ns())
     # the file itself is mapped, not read
@@ -111,3 +112,18 @@ def test_commands_generate_from_the_base_of_training(save_mistral, tmp_path, cap
     assert right == tok.decode(ids) and not said[0][1]
     assert "was trained on nf4 without double quantization, and the model has nf4 with" in other
     assert "and the model has unquantized weights; for the numbers of its training, give --quantize nf4 --no-d" in plain
+
+
+def test_the_server_quantizes_too(save_mistral, monkeypatch):
+    directory, _ = save_mistral(**SIZES, vocab_size=260)
+    save_tokenizer(directory)
+    opened = {}
+
+    def open_engine(*_, **options):
+        opened.update(options)
+        raise UserError("as far as this test goes")
+
+    monkeypatch.setattr(serve_command, "open_engine", open_engine)
+    with pytest.raises(UserError, match="as far as"):
+        serve_command.main(["--model", str(directory), "--port", "0", "--quantize", "nf4", "--no-double-quant"])
+    assert opened == {"quantize": "nf4", "double_quant": False}

@@ -42,7 +42,7 @@ def initial_adapters(monkeypatch) -> dict[str, torch.Tensor]:
     return started
 
 
-def train_in_peft(model, adapter, started, config) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train_in_peft(model, adapter, started, config) -> tuple[list[float], dict[str, torch.nn.Parameter]]:
     """A run's steps in transformers and PEFT: from the same adapters, on the same rows, one row at a time, without
     packing and with PyTorch's loss.
 
