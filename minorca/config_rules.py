@@ -94,6 +94,8 @@ def problems(config: Config) -> Iterator[Problem]:
         yield problem(f"is {parallel.timeout}; expected 10 to 1000000 seconds", "parallel.timeout")
     if not (train.output or "").strip():
         yield problem("is empty; expected a directory's name", "train.output")
+    if not config.model.double_quant and config.model.quantize == "none":
+        yield problem("is false, which needs model.quantize nf4", "model.double_quant", "model.quantize")
     if parallel.shard == "none" and parallel.replicate > 1:
         yield problem("is over 1, which needs parallel.shard fsdp, not none", "parallel.replicate", "parallel.shard")
     if parallel.shard == "none" and parallel.cpu_offload:
@@ -134,7 +136,9 @@ def _vocabulary_problems(lora: LoRAConfig, train: TrainConfig) -> Iterator[Probl
     if len(set(whole)) < len(whole):
         yield problem(f"is {whole}; expected each once", "lora.modules_to_save")
     if both := [matrix for matrix in whole if matrix in lora.targets]:
-        message = f"has {', '.join(both)}, and so has lora.targets; a matrix is trained whole or by an adapter, not both"
+        message = (
+            f"has {', '.join(both)}, and so has lora.targets; a matrix is trained whole or by an adapter, not both"
+        )
         yield problem(message, "lora.modules_to_save", "lora.targets")
     if len(set(tokens)) < len(tokens) or not all(token.strip() and token.isprintable() for token in tokens):
         yield problem(f"is {tokens}; expected printable texts, each once", "train.new_tokens")

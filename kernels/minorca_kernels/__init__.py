@@ -31,6 +31,7 @@ from minorca_kernels.lora_linear import (
     norm_lora_linear_definition,
 )
 from minorca_kernels.low_rank_update import STRATEGIES, padding_pays, write_update
+from minorca_kernels.nf4_weight import NF4Weight, QuantizedPart
 from minorca_kernels.repetition_penalty import repetition_penalty, repetition_penalty_definition
 from minorca_kernels.rms_norm import add_rms_norm, add_rms_norm_definition, rms_norm, rms_norm_definition
 from minorca_kernels.rope import rope, rope_definition, rope_frequencies, rope_tables
@@ -47,8 +48,10 @@ __all__ = [
     "DenseWeight",
     "Factors",
     "FrozenWeight",
+    "NF4Weight",
     "PaddedWeight",
     "PrepackedWeight",
+    "QuantizedPart",
     "STRATEGIES",
     "add_rms_norm",
     "add_rms_norm_definition",

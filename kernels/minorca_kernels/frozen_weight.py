@@ -26,6 +26,8 @@ class FrozenWeight(nn.Module):
 
     kinds: ClassVar[dict[str, type["FrozenWeight"]]] = {}
     kind: ClassVar[str]
+    # whether W is made anew for each product, in rows with as many scratch columns as are wanted
+    makes_rows: ClassVar[bool] = False
 
     def __init_subclass__(cls):
         if "kind" in cls.__dict__:
@@ -59,6 +61,16 @@ class FrozenWeight(nn.Module):
     def add_transposed_product(cls, dx_TK: Tensor, dy_TN: Tensor, tensors: list[Tensor]) -> Tensor:
         """Adds dy W to dx in place, and returns dx."""
         return dx_TK.add_(cls.transposed_product(dy_TN, tensors))
+
+    @staticmethod
+    def scratch_width(tensors: list[Tensor], columns: int) -> int:
+        """How many scratch columns `padded_rows` gives, of which so many are needed."""
+        raise NotImplementedError
+
+    @staticmethod
+    def padded_rows(tensors: list[Tensor], columns: int, dtype: torch.dtype) -> Tensor:
+        """W [N, K] as a view of rows with scratch columns after each (see lora_linear.py); dtype: of its product."""
+        raise NotImplementedError
 
     def local_rows(self) -> tuple[int, int]:
         """The rows [start, stop) of W that this rank stores."""
@@ -132,6 +144,14 @@ class DenseWeight(FrozenWeight):
     @classmethod
     def add_transposed_product(cls, dx_TK: Tensor, dy_TN: Tensor, tensors: list[Tensor]) -> Tensor:
         return dx_TK.addmm_(dy_TN, tensors[0])
+
+    @staticmethod
+    def scratch_width(tensors: list[Tensor], columns: int) -> int:
+        return tensors[0].stride(0) - tensors[0].shape[1]
+
+    @staticmethod
+    def padded_rows(tensors: list[Tensor], columns: int, dtype: torch.dtype) -> Tensor:
+        return tensors[0]
 
     def local_rows(self) -> tuple[int, int]:
         local, start = local_part(self.weight)

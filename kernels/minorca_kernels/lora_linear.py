@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minorca_kernels.dropout import a_gradient, add_x_gradient, dropout_definition, dropped_product
-from minorca_kernels.frozen_weight import FrozenWeight
+from minorca_kernels.frozen_weight import DenseWeight, FrozenWeight
 from minorca_kernels.low_rank_gradients import low_rank_gradients, unrounded_product
 from minorca_kernels.low_rank_update import (
     STRATEGIES,
     Factor,
     has_padding,
     own_columns,
+    padding_pays,
     ranks_of,
     scratch_columns,
     whole_rows,
@@ -134,16 +135,20 @@ def _forward(
     x_padded: bool,
     update_in_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    weight = Factor(FrozenWeight.kinds[kind], w, False, out_features)
-    stride = w[0].stride(0)
-    if strategy == "augmented" and not (stride >= w[0].shape[1] + len(a) and has_padding(w[0], stride)):
-        strategy = "accumulated"
+    storage = FrozenWeight.kinds[kind]
+    weight = Factor(storage, w, False, out_features)
     if strategy == "augmented":
-        if not (x_padded and has_padding(x, stride)):
-            x = _padded_input(x, w[0], of_swiglu)
-        if not update_in_weight:
-            write_update(b, starts, scale, scratch_columns(w[0], w[0]).zero_())
-    elif of_swiglu:
+        rows = storage.padded_rows(w, len(a), x.dtype)
+        stride = rows.stride(0)
+        if stride >= rows.shape[1] + len(a) and has_padding(rows, stride):
+            weight = Factor(DenseWeight, [rows], False, out_features)
+            if not (x_padded and has_padding(x, stride)):
+                x = _padded_input(x, rows, of_swiglu)
+            if not update_in_weight:
+                write_update(b, starts, scale, scratch_columns(rows, rows).zero_())
+        else:
+            strategy = "accumulated"
+    if of_swiglu and strategy != "augmented":
         x = swiglu(x)
     s = dropped_product(x, a.split(ranks_of(b)), seeds, dropout) if dropout else F.linear(x, a)
     return STRATEGIES[strategy](x, weight, s, b, starts, scale), s
@@ -241,6 +246,11 @@ class _Call(NamedTuple):
     def strategy(self) -> str:
         return self.settings[-1]
 
+    def scratch_width(self, tensors: tuple[Tensor, ...]) -> int:
+        """How many scratch columns x needs to be read where it lies."""
+        w, a, _ = self._split(tensors)
+        return FrozenWeight.kinds[self.kind].scratch_width(w, len(a)) if self.strategy == "augmented" else 0
+
     def forward(self, x: Tensor, tensors: tuple[Tensor, ...], x_padded: bool = False) -> tuple[Tensor, Tensor]:
         w, a, b = self._split(tensors)
         flags = x_padded, self.update_in_weight
@@ -285,8 +295,7 @@ class _NormLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, update, norm_weight, eps, call, *tensors):
-        w = tensors[0]
-        scratch = w.stride(0) - w.shape[1] if call.strategy == "augmented" else 0
+        scratch = call.scratch_width(tensors)
         total = x
         if update is None:
             normed, rstd = rms_norm_forward(x, norm_weight, eps, scratch)
@@ -324,7 +333,7 @@ def norm_lora_linear(
     factors: Factors | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`norm_lora_linear_definition`, with the arguments of `lora_linear`."""
-    strategy = strategy or _choose_strategy(x_TK, weight)
+    strategy = strategy or _choose_strategy(x_TK, weight, adapters, True)
     if uses_triton(x_TK):
         call = _call(x_TK, weight, adapters, scale, dropout, False, strategy, factors)
         return _NormLoRALinear.apply(x_TK, update_TK, norm_weight, eps, *call)
@@ -350,16 +359,20 @@ def lora_linear(
 
     Args:
         strategy: one of `STRATEGIES`, for benchmarks and tests; by default what suits the device, the weight and the
-            number of tokens. "augmented" needs a `PaddedWeight`, "fused" a dense one.
+            number of tokens. "augmented" needs a `PaddedWeight`, or a kind that makes its rows, "fused" a dense one.
         factors: the adapters as `round_adapters` makes them, where they are kept from call to call.
     """
-    strategy = strategy or _choose_strategy(x_TK, weight)
+    strategy = strategy or _choose_strategy(x_TK, weight, adapters, of_swiglu)
     return _LoRALinear.apply(x_TK, *_call(x_TK, weight, adapters, scale, dropout, of_swiglu, strategy, factors))
 
 
-def _choose_strategy(x: Tensor, weight: FrozenWeight) -> str:
-    if weight.kind == "padded" and len(x) >= MIN_TOKENS_AUGMENTED:
-        return "augmented"
+def _choose_strategy(x: Tensor, weight: FrozenWeight, adapters: list[Adapter], in_place: bool) -> str:
+    """in_place: whether x is written next to its products in the first place."""
+    if len(x) >= MIN_TOKENS_AUGMENTED:
+        ranks = sum(len(adapter.a_RK) for adapter in adapters)
+        pays = weight.makes_rows and padding_pays(weight.out_features, weight.in_features, ranks, in_place)
+        if weight.kind == "padded" or (pays and uses_triton(x)):
+            return "augmented"
     return "accumulated" if uses_triton(x) else "added"
 
 

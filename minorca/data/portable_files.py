@@ -1,5 +1,5 @@
 """The files that make a directory of weights speak for itself: tokenizer, chat template, stop ids, and for adapters a
-record of the template of training, minorca.json.
+record of their training, minorca.json.
 """
 
 import copy
@@ -16,6 +16,7 @@ from minorca.data.tokenizer_files import chat_templates, embedding_rows, read_se
 from minorca.errors import UserError
 from minorca.files.adapters import RECORD
 from minorca.files.safe_io import find_file, quote, read_json, read_optional_json, read_small
+from minorca.model.quantization import Quantization
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +70,15 @@ def portable_files(tok: Tokenizer, template: str | None, model: Path) -> dict[st
     return files
 
 
-def adapter_files(tok: Tokenizer, template: str) -> dict[str, bytes]:
-    """What lies beside an adapter that was trained with `template`: `portable_files`, and its name in a record."""
-    record = {"template": template} | ({"base_vocab_size": embedding_rows(tok.path)} if tok.new_tokens else {})
+def adapter_files(tok: Tokenizer, template: str, quantization: Quantization | None = None) -> dict[str, bytes]:
+    """What lies beside an adapter that was trained with `template` on a base that was quantized so: `portable_files`,
+    and a record of both.
+    """
+    record: dict[str, object] = {"template": template}
+    if tok.new_tokens:
+        record["base_vocab_size"] = embedding_rows(tok.path)
+    if quantization:
+        record |= {"quantize": "nf4", "double_quant": quantization.double_quant}
     return portable_files(tok, template, tok.path) | {RECORD: _to_json(record)}
 
 

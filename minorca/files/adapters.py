@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +25,7 @@ from minorca.model.layout import (
 )
 from minorca.model.lora import LoRASettings, PartSettings, adapter_parameters, lora_scale
 from minorca.model.network import Mistral
+from minorca.model.quantization import Quantization
 from minorca_kernels import fill_rows
 
 
@@ -65,7 +66,8 @@ def _peft_name(matrix: Matrix) -> str:
     return module_name(0, matrix).rpartition(".")[2]
 
 
-# beside an adapter of ours: the template of its training, and the size of its base's vocabulary where it adds to it
+# beside an adapter of ours: the template of its training, how its base was quantized, and the size of its base's
+# vocabulary where it adds to it
 RECORD = "minorca.json"
 
 
@@ -143,6 +145,38 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
 
 
 _MATRICES: dict[str, Matrix] = {_peft_name(matrix): matrix for matrix in MATRICES}
+
+
+@dataclass(frozen=True)
+class OtherBase:
+    """An adapter was trained on a base that was quantized in another way than the one that it is to be used with."""
+
+    trained_on: Quantization | None
+    given: Quantization | None
+
+    def __str__(self) -> str:
+        trained_on, given = (base or "unquantized weights" for base in (self.trained_on, self.given))
+        return f"was trained on {trained_on}, and the model has {given}"
+
+
+def other_base(directory: str | Path, quantization: Quantization | None) -> OtherBase | None:
+    """None where an adapter was trained on a base that was quantized so, or has no record of it.
+
+    Raises:
+        UserError: an invalid record.
+    """
+    path = Path(directory).expanduser() / RECORD
+    record = read_record(path.parent)
+    if not record:
+        return None
+    quantize, double_quant = record.get("quantize"), record.get("double_quant", True)
+    if quantize not in (None, "nf4") or type(double_quant) is not bool:
+        message = (
+            f"is {quote(quantize)}, double_quant {quote(double_quant)}; expected nf4, and true or false, or neither"
+        )
+        raise UserError(message, path=path, field="quantize")
+    trained_on = Quantization(double_quant) if quantize else None
+    return None if trained_on == quantization else OtherBase(trained_on, quantization)
 
 
 class AdapterConfig:

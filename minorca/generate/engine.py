@@ -307,6 +307,8 @@ def open_engine(
     max_length: int | None = None,
     reuse: bool = False,
     alone: bool = False,
+    quantize: str | None = None,
+    double_quant: bool = True,
 ) -> Engine:
     """Loads a model in its fastest form on this machine, and reports on standard error how fast the weights were read.
 
@@ -317,13 +319,14 @@ def open_engine(
         adapters: PEFT adapters' directories by the names that requests use.
         slots, max_length, reuse: as `Engine` takes them.
         alone: every request uses the adapter, if there is one, which may then change the embedding and head.
+        quantize, double_quant: as `load_model` takes them.
 
     Raises:
         UserError: a file is missing or invalid, or the key/value cache does not fit in memory.
     """
     started = time.perf_counter()
     adapter = next(iter(adapters.values()), None) if alone else None
-    model = load_model(path, fast_dtype(), adapter=adapter, vocabulary_only=True)
+    model = load_model(path, fast_dtype(), None, adapter, quantize, double_quant, vocabulary_only=True)
     seconds = time.perf_counter() - started
     gigabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
     adapter_choice = load_adapters(model, dict(adapters), alone)

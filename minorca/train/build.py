@@ -47,7 +47,7 @@ def build(config: Config, base: ModelFiles, world: World, resumed: bool = False)
     init = None if resumed else config.lora.init
     if init:
         check_init(init, settings, base.arch.layers)
-    model = build_model(base.arch, torch.float32 if full else dtype)
+    model = build_model(base.arch, torch.float32 if full else dtype, base.quantization)
     if full:
         model.requires_grad_(True)
     else:

@@ -17,10 +17,11 @@ from minorca.data.store import TokenStore
 from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.errors import UserError
 from minorca.export.huggingface import config_file
-from minorca.files.adapters import read_adapter_settings
+from minorca.files.adapters import other_base, read_adapter_settings
 from minorca.files.weights import ModelFiles, open_model
 from minorca.model.architecture import model_directory, read_architecture
 from minorca.model.layout import MATRICES
+from minorca.model.quantization import parse_quantization
 from minorca.train import checkpoint
 from minorca.train.ranks import World
 
@@ -70,7 +71,7 @@ def read_inputs(config: Config) -> Inputs:
     Raises:
         UserError: what is wrong with which file.
     """
-    base = open_model(config.model.path)
+    base = open_model(config.model.path, parse_quantization(config.model.quantize, config.model.double_quant))
     positions = base.arch.max_positions
     if positions and config.data.seq_len > positions:
         message = f"is {config.data.seq_len}; the model has {positions} positions, so set it to {positions} or less"
@@ -78,6 +79,8 @@ def read_inputs(config: Config) -> Inputs:
     if config.lora.init:
         # Before the rows are rendered, which may take minutes.
         read_adapter_settings(config.lora.init)
+        if other := other_base(config.lora.init, base.quantization):
+            log.warning("%s: it %s", config.lora.init, other)
     tok, template = read_tokenizer(config)
     base = with_vocabulary(base, tok, config)
     store, held_out = read_data(config, tok, template)
@@ -86,7 +89,7 @@ def read_inputs(config: Config) -> Inputs:
         dtype = getattr(torch, config.model.dtype)
         files = portable_files(tok, template, base.directory) | {"config.json": config_file(base, dtype)}
     else:
-        files = adapter_files(tok, template)
+        files = adapter_files(tok, template, base.quantization)
     return Inputs(base, store, held_out, identity, tok, files)
 
 
@@ -122,7 +125,9 @@ def with_vocabulary(base: ModelFiles, tok: Tokenizer, config: Config) -> ModelFi
         named = ", ".join(f"{token} {i}" for token, i in zip(tok.new_tokens, ids))
         log.info("new tokens: %s; their rows of the embedding and head are trained", named)
     if base.arch.tied and trained:
-        log.info("the model ties embedding and head; as in PEFT, they become two matrices, trained: %s", sorted(trained))
+        log.info(
+            "the model ties embedding and head; as in PEFT, they become two matrices, trained: %s", sorted(trained)
+        )
         base = base.untied()
     return base
 

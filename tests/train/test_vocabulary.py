@@ -7,17 +7,23 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from minorca import UserError, load_model, load_tokenizer
+from minorca import load_model, load_tokenizer
 from minorca.data.packing import plan_epoch
-from minorca.export.__main__ import export
 from minorca.model.lora import adapter_parameters
 from minorca.train import __main__ as train_command
 from minorca.train import build
 from minorca.train.inputs import read_data, read_tokenizer
 from minorca.train.optim import learning_rate
-from tests.helpers import Workplace, assert_same_bits, assert_same_run, lines_of, relative_error, save_tokenizer, torchrun
+from tests.helpers import (
+    Workplace,
+    assert_same_run,
+    lines_of,
+    relative_error,
+    save_tokenizer,
+    torchrun,
+)
 from tests.train.test_train import config_of
 
 # of a tokenizer with 258 ids and a model with 260: the last has no row yet
@@ -114,7 +120,6 @@ def test_ten_steps_follow_pefts(tied, kind, place, tmp_path, monkeypatch):
     saved = load_file(adapter / "adapter_model.safetensors")
     errors = {name: relative_error(saved[name], parameter) for name, parameter in trained.items()}
     assert max(errors.values()) < 2e-3
-
 
 
 @pytest.mark.slow
