@@ -228,7 +228,10 @@ def _dequantization(name: str, columns: int, rows: list[int], double_quant: bool
         parts = (weight.quantized_part(part) for part in range(len(rows)))
         return torch.cat([part.dequantize(like.dtype).view(-1, columns) for part in parts])
 
-    providers = {"ours": lambda weight, like, _: ours.dequantize_nf4(weight.tensors(), like.dtype), "plain": plain}
+    providers: dict[str, Callable] = {
+        "ours": lambda weight, like, _: ours.dequantize_nf4(weight.tensors(), like.dtype),
+        "plain": plain,
+    }
     if len(rows) == 1:
         providers["bitsandbytes"] = lambda weight, like, call: call()()
     total = sum(rows) * columns

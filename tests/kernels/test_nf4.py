@@ -197,7 +197,8 @@ def quantized(
 @pytest.mark.parametrize("shape", STACKED)
 def test_values_are_read_back_into_rows_of_any_stride(shape, double_quant, dtype, device):
     """Every one of them, and nothing beside them is written."""
-    weight, values = quantized(*STACKED[shape], double_quant, device)
+    parts, in_features = STACKED[shape]
+    weight, values = quantized(parts, in_features, double_quant, device)
     rows = torch.full((len(values), weight.in_features + 72), torch.nan, dtype=dtype, device=device)
     _dequantize_nf4(rows[:, 8 : 8 + weight.in_features], weight.tensors())
     assert torch.equal(rows[:, 8 : 8 + weight.in_features], values.to(dtype))
@@ -283,7 +284,8 @@ def test_mixed_precision_leaves_the_bytes_alone():
     weight, values = quantized((45, 15, 15), 192)
     x = torch.randn(4, 192).half()
     expected = F.linear(x, values.half())
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         module = Frozen(weight, x)
         policy = MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32)
