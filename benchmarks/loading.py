@@ -1,4 +1,5 @@
-"""How fast weights load: python -m benchmarks.loading [--model DIR | --gigabytes N] [--rounds N] [--output FOLDER]
+"""How fast weights load: python -m benchmarks.loading [--model DIR | --gigabytes N] [--quantize nf4] [--rounds N]
+[--output FOLDER]
 
 Three methods in turn, with the files' pages in memory (warm) and dropped (cold): `read` puts all bytes into one small
 buffer, the limit of the disk; `read_and_keep` puts them into as much new memory, as a model on the CPU needs too; and
@@ -21,6 +22,7 @@ from minorca.files.weights import load_weights, open_model
 from minorca.model.architecture import read_architecture
 from minorca.model.build import build_model
 from minorca.model.layout import source_tensors
+from minorca.model.quantization import parse_quantization
 
 CHUNK = 2**24
 
@@ -44,10 +46,10 @@ def read_and_keep(paths: list[Path]) -> None:
     _read(paths, lambda done: whole[done : done + CHUNK])
 
 
-def load(directory: Path) -> None:
-    source = open_model(directory)
+def load(directory: Path, quantize: str) -> None:
+    source = open_model(directory, parse_quantization(quantize))
     dtype = source.read(source.tensors["embedding"][0], 0, 1).dtype
-    load_weights(build_model(source.arch, dtype).to_empty(device=DEVICE), source)
+    load_weights(build_model(source.arch, dtype, source.quantization).to_empty(device=DEVICE), source)
 
 
 def drop(paths: list[Path]) -> None:
@@ -92,6 +94,7 @@ def main() -> None:
     what.add_argument(
         "--gigabytes", type=float, metavar="N", help="random weights of about this size, in layers of a 7B model"
     )
+    options.add_argument("--quantize", choices=["none", "nf4"], default="none", help="quantize the weights that load")
     options.add_argument("--rounds", type=int, default=5, metavar="N")
     options.add_argument("--output", type=Path, metavar="FOLDER", help="write the JSON there too")
     args = options.parse_args()
@@ -104,7 +107,7 @@ def main() -> None:
         methods = {
             "read": lambda: read(paths),
             "read_and_keep": lambda: read_and_keep(paths),
-            "load": lambda: load(directory),
+            "load": lambda: load(directory, args.quantize),
         }
         seconds: dict[str, dict[str, list[float]]] = {
             cache: {name: [] for name in methods} for cache in ("warm", "cold")
@@ -126,6 +129,7 @@ def main() -> None:
     report(
         {
             "model": f"{source.arch.layers} layers of 7b" if args.gigabytes else args.model.name,
+            "quantize": args.quantize,
             "files": len(paths),
             "bytes": size,
             "gigabytes_per_second": speeds,

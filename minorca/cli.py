@@ -32,6 +32,14 @@ class Parser(argparse.ArgumentParser):
         super().exit(status, message)
 
 
+def add_quantization(parser: Parser, help: str) -> None:
+    """Adds the options `--quantize` and `--no-double-quant`, which `parse_quantization` reads."""
+    parser.add_argument("--quantize", choices=["none", "nf4"], default="none", help=help)
+    parser.add_argument(
+        "--no-double-quant", dest="double_quant", action="store_false", help="of nf4: the scales stay in fp32"
+    )
+
+
 # -------------------------------------------------------------------------------------------------- settings of a run
 
 

@@ -89,6 +89,8 @@ def problems(config: Config) -> Iterator[Problem]:
         yield problem(f"is {parallel.timeout}; expected 10 to 1000000 seconds", "parallel.timeout")
     if not (train.output or "").strip():
         yield problem("is empty; expected a directory's name", "train.output")
+    if not config.model.double_quant and config.model.quantize == "none":
+        yield problem("is false, which needs model.quantize nf4", "model.double_quant", "model.quantize")
     if parallel.shard == "none" and parallel.replicate > 1:
         yield problem("is over 1, which needs parallel.shard fsdp, not none", "parallel.replicate", "parallel.shard")
     if parallel.shard == "none" and parallel.cpu_offload:

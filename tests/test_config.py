@@ -14,7 +14,7 @@ from tests.helpers import ROOT
 
 # every setting with its documented default; the two paths have none
 SETTINGS = """
-model:    {path: DIR, dtype: bfloat16, quantize: none}
+model:    {path: DIR, dtype: bfloat16, quantize: none, double_quant: true}
 lora:     {rank: 16, alpha: 32, dropout: 0.0, targets: [q, k, v, o, gate, up, down], rslora: false, init: null}
 data:     {train: PATH, eval: null, limit: null, format: openorca, template: auto, seq_len: 4096, packing: true,
            store: null, train_on: response, too_long: drop, empty_response: drop, bad_rows: error,
@@ -207,6 +207,10 @@ extra: {key: 1}
             MINIMAL + "optim: {min_lr: 1.0e-5, schedule: constant}",
             ["optim.min_lr is 1e-05, and optim.schedule constant never falls"],
         ),
+        (
+            "model: {path: DIR, double_quant: false}\ndata: {train: PATH}",
+            ["model.double_quant is false, which needs model.quantize nf4"],
+        ),
         (MINIMAL + "train: {micro_batch_tokens: 2048}", ["train.micro_batch_tokens is 2048 and data.seq_len 4096"]),
     ],
 )
@@ -224,7 +228,7 @@ def test_what_was_complained_of_is_no_part_of_a_contradiction(read):
 @pytest.mark.parametrize(
     "addition, key",
     [
-        ("model: {path: DIR, quantize: nf4}\ndata: {train: PATH}", "model.quantize is 'nf4'"),
+        ("model: {path: DIR, quantize: fp8}\ndata: {train: PATH}", "model.quantize is 'fp8'"),
         ("model: {path: DIR}\ndata: {train: PATH, format: preference}", "data.format is 'preference'"),
         (MINIMAL + "train: {objective: dpo}", "train.objective is 'dpo'"),
         (MINIMAL + "dpo: {beta: 0.1}", "dpo is an unknown setting"),
@@ -328,11 +332,12 @@ def test_what_is_written_reads_back_equal(text, read, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml", "written.yaml"]
 
 
-def test_the_quickstart_is_a_valid_configuration():
-    quickstart = ROOT / "configs" / "quickstart.yaml"
-    _, config = parse_config(config_parser("minorca.train", ""), ["--config", str(quickstart)])
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_what_is_shipped_is_valid(file):
+    _, config = parse_config(config_parser("minorca.train", ""), ["--config", str(file)])
     assert isinstance(config.data.train, str)
-    assert (ROOT / config.data.train).is_file()
+    if file.stem == "quickstart":
+        assert (ROOT / config.data.train).is_file()
 
 
 def test_without_a_file_all_settings_have_the_defaults_of_the_help():

@@ -1,5 +1,5 @@
 """The files that make a directory of weights speak for itself: tokenizer, chat template, stop ids, and for adapters a
-record of the template of training, minorca.json.
+record of their training, minorca.json.
 """
 
 import copy
@@ -13,11 +13,12 @@ from minorca.data.shipped_template import special_tokens
 from minorca.data.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer, check_vocabulary, load_tokenizer
 from minorca.data.tokenizer_files import chat_templates, read_settings, token_ids
 from minorca.errors import UserError
+from minorca.files.adapters import RECORD
 from minorca.files.safe_io import find_file, quote, read_json, read_optional_json, read_small
+from minorca.model.quantization import Quantization
 
 log = logging.getLogger(__name__)
 
-RECORD = "minorca.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model*", "tekken.json")
 SETTINGS = (
     "tokenizer_config.json",
@@ -67,9 +68,14 @@ def portable_files(tok: Tokenizer, template: str | None, model: Path) -> dict[st
     return files
 
 
-def adapter_files(tok: Tokenizer, template: str) -> dict[str, bytes]:
-    """What lies beside an adapter that was trained with `template`: `portable_files`, and its name in a record."""
-    return portable_files(tok, template, tok.path) | {RECORD: _to_json({"template": template})}
+def adapter_files(tok: Tokenizer, template: str, quantization: Quantization | None = None) -> dict[str, bytes]:
+    """What lies beside an adapter that was trained with `template` on a base that was quantized so: `portable_files`,
+    and a record of both.
+    """
+    record: dict[str, object] = {"template": template}
+    if quantization:
+        record |= {"quantize": "nf4", "double_quant": quantization.double_quant}
+    return portable_files(tok, template, tok.path) | {RECORD: _to_json(record)}
 
 
 def write_files(directory: Path, files: dict[str, bytes]) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from minorca import cli
 from minorca.export.huggingface import export
+from minorca.model.quantization import parse_quantization
 
 
 def main(argv: list[str]) -> None:
@@ -14,8 +15,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format to merge in")
     parser.add_argument("--output", required=True, metavar="DIR", help="a directory that does not exist yet")
     parser.add_argument("--format", choices=["hf"], default="hf", help="the layout to write")
+    cli.add_quantization(parser, "nf4: write the weights in 4 bits, as bitsandbytes does")
     args = parser.parse_args(argv)
-    export(args.model, args.adapter, Path(args.output))
+    export(args.model, args.adapter, Path(args.output), parse_quantization(args.quantize, args.double_quant))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""A Hugging Face directory from a model in either layout, with an adapter merged in where given.
+"""A Hugging Face directory from a model in either layout, with an adapter merged in where given, quantized if asked.
 
-One shard is in memory at a time, and the arithmetic of merging is fp32: W + scale B A, rounded once.
+One shard is in memory at a time, and the arithmetic of merging is fp32: W + scale B A, rounded once. Of a quantized
+base W is its values, in the dtype that it was quantized from.
 """
 
 import json
@@ -15,17 +16,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minorca.data.chat_template import resolve_template
-from minorca.data.portable_files import has_tokenizer, load_chat, portable_files, tokenizer_files, write_files
+from minorca.data.portable_files import (
+    has_tokenizer,
+    load_chat,
+    portable_files,
+    tokenizer_files,
+    write_files,
+)
 from minorca.data.tokenizer import load_tokenizer
 from minorca.errors import UserError
-from minorca.files.adapters import open_adapter, read_adapter_settings
+from minorca.export.effect import share_kept
+from minorca.files import bitsandbytes
+from minorca.files.adapters import open_adapter, other_base, read_adapter_settings
 from minorca.files.atomic import publish
-from minorca.files.safe_io import find_file
-from minorca.files.weights import ModelFiles, open_model
+from minorca.files.safe_io import find_file, read_json
+from minorca.files.weights import ModelFiles, check_quantizable, open_model
 from minorca.model.architecture import Architecture
 from minorca.model.build import build_model
 from minorca.model.layout import SourceTensor, projections, source_tensors
 from minorca.model.lora import adapter_parameters, add_adapters
+from minorca.model.quantization import Quantization
 
 log = logging.getLogger(__name__)
 
@@ -34,38 +44,90 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class ExportedTensor:
-    """A tensor to write: its name, its size, and what makes it."""
+    """A tensor to write: its name and size, what makes it, and whether it is a projection of a layer."""
 
     name: str
+    shape: tuple[int, ...]
     bytes: int
     make: Callable[[], Tensor]
+    projection: bool
 
 
-def export(model: str | Path, adapter: str | Path | None, output: Path) -> None:
+def export(
+    model: str | Path, adapter: str | Path | None, output: Path, quantization: Quantization | None = None
+) -> None:
     """Writes config, tokenizer and weights to `output`, which appears when it is complete.
 
+    Args:
+        quantization: of the projections that are written; None: as they are, and those of a quantized model as values.
+
     Raises:
-        UserError: what is wrong with which file, or that `output` exists.
+        UserError: what is wrong with which file, that `output` exists, or that the adapter was trained on a base that
+            was quantized in another way.
     """
     if output.exists():
         raise UserError("already exists; give --output a new name", path=output)
     source = open_model(model)
+    if adapter is not None:
+        _check_base(source, adapter)
+    elif source.quantization and quantization:
+        raise UserError(f"is already stored in {source.quantization}", path=source.directory)
+    if quantization:
+        check_quantizable(source.arch, source.directory)
     tensors = merged_tensors(source, adapter)
-    directory = source.directory
     files = _files_beside(source, adapter)
 
     def write(temporary: Path) -> None:
-        if config := find_file(directory, "config.json"):
-            shutil.copy(config, temporary)
-        else:
-            dtype = tensors[0].make().dtype
-            (temporary / "config.json").write_text(json.dumps(config_json(source.arch, dtype), indent=2) + "\n")
+        _write_config(temporary, source, tensors, quantization)
         write_files(temporary, files)
-        _write_shards(temporary, tensors)
+        _write_shards(temporary, tensors, quantization)
 
     publish(output, write)
     merged = f", {adapter} merged in" if adapter else ""
-    print(f"{output}: {len(tensors)} tensors{merged}")
+    print(f"{output}: {len(tensors)} tensors{merged}{f', in {quantization}' if quantization else ''}")
+    if adapter is not None and quantization:
+        _print_effect(source, tensors, output)
+
+
+def _check_base(source: ModelFiles, adapter: str | Path) -> None:
+    """Raises UserError where an adapter was trained on a base that was quantized in another way than the model."""
+    other = other_base(adapter, source.quantization)
+    if other is None:
+        return
+    if other.trained_on is None:
+        raise UserError(f"{other}; merge it into the unquantized model", path=adapter)
+    unquantized = "UNQUANTIZED" if source.quantization else source.directory
+    raise UserError(
+        f"{other}; write the base of its training, python -m minorca.export --model {unquantized} "
+        f"{other.trained_on.options} --output BASE, and merge it into BASE",
+        path=adapter,
+    )
+
+
+def _print_effect(source: ModelFiles, tensors: list[ExportedTensor], output: Path) -> None:
+    base, quantized = (merged_tensors(files, None) for files in (source, open_model(output)))
+    weights = ({tensor.name: tensor.make for tensor in found} for found in (base, tensors, quantized))
+    share = share_kept(source.arch, *weights)
+    print(
+        "the adapter changes nothing"
+        if share is None
+        else f"quantizing again keeps {share:.0%} of the change of the logits that the adapter makes"
+    )
+
+
+def _write_config(
+    directory: Path, source: ModelFiles, tensors: list[ExportedTensor], quantization: Quantization | None
+) -> None:
+    found = find_file(source.directory, "config.json")
+    if found and not source.quantization and not quantization:
+        shutil.copy(found, directory)
+        return
+    config = read_json(found) if found else config_json(source.arch, tensors[0].make().dtype)
+    config.pop("quantization_config", None)
+    if quantization:
+        dtype = next(tensor for tensor in tensors if tensor.projection).make().dtype
+        config["quantization_config"] = bitsandbytes.config(quantization, dtype)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _files_beside(source: ModelFiles, adapter: str | Path | None) -> dict[str, bytes]:
@@ -90,14 +152,15 @@ def merged_tensors(source: ModelFiles, adapter: str | Path | None) -> list[Expor
     """All tensors of a model under Hugging Face's names, those that an adapter acts on with its update added."""
     merge = _merge(source.arch, adapter) if adapter else lambda name, weight: weight
 
-    def exported(name: str, tensor: SourceTensor) -> ExportedTensor:
+    def exported(name: str, tensor: SourceTensor, module: str) -> ExportedTensor:
         def make() -> Tensor:
             return merge(name, source.read(tensor, 0, tensor.rows))
 
-        return ExportedTensor(name, source.files.bytes(tensor.name), make)
+        projection = module.startswith("layers.") and tensor.columns is not None
+        return ExportedTensor(name, tensor.shape, source.bytes(tensor), make, projection)
 
     return [
-        exported(wanted.name, tensor)
+        exported(wanted.name, tensor, module)
         for module, stacked in source_tensors(source.arch, "huggingface").items()
         for wanted, tensor in zip(stacked, source.tensors[module])
     ]
@@ -127,29 +190,44 @@ def _merge(arch: Architecture, adapter: str | Path) -> Callable[[str, Tensor], T
     return merge
 
 
-def _write_shards(directory: Path, tensors: list[ExportedTensor]) -> None:
+def _write_shards(directory: Path, tensors: list[ExportedTensor], quantization: Quantization | None) -> None:
+    def size_of(tensor: ExportedTensor) -> int:
+        return bitsandbytes.max_bytes(tensor.shape) if quantization and tensor.projection else tensor.bytes
+
     shards: list[list[ExportedTensor]] = [[]]
     room = SHARD_BYTES
     for tensor in tensors:
-        if tensor.bytes > room and shards[-1]:
+        if size_of(tensor) > room and shards[-1]:
             shards.append([])
             room = SHARD_BYTES
         shards[-1].append(tensor)
-        room -= tensor.bytes
+        room -= size_of(tensor)
 
-    def write(file: str, shard: list[ExportedTensor]) -> None:
-        save_file({tensor.name: tensor.make().contiguous() for tensor in shard}, directory / file, {"format": "pt"})
+    def write(file: str, shard: list[ExportedTensor]) -> dict[str, Tensor]:
+        stored = {name: value for tensor in shard for name, value in _stored(tensor, quantization).items()}
+        save_file(stored, directory / file, {"format": "pt"})
+        return stored
 
     if len(shards) == 1:
         write("model.safetensors", shards[0])
         return
     weight_map = {}
+    size = 0
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write(file, shard)
-        weight_map |= {tensor.name: file for tensor in shard}
-    index = {"metadata": {"total_size": sum(tensor.bytes for tensor in tensors)}, "weight_map": weight_map}
+        stored = write(file, shard)
+        weight_map |= dict.fromkeys(stored, file)
+        size += sum(value.nbytes for value in stored.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _stored(tensor: ExportedTensor, quantization: Quantization | None) -> dict[str, Tensor]:
+    """The tensors of a file that hold one of the model."""
+    value = tensor.make().contiguous()
+    if quantization and tensor.projection:
+        return bitsandbytes.quantized_tensors(tensor.name, value, quantization)
+    return {tensor.name: value}
 
 
 def config_json(arch: Architecture, dtype: torch.dtype) -> dict:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +16,11 @@ from minorca.model.architecture import MAX_NUMBER, MAX_SIZE
 from minorca.model.layout import TARGETS, Target, adapted_by, module_name, plain_peft_name
 from minorca.model.lora import LoRASettings, PartSettings, adapter_parameters, lora_scale
 from minorca.model.network import Mistral
+from minorca.model.quantization import Quantization
 from minorca_kernels import fill_rows
+
+# beside an adapter of ours: the template of its training, and how its base was quantized
+RECORD = "minorca.json"
 
 
 def save_adapter(directory: Path, tensors: dict[str, Tensor], settings: LoRASettings, base_model: str) -> None:
@@ -107,6 +111,38 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
         for name, place in places.items()
     }
     return replace(settings, parts={place: part for place, part in parts.items() if part != settings.part(*place)})
+
+
+@dataclass(frozen=True)
+class OtherBase:
+    """An adapter was trained on a base that was quantized in another way than the one that it is to be used with."""
+
+    trained_on: Quantization | None
+    given: Quantization | None
+
+    def __str__(self) -> str:
+        trained_on, given = (base or "unquantized weights" for base in (self.trained_on, self.given))
+        return f"was trained on {trained_on}, and the model has {given}"
+
+
+def other_base(directory: str | Path, quantization: Quantization | None) -> OtherBase | None:
+    """None where an adapter was trained on a base that was quantized so, or has no record of it.
+
+    Raises:
+        UserError: an invalid record.
+    """
+    path = find_file(Path(directory).expanduser(), RECORD)
+    if path is None:
+        return None
+    record = read_json(path)
+    quantize, double_quant = record.get("quantize"), record.get("double_quant", True)
+    if quantize not in (None, "nf4") or type(double_quant) is not bool:
+        message = (
+            f"is {quote(quantize)}, double_quant {quote(double_quant)}; expected nf4, and true or false, or neither"
+        )
+        raise UserError(message, path=path, field="quantize")
+    trained_on = Quantization(double_quant) if quantize else None
+    return None if trained_on == quantization else OtherBase(trained_on, quantization)
 
 
 class _Config:

@@ -1,12 +1,14 @@
 """A model's weights, from its files into its modules.
 
-Reads Hugging Face's safetensors and `.bin` files and Mistral's consolidated ones, single or sharded. Each rank copies
-only the rows it stores, once, from the mapped file to its device.
+Reads Hugging Face's safetensors and `.bin` files and Mistral's consolidated ones, single or sharded, and those that
+bitsandbytes quantized. Each rank copies only the rows it stores, once, from the mapped file to its device.
 """
 
+import functools
 import logging
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os.path import commonprefix
 from pathlib import Path
 
@@ -14,12 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from minorca.errors import UserError
+from minorca.files.bitsandbytes import NF4Tensor, names_beside, open_quantized
+from minorca.files.safe_io import read_optional_json
 from minorca.files.tensor_files import FLOATS, TensorFiles, open_weights
 from minorca.model.architecture import Architecture, model_directory, read_architecture
-from minorca.model.layout import SourceTensor, outside_name, source_tensors, unwrapped_name
+from minorca.model.layout import SourceTensor, outside_name, projections, source_tensors, unwrapped_name
 from minorca.model.network import RMSNorm
 from minorca.model.projection import Projection
-from minorca_kernels import FrozenWeight, fill_rows
+from minorca.model.quantization import Quantization
+from minorca_kernels import FrozenWeight, NF4Weight, fill_rows
+from minorca_kernels.nf4 import BLOCK
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +42,10 @@ class ModelFiles:
     files: TensorFiles
     # module of the network -> the tensors that its weight stacks, in order
     tensors: dict[str, list[SourceTensor]]
+    # the projections that the files hold quantized, by their tensors' names
+    quantized: dict[str, NF4Tensor] = field(default_factory=dict)
+    # how the model's projections are stored
+    quantization: Quantization | None = None
 
     @property
     def paths(self) -> list[Path]:
@@ -43,18 +53,30 @@ class ModelFiles:
         return sorted(set(self.files.files.values()))
 
     def read(self, tensor: SourceTensor, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor, in Hugging Face's order.
+        """Rows [start, stop) of a tensor, in Hugging Face's order, of a quantized one their values.
 
         Mistral's own files order the rows of a head for rotary pairs (2i, 2i + 1), Hugging Face's for (i, i + D/2).
         """
+        if tensor.name in self.quantized:
+            return self.quantized[tensor.name].read(start, stop)
         if not tensor.rotary_heads:
             return self.files.read(tensor.name, start, stop)
         order = torch.arange(tensor.rows).view(tensor.rotary_heads, -1, 2).transpose(1, 2).flatten()
         return self.files.read(tensor.name, 0, tensor.rows)[order[start:stop]]
 
+    def bytes(self, tensor: SourceTensor) -> int:
+        """What `read` gives of a whole tensor."""
+        if tensor.name in self.quantized:
+            return math.prod(tensor.shape) * self.quantized[tensor.name].dtype.itemsize
+        return self.files.bytes(tensor.name)
 
-def open_model(path: str | Path) -> ModelFiles:
+
+def open_model(path: str | Path, quantization: Quantization | None = None) -> ModelFiles:
     """Opens a model's directory and checks its tensors, before any memory is taken for them.
+
+    Args:
+        quantization: how to quantize the projections while they load; None: not, but those of files that bitsandbytes
+            quantized stay so.
 
     Raises:
         UserError: a configuration that is invalid; a tensor that is missing, unexpected, of another shape, or not
@@ -74,7 +96,9 @@ def open_model(path: str | Path) -> ModelFiles:
     layout = "mistral" if outside_name("embedding", "mistral") in files.files else "huggingface"
     tensors = source_tensors(arch, layout)
     expected = {tensor.name: tensor for stacked in tensors.values() for tensor in stacked}
-    unexpected = sorted(set(files.files) - set(expected))
+    shapes = _quantized_shapes(directory, tensors)
+    beside = {other for name in shapes for other in names_beside(name)}
+    unexpected = sorted(set(files.files) - set(expected) - beside)
     if missing := [name for name in expected if name not in files.files]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         # the one with most of the ending in common
@@ -84,13 +108,49 @@ def open_model(path: str | Path) -> ModelFiles:
     for name in unexpected:
         _check_unexpected(files, name, arch, layout)
     for name, tensor in expected.items():
+        if name in shapes:
+            continue
         file = files.files[name]
         if files.shape(name) != tensor.shape:
             found, wanted = list(files.shape(name)), list(tensor.shape)
             raise UserError(f"has shape {found}; the configuration says {wanted}", path=file, field=name)
         if (dtype := files.dtype(name)) not in FLOATS:
             raise UserError(f"is {dtype}; expected unquantized weights in bf16, fp16 or fp32", path=file, field=name)
-    return ModelFiles(directory, arch, files, tensors)
+    if shapes or quantization:
+        check_quantizable(arch, directory)
+    quantized = open_quantized(files, shapes)
+    if quantized:
+        stored = next(iter(quantized.values())).quantization
+        if quantization not in (None, stored):
+            raise UserError(
+                f"is stored in {stored}, and {quantization} was asked for; load it as it is", path=directory
+            )
+        quantization = stored
+    return ModelFiles(directory, arch, files, tensors, quantized, quantization)
+
+
+def check_quantizable(arch: Architecture, directory: Path) -> None:
+    """Raises UserError where the rows of a projection are not made of whole blocks."""
+    for parts in projections(arch).values():
+        if parts[0].in_features % BLOCK:
+            raise UserError(
+                f"cannot be quantized to nf4: the rows of {parts[0].huggingface_name} have {parts[0].in_features} "
+                f"values, which is not a multiple of {BLOCK}; use the model unquantized",
+                path=directory,
+            )
+
+
+def _quantized_shapes(directory: Path, tensors: dict[str, list[SourceTensor]]) -> dict[str, tuple[int, int]]:
+    """The names and shapes of the layers' projections, where config.json says that bitsandbytes quantized them."""
+    if not read_optional_json(directory / "config.json").get("quantization_config"):
+        return {}
+    return {
+        tensor.name: (tensor.rows, tensor.columns)
+        for module, stacked in tensors.items()
+        if module.startswith("layers.")
+        for tensor in stacked
+        if tensor.columns is not None
+    }
 
 
 def _unwrap_names(files: TensorFiles, directory: Path) -> None:
@@ -137,7 +197,9 @@ def load_weights(model: nn.Module, source: ModelFiles) -> None:
     for name, tensors in source.tensors.items():
         module = model.get_submodule(name)
         weight = module.base if isinstance(module, Projection) else module
-        if isinstance(weight, FrozenWeight):
+        if isinstance(weight, NF4Weight):
+            size += _store_quantized(weight, source, tensors)
+        elif isinstance(weight, FrozenWeight):
             size += _store_rows(weight, source, tensors)
         elif isinstance(weight, RMSNorm):
             fill_rows(weight.weight, lambda start, stop, tensor=tensors[0]: source.read(tensor, start, stop))
@@ -158,4 +220,18 @@ def _store_rows(weight: FrozenWeight, source: ModelFiles, tensors: list[SourceTe
             weight.store_rows(first + start, rows)
             size += rows.nbytes
         first += tensor.rows
+    return size
+
+
+def _store_quantized(weight: NF4Weight, source: ModelFiles, tensors: list[SourceTensor]) -> int:
+    """Quantizes the parts of a stacked weight while they are read, or stores what the files hold quantized; returns how
+    many bytes were read.
+    """
+    size = 0
+    for part, tensor in enumerate(tensors):
+        if stored := source.quantized.get(tensor.name):
+            weight.store_quantized_part(part, stored.whole())
+        else:
+            weight.store_part(part, functools.partial(source.read, tensor))
+        size += source.files.bytes(tensor.name)
     return size

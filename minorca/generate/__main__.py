@@ -11,7 +11,7 @@ from minorca.data.chat_template import TEMPLATES, render_chat
 from minorca.data.portable_files import load_chat
 from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.errors import UserError, raise_problems
-from minorca.generate.engine import open_engine
+from minorca.generate.engine import Engine, open_engine
 from minorca.generate.request import Request, check_request, default_max_length
 from minorca.generate.sampling import Sampling
 from minorca.generate.terminal_chat import run_chat
@@ -41,6 +41,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(prog="minorca.generate", description="Generates text; greedy by default (temperature 0).")
     parser.add_argument("--model", required=True, metavar="DIR", help="the model's directory")
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format")
+    cli.add_quantization(parser, "nf4: quantize the model while it loads, as a QLoRA adapter was trained on it")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--prompt", metavar="TEXT", help="a user message; with --raw, the text to continue")
     mode.add_argument("--chat", action="store_true", help="chat in the terminal; /help there lists the commands")
@@ -124,8 +125,14 @@ def _adapters(args: argparse.Namespace) -> dict[str, str]:
     return {ADAPTER: args.adapter} if args.adapter else {}
 
 
+def _open_engine(args: argparse.Namespace, reuse: bool = False) -> Engine:
+    return open_engine(
+        args.model, _adapters(args), slots=1, reuse=reuse, quantize=args.quantize, double_quant=args.double_quant
+    )
+
+
 def _chat(args: argparse.Namespace, tok: Tokenizer, arch: Architecture, sampling: Sampling) -> None:
-    engine = open_engine(args.model, _adapters(args), slots=1, reuse=True)
+    engine = _open_engine(args, reuse=True)
 
     def answer(prompt: list[int]) -> Generator[int, None, None]:
         with contextlib.closing(engine.stream(_make_request(args, prompt, tok, arch, sampling))) as tokens:
@@ -142,7 +149,7 @@ def _complete(args: argparse.Namespace, tok: Tokenizer, arch: Architecture, samp
     # Before the model is loaded, which may take minutes.
     with _fields_as_options():
         check_request(request, arch.vocab_size, default_max_length(arch), _adapters(args))
-    engine = open_engine(args.model, _adapters(args), slots=1)
+    engine = _open_engine(args)
 
     stream = TextStream(tok, args.stop)
     tokens = 0

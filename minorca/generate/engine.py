@@ -306,6 +306,8 @@ def open_engine(
     slots: int,
     max_length: int | None = None,
     reuse: bool = False,
+    quantize: str | None = None,
+    double_quant: bool = True,
 ) -> Engine:
     """Loads a model in its fastest form on this machine, and reports on standard error how fast the weights were read.
 
@@ -315,12 +317,13 @@ def open_engine(
         path: the model's directory.
         adapters: PEFT adapters' directories by the names that requests use.
         slots, max_length, reuse: as `Engine` takes them.
+        quantize, double_quant: as `load_model` takes them.
 
     Raises:
         UserError: a file is missing or invalid, or the key/value cache does not fit in memory.
     """
     started = time.perf_counter()
-    model = load_model(path, fast_dtype())
+    model = load_model(path, fast_dtype(), quantize=quantize, double_quant=double_quant)
     seconds = time.perf_counter() - started
     gigabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
     adapter_choice = load_adapters(model, dict(adapters))

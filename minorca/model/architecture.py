@@ -182,7 +182,7 @@ def _from_huggingface(fields: _Fields) -> Architecture:
         if values.get(name) is not None and values[name] not in right
     )
     if values.get("quantization_config") is not None:
-        fields.refuse("quantization_config", "expected unquantized weights")
+        _check_quantization(fields)
     attention = _attention_type(fields)
     values["rope_theta"] = _rope_theta(fields, attention)
     # null is a value here: no window, and as many key/value heads as query heads
@@ -209,6 +209,30 @@ def _from_huggingface(fields: _Fields) -> Architecture:
         tied=fields.flag("tie_word_embeddings"),
         max_positions=fields.optional_integer("max_position_embeddings", None, MAX_POSITIONS),
     )
+
+
+def _check_quantization(fields: _Fields) -> None:
+    """Raises UserError unless quantization_config is that of weights in bitsandbytes' NF4."""
+    instead = "use the unquantized model, which model.quantize nf4 (--quantize nf4) quantizes while it loads"
+    settings = fields.values["quantization_config"]
+    if not isinstance(settings, dict):
+        fields.refuse("quantization_config", f"expected an object; {instead}")
+    # what transformers' BitsAndBytesConfig takes for a field that is absent, and what is supported
+    supported = {
+        "quant_method": ("bitsandbytes", "bitsandbytes"),
+        "load_in_4bit": (False, True),
+        "bnb_4bit_quant_type": ("fp4", "nf4"),
+        "bnb_4bit_quant_storage": ("uint8", "uint8"),
+    }
+    for name, (default, right) in supported.items():
+        value = default if settings.get(name) is None else settings[name]
+        if value != right:
+            raise UserError(
+                f"has {name} {quote(value)}; of quantized weights, bitsandbytes' nf4 is supported, with {name} "
+                f"{right!r}; {instead}",
+                path=fields.path,
+                field="quantization_config",
+            )
 
 
 def _attention_type(fields: _Fields) -> str | None:

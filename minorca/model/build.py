@@ -3,24 +3,33 @@
 Training builds in the same order, and shards before it loads (train/run.py).
 """
 
+import logging
 from pathlib import Path
 
 import torch
 
 from minorca.device import default_device
 from minorca.errors import UserError
-from minorca.files.adapters import load_adapter, open_adapter, read_adapter_settings
+from minorca.files.adapters import load_adapter, open_adapter, other_base, read_adapter_settings
 from minorca.files.weights import load_weights, open_model
 from minorca.model.architecture import Architecture
 from minorca.model.lora import AdapterChoice, LoRA, RowLoRA, adapter_parameters, add_adapters, pad_for_adapters
 from minorca.model.network import Mistral
-from minorca_kernels import DenseWeight, PrepackedWeight
+from minorca.model.quantization import Quantization, parse_quantization
+from minorca_kernels import DenseWeight, NF4Weight, PrepackedWeight
+
+log = logging.getLogger(__name__)
 
 
-def build_model(arch: Architecture, dtype: torch.dtype) -> Mistral:
+def build_model(arch: Architecture, dtype: torch.dtype, quantization: Quantization | None = None) -> Mistral:
     """The frozen network on the meta device: shapes and dtypes, no memory."""
     with torch.device("meta"):
-        return Mistral(arch).to(dtype).requires_grad_(False)
+        model = Mistral(arch).to(dtype).requires_grad_(False)
+        if quantization:
+            for _, projection in model.projections():
+                rows = [part.out_features for part in projection.parts]
+                projection.base = NF4Weight(rows, projection.base.in_features, dtype, quantization.double_quant)
+    return model
 
 
 def fast_dtype() -> torch.dtype:
@@ -35,20 +44,25 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
     adapter: str | Path | None = None,
+    quantize: str | None = None,
+    double_quant: bool = True,
 ) -> Mistral:
     """A model ready to run, from a directory in Hugging Face's or Mistral's layout, with a PEFT adapter where given.
 
     Args:
         dtype: of weights and computation: torch.bfloat16 or torch.float32.
         device: by default CUDA where there is one, else the CPU.
+        quantize: "nf4" quantizes the projections while they load; files that are quantized stay so.
+        double_quant: of nf4: quantizes the scales too.
 
     Raises:
         UserError: what is wrong with which file; found before memory is taken for the model.
     """
     device = device or default_device()
-    files = open_model(path)
-    model = build_model(files.arch, dtype)
+    files = open_model(path, parse_quantization(quantize, double_quant))
+    model = build_model(files.arch, dtype, files.quantization)
     if adapter is not None:
+        _warn_of_other_base(adapter, files.quantization)
         add_adapters(model, read_adapter_settings(adapter), dtype)
         open_adapter(adapter, adapter_parameters(model))
         pad_for_adapters(model, device)
@@ -57,6 +71,17 @@ def load_model(
     if adapter is not None:
         load_adapter(model, adapter)
     return model.eval()
+
+
+def quantization_of(model: Mistral) -> Quantization | None:
+    base = next(projection.base for _, projection in model.projections())
+    return Quantization(base.double_quant) if isinstance(base, NF4Weight) else None
+
+
+def _warn_of_other_base(adapter: str | Path, quantization: Quantization | None) -> None:
+    if other := other_base(adapter, quantization):
+        advice = other.trained_on.options if other.trained_on else "no --quantize, and the unquantized model"
+        log.warning("%s: %s; for the numbers of its training, give %s", adapter, other, advice)
 
 
 def load_adapters(model: Mistral, directories: dict[str, str | Path]) -> AdapterChoice:
@@ -72,6 +97,7 @@ def load_adapters(model: Mistral, directories: dict[str, str | Path]) -> Adapter
     choice = AdapterChoice(list(directories), weight.device)
     loras: dict[int, list[tuple[int, LoRA]]] = {}
     for index, directory in enumerate(directories.values()):
+        _warn_of_other_base(directory, quantization_of(model))
         # a network without weights, which gives the adapter's matrices their places
         shadow = build_model(model.arch, weight.dtype)
         add_adapters(shadow, read_adapter_settings(directory), weight.dtype)

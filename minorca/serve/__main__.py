@@ -41,7 +41,14 @@ def main(argv: list[str]) -> None:
         models = _load_chats(directories, arch, args)
         _check_max_length(args.max_length, arch)
         adapters = {name: directory for name, directory in directories.items() if directory is not None}
-        engine = open_engine(args.model, adapters, args.slots, args.max_length)
+        engine = open_engine(
+            args.model,
+            adapters,
+            args.slots,
+            args.max_length,
+            quantize=args.quantize,
+            double_quant=args.double_quant,
+        )
         asyncio.run(_serve(engine, models, listener, args))
 
 
@@ -60,6 +67,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="a LoRA adapter in PEFT's format, which clients use as the model NAME (default: the directory's name); "
         "may be repeated",
     )
+    cli.add_quantization(parser, "nf4: quantize the model while it loads, as a QLoRA adapter was trained on it")
     parser.add_argument(
         "--template",
         choices=TEMPLATES,

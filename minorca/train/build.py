@@ -38,7 +38,7 @@ def build(config: Config, base: ModelFiles, world: World, resumed: bool = False)
     init = None if resumed else config.lora.init
     if init:
         check_init(init, settings, base.arch.layers)
-    model = build_model(base.arch, getattr(torch, config.model.dtype))
+    model = build_model(base.arch, getattr(torch, config.model.dtype), base.quantization)
     add_adapters(model, settings)
     parallel.checkpoint_activations(model, config.parallel.activation_checkpointing)
     if parallel.shards(model, config.parallel, world):

@@ -49,15 +49,16 @@ def dry_run(config: Config) -> None:
 
 
 def _print_model(config: Config, inputs: Inputs) -> None:
-    model = build_model(inputs.base.arch, getattr(torch, config.model.dtype))
+    model = build_model(inputs.base.arch, getattr(torch, config.model.dtype), inputs.base.quantization)
     add_adapters(model, lora_settings(config))
     trained = list(adapter_parameters(model).values())
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     adapters = sum(p.numel() * p.element_size() for p in trained)
+    kinds = f"nf4 and {config.model.dtype}" if inputs.base.quantization else config.model.dtype
     print(inputs.base.arch)
     # each with a gradient and two moments of AdamW
     print(
-        f"memory before activations: {weights / 1e9:.2f} GB of {config.model.dtype} weights, and "
+        f"memory before activations: {weights / 1e9:.2f} GB of {kinds} weights, and "
         f"{4 * adapters / 1e9:.2f} GB for {sum(p.numel() for p in trained):,} trained values, their gradients and "
         "AdamW's moments"
     )

@@ -15,9 +15,10 @@ from minorca.data.prepare import prepare_store
 from minorca.data.store import TokenStore
 from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.errors import UserError
-from minorca.files.adapters import read_adapter_settings
+from minorca.files.adapters import other_base, read_adapter_settings
 from minorca.files.weights import ModelFiles, open_model
 from minorca.model.architecture import model_directory, read_architecture
+from minorca.model.quantization import parse_quantization
 from minorca.train import checkpoint
 from minorca.train.ranks import World
 
@@ -67,7 +68,7 @@ def read_inputs(config: Config) -> Inputs:
     Raises:
         UserError: what is wrong with which file.
     """
-    base = open_model(config.model.path)
+    base = open_model(config.model.path, parse_quantization(config.model.quantize, config.model.double_quant))
     positions = base.arch.max_positions
     if positions and config.data.seq_len > positions:
         message = f"is {config.data.seq_len}; the model has {positions} positions, so set it to {positions} or less"
@@ -75,10 +76,12 @@ def read_inputs(config: Config) -> Inputs:
     if config.lora.init:
         # Before the rows are rendered, which may take minutes.
         read_adapter_settings(config.lora.init)
+        if other := other_base(config.lora.init, base.quantization):
+            log.warning("%s: it %s", config.lora.init, other)
     tok, template = read_tokenizer(config)
     store, held_out = read_data(config, tok, template)
     identity = checkpoint.identity(config, base.arch, base.paths, store, held_out)
-    return Inputs(base, store, held_out, identity, tok, adapter_files(tok, template))
+    return Inputs(base, store, held_out, identity, tok, adapter_files(tok, template, base.quantization))
 
 
 def read_tokenizer(config: Config) -> tuple[Tokenizer, str]:

@@ -28,6 +28,8 @@ def weights_do_not_fit(error: torch.OutOfMemoryError, config: Config, ranks: int
         remedies.append("set parallel.shard to fsdp" if ranks > 1 else several)
     if not config.parallel.cpu_offload:
         remedies.append("set parallel.cpu_offload, with parallel.shard fsdp")
+    if config.model.quantize == "none":
+        remedies.append("set model.quantize to nf4")
     remedies = remedies or ["use more GPUs"]
     return UserError(f"the model does not fit: {memory_asked_for(error)} To load it, {', or '.join(remedies)}")
 

@@ -21,6 +21,7 @@ from minorca.config import ParallelConfig
 from minorca.errors import UserError
 from minorca.model.network import Mistral
 from minorca.train.ranks import World
+from minorca_kernels import NF4Weight
 
 
 def _memory_per_rank(device: torch.device) -> int:
@@ -67,6 +68,9 @@ def describe(model: Mistral, world: World) -> str:
     """Parameters, trained ones, and the weights' bytes on this rank beside its memory, in words."""
     parameters = list(model.parameters())
     count = sum(p.numel() for p in parameters)
+    for weight in model.modules():
+        if isinstance(weight, NF4Weight):
+            count += weight.out_features * weight.in_features - sum(p.numel() for p in weight.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
     gigabytes = sum(p.numel() * p.element_size() for p in local) / 1e9
