@@ -71,7 +71,7 @@ def shard_parameters(module: nn.Module, **options) -> FSDPModule:
     """`fully_shard`, which in torch 2.11 does not know of parameters that are bytes: it lets every shard require
     gradients until it is told that it does not, and casts all parameters to the dtype of its mixed precision.
     """
-    if torch.__version__ >= (2, 13):
+    if torch.__version__ >= "2.13":
         return fully_shard(module, **options)
 
     def parameter(data: Tensor, requires_grad: bool = True) -> nn.Parameter:
@@ -82,7 +82,7 @@ def shard_parameters(module: nn.Module, **options) -> FSDPModule:
     group = sharded._get_fsdp_state()._fsdp_param_group
     for one in group.fsdp_params if group else ():
         if not one.sharded_param.is_floating_point():
-            one.init_dtype_attrs = lambda policy, one=one: type(one).init_dtype_attrs(one, MixedPrecisionPolicy())
+            one.init_dtype_attrs = lambda mp_policy, one=one: type(one).init_dtype_attrs(one, MixedPrecisionPolicy())
     return sharded
 
 
