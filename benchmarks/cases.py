@@ -4,6 +4,7 @@ The minimal bytes are every input read once and every result written once. Atten
 alone: 4 D for each query head and pair in forward, 2.5 times that in backward, as FlashAttention-2 (arXiv:2307.08691).
 """
 
+import functools
 import importlib
 import inspect
 import itertools
@@ -203,6 +204,52 @@ def _projection_sizes(shape: Shape) -> dict[str, tuple[int, list[int]]]:
         "gate_up": (shape.hidden, [shape.inner, shape.inner]),
         "down": (shape.inner, [shape.hidden]),
     }
+
+
+def dequantizations(shape: Shape) -> Iterator[Case]:
+    """The frozen projections' weights, read back from NF4 with double quantization; the largest also without."""
+    for name, (columns, rows) in _projection_sizes(shape).items():
+        # each row is made of whole blocks
+        if columns % 64 == 0:
+            yield _dequantization(name, columns, rows, True)
+    yield _dequantization("gate_up, absmax in fp32", *_projection_sizes(shape)["gate_up"], False)
+
+
+def _dequantization(name: str, columns: int, rows: list[int], double_quant: bool) -> Case:
+    def inputs(device, dtype):
+        weight = ours.NF4Weight(rows, columns, dtype, double_quant, device=device)
+        # the meta device has no values
+        for part in range(len(rows) if device.type != "meta" else 0):
+            weight.store_part(part, lambda start, stop: torch.randn(stop - start, columns, device=device, dtype=dtype))
+        # the second's dtype is that of the result
+        return weight, torch.empty(0, device=device, dtype=dtype), functools.cache(lambda: _bitsandbytes(weight))
+
+    def plain(weight, like, _):
+        parts = (weight.quantized_part(part) for part in range(len(rows)))
+        return torch.cat([part.dequantize(like.dtype).view(-1, columns) for part in parts])
+
+    providers: dict[str, Callable] = {
+        "ours": lambda weight, like, _: ours.dequantize_nf4(weight.tensors(), like.dtype),
+        "plain": plain,
+    }
+    if len(rows) == 1:
+        providers["bitsandbytes"] = lambda weight, like, call: call()()
+    total = sum(rows) * columns
+    size = total // 2 + BYTES * total + (total // 64 + total // 4096 if double_quant else total // 16)
+    # below 64 MiB, launching takes most of the time
+    targets = {"ours": 0.88} if size >= 2**26 else {}
+    return Case("NF4", "forward", f"{name}, {sum(rows)} x {columns}", inputs, providers, "copy", targets, size)
+
+
+def _bitsandbytes(weight: ours.NF4Weight) -> Callable:
+    """What reads back a weight of one part, of the same bytes."""
+    functional = importlib.import_module("bitsandbytes.functional")
+    codes, absmax, nested_absmax, offset = weight.quantized_part(0)
+    nested = functional.QuantState(nested_absmax, None, functional.create_dynamic_map().to(codes.device), 256)
+    nested.dtype = torch.float32
+    shape = torch.Size([weight.out_features, weight.in_features])
+    state = functional.QuantState(absmax, shape, None, 64, "nf4", weight.dtype, offset, nested)
+    return lambda: functional.dequantize_4bit(codes[:, None], state)
 
 
 def projections(shape: Shape, tokens: int, rank: int) -> Iterator[Case]:
@@ -408,6 +455,7 @@ def cases(
     yield from ropes(shape, tokens)
     yield from swiglus(shape, tokens)
     yield from projections(shape, tokens, 16)
+    yield from dequantizations(shape)
     yield from losses(shape, tokens)
     for lengths, reach in (([tokens], None), ([2 * tokens], window), ([tokens // 16] * 16, None)):
         yield from attentions(shape, lengths, reach)

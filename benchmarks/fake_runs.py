@@ -26,6 +26,7 @@ from minorca.model.architecture import Architecture, read_architecture
 from minorca.model.build import build_model
 from minorca.model.layout import source_tensors
 from minorca.model.lora import seed_dropout
+from minorca.model.quantization import Quantization, parse_quantization
 from minorca.train.build import build
 from minorca.train.step import forward_backward
 
@@ -37,8 +38,8 @@ def architecture(layers: int) -> Architecture:
         return read_architecture(directory)
 
 
-def model_files(arch: Architecture) -> ModelFiles:
-    """A directory of bf16 weights that have shapes and no values."""
+def model_files(arch: Architecture, quantization: Quantization | None = None) -> ModelFiles:
+    """A directory of bf16 weights that have shapes and no values, and are quantized while they load."""
     tensors = source_tensors(arch, "huggingface")
     columns = {tensor.name: tensor.shape[1:] for stacked in tensors.values() for tensor in stacked}
 
@@ -46,7 +47,7 @@ def model_files(arch: Architecture) -> ModelFiles:
         return torch.empty(stop - start, *columns[name], dtype=torch.bfloat16)
 
     files: Any = SimpleNamespace(read=read, bytes=lambda name: 0)
-    return ModelFiles(Path("fake"), arch, files, tensors)
+    return ModelFiles(Path("fake"), arch, files, tensors, quantization=quantization)
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Training:
     replicate: int = 1
     later: bool = False
     attention: str = "own"
+    quantize: Literal["none", "nf4"] = "none"
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def extrapolated(run: Callable[[int], Recording], layers: int) -> Counter[Launch
 def train(run: Training) -> Recording:
     """Builds what learns, then runs one step: phases build, first step, batch, forward, backward, optimizer."""
     config = Config(
-        model=ModelConfig(path="fake"),
+        model=ModelConfig(path="fake", quantize=run.quantize),
         data=DataConfig(train="fake"),
         lora=LoRAConfig(rank=run.rank, dropout=run.dropout),
         parallel=ParallelConfig(
@@ -109,8 +111,9 @@ def train(run: Training) -> Recording:
     store = TokenStore(np.zeros(offsets[-1], np.int32), trained, offsets)
     batch = make_batch(store, np.arange(len(lengths)))
     first = make_batch(store, np.argsort(lengths)[:1])
+    quantization = parse_quantization(run.quantize, config.model.double_quant)
     with fake_cuda(run.ranks, run.attention) as (world, recorder):
-        learner = build(config, model_files(architecture(run.layers)), world)
+        learner = build(config, model_files(architecture(run.layers), quantization), world)
         learner.model.train()
         adapters = list(learner.trainable.parameters.values())
         kinds = {recorder.number(p): "weights" for p in learner.model.parameters()}

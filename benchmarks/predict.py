@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -167,13 +168,15 @@ def _is_backward(launch: Launch) -> bool:
     return "backward" in f"{launch.owner} {launch.name}"
 
 
-def training(rates: Rates, name: str, rank: int, dropout: float, backend: str) -> Prediction:
+def training(
+    rates: Rates, name: str, rank: int, dropout: float, backend: str, quantize: Literal["none", "nf4"] = "none"
+) -> Prediction:
     """A step of one micro-batch of BATCHES."""
     lengths, trained = BATCHES[name]
     attention = "own" if backend == "own" else "varlen"
 
     def run(layers: int) -> Recording:
-        return train(Training(layers, lengths, trained, rank, dropout, attention=attention))
+        return train(Training(layers, lengths, trained, rank, dropout, attention=attention, quantize=quantize))
 
     launches = extrapolated(run, LAYERS)
     launches = Counter(
@@ -239,6 +242,12 @@ def main() -> None:
             same = name.startswith("packed") and (rank, dropout) == (16, 0.0) and "train-full" in results
             _print_step(prediction, sum(lengths), results["train-full"]["ours"]["tokens_per_second"] if same else None)
             _print_kernels(prediction, args.kernels)
+            if (rank, dropout) == (16, 0.0):
+                quantized = training(rates, name, rank, dropout, args.attention, "nf4")
+                share = quantized.step_seconds / prediction.step_seconds - 1
+                print(f"\nThe same with the projections in NF4: {share:+.1%} of the time")
+                _print_step(quantized, sum(lengths), None)
+                _print_kernels(quantized, args.kernels)
     measured = {row["batch"]: row["ours"]["tokens_per_second"] for row in results.get("decode", {}).get("decoding", [])}
     for batch in (1, 8, 32):
         prediction = decoding(rates, batch)

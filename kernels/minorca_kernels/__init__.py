@@ -13,6 +13,7 @@ Shape suffixes name a tensor's axes: `q_THD` is [T, H, D]. Each module's docstri
 from minorca_kernels.attention import attention, attention_definition
 from minorca_kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_definition
 from minorca_kernels.decode_attention import decode_attention, decode_attention_definition, decode_groups
+from minorca_kernels.dequantize_nf4 import dequantize_nf4
 from minorca_kernels.draw import draw, draw_definition
 from minorca_kernels.frozen_weight import (
     DenseWeight,
@@ -62,6 +63,7 @@ __all__ = [
     "decode_groups",
     "decode_positions",
     "decode_positions_definition",
+    "dequantize_nf4",
     "draw",
     "draw_definition",
     "fill_rows",

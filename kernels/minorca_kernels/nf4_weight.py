@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from minorca_kernels.dequantize_nf4 import dequantize_nf4, nested_parts, tables
 from minorca_kernels.frozen_weight import FrozenWeight, local_part
-from minorca_kernels.nf4 import BLOCK, NESTED_BLOCK, block_absmax, quantize_absmax, quantize_nf4
+from minorca_kernels.nf4 import (
+    BLOCK,
+    NESTED_BLOCK,
+    block_absmax,
+    dequantize_absmax_definition,
+    dequantize_nf4_definition,
+    quantize_absmax,
+    quantize_nf4,
+)
 
 # Rows are quantized so many at a time.
 BLOCK_ROWS = 1024
@@ -33,6 +41,13 @@ class QuantizedPart(NamedTuple):
     absmax: Tensor
     nested_absmax: Tensor | None = None
     offset: Tensor | None = None
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weights [n], by the definition."""
+        absmax = self.absmax
+        if self.nested_absmax is not None and self.offset is not None:
+            absmax = dequantize_absmax_definition(absmax, self.nested_absmax, self.offset)
+        return dequantize_nf4_definition(self.codes, absmax, dtype)
 
 
 def _nested_blocks(rows: int, in_features: int) -> int:

@@ -29,7 +29,9 @@ from minorca_kernels.nf4 import (
 )
 from minorca_kernels.operator import INTERPRETED, uses_triton
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -171,10 +173,12 @@ def test_rows_of_half_a_block_are_refused():
 STACKED = {"q, k, v": ((45, 15, 15), 192), "one block a row": ((3, 700), 64), "one": ((130,), 320)}
 
 
-def quantized(parts: tuple[int, ...], in_features: int, double_quant: bool = True) -> tuple[NF4Weight, Tensor]:
-    """A weight of random values on DEVICE, and the values that it stores by the definition, in fp32."""
+def quantized(
+    parts: tuple[int, ...], in_features: int, double_quant: bool = True, device: str = "cpu"
+) -> tuple[NF4Weight, Tensor]:
+    """A weight of random values, and the values that it stores by the definition, in fp32."""
     generator = torch.Generator().manual_seed(0)
-    weight = NF4Weight(parts, in_features, torch.float32, double_quant, device=DEVICE)
+    weight = NF4Weight(parts, in_features, torch.float32, double_quant, device=device)
     values = []
     for part, rows in enumerate(parts):
         part_NK = torch.randn(rows, in_features, generator=generator) * torch.rand(rows, 1, generator=generator)
@@ -183,17 +187,19 @@ def quantized(parts: tuple[int, ...], in_features: int, double_quant: bool = Tru
         if double_quant:
             absmax = dequantize_absmax_definition(*quantize_absmax(absmax))
         values.append(dequantize_nf4_definition(codes, absmax, torch.float32).view(rows, in_features))
-    return weight, torch.cat(values).to(DEVICE)
+    return weight, torch.cat(values).to(device)
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 # the interpreter does not round bf16
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16) if INTERPRETED else FLOATS, ids=str)
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("shape", STACKED)
-def test_values_are_read_back_into_rows_of_any_stride(shape, double_quant, dtype):
+def test_values_are_read_back_into_rows_of_any_stride(shape, double_quant, dtype, device):
     """Every one of them, and nothing beside them is written."""
-    weight, values = quantized(*STACKED[shape], double_quant)
-    rows = torch.full((len(values), weight.in_features + 72), torch.nan, dtype=dtype, device=DEVICE)
+    parts, in_features = STACKED[shape]
+    weight, values = quantized(parts, in_features, double_quant, device)
+    rows = torch.full((len(values), weight.in_features + 72), torch.nan, dtype=dtype, device=device)
     _dequantize_nf4(rows[:, 8 : 8 + weight.in_features], weight.tensors())
     assert torch.equal(rows[:, 8 : 8 + weight.in_features], values.to(dtype))
     assert rows[:, :8].isnan().all() and rows[:, 8 + weight.in_features :].isnan().all()
@@ -278,7 +284,8 @@ def test_mixed_precision_leaves_the_bytes_alone():
     weight, values = quantized((45, 15, 15), 192)
     x = torch.randn(4, 192).half()
     expected = F.linear(x, values.half())
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         module = Frozen(weight, x)
         policy = MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32)
@@ -291,27 +298,28 @@ def test_mixed_precision_leaves_the_bytes_alone():
 
 
 @functools.cache
-def projection() -> tuple[NF4Weight, Tensor]:
-    return quantized((70, 20, 20), 64)
+def projection(device: str) -> tuple[NF4Weight, Tensor]:
+    return quantized((70, 20, 20), 64, device=device)
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("strategy, dropout", [(None, 0.0), (None, 0.4), ("added", 0.0), ("accumulated", 0.0)])
 @pytest.mark.parametrize("input_of", ["", "swiglu", "norm"])
-def test_a_projection_with_adapters_is_that_of_the_dense_values(strategy, input_of, dropout, monkeypatch, poisoned):
-    """To the bit, forward and backward, by every strategy; by default by the product that reads one buffer."""
+def test_a_projection_is_that_of_the_dense_values(strategy, input_of, dropout, device, monkeypatch, poisoned):
+    """With adapters, to the bit, forward and backward, by every strategy; by default in one product where that pays."""
     monkeypatch.setattr(sys.modules["minorca_kernels.lora_linear"], "MIN_TOKENS_AUGMENTED", 10)
     generator = torch.Generator().manual_seed(0)
-    weight, values = projection()
+    weight, values = projection(device)
     n, k = values.shape
     tensors = [torch.randn(shape, generator=generator) for shape in ((19, k * (1 + (input_of == "swiglu"))), (19, n))]
     ab = [0.1 * torch.randn(shape, generator=generator) for shape in ((8, k), (70, 8), (4, k), (20, 4))]
-    x, dy, *ab = (t.to(DEVICE) for t in (*tensors, *ab))
+    x, dy, *ab = (t.to(device) for t in (*tensors, *ab))
     x, *ab = (t.requires_grad_() for t in (x, *ab))
 
     def run(base) -> list[Tensor]:
         update = [Adapter(0, 70, ab[0], ab[1], 1), Adapter(n - 20, n, ab[2], ab[3], 2)], 0.7, dropout
         if input_of == "norm":
-            total, y = norm_lora_linear(x, None, torch.ones(k, device=DEVICE), 1e-5, base, *update, strategy)
+            total, y = norm_lora_linear(x, None, torch.ones(k, device=device), 1e-5, base, *update, strategy)
             y = y + 0 * total.sum()
         else:
             y = lora_linear(x, base, *update, input_of == "swiglu", strategy)
@@ -324,9 +332,9 @@ def test_a_projection_with_adapters_is_that_of_the_dense_values(strategy, input_
 
 @pytest.mark.parametrize("with_adapters", [False, True])
 def test_nothing_dense_is_kept_for_backward(with_adapters):
-    weight, values = projection()
-    x = torch.randn(5, 64, device=DEVICE, requires_grad=True)
-    a, b = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((4, 64), (70, 4)))
+    weight, values = projection("cpu")
+    x = torch.randn(5, 64, requires_grad=True)
+    a, b = (torch.randn(shape, requires_grad=True) for shape in ((4, 64), (70, 4)))
     saved = []
     with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = lora_linear(x, weight, [Adapter(0, 70, a, b)], 0.7) if with_adapters else weight.linear(x)
