@@ -16,13 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minorca.data.chat_template import resolve_template
-from minorca.data.portable_files import (
-    has_tokenizer,
-    load_chat,
-    portable_files,
-    tokenizer_files,
-    write_files,
-)
+from minorca.data.portable_files import has_tokenizer, load_chat, portable_files, tokenizer_files, write_files
 from minorca.data.tokenizer import load_tokenizer
 from minorca.errors import UserError
 from minorca.export.effect import share_kept
@@ -108,11 +102,10 @@ def _print_effect(source: ModelFiles, tensors: list[ExportedTensor], output: Pat
     base, quantized = (merged_tensors(files, None) for files in (source, open_model(output)))
     weights = ({tensor.name: tensor.make for tensor in found} for found in (base, tensors, quantized))
     share = share_kept(source.arch, *weights)
-    print(
-        "the adapter changes nothing"
-        if share is None
-        else f"quantizing again keeps {share:.0%} of the change of the logits that the adapter makes"
-    )
+    if share is None:
+        print("the adapter changes no logits")
+    else:
+        print(f"quantizing again keeps {share:.0%} of the adapter's change of the logits")
 
 
 def _write_config(
