@@ -9,11 +9,14 @@ gather.
 import functools
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -58,10 +61,29 @@ def shard(model: Mistral, config: ParallelConfig, world: World) -> None:
     precision = MixedPrecisionPolicy(model.embedding.weight.dtype, torch.float32, cast_forward_inputs=False)
     mesh = mesh if config.replicate > 1 else mesh["shard"]
     for module in (*model.layers, model):
-        sharded = fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
+        sharded = shard_parameters(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
         # the loss is already divided by the step's global token count; gloo has no pre-multiplied sum
         sharded.set_force_sum_reduction_for_comms(True)
         sharded.set_gradient_divide_factor(1.0)
+
+
+def shard_parameters(module: nn.Module, **options) -> FSDPModule:
+    """`fully_shard`, which in torch 2.11 does not know of parameters that are bytes: it lets every shard require
+    gradients until it is told that it does not, and casts all parameters to the dtype of its mixed precision.
+    """
+    if torch.__version__ >= "2.13":
+        return fully_shard(module, **options)
+
+    def parameter(data: Tensor, requires_grad: bool = True) -> nn.Parameter:
+        return nn.Parameter(data, requires_grad and data.is_floating_point())
+
+    with mock.patch.object(_fsdp_param, "nn", SimpleNamespace(Parameter=parameter, Module=nn.Module)):
+        sharded = fully_shard(module, **options)
+    group = sharded._get_fsdp_state()._fsdp_param_group
+    for one in group.fsdp_params if group else ():
+        if not one.sharded_param.is_floating_point():
+            one.init_dtype_attrs = lambda mp_policy, one=one: type(one).init_dtype_attrs(one, MixedPrecisionPolicy())
+    return sharded
 
 
 def describe(model: Mistral, world: World) -> str:

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from minorca.train.parallel import shard_parameters
 from minorca_kernels import Adapter, DenseWeight, NF4Weight, PaddedWeight, QuantizedPart, lora_linear, norm_lora_linear
 from minorca_kernels.dequantize_nf4 import _dequantize_nf4, dequantize_nf4, tables
 from minorca_kernels.nf4 import (
@@ -289,7 +290,7 @@ def test_mixed_precision_leaves_the_bytes_alone():
     try:
         module = Frozen(weight, x)
         policy = MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32)
-        fully_shard(module, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+        shard_parameters(module, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
         out = module(x)
         out.sum().backward()
         assert torch.equal(out, expected) and module.factor.grad is not None
