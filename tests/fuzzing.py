@@ -6,6 +6,7 @@ exit status 1. test_hostile.py runs this in processes of its own, so that a nati
 the case that was running.
 """
 
+import contextlib
 import csv
 import faulthandler
 import io
@@ -58,6 +59,7 @@ def make(directory: Path) -> None:
         base.save_pretrained(directory / name, max_shard_size="3KB" if name == "shards" else "5GB")
         if convert:
             convert(directory / name)
+    _four_bits(directory / "four_bits")
     for name, save in {"tokenizer": _json_tokenizer, "sentencepiece": _sentencepiece}.items():
         (directory / name).mkdir()
         save(directory / name, {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE})
@@ -68,6 +70,22 @@ def make(directory: Path) -> None:
     (directory / "adapter" / "README.md").unlink(missing_ok=True)
     _checkpoint(directory / "checkpoint", directory / "adapter")
     _rows(directory)
+
+
+def _four_bits(home: Path) -> None:
+    from minorca.export.huggingface import export
+    from minorca.model.quantization import Quantization
+    from tests.helpers import random_mistral
+
+    unquantized = home.with_name("unquantized")
+    random_mistral(vocab_size=32, intermediate_size=64, num_hidden_layers=1).save_pretrained(unquantized)
+    with contextlib.redirect_stdout(io.StringIO()):
+        export(unquantized, None, home, Quantization())
+    shutil.rmtree(unquantized)
+    # what lies beside the weights is of other readers
+    for file in home.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            file.unlink()
 
 
 def _json_tokenizer(home: Path, config: dict) -> None:
@@ -195,6 +213,7 @@ READERS = {
     "bin": _load,
     "bin_shards": _load,
     "consolidated": _load,
+    "four_bits": _load,
     "tokenizer": _tokenize,
     "sentencepiece": _tokenize,
     "adapter": _load_adapter,

@@ -106,11 +106,10 @@ def _print_effect(arch: Architecture, base: list[ExportedTensor], merged: list[E
     quantized = merged_tensors(open_model(output), None, {})
     weights = ({tensor.name: tensor.make for tensor in found} for found in (base, merged, quantized))
     share = share_kept(arch, *weights)
-    print(
-        "the adapter changes nothing"
-        if share is None
-        else f"quantizing again keeps {share:.0%} of the change of the logits that the adapter makes"
-    )
+    if share is None:
+        print("the adapter changes no logits")
+    else:
+        print(f"quantizing again keeps {share:.0%} of the adapter's change of the logits")
 
 
 def _files_beside(source: ModelFiles, adapter: str | Path | None) -> dict[str, bytes]:

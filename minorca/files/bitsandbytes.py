@@ -193,16 +193,19 @@ class _Parts:
         for key, right in expected.items():
             if state.get(key) != right:
                 self.refuse(STATE, f"has {key} {quote(state.get(key))}; expected {json.dumps(right)}")
-        dtype: object = state.get("dtype")
-        offset: object = state.get("nested_offset")
+        dtype = state.get("dtype")
         if not isinstance(dtype, str) or dtype not in DTYPES:
             self.refuse(STATE, f"has dtype {quote(dtype)}; expected {', '.join(DTYPES)}")
-        if nested and not (isinstance(offset, float | int) and -MAX_NUMBER <= offset <= MAX_NUMBER):
-            self.refuse(STATE, f"has nested_offset {quote(offset)}; expected a number")
         self.check_code("quant_map", torch.tensor(CODE_BOOK))
         blocks = values // BLOCK
         self.check("absmax", "uint8" if nested else "fp32", blocks)
         if nested:
             self.check("nested_absmax", "fp32", -(blocks // -NESTED_BLOCK))
             self.check_code("nested_quant_map", torch.tensor(DYNAMIC_MAP))
-        return NF4Tensor(self.files, self.name, shape, DTYPES[dtype], offset if nested else None)
+        return NF4Tensor(self.files, self.name, shape, DTYPES[dtype], self.offset(state) if nested else None)
+
+    def offset(self, state: dict) -> float:
+        value: object = state.get("nested_offset")
+        if isinstance(value, bool) or not isinstance(value, float | int) or abs(value) > MAX_NUMBER:
+            self.refuse(STATE, f"has nested_offset {quote(value)}; expected a number")
+        return float(value)

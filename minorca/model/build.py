@@ -135,13 +135,18 @@ def prepack(model: Mistral) -> Mistral:
     """Prepacks a model's weights in place, for inference alone, where this machine gains by it; returns the model.
 
     Projections are done one at a time, so that the model is never in memory twice; of the head there are two copies
-    where it is also the embedding. Projections with trained adapters stay as they are.
+    where it is also the embedding. Projections in NF4 become dense, which a CPU would make of them in every product.
+    Projections with trained adapters stay as they are.
     """
     if not PrepackedWeight.is_faster(model.embedding.weight):
         return model
     for _, projection in model.projections():
-        if isinstance(projection.base, DenseWeight) and projection.lora is None:
+        if projection.lora is not None:
+            continue
+        if isinstance(projection.base, DenseWeight):
             projection.base = PrepackedWeight(projection.base.weight)
+        elif isinstance(projection.base, NF4Weight):
+            projection.base = PrepackedWeight(projection.base.dequantize(model.embedding.weight.dtype))
     head = model.embedding if model.head is None else model.head
     if isinstance(head, DenseWeight):
         model.head = PrepackedWeight(head.weight)

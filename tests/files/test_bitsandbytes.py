@@ -150,6 +150,17 @@ def test_what_is_written_has_its_bits(dtype, double_quant, unquantized, tmp_path
     assert written.items() <= theirs.items()
 
 
+def test_an_offset_without_a_point(quantized, bitsandbytes):
+    """As JSON of other writers has it."""
+    directory = quantized()
+    state(nested_offset=1)(directory)
+    source = open_model(directory)
+    [q0] = [tensor for tensor in source.tensors["layers.0.qkv"] if tensor.name == Q0]
+    assert torch.equal(source.read(q0, 0, q0.rows), dequantized(bitsandbytes, directory)[Q0])
+    weight = load_model(directory, torch.bfloat16, "cpu").get_submodule("layers.0.qkv").base
+    assert isinstance(weight, NF4Weight) and torch.equal(weight.dequantize()[: q0.rows], source.read(q0, 0, q0.rows))
+
+
 def test_transformers_loads_what_is_written(unquantized, tmp_path):
     directory = unquantized(torch.bfloat16)
     export(["--model", str(directory), "--quantize", "nf4", "--output", str(tmp_path / "ours")])
@@ -231,6 +242,7 @@ BROKEN = {
     "shape": (state(shape=[32, 128]), rf"{Q0}.{STATE} has shape \[32, 128\]; expected \[64, 64\]"),
     "quantizer": (state(quant_type="fp4"), f"{Q0}.{STATE} has quant_type 'fp4'"),
     "no offset": (state(nested_offset=...), f"{Q0}.{STATE} has nested_offset None"),
+    "offset true": (state(nested_offset=True), f"{Q0}.{STATE} has nested_offset True"),
     "offset in text": (state(nested_offset="1.0"), f"{Q0}.{STATE} has nested_offset '1.0'"),
     "huge offset": (state(nested_offset=1e39), f"{Q0}.{STATE} has nested_offset 1e\\+39"),
     "NaN": (raw(b'{"nested_offset": NaN}'), f"{Q0}.{STATE} is not valid JSON"),

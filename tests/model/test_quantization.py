@@ -16,7 +16,7 @@ from minorca.files.adapters import RECORD
 from minorca.files.weights import load_weights, open_model
 from minorca.generate import __main__ as generate_command
 from minorca.generate import engine, generate
-from minorca.model.build import build_model
+from minorca.model.build import build_model, prepack
 from minorca.model.quantization import Quantization
 from minorca.serve import __main__ as serve_command
 from minorca.train import parallel
@@ -82,6 +82,16 @@ def test_each_rank_keeps_its_rows(ranks, double_quant, save_mistral):
         finally:
             dist.destroy_process_group()
     assert stored == sum(p.nbytes for _, projection in whole.projections() for p in projection.base.parameters())
+
+
+def test_prepacking_makes_it_dense(save_mistral):
+    directory, _ = save_mistral(**SIZES)
+    model = load_model(directory, torch.float32, "cpu", quantize="nf4")
+    with torch.no_grad():
+        before = model(TOKENS)
+        prepack(model)
+        assert torch.allclose(model(TOKENS), before, atol=1e-4)
+    assert {projection.base.kind for _, projection in model.projections()} == {"prepacked"}
 
 
 @pytest.mark.parametrize("options", [{"quantize": "fp8"}, {"double_quant": False}, {"quantize": ["nf4"]}])

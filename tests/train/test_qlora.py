@@ -16,7 +16,7 @@ from minorca.model.quantization import Quantization
 from minorca.train import __main__ as train_command
 from minorca.train import run
 from tests.helpers import ROOT, Workplace, assert_same_bits, assert_same_run, lines_of, save_tokenizer, torchrun
-from tests.train import test_faults as test_faults_of_runs
+from tests.train import test_faults
 from tests.train.test_resume import stop_in
 from tests.train.test_train import config_of, initial_adapters, train_in_peft
 
@@ -71,12 +71,11 @@ def test_thirty_steps_follow_peft_and_bitsandbytes(double_quant, qlora, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_thirty_steps_of_smollm2(dtype, smollm2, qlora, monkeypatch):
-    """The same on real weights."""
-    settings = {"model.path": smollm2, "model.dtype": dtype, "optim.lr": 1e-3}
-    ours = follow_peft(qlora, monkeypatch, **settings)
-    assert ours[-1] < 0.8 * ours[0]
+def test_thirty_steps_of_smollm2(smollm2, qlora, monkeypatch):
+    """The same on real weights, a row a step."""
+    settings = {"model.path": smollm2, "data.seq_len": 64, "optim.lr": 1e-3}
+    settings |= {"train.micro_batch_tokens": 64, "train.batch_tokens": 64}
+    follow_peft(qlora, monkeypatch, **settings)
 
 
 def test_it_resumes_to_the_same_bits_and_its_base_does_not_change(qlora, tmp_path, monkeypatch):
@@ -181,18 +180,16 @@ def test_one_sharded_rank_gives_the_same(qlora, tmp_path):
 
 @pytest.mark.slow
 def test_any_number_of_ranks_gives_one_ranks_losses(qlora, tmp_path):
-    """Two and four, whole and sharded, with and without double quantization and recomputation."""
+    """Two and four, sharded and whole, with and without double quantization."""
+    cases = ((2, "fsdp", True), (4, "fsdp", False), (4, "none", True))
     for double_quant in (True, False):
-        settings = RANKED | {"model.double_quant": double_quant}
-        train_command.main(qlora(f"one-{double_quant}", **settings))
-        for ranks, shard, recompute in ((2, "fsdp", "none"), (4, "fsdp", "selective"), (4, "none", "full")):
-            name = f"{ranks}-{shard}-{double_quant}"
-            parallel = {"parallel.shard": shard, "parallel.activation_checkpointing": recompute}
-            torchrun(ranks, qlora(name, **settings, **parallel))
-            assert_same_run(tmp_path / f"one-{double_quant}", tmp_path / name, losses=1e-6)
+        train_command.main(qlora(f"one-{double_quant}", **RANKED, **{"model.double_quant": double_quant}))
+    for ranks, shard, double_quant in cases:
+        name = f"{ranks}-{shard}-{double_quant}"
+        torchrun(ranks, qlora(name, **RANKED, **{"model.double_quant": double_quant, "parallel.shard": shard}))
+        assert_same_run(tmp_path / f"one-{double_quant}", tmp_path / name, losses=1e-6)
 
 
 @pytest.mark.slow
-def test_faults(qlora, tmp_path):
-    """A run that is killed at any point of a step and a save, on two sharded ranks, goes on to the same bits."""
-    test_faults_of_runs.test_a_kill_at_every_point_of_a_step_and_a_save(2, qlora, tmp_path)
+def test_a_kill_at_every_point_of_a_step_and_a_save(qlora, tmp_path):
+    test_faults.test_a_kill_at_every_point_of_a_step_and_a_save(0, qlora, tmp_path)
