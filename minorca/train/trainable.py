@@ -147,7 +147,10 @@ def gather(tensors: Iterable[tuple[str, Tensor]], world: World) -> Iterator[tupl
     Every rank iterates to the end.
     """
     for name, tensor in tensors:
-        whole = tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+        whole = tensor.detach()
+        if isinstance(whole, DTensor):
+            # parts in host memory are sent from the device
+            whole = whole.to(world.device).full_tensor()
         yield name, whole.cpu() if world.rank == 0 else whole
 
 

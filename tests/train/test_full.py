@@ -132,6 +132,14 @@ def test_a_finished_run_leaves_a_model(workplace, tmp_path, monkeypatch):
     train_command.main(workplace("further", **settings | {"model.path": start, "train.steps": 1}))
 
 
+def test_a_dry_run_says_what_it_takes(workplace, tmp_path, capsys):
+    train_command.main([*workplace(**FULL), "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "0.00 GB of float32 weights" in printed
+    assert "78,400 trained values, their gradients and AdamW's moments, divided among the ranks" in printed
+    assert not (tmp_path / "run").exists()
+
+
 def test_tensors_are_written_as_they_come(tmp_path, monkeypatch):
     """The host holds those of one file and one more, however many there are."""
     monkeypatch.setattr(minorca.files.tensor_files, "FILE_BYTES", 1000)
