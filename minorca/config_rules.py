@@ -111,10 +111,14 @@ def _full_problems(config: Config) -> Iterator[Problem]:
             message = f"is {value}, but train.full trains all weights, without adapters; remove it, or train.full"
             yield problem(message, f"lora.{key.name}", "train.full")
     if config.model.quantize != "none":
-        message = f"is {config.model.quantize}, but train.full trains weights in fp32; set it to none, or train adapters"
+        message = (
+            f"is {config.model.quantize}, but train.full trains weights in fp32; set it to none, or train adapters"
+        )
         yield problem(message, "model.quantize", "train.full")
     if config.parallel.shard == "none":
-        message = "is none, but train.full keeps weights in fp32, which FSDP copies to model.dtype; set it to auto or fsdp"
+        message = (
+            "is none, but train.full keeps weights in fp32, which FSDP copies to model.dtype; set it to auto or fsdp"
+        )
         yield problem(message, "parallel.shard", "train.full")
 
 
@@ -134,7 +138,9 @@ def _vocabulary_problems(lora: LoRAConfig, train: TrainConfig) -> Iterator[Probl
     if len(set(whole)) < len(whole):
         yield problem(f"is {whole}; expected each once", "lora.modules_to_save")
     if both := [matrix for matrix in whole if matrix in lora.targets]:
-        message = f"has {', '.join(both)}, and so has lora.targets; a matrix is trained whole or by an adapter, not both"
+        message = (
+            f"has {', '.join(both)}, and so has lora.targets; a matrix is trained whole or by an adapter, not both"
+        )
         yield problem(message, "lora.modules_to_save", "lora.targets")
     if len(set(tokens)) < len(tokens) or not all(token.strip() and token.isprintable() for token in tokens):
         yield problem(f"is {tokens}; expected printable texts, each once", "train.new_tokens")

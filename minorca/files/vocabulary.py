@@ -18,7 +18,6 @@ from minorca.files.tensor_files import TensorFiles
 from minorca.files.weights import ModelFiles
 from minorca.model.architecture import Architecture
 from minorca.model.layout import MATRICES, Matrix, matrix_module, matrix_peft_names
-from minorca.model.network import Mistral
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,9 @@ def _adapted(arch: Architecture, directory: Path, updates: dict[Matrix, MatrixUp
     for matrix in MATRICES[: 1 if tied else 2]:
         update = updates.get(matrix)
         if new and not (update and ("whole" in update.names or new <= set(update.ids))):
-            _refuse(path, f"is for {rows} ids, the model has {arch.vocab_size}, and it lacks rows of {matrix} for the rest")
+            _refuse(
+                path, f"is for {rows} ids, the model has {arch.vocab_size}, and it lacks rows of {matrix} for the rest"
+            )
     return replace(arch, vocab_size=rows, tied=tied)
 
 

@@ -254,9 +254,7 @@ def test_moments_in_8_bits_are_those_of_torchao():
     torch.manual_seed(0)
     start = torch.randn(32, 512)
     ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
-    optimizers = [
-        kind([p], lr=0.01, weight_decay=0.1) for kind, p in ((AdamW8bit, ours), (torchao.AdamW8bit, theirs))
-    ]
+    optimizers = [kind([p], lr=0.01, weight_decay=0.1) for kind, p in ((AdamW8bit, ours), (torchao.AdamW8bit, theirs))]
     for _ in range(3):
         gradient = torch.randn_like(start)
         for optimizer, p in zip(optimizers, (ours, theirs)):
@@ -313,7 +311,9 @@ def test_adapters_are_trained_in_8_bits_too(workplace, tmp_path):
 
 def test_a_missing_package_is_named(workplace, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="optim.name is adamw_8bit, whose package is not installed; pip install torchao"):
+    with pytest.raises(
+        UserError, match="optim.name is adamw_8bit, whose package is not installed; pip install torchao"
+    ):
         train_command.main(workplace(**{"optim.name": "adamw_8bit"}))
 
 

@@ -1,23 +1,35 @@
 """Trained rows of new tokens, whole matrices and low-rank updates of the embedding and head, compared with PEFT's."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from minorca import UserError, load_model, load_tokenizer
 from minorca.data.packing import plan_epoch
 from minorca.export.__main__ import export
+from minorca.generate import __main__ as generate_command
 from minorca.model.lora import adapter_parameters
+from minorca.serve import __main__ as serve_command
 from minorca.train import __main__ as train_command
 from minorca.train import build
 from minorca.train.inputs import read_data, read_tokenizer
 from minorca.train.optim import learning_rate
-from tests.helpers import Workplace, assert_same_bits, assert_same_run, lines_of, relative_error, save_tokenizer, torchrun
+from tests.helpers import (
+    Workplace,
+    assert_same_bits,
+    assert_same_run,
+    lines_of,
+    relative_error,
+    save_tokenizer,
+    torchrun,
+)
 from tests.train.test_train import config_of
 
 # of a tokenizer with 258 ids and a model with 260: the last has no row yet
@@ -116,9 +128,67 @@ def test_ten_steps_follow_pefts(tied, kind, place, tmp_path, monkeypatch):
     assert max(errors.values()) < 2e-3
 
 
+def test_a_run_with_new_tokens_from_start_to_text(place, tmp_path, caplog, capsys):
+    """It resumes exactly, keeps the best, says how to serve it, generates with its tokens, and merges; no other row
+    changes.
+    """
+    caplog.set_level("INFO")
+    evaluated = {"data.eval": 0.2, "train.eval_every": 2, "train.checkpoint_every": 4, "train.keep_best": True}
+    work, options = place(False, **KINDS["rows"], **evaluated, **{"train.steps": 6, "lora.targets": "[v]"})
+    train_command.main(options("whole"))
+    train_command.main(options())
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    train_command.main(options())
+    assert_same_bits(tmp_path / "whole", tmp_path / "run")
+    adapter, merged = tmp_path / "run" / "adapter", tmp_path / "run" / "merged"
+    command = f"python -m minorca.export --model {work.model_path} --adapter {adapter} --output {merged}"
+    assert f"vLLM and minorca.serve load no adapter with rows or matrices of the vocabulary; .* {command}" in re.sub(
+        "merge it for them:", ".*", caplog.text
+    )
+    train_command.main(options("next", **{"lora.init": adapter}))
+    first, last = (json.loads((tmp_path / run / "adapter" / "best.json").read_text()) for run in ("run", "next"))
+    assert lines_of(tmp_path / "next")[0]["eval_loss"] == first["eval_loss"] >= last["eval_loss"]
+
+    export(work.model_path, adapter, merged)
+    before, after = (load_file(path / "model.safetensors") for path in (work.model_path, merged))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(after[name][:258], before[name][:258]) and not torch.equal(
+            after[name][258:260], before[name][258:]
+        )
+    texts = []
+    for model in (["--model", str(merged)], ["--model", str(work.model_path), "--adapter", str(adapter)]):
+        generate_command.main([*model, "--prompt", "<|a|>3 times 3<|b|>", "--raw", "--json", "--max-new-tokens", "8"])
+        texts.append(json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"])
+    assert texts[0] == texts[1]
+    # a checkpoint has the tokenizer, too
+    assert load_tokenizer(tmp_path / "run" / "checkpoints" / "step-00000006").encode_template("<|c|>") == [260]
+    with pytest.raises(UserError, match="trains rows or all of embed and head"):
+        serve_command.main(["--model", str(work.model_path), "--adapter", str(adapter), "--port", "0"])
+
+
+@pytest.mark.parametrize(
+    "tied, settings, message",
+    [
+        (True, {"train.new_tokens": NEW, "lora.modules_to_save": "[head]"}, "modules_to_save names one matrix .* both"),
+        (True, {"train.new_tokens": NEW, "lora.targets": "[q, head]"}, "train.new_tokens needs trained rows of head"),
+        (True, {"lora.targets": "[q, head]", "lora.modules_to_save": "[head]"}, "trained whole or by an adapter"),
+        (True, {"lora.modules_to_save": "[head, head]"}, "modules_to_save is .*; expected each once"),
+        (
+            True,
+            {"train.new_tokens": ["<|im_end|>"]},
+            "has '<.im_end.>', which is a token already, id 257; leave it out",
+        ),
+    ],
+)
+def test_what_contradicts_itself(tied, settings, message, place, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train_command.main(place(tied)[1](**settings))
+    assert not (tmp_path / "run").exists()
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["matrix and rows", "adapters"])
 def test_ranks_and_shards_do_not_matter(kind, place, tmp_path):
     """Two ranks, the model whole or sharded, follow one rank."""
     _, options = place(False, **KINDS[kind], **{"train.batch_tokens": 1024, "data.eval": 0.1})
