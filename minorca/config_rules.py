@@ -111,14 +111,10 @@ def _full_problems(config: Config) -> Iterator[Problem]:
             message = f"is {value}, but train.full trains all weights, without adapters; remove it, or train.full"
             yield problem(message, f"lora.{key.name}", "train.full")
     if config.model.quantize != "none":
-        message = (
-            f"is {config.model.quantize}, but train.full trains weights in fp32; set it to none, or train adapters"
-        )
+        message = f"is {config.model.quantize}, but train.full trains fp32 weights; set it to none, or train adapters"
         yield problem(message, "model.quantize", "train.full")
     if config.parallel.shard == "none":
-        message = (
-            "is none, but train.full keeps weights in fp32, which FSDP copies to model.dtype; set it to auto or fsdp"
-        )
+        message = "is none, but train.full needs FSDP, also on one rank; set it to auto or fsdp"
         yield problem(message, "parallel.shard", "train.full")
 
 

@@ -23,9 +23,9 @@ data:     {train: PATH, eval: null, limit: null, format: openorca, template: aut
 optim:    {name: adamw, lr: 2.0e-4, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.0, warmup_steps: 0,
            warmup_ratio: null, schedule: cosine, min_lr: 0.0, max_grad_norm: 1.0}
 train:    {objective: sft, full: false, new_tokens: [], steps: null, epochs: 1, batch_tokens: 32768,
-           micro_batch_tokens: 4096, seed: 0, output: runs/run, checkpoint_every: 100, keep: 2, keep_best: false,
-           eval_every: 0, early_stopping: null, log_every: 1, resume: auto, nonfinite: stop, deterministic: false,
-           wandb: null}
+           micro_batch_tokens: 4096, seed: 0,
+           output: runs/run, checkpoint_every: 100, keep: 2, keep_best: false, eval_every: 0, early_stopping: null,
+           log_every: 1, resume: auto, nonfinite: stop, deterministic: false, wandb: null}
 parallel: {shard: auto, replicate: 1, activation_checkpointing: none, cpu_offload: false, timeout: 300}
 """
 MINIMAL = "model: {path: DIR}\ndata: {train: PATH}\n"

@@ -320,7 +320,7 @@ def open_weights(directory: Path) -> TensorFiles:
 
 def open_exactly(path: Path, shapes: dict[str, tuple[int, ...]], dtypes: set[str] = FLOATS) -> TensorFiles:
     """A file of exactly these tensors, or what it was split into; errors as `TensorFiles.check`."""
-    files = TensorFiles(*(_files_of(path.parent, path.name) or ([path],)))
+    files = TensorFiles(*(_files_of(path.parent, path.name) or ([path], None)))
     files.check(shapes, dtypes)
     return files
 

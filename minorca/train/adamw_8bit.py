@@ -97,6 +97,6 @@ class AdamW8bit(TorchaoAdamW):
         self.state[parameter] = {"step": torch.tensor(float(updates)), **state}
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _local(tensor: Tensor) -> Any:
     """The part of a parameter or moment that this rank stores."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

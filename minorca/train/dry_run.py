@@ -11,7 +11,7 @@ from minorca.config import Config, warmup_steps
 from minorca.data.packing import BatchSchedule
 from minorca.data.visible_text import marked_text
 from minorca.model.build import build_model
-from minorca.model.lora import adapter_parameters, add_adapters
+from minorca.model.lora import add_adapters
 from minorca.train import metrics
 from minorca.train.build import check_init, lora_settings
 from minorca.train.inputs import Inputs, read_inputs
@@ -50,25 +50,20 @@ def dry_run(config: Config) -> None:
 
 
 def _print_model(config: Config, inputs: Inputs) -> None:
-    print(inputs.base.arch)
     model = build_model(inputs.base.arch, getattr(torch, config.model.dtype))
-    # each value with a gradient and two moments of AdamW
     if config.train.full:
-        count = sum(p.numel() for p in model.parameters())
-        trained = 10 if config.optim.name == "adamw_8bit" else 16
-        print(
-            f"memory before activations: {trained * count / 1e9:.2f} GB for {count:,} trained values in fp32, their "
-            f"gradients and AdamW's moments, divided among the ranks; multiplied in {config.model.dtype}"
-        )
-        return
-    add_adapters(model, lora_settings(config, inputs.base.new_ids))
-    trained = list(adapter_parameters(model).values())
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    adapters = sum(p.numel() * p.element_size() for p in trained)
+        model.requires_grad_(True)
+    else:
+        add_adapters(model, lora_settings(config, inputs.base.new_ids))
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # fp32, each with a gradient and two moments of AdamW
+    size = trained * (10 if config.optim.name == "adamw_8bit" else 16)
+    print(inputs.base.arch)
     print(
-        f"memory before activations: {weights / 1e9:.2f} GB of {config.model.dtype} weights, and "
-        f"{4 * adapters / 1e9:.2f} GB for {sum(p.numel() for p in trained):,} trained values, their gradients and "
-        "AdamW's moments"
+        f"memory before activations: {frozen / 1e9:.2f} GB of {config.model.dtype} weights, and "
+        f"{size / 1e9:.2f} GB for {trained:,} trained values, their gradients and AdamW's moments"
+        + (", divided among the ranks" if config.train.full else "")
     )
 
 

@@ -14,6 +14,10 @@ def out_of_memory(error: torch.OutOfMemoryError, config: Config, ranks: int) -> 
     remedies = []
     if more := _RECOMPUTE_MORE.get(config.parallel.activation_checkpointing):
         remedies.append(f"set parallel.activation_checkpointing to {more}, with which the same run resumes")
+    if config.train.full:
+        remedies.append("run on more GPUs, on which the same run resumes")
+        if config.optim.name == "adamw":
+            remedies.append("set optim.name to adamw_8bit")
     remedies.append(_shorter_batches(config))
     if ranks > 1 and not _sharded(config):
         remedies.append("set parallel.shard to fsdp, with which the same run resumes")

@@ -17,6 +17,7 @@ class Optimizer(Protocol):
     """An optimizer of torch, with what checkpoints need."""
 
     param_groups: list[dict[str, Any]]
+    state: Any
 
     def step(self) -> Any: ...
 
@@ -63,7 +64,7 @@ def check_optimizer(config: OptimConfig) -> None:
         raise UserError(message, field="optim.name")
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         # a compiled optimizer reads it from a tensor
         group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr

@@ -21,7 +21,6 @@ from minorca.files.weights import load_weights, open_model
 from minorca.model.layout import source_tensors
 from minorca.model.lora import LoRASettings, adapter_parameters
 from minorca.model.network import Mistral
-from minorca.model.projection import Projection
 from minorca.train.optim import clip_gradients
 from minorca.train.ranks import World
 
@@ -70,9 +69,9 @@ class Weights:
         self.layout = source_tensors(model.arch, "huggingface")
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        modules = {name: self.model.get_submodule(name) for name in self.layout}
-        modules = {name: module.base if isinstance(module, Projection) else module for name, module in modules.items()}
-        return {name: module.weight for name, module in modules.items()}
+        named = self.model.named_parameters()
+        weights = {name.removesuffix(".weight").removesuffix(".base"): parameter for name, parameter in named}
+        return {name: weights[name] for name in self.layout}
 
     def save(self, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         def split() -> Iterator[tuple[str, Tensor]]:
@@ -148,7 +147,10 @@ def gather(tensors: Iterable[tuple[str, Tensor]], world: World) -> Iterator[tupl
     Every rank iterates to the end.
     """
     for name, tensor in tensors:
-        whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        whole = tensor.detach()
+        if isinstance(whole, DTensor):
+            # parts in host memory are sent from the device
+            whole = whole.to(world.device).full_tensor()
         yield name, whole.cpu() if world.rank == 0 else whole
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minorca.files.tensor_files
 from minorca import UserError, load_model
@@ -30,13 +30,23 @@ from minorca.train.inputs import read_data, read_tokenizer
 from minorca.train.optim import learning_rate
 from minorca.train.ranks import init_distributed
 from minorca.train.step import forward_backward, local_batch
-from tests.helpers import Workplace, assert_same_bits, assert_same_run, lines_of, relative_error, torchrun, training
+from minorca.train.trainable import gather
+from tests.helpers import (
+    Workplace,
+    assert_same_bits,
+    assert_same_run,
+    gradients_of,
+    lines_of,
+    relative_error,
+    torchrun,
+    training,
+)
 from tests.train.test_resume import stop_in
 
 FULL = {"train.full": "true", "lora.rank": 16, "optim.lr": 0.001}
 
 
-@pytest.fixture(params=["adamw", "adamw_8bit"])
+@pytest.fixture
 def optimizer(request) -> str:
     if request.param == "adamw_8bit":
         pytest.importorskip("torchao")
@@ -122,6 +132,14 @@ def test_a_finished_run_leaves_a_model(workplace, tmp_path, monkeypatch):
     train_command.main(workplace("further", **settings | {"model.path": start, "train.steps": 1}))
 
 
+def test_a_dry_run_says_what_it_takes(workplace, tmp_path, capsys):
+    train_command.main([*workplace(**FULL), "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "0.00 GB of float32 weights" in printed
+    assert "78,400 trained values, their gradients and AdamW's moments, divided among the ranks" in printed
+    assert not (tmp_path / "run").exists()
+
+
 def test_tensors_are_written_as_they_come(tmp_path, monkeypatch):
     """The host holds those of one file and one more, however many there are."""
     monkeypatch.setattr(minorca.files.tensor_files, "FILE_BYTES", 1000)
@@ -144,6 +162,7 @@ def test_tensors_are_written_as_they_come(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- exact resumption
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"], indirect=True)
 def test_stopped_it_goes_on_to_the_same_bits(optimizer, workplace, tmp_path, monkeypatch):
     """The best weights so far are part of a checkpoint, as the best adapter is."""
     settings = FULL | {"optim.name": optimizer, "train.steps": 6, "optim.lr": 0.03, "train.batch_tokens": 256}
@@ -155,6 +174,19 @@ def test_stopped_it_goes_on_to_the_same_bits(optimizer, workplace, tmp_path, mon
     best = json.loads((tmp_path / "stopped" / "model" / "best.json").read_text())
     assert best == json.loads((tmp_path / "whole" / "model" / "best.json").read_text())
     assert best["eval_loss"] == min(line["eval_loss"] for line in lines_of(tmp_path / "whole") if "eval_loss" in line)
+
+
+def test_new_tokens_are_trained_with_all_weights(workplace, tmp_path, monkeypatch):
+    """The model that a run leaves has rows for them, and so have its checkpoints."""
+    settings = FULL | {"train.new_tokens": "[<a>, <b>, <c>]", "train.steps": 4, "train.checkpoint_every": 2}
+    train_command.main(workplace("whole", **settings))
+    stop_in(3, workplace("stopped", **settings), monkeypatch)
+    train_command.main(workplace("stopped", **settings))
+    assert_same_bits(tmp_path / "whole", tmp_path / "stopped")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "stopped" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "stopped" / "model")
+    ids = tokenizer.convert_tokens_to_ids(["<a>", "<b>", "<c>"])
+    assert ids == [258, 259, 260] and theirs.get_input_embeddings().num_embeddings == 261
 
 
 def test_another_optimizer_does_not_resume(workplace):
@@ -188,8 +220,13 @@ RANKED = FULL | {"train.steps": 12, "train.batch_tokens": 384, "data.eval": 0.1,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", [{}, {"replicate": 2}, {"cpu_offload": "true"}], ids=str)
-def test_two_ranks_give_one_ranks_losses(sharding, optimizer, workplace, tmp_path):
+@pytest.mark.parametrize(
+    "optimizer, sharding",
+    [("adamw", {}), ("adamw", {"replicate": 2}), ("adamw_8bit", {"cpu_offload": "true"})],
+    indirect=["optimizer"],
+    ids=str,
+)
+def test_two_ranks_give_one_ranks_losses(optimizer, sharding, workplace, tmp_path):
     """Where 8 bits hold the moments, their blocks are the same, however rows are divided."""
     settings = RANKED | {"optim.name": optimizer}
     train_command.main(workplace("one", **settings))
@@ -198,8 +235,10 @@ def test_two_ranks_give_one_ranks_losses(sharding, optimizer, workplace, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 3)])
-def test_a_run_resumes_on_another_number_of_ranks(before, after, optimizer, workplace, tmp_path):
+@pytest.mark.parametrize(
+    "optimizer, before, after", [("adamw", 1, 3), ("adamw_8bit", 2, 1)], indirect=["optimizer"], ids=str
+)
+def test_a_run_resumes_on_another_number_of_ranks(optimizer, before, after, workplace, tmp_path):
     settings = RANKED | {"optim.name": optimizer, "train.eval_every": 4, "train.keep_best": "true"}
     torchrun(before, workplace("one", **settings))
     shutil.copytree(tmp_path / "one", tmp_path / "moved")
@@ -234,7 +273,7 @@ def test_activation_checkpointing_changes_no_bit(workplace):
             learner.model.train()
             with Products() as products:
                 outcome = forward_backward(learner, local_batch(store, [np.arange(4)], 0, world.device), 100, True)
-            gradients = {name: p.grad.full_tensor() for name, p in learner.trainable.parameters.items()}
+            gradients = dict(gather(gradients_of(learner.trainable.parameters).items(), world))
         found[kind] = outcome.loss, gradients, products.count
     loss, expected, plain = found["none"]
     for kind, again in (("selective", 1), ("full", 3)):
@@ -325,7 +364,7 @@ def test_a_missing_package_is_named(workplace, monkeypatch):
     [
         ({"lora.rank": 8}, "lora.rank is 8, but train.full trains all weights, without adapters"),
         ({"lora.init": "adapter"}, "lora.init is adapter, but train.full trains all weights"),
-        ({"parallel.shard": "none"}, "parallel.shard is none, but train.full keeps weights in fp32"),
+        ({"parallel.shard": "none"}, "parallel.shard is none, but train.full needs FSDP, also on one rank"),
     ],
 )
 def test_settings_that_contradict_it_are_refused(settings, complaint, workplace):
