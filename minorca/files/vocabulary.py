@@ -63,11 +63,9 @@ class MatrixUpdate:
 
     def apply(self, weight_VH: Tensor, rows: int) -> Tensor:
         """The matrix with so many rows, in weight's dtype; the arithmetic is fp32."""
-        if "whole" in self.names:
-            updated_VH = self._read("whole").to(weight_VH.device)
-        else:
-            updated_VH = torch.zeros(rows, weight_VH.shape[1], device=weight_VH.device)
-            updated_VH[: len(weight_VH)] = weight_VH
+        before_VH = self._read("whole") if "whole" in self.names else weight_VH
+        updated_VH = torch.zeros(rows, before_VH.shape[1], device=weight_VH.device)
+        updated_VH[: len(before_VH)] = before_VH
         if "rows" in self.names:
             updated_VH[torch.tensor(self.ids, device=weight_VH.device)] = self._read("rows").to(weight_VH.device)
         if "A" in self.names:
