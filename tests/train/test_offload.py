@@ -1,5 +1,10 @@
 """Offloaded inputs of blocks: with streams that are emulated on the CPU, in whatever order their waits allow."""
 
+import os
+
+# makes cuBLAS deterministic, if set before its first call
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import contextlib
 import functools
 import shutil
@@ -11,10 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minorca.train import checkpoint, offload
+from minorca import load_model
+from minorca.model.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters, seed_dropout
+from minorca.train import checkpoint, offload, parallel
 from tests.helpers import assert_same_bits, save_tokenizer, torchrun
 from tests.train.test_ranks import RANKED
 from tests.train.test_train import step_gradients
+
+KINDS = ("full", "offload")
 
 
 class Place:
@@ -154,12 +163,43 @@ def test_what_no_backward_needed_is_forgotten(use_streams):
             memory.load(stored)
 
 
+def gradients_and_peak(directory, recompute: str, device: str) -> tuple[list[Tensor], int]:
+    """Of three micro-batches, of which each is longer than the one before."""
+    model = load_model(directory, torch.bfloat16, device)
+    add_adapters(model, LoRASettings(rank=4, alpha=8, dropout=0.1))
+    init_adapters(model, seed=0)
+    parallel.checkpoint_activations(model.train(), recompute)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for n, tokens in enumerate((500, 1500, 2000)):
+        seed_dropout(model, n)
+        ids = torch.randint(128, (tokens,), generator=torch.Generator().manual_seed(n))
+        model(ids.to(device)).float().square().mean().backward()
+    gradients = [p.grad for p in adapter_parameters(model).values() if p.grad is not None]
+    return gradients, torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu(save_mistral):
+    """The bits of full recomputation, in the memory of two inputs instead of ten."""
+    directory, _ = save_mistral(num_hidden_layers=10, hidden_size=1024, num_attention_heads=16)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        (expected, full), (found, offloaded) = (gradients_and_peak(directory, kind, "cuda") for kind in KINDS)
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    assert expected and all(map(torch.equal, found, expected))
+    assert full - offloaded >= 7 * 2000 * 1024 * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_a_run_goes_on_with_its_inputs_on_the_host(sharding, workplace, tmp_path):
     """Two ranks give the bits of full recomputation, from the start and from a checkpoint of it."""
     settings = RANKED | {"train.checkpoint_every": 8, "parallel.shard": sharding, "lora.dropout": 0.1}
-    kinds = [{"parallel.activation_checkpointing": kind} for kind in ("full", "offload")]
+    kinds = [{"parallel.activation_checkpointing": kind} for kind in KINDS]
     torchrun(2, workplace("full", **settings | kinds[0]))
     torchrun(2, workplace("offload", **settings | kinds[1]))
     assert_same_bits(tmp_path / "full", tmp_path / "offload")
