@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch._functorch import config as functorch_config
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -55,15 +56,15 @@ def timed_part(case: Case, function: Callable, inputs: tuple) -> Callable:
 
     if case.direction == "both":
         return both
-    # Views, as what a network has computed: a backward that overwrites its input copies leaves. Autograd is not told that
-    # their values are others in repeated calls.
+    # Views count as computed by a network: of leaves, a backward that overwrites its input makes a copy. Autograd is not
+    # told that their values are others in repeated calls.
     inputs = tree_map(lambda t: t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t, inputs)
     outs = tree_leaves(function(*inputs))
     torch.manual_seed(1)
     douts = [torch.randn(out.shape, device=out.device, dtype=DTYPE).to(out.dtype) for out in outs]
 
     def backward():
-        with torch.autograd._unsafe_preserve_version_counter(tuple(leaves)):
+        with _unsafe_preserve_version_counter(tuple(leaves)):
             return gradients(outs, douts, True)
 
     return backward
