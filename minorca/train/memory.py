@@ -5,14 +5,14 @@ import torch
 from minorca.config import Config
 from minorca.errors import UserError, memory_asked_for
 
-# what computes more again than each
-_RECOMPUTE_MORE = {"none": "selective", "selective": "full"}
+# what keeps less than each
+_KEEP_LESS = {"none": "selective", "selective": "full", "full": "offload"}
 
 
 def out_of_memory(error: torch.OutOfMemoryError, config: Config, ranks: int) -> UserError:
     """The error in a line: what was asked for and what is in use, as torch says it, and which settings to lower."""
     remedies = []
-    if more := _RECOMPUTE_MORE.get(config.parallel.activation_checkpointing):
+    if more := _KEEP_LESS.get(config.parallel.activation_checkpointing):
         remedies.append(f"set parallel.activation_checkpointing to {more}, with which the same run resumes")
     if config.train.full:
         remedies.append("run on more GPUs, on which the same run resumes")
