@@ -34,11 +34,11 @@ class LoRAConfig:
     rank: Annotated[int, "of every adapter"] = 16
     alpha: Annotated[float, "the update is scaled by alpha / rank"] = 32
     dropout: Annotated[float, "of an adapter's input"] = 0.0
-    targets: Annotated[list[Literal[Target, Matrix]], "what has an adapter; besides projections, embed and head"] = field(
-        default_factory=lambda: list(TARGETS)
+    targets: Annotated[list[Literal[Target, Matrix]], "what has an adapter; besides projections, embed and head"] = (
+        field(default_factory=lambda: list(TARGETS))
     )
-    modules_to_save: Annotated[list[Matrix], "of embed and head, what is trained as a whole matrix"] = (
-        field(default_factory=list)
+    modules_to_save: Annotated[list[Matrix], "of embed and head, what is trained as a whole matrix"] = field(
+        default_factory=list
     )
     rslora: Annotated[bool, "scale by alpha / sqrt(rank) instead"] = False
     init: Annotated[str | None, "a PEFT adapter to start from"] = None

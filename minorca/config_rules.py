@@ -134,7 +134,9 @@ def _vocabulary_problems(lora: LoRAConfig, train: TrainConfig) -> Iterator[Probl
     if len(set(whole)) < len(whole):
         yield problem(f"is {whole}; expected each once", "lora.modules_to_save")
     if both := [matrix for matrix in whole if matrix in lora.targets]:
-        message = f"has {', '.join(both)}, and so has lora.targets; a matrix is trained whole or by an adapter, not both"
+        message = (
+            f"has {', '.join(both)}, and so has lora.targets; a matrix is trained whole or by an adapter, not both"
+        )
         yield problem(message, "lora.modules_to_save", "lora.targets")
     if len(set(tokens)) < len(tokens) or not all(token.strip() and token.isprintable() for token in tokens):
         yield problem(f"is {tokens}; expected printable texts, each once", "train.new_tokens")

@@ -15,7 +15,8 @@ from tests.helpers import ROOT
 # every setting with its documented default; the two paths have none
 SETTINGS = """
 model:    {path: DIR, dtype: bfloat16, quantize: none}
-lora:     {rank: 16, alpha: 32, dropout: 0.0, targets: [q, k, v, o, gate, up, down], modules_to_save: [], rslora: false, init: null}
+lora:     {rank: 16, alpha: 32, dropout: 0.0, targets: [q, k, v, o, gate, up, down], modules_to_save: [],
+           rslora: false, init: null}
 data:     {train: PATH, eval: null, limit: null, format: openorca, template: auto, seq_len: 4096, packing: true,
            store: null, train_on: response, too_long: drop, empty_response: drop, bad_rows: error,
            columns: {}, roles: {}, parse_control_tokens: true}

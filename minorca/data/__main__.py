@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 
 from minorca import cli
-from minorca.config import Config, DataConfig
+from minorca.config import DataConfig
 from minorca.data.conversation import is_trained_answer
 from minorca.data.new_tokens import training_tokenizer
 from minorca.data.prepare import prepare_store

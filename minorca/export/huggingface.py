@@ -54,8 +54,10 @@ def export(model: str | Path, adapter: str | Path | None, output: Path) -> None:
 
     def write(temporary: Path) -> None:
         config = find_file(directory, "config.json")
-        is_unchanged = config is not None and not updates
-        content = config.read_bytes() if is_unchanged else config_file(source, tensors[0].make().dtype)
+        if config is None or updates:
+            content = config_file(source, tensors[0].make().dtype)
+        else:
+            content = config.read_bytes()
         (temporary / "config.json").write_bytes(content)
         write_files(temporary, files)
         write_tensors(temporary / "model.safetensors", ((tensor.name, tensor.make()) for tensor in tensors))

@@ -123,13 +123,15 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
     rslora = bool(config.get("use_rslora"))
     whole, ids = fields.modules_to_save(), fields.token_ids()
     places = {module_name(layer, target): (layer, target) for layer, target in _adapted(directory)}
-    targets = tuple(target for target in (*TARGETS, *MATRICES) if any(target == name for _, name in places.values()))
+    known: tuple[Target | Matrix, ...] = (*TARGETS, *MATRICES)
+    named = {name for _, name in places.values()}
+    targets: list[Target | Matrix] = [target for target in known if target in named]
     ranks = fields.by_module("rank_pattern", list(places), rank, fields.rank)
     alphas = fields.by_module("alpha_pattern", list(places), alpha, fields.alpha)
     settings = LoRASettings(
         rank,
         alpha,
-        targets,
+        tuple(targets),
         rslora=rslora,
         partial=_chooses_layers(config),
         modules_to_save=whole,

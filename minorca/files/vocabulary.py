@@ -18,7 +18,6 @@ from minorca.files.tensor_files import TensorFiles
 from minorca.files.weights import ModelFiles
 from minorca.model.architecture import Architecture
 from minorca.model.layout import MATRICES, Matrix, matrix_module, matrix_peft_names
-from minorca.model.network import Mistral
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,9 @@ class MatrixUpdate:
 
     def apply(self, weight_VH: Tensor, rows: int) -> Tensor:
         """The matrix with so many rows, in weight's dtype; the arithmetic is fp32."""
-        if "whole" in self.names:
-            updated_VH = self._read("whole").to(weight_VH.device)
-        else:
-            updated_VH = torch.zeros(rows, weight_VH.shape[1], device=weight_VH.device)
-            updated_VH[: len(weight_VH)] = weight_VH
+        before_VH = self._read("whole") if "whole" in self.names else weight_VH
+        updated_VH = torch.zeros(rows, before_VH.shape[1], device=weight_VH.device)
+        updated_VH[: len(before_VH)] = before_VH
         if "rows" in self.names:
             updated_VH[torch.tensor(self.ids, device=weight_VH.device)] = self._read("rows").to(weight_VH.device)
         if "A" in self.names:
@@ -147,7 +144,9 @@ def _adapted(arch: Architecture, directory: Path, updates: dict[Matrix, MatrixUp
     for matrix in MATRICES[: 1 if tied else 2]:
         update = updates.get(matrix)
         if new and not (update and ("whole" in update.names or new <= set(update.ids))):
-            _refuse(path, f"is for {rows} ids, the model has {arch.vocab_size}, and it lacks rows of {matrix} for the rest")
+            _refuse(
+                path, f"is for {rows} ids, the model has {arch.vocab_size}, and it lacks rows of {matrix} for the rest"
+            )
     return replace(arch, vocab_size=rows, tied=tied)
 
 

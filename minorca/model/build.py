@@ -62,7 +62,7 @@ def load_model(
     model.to_empty(device=device)
     load_weights(model, files)
     for module, update in updates.items():
-        weight = model.get_submodule(module).weight.detach()
+        weight = model.get_parameter(f"{module}.weight").detach()
         weight.copy_(update.apply(weight[: source.arch.vocab_size], len(weight)))
     if adapter is not None:
         load_adapter(model, adapter)

@@ -129,12 +129,12 @@ def matrix_peft_names(matrix: Matrix) -> dict[str, str]:
 
 
 def adapted_by(peft_name: str) -> tuple[int, Target | Matrix] | None:
-    """The layer and the projection whose adapter a tensor of PEFT's files belongs to, 0 and the name for a matrix of the
-    vocabulary; None for other tensors.
+    """The layer and the projection whose adapter a tensor of PEFT's files belongs to, of a matrix of the vocabulary 0
+    and its name; None for other tensors.
     """
     for matrix in MATRICES:
-        names = matrix_peft_names(matrix)
-        if peft_name in (names["A"], names["B"]):
+        parts = matrix_peft_names(matrix)
+        if peft_name in (parts["A"], parts["B"]):
             return 0, matrix
     match = re.fullmatch(r"base_model\.model\.model\.layers\.(\d{1,9})\.(.+)\.lora_[AB]\.weight", peft_name)
     names: dict[str, Target] = {huggingface_name: name for name, (_, huggingface_name, _) in _PROJECTIONS.items()}
@@ -143,7 +143,7 @@ def adapted_by(peft_name: str) -> tuple[int, Target | Matrix] | None:
 
 def module_name(layer: int, projection: Target | Matrix) -> str:
     """Hugging Face's name of a layer's projection, or of a matrix of the vocabulary."""
-    if projection in _MATRICES:
+    if projection == "embed" or projection == "head":
         return _OUTSIDE_LAYERS[matrix_module(projection)][0]
     return f"model.layers.{layer}.{_PROJECTIONS[projection][1]}"
 

@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from minorca.model.layout import TARGETS, Matrix, ProjectionSpec, matrix_peft_names
+from minorca.model.layout import TARGETS, Matrix, ProjectionSpec, Target, matrix_peft_names
 from minorca.model.vocabulary import TrainedRows, VocabularyLoRA, VocabularyMatrix
 from minorca_kernels import (
     Adapter,
@@ -62,7 +62,7 @@ class LoRASettings:
 
     rank: int
     alpha: float
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[Target | Matrix, ...] = TARGETS
     dropout: float = 0.0
     rslora: bool = False
     parts: Mapping[tuple[int, str], PartSettings] = field(default_factory=dict)
@@ -170,10 +170,10 @@ def add_adapters(model: Mistral, settings: LoRASettings, dtype: torch.dtype = to
         if matrix in settings.modules_to_save:
             weight.train_whole()
         elif part := settings.part(0, matrix):
-            sizes = (weight.out_features, weight.in_features)
-            sizes = sizes if matrix == "embed" else sizes[::-1]
-            dropout = settings.dropout if matrix == "head" else 0.0
-            weight.lora = VocabularyLoRA(*sizes, part.rank, part.scale, dropout, dtype, device)
+            ids, hidden = weight.out_features, weight.in_features
+            # PEFT drops nothing of embedded tokens
+            sizes, dropout = ((ids, hidden), 0.0) if matrix == "embed" else ((hidden, ids), settings.dropout)
+            weight.lora = VocabularyLoRA(sizes, part.rank, part.scale, dropout, dtype, device)
         elif settings.token_ids:
             weight.rows = TrainedRows(settings.token_ids[0], len(settings.token_ids), weight.in_features, device)
 

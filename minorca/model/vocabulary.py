@@ -69,11 +69,17 @@ class VocabularyLoRA(nn.Module):
     """A low-rank update: A [R, in], B [out, R], from ids to hidden (embedding) or from hidden to ids (head)."""
 
     def __init__(
-        self, in_size: int, out_size: int, rank: int, scale: float, dropout: float, dtype: torch.dtype, device
+        self,
+        sizes: tuple[int, int],
+        rank: int,
+        scale: float,
+        dropout: float,
+        dtype: torch.dtype,
+        device: torch.device,
     ):
         super().__init__()
-        self.a = nn.Parameter(torch.empty(rank, in_size, dtype=dtype, device=device))
-        self.b = nn.Parameter(torch.empty(out_size, rank, dtype=dtype, device=device))
+        self.a = nn.Parameter(torch.empty(rank, sizes[0], dtype=dtype, device=device))
+        self.b = nn.Parameter(torch.empty(sizes[1], rank, dtype=dtype, device=device))
         self.scale = scale
         self.dropout = dropout
         # of the next forward's dropout, which only the head has

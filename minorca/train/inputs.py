@@ -122,7 +122,9 @@ def with_vocabulary(base: ModelFiles, tok: Tokenizer, config: Config) -> ModelFi
         named = ", ".join(f"{token} {i}" for token, i in zip(tok.new_tokens, ids))
         log.info("new tokens: %s; their rows of the embedding and head are trained", named)
     if base.arch.tied and trained:
-        log.info("the model ties embedding and head; as in PEFT, they become two matrices, trained: %s", sorted(trained))
+        log.info(
+            "the model ties embedding and head; as in PEFT, they become two matrices, trained: %s", sorted(trained)
+        )
         base = base.untied()
     return base
 

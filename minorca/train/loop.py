@@ -252,6 +252,12 @@ class Run:
         shutil.rmtree(outcome, ignore_errors=True)
         publish(outcome, lambda path: self._write_outcome(path, tensors))
         log.info("done: %s", outcome)
+        if not self.config.train.full and (self.inputs.tok.new_tokens or self.config.lora.modules_to_save):
+            message = (
+                "vLLM and minorca.serve load no adapter with rows or matrices of the vocabulary; merge it for them: "
+                "python -m minorca.export --model %s --adapter %s --output %s"
+            )
+            log.info(message, self.config.model.path, outcome, self.config.output / "merged")
 
     def _write_outcome(self, directory: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Writes what was trained: up to the best evaluation where that is kept, else all."""

@@ -34,7 +34,7 @@ def saved(directory: Path, resize: int | None, adapter: Path, **fields):
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
-    model.save_pretrained(adapter)
+    model.save_pretrained(str(adapter))
     return model
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from minorca.cli import config_parser, parse_config
 from minorca.data.packing import Batch, make_batch
 from minorca.data.store import TokenStore
+from minorca.model.vocabulary import VocabularyMatrix
 from minorca.train import metrics
 from minorca.train.best import Best
 from minorca.train.build import Learner, build
 from minorca.train.evaluation import evaluate
 from minorca.train.inputs import read_inputs
 from minorca.train.loop import Run
-from minorca.model.vocabulary import VocabularyMatrix
 from minorca.train.objectives import NextToken, Outcome
 from minorca.train.plan import make_plan
 from minorca.train.ranks import init_distributed
