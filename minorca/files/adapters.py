@@ -126,13 +126,14 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
     whole, ids = fields.modules_to_save(), fields.token_ids()
     places = {module_name(layer, target): (layer, target) for layer, target in _adapted(directory)}
     known: tuple[Target | Matrix, ...] = (*TARGETS, *MATRICES)
-    targets = tuple(target for target in known if any(target == name for _, name in places.values()))
+    named = {name for _, name in places.values()}
+    targets: list[Target | Matrix] = [target for target in known if target in named]
     ranks = fields.by_module("rank_pattern", list(places), rank, fields.rank)
     alphas = fields.by_module("alpha_pattern", list(places), alpha, fields.alpha)
     settings = LoRASettings(
         rank,
         alpha,
-        targets,
+        tuple(targets),
         rslora=rslora,
         partial=_chooses_layers(config),
         modules_to_save=whole,

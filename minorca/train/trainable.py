@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -150,7 +150,7 @@ def gather(tensors: Iterable[tuple[str, Tensor]], world: World) -> Iterator[tupl
         whole = tensor.detach()
         if isinstance(whole, DTensor):
             # parts in host memory are sent from the device
-            whole = whole.to(world.device).full_tensor()
+            whole = cast(DTensor, whole.to(world.device)).full_tensor()
         yield name, whole.cpu() if world.rank == 0 else whole
 
 

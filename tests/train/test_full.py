@@ -251,6 +251,21 @@ def test_a_run_resumes_on_another_number_of_ranks(optimizer, before, after, work
 # ------------------------------------------------------------------------------------------------------ recomputation
 
 
+def test_gradients_are_reduced_after_each_micro_batch(workplace):
+    """They are in the sharded parameters before the step's last one, so that no rank holds those of all weights."""
+    _, config = parse_config(config_parser("test", ""), workplace(**FULL))
+    with init_distributed(60) as world:
+        learner = build(config, open_model(config.model.path), world)
+        store, _ = read_data(config, *read_tokenizer(config))
+        batch = local_batch(store, [np.arange(2)], 0, world.device)
+        found = []
+        for _ in range(2):
+            forward_backward(learner, batch, 100, last=False)
+            gradients = gather(gradients_of(learner.trainable.parameters).items(), world)
+            found.append({name: gradient.clone() for name, gradient in gradients})
+    assert all(torch.equal(2 * gradient, found[1][name]) for name, gradient in found[0].items())
+
+
 class Products(TorchDispatchMode):
     """Counts the matrix products in its block."""
 
