@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minorca.errors import UserError
 from minorca.files.adapters import AdapterConfig, adapter_file, open_tensors_of, read_adapter_settings, read_record
+from minorca.files.safe_io import quote
 from minorca.files.tensor_files import TensorFiles
 from minorca.files.weights import ModelFiles
 from minorca.model.architecture import Architecture
@@ -40,7 +41,8 @@ class MatrixUpdate:
         """The number of ids that it is for; None where it has rows of some alone."""
         for part, axis in (("whole", 0), ("A", 1) if self.matrix == "embed" else ("B", 0)):
             if part in self.names:
-                return (*self.files.shape(self.names[part]), 0)[axis]
+                # a tensor of fewer axes is refused below
+                return (*self.files.shape(self.names[part]), 0, 0)[axis]
         return None
 
     def last_id(self) -> int:
@@ -51,7 +53,7 @@ class MatrixUpdate:
         """Checks the shapes of its tensors. Raises UserError: as `TensorFiles.check`."""
         shapes = {"whole": (rows, hidden_size), "rows": (len(self.ids), hidden_size)}
         if "A" in self.names:
-            rank = self.files.shape(self.names["A"])[0]
+            rank = (*self.files.shape(self.names["A"]), 0)[0]
             sizes = (rows, hidden_size) if self.matrix == "embed" else (hidden_size, rows)
             shapes |= {"A": (rank, sizes[0]), "B": (sizes[1], rank)}
         self.files.check_shapes({self.names[part]: shapes[part] for part in self.names})
@@ -136,7 +138,7 @@ def _adapted(arch: Architecture, directory: Path, updates: dict[Matrix, MatrixUp
     tied = arch.tied and _stays_tied(updates)
     new = set(range(arch.vocab_size, rows))
     if trained_on not in (None, arch.vocab_size):
-        _refuse(path, f"was trained on a model with {trained_on} ids, and this one has {arch.vocab_size}")
+        _refuse(path, f"was trained on a model with {quote(trained_on)} ids, and this one has {arch.vocab_size}")
     for matrix, update in updates.items():
         if (size := update.size()) not in (None, rows):
             _refuse(path, f"holds {size} rows of {matrix}, and the model has {arch.vocab_size}")

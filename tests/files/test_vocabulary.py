@@ -101,6 +101,21 @@ def test_another_base(save_mistral, tmp_path):
         load_model(directory, torch.float32, "cpu", adapter=one)
 
 
+@pytest.mark.parametrize(
+    "part, shape",
+    [("lora_A.weight", ()), ("lora_B.weight", (262,)), ("lora_embedding_A", (4,)), ("lora_embedding_B", (64, 3))],
+)
+def test_tensors_of_other_shapes(part, shape, save_mistral, tmp_path):
+    directory, _ = save_mistral(vocab_size=262)
+    saved(directory, None, tmp_path, target_modules=["q_proj", *BOTH])
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith(part) and "layers" not in name)
+    save_file(tensors | {name: torch.zeros(shape)}, path)
+    with pytest.raises(UserError, match=f"{path.name}: (holds 0 rows|base_model.*has shape)"):
+        load_model(directory, torch.float32, "cpu", adapter=tmp_path)
+
+
 def test_adapters_by_row_share_the_vocabulary(save_mistral, tmp_path):
     directory, _ = save_mistral(vocab_size=262)
     saved(directory, None, tmp_path / "adapter", **rows(*BOTH))
