@@ -56,8 +56,8 @@ def timed_part(case: Case, function: Callable, inputs: tuple) -> Callable:
 
     if case.direction == "both":
         return both
-    # Views count as what a network computed: a backward that overwrites its input copies leaves. Autograd is not told that
-    # their values change from call to call.
+    # Views count as what a network computed, and leaves do not: a backward that overwrites its input copies those.
+    # Autograd is not told that values change from call to call.
     inputs = tree_map(lambda t: t.view_as(t) if isinstance(t, Tensor) and t.requires_grad else t, inputs)
     outs = tree_leaves(function(*inputs))
     torch.manual_seed(1)
