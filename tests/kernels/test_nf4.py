@@ -304,7 +304,7 @@ def projection(device: str) -> tuple[NF4Weight, Tensor]:
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-@pytest.mark.parametrize("strategy, dropout", [(None, 0.0), (None, 0.4), ("added", 0.0), ("accumulated", 0.0)])
+@pytest.mark.parametrize("strategy, dropout", [(None, 0.0), (None, 0.4), ("accumulated", 0.0)])
 @pytest.mark.parametrize("input_of", ["", "swiglu", "norm"])
 def test_a_projection_is_that_of_the_dense_values(strategy, input_of, dropout, device, monkeypatch, poisoned):
     """With adapters, to the bit, forward and backward, by every strategy; by default in one product where that pays."""
