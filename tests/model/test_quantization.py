@@ -21,6 +21,7 @@ from minorca.model.quantization import Quantization
 from minorca.serve import __main__ as serve_command
 from minorca.train import parallel
 from minorca_kernels import NF4Weight, local_part
+from tests.files.test_weights import as_bin, as_consolidated
 from tests.helpers import random_adapter, save_tokenizer
 
 SIZES = {"intermediate_size": 192}
@@ -82,6 +83,17 @@ def test_each_rank_keeps_its_rows(ranks, double_quant, save_mistral):
         finally:
             dist.destroy_process_group()
     assert stored == sum(p.nbytes for _, projection in whole.projections() for p in projection.base.parameters())
+
+
+@pytest.mark.parametrize("layout", [as_bin, as_consolidated])
+def test_every_layout_is_quantized_alike(layout, save_mistral):
+    """Mistral's own files too, whose query and key rows have another order."""
+    directory, _ = save_mistral(**SIZES)
+    expected = load_model(directory, torch.float32, "cpu", quantize="nf4")
+    layout(directory)
+    found = load_model(directory, torch.float32, "cpu", quantize="nf4")
+    for (name, ours), (_, theirs) in zip(found.named_parameters(), expected.named_parameters()):
+        assert torch.equal(ours, theirs), name
 
 
 def test_prepacking_makes_it_dense(save_mistral):
