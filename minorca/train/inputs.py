@@ -72,6 +72,9 @@ def read_inputs(config: Config) -> Inputs:
         UserError: what is wrong with which file.
     """
     base = open_model(config.model.path, parse_quantization(config.model.quantize, config.model.double_quant))
+    if config.train.full and base.quantization:
+        message = f"the model is stored in {base.quantization}, and train.full trains weights in fp32"
+        raise UserError(f"{message}; give the unquantized model, or train adapters", path=base.directory)
     positions = base.arch.max_positions
     if positions and config.data.seq_len > positions:
         message = f"is {config.data.seq_len}; the model has {positions} positions, so set it to {positions} or less"

@@ -134,6 +134,9 @@ def test_a_directory_in_four_bits_is_trained_as_its_original(qlora, tmp_path):
     assert_same_bits(tmp_path / "original", tmp_path / "stored")
     records = [(tmp_path / name / "adapter" / RECORD).read_text() for name in ("original", "stored")]
     assert records[0] == records[1]
+    full = {"train.full": True, "lora.rank": 16, "model.path": tmp_path / "four-bits", "model.quantize": "none"}
+    with pytest.raises(UserError, match="stored in .* and train.full trains weights in fp32; give the unquantized"):
+        train_command.main(qlora("full", **full))
 
 
 def test_what_a_run_and_a_dry_run_print(qlora, capsys, caplog):
