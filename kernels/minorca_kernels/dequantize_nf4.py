@@ -4,7 +4,7 @@ A stored weight is a list of tensors, all of them bytes (uint8):
 
 - codes [N, K/2].
 - absmax [N, K/64], or without double quantization, as fp32, [N, K/16].
-- tables [1088]: the fp32 values of the 16 codes and of the 256 codes of an absmax.
+- tables [272, 4]: the fp32 values of the 16 codes and of the 256 codes of an absmax.
 - nested absmax [B, 4], fp32, of the blocks of 256 absmax values; each part of a stacked weight begins a block.
 - part table [P, 12], of each part int32: its first row, its first nested block, and the bits of its fp32 offset.
 
@@ -32,7 +32,8 @@ BLOCKS = 64
 
 def tables(device: torch.device | str | None = None) -> Tensor:
     """The tables of a stored weight."""
-    return torch.tensor([*CODE_BOOK, *DYNAMIC_MAP], dtype=torch.float32, device=device).view(torch.uint8)
+    values = torch.tensor([*CODE_BOOK, *DYNAMIC_MAP], dtype=torch.float32, device=device)
+    return values[:, None].view(torch.uint8)
 
 
 def nested_parts(nested_absmax: Tensor, part_table: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minorca_kernels.dequantize_nf4 import dequantize_nf4, nested_parts, tables
-from minorca_kernels.frozen_weight import FrozenWeight, local_part
+from minorca_kernels.frozen_weight import FrozenWeight, fill_rows, local_part
 from minorca_kernels.nf4 import (
     BLOCK,
     NESTED_BLOCK,
@@ -100,7 +100,7 @@ class NF4Weight(FrozenWeight):
         blocks = in_features // BLOCK
         self.codes = empty(self.out_features, in_features // 2)
         self.absmax = empty(self.out_features, blocks if double_quant else 4 * blocks)
-        self.register_buffer("tables", tables(device), persistent=False)
+        self.tables = nn.Parameter(tables(device), requires_grad=False)
         if double_quant:
             self.nested_absmax = empty(sum(_nested_blocks(rows, in_features) for rows in parts), 4)
             self.part_table = empty(len(parts), 12)
@@ -176,7 +176,7 @@ class NF4Weight(FrozenWeight):
     ) -> None:
         first, rows = sum(self.parts[:part]), self.parts[part]
         # a module that comes from the meta device has lost them
-        local_part(self.tables)[0].copy_(tables())
+        fill_rows(self.tables, lambda start, stop: tables()[start:stop])
         _copy_rows(self.absmax, first, absmax.reshape(rows, -1).view(torch.uint8))
         if nested_absmax is None or offset is None:
             return
