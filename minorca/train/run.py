@@ -22,9 +22,9 @@ from minorca.train.build import Learner, build
 from minorca.train.inputs import check_ranks_agree, read_inputs
 from minorca.train.loop import Run
 from minorca.train.memory import out_of_memory, weights_do_not_fit
-from minorca.train.plan import Plan, make_plan
 from minorca.train.profiling import profiled
 from minorca.train.ranks import World, init_distributed
+from minorca.train.run_length import RunLength, run_length
 
 log = logging.getLogger("minorca.train")
 
@@ -90,8 +90,8 @@ def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitSt
     check_ranks_agree(config, inputs.identity, resumed, world)
     adapter = output / "adapter"
     schedule = inputs.schedule(config)
-    plan = make_plan(config, schedule)
-    finished = why_finished(state, plan, config) if state else None
+    length = run_length(config, schedule)
+    finished = why_finished(state, length, config) if state else None
     if finished and adapter.is_dir():
         log.info("%s: %s; nothing to do", output, finished)
         return None
@@ -104,7 +104,7 @@ def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitSt
         raise weights_do_not_fit(error, config, world.size) from error
     world.barrier_without_timeout("with the model loaded")
     log.info("%s", learner.model.arch)
-    log.info("%s; %d steps, %d rows", parallel.describe(learner.model, world), plan.steps, len(inputs.store))
+    log.info("%s; %d steps, %d rows", parallel.describe(learner.model, world), length.steps, len(inputs.store))
     if found and state:
         best = _restore(found, state, learner, config, world)
         _log_changes(state, inputs.identity)
@@ -119,7 +119,7 @@ def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitSt
             stack.enter_context(_create_output(output))
         if not finished:
             _set_adapter_aside(adapter, resumed)
-        record = _open_record(config, state, plan)
+        record = _open_record(config, state, length)
 
     # 5. the steps
     noted = stack.enter_context(signals_noted())
@@ -127,7 +127,7 @@ def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitSt
         world.monitor.noted = noted
     after_step = stack.enter_context(profiled(output / "profile", world)) if profile else lambda: None
     updates = state.updates if state else 0
-    run = Run(config, world, inputs, learner, plan, best, record, noted, resumed, updates)
+    run = Run(config, world, inputs, learner, length, best, record, noted, resumed, updates)
     run.loop(schedule.step, after_step)
 
     # 6. the adapter, where other programs look for it
@@ -140,13 +140,13 @@ def _log_changes(state: checkpoint.State, identity: dict) -> None:
         log.info("%s: was %r up to step %d, is %r from here on", key, before, state.step, after)
 
 
-def _open_record(config: Config, state: checkpoint.State | None, plan: Plan) -> metrics.Record:
+def _open_record(config: Config, state: checkpoint.State | None, length: RunLength) -> metrics.Record:
     """Readies the output directory, of which this process has the lock, and opens its record."""
     checkpoint.sweep(config.output)
     if state:
         checkpoint.set_damaged_aside(state, config)
     write_config(config, config.output / "config.yaml")
-    return metrics.Record(config, state.step if state else 0, plan.steps)
+    return metrics.Record(config, state.step if state else 0, length.steps)
 
 
 def check_writable(output: Path) -> None:
@@ -171,21 +171,21 @@ def find_earlier(config: Config, identity: dict) -> tuple[Path | None, checkpoin
     return found, checkpoint.read_state(found, identity, config) if found else None
 
 
-def why_finished(state: checkpoint.State, plan: Plan, config: Config) -> str | None:
+def why_finished(state: checkpoint.State, length: RunLength, config: Config) -> str | None:
     """Why no step is left after a checkpoint's; None where one is.
 
     Raises:
         UserError: the checkpoint is of a step after the last.
     """
-    if state.step > plan.steps:
+    if state.step > length.steps:
         key = "epochs" if config.train.steps is None else "steps"
         raise UserError(
-            f"is {getattr(config.train, key):g}, a run of {plan.steps} steps, and its checkpoint is of step "
+            f"is {getattr(config.train, key):g}, a run of {length.steps} steps, and its checkpoint is of step "
             f"{state.step}; set it higher, or choose another train.output",
             field=f"train.{key}",
         )
-    if state.step == plan.steps:
-        return f"all {plan.steps} steps are done"
+    if state.step == length.steps:
+        return f"all {length.steps} steps are done"
     return state.best.why_stopped(config.train.early_stopping)
 
 
