@@ -101,8 +101,9 @@ def machine(name: str, ranks: int) -> Machine:
         whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Machine("cpu", (), whole // ranks, 0, 0, 0.0, 0.0, 0.0)
     known = {_plain(each): gpu for gpu in GPUS for each in (gpu.name, *gpu.torch_names)}
-    if gpu := known.get(_plain(name)):
-        return gpu
+    matches = {gpu.name: gpu for each, gpu in known.items() if each.endswith(_plain(name))}
+    if len(matches) == 1:
+        return matches.popitem()[1]
     names = [gpu.name for gpu in GPUS]
     for old, capability in _TOO_OLD.items():
         if _plain(name) == _plain(old):

@@ -21,6 +21,7 @@ from minorca.files.weights import ModelFiles
 from minorca.model.architecture import Architecture
 from minorca.model.layout import source_tensors
 from minorca.model.lora import adapter_parameters, seed_dropout
+from minorca.model.network import Mistral
 from minorca.plan.devices import Machine
 from minorca.plan.fake_device import fake_device
 from minorca.plan.recorder import Launch, Recorder
@@ -48,8 +49,8 @@ class Recording:
         return self.recorder.peak(self.kinds)
 
     @cached_property
-    def peaks(self) -> dict[str, Counter[str]]:
-        """Bytes by kind in each phase."""
+    def peaks(self) -> dict[tuple[str, str], Counter[str]]:
+        """Bytes by kind in each phase and part."""
         return self.recorder.peaks(self.kinds)
 
 
@@ -122,6 +123,7 @@ def fake_step(
         def clock(phase: str) -> None:
             recorder.phase = phase
 
+        _mark_parts(learner.model, recorder)
         forward_backward(learner, batch, float(store.trained.sum()), True, clock)
         recorder.phase = "optimizer"
         kinds = dict(_kinds(learner, recorder))
@@ -130,6 +132,31 @@ def fake_step(
         learner.optimizer.step()
         learner.optimizer.zero_grad()
         return Recording(recorder, kinds)
+
+
+def _mark_parts(model: Mistral, recorder: Recorder) -> None:
+    """Has the recorder note which block runs forward or backward: the first, the last, or one between.
+
+    What a block needs is linear in the number of blocks before it: the peak of many layers is in the first or the last.
+    """
+    last = len(model.layers) - 1
+
+    def mark(part: str) -> Callable:
+        def note(*_) -> None:
+            recorder.part = part
+
+        return note
+
+    for i, block in enumerate(model.layers):
+        part = "last block" if i == last else "first block" if i == 0 else "middle"
+
+        def after(_module, _inputs, outputs: tuple, i: int = i, part: str = part) -> None:
+            if i == last:
+                recorder.part = "head"
+            outputs[0].register_hook(mark(part))
+
+        block.register_forward_pre_hook(mark(part))
+        block.register_forward_hook(after)
 
 
 def _kinds(learner: Learner, recorder: Recorder) -> Iterator[tuple[int, str]]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from minorca.plan.recorder import Launch
 
+# bytes a second between host and GPU, in one direction, of PCI Express 4.0 x16: assumed
+PCIE = 25e9
 # matrix products of which no dimension is smaller are those of whole weights
 WEIGHT = 512
 GROUPS: tuple[str, ...] = ("matrix products", "attention", "low-rank products", "memory-bound kernels", "small kernels")

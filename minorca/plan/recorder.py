@@ -76,20 +76,6 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Collective:
-    """A communication of all ranks of a group.
-
-    Attributes:
-        kind: a value of COLLECTIVES.
-        bytes: of the whole tensor: what a gather returns, what a scatter is given.
-    """
-
-    kind: str
-    phase: str
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Wait:
     """A wait of the host for the GPU, or a copy between the two that blocks.
 
@@ -119,12 +105,15 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         phase: what the program is doing, for what is recorded from now on.
+        part: of the network, in which it does that.
         captured: whether a CUDA graph is being captured.
         launches, waits: in order.
-        collectives: in order.
+        collectives, collective_bytes: (a value of COLLECTIVES, phase) -> how many, and the bytes of whole tensors: what
+            a gather returns, what a scatter is given.
         async_copies: phase -> how many copies between host and GPU did not block.
         crossed: phase -> bytes of all copies between host and GPU.
-        memory: in order, (number of a storage on the GPU, its change in bytes, phase).
+        memory: in order, (number of a storage on the device, its change in bytes, phase).
+        parts: of the network, of each entry in `memory`.
         regathered: numbers of the storages that were resized: FSDP's whole parameters, which it frees and fills again.
     """
 
@@ -132,13 +121,16 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.device_type = device_type
         self.phase = "build"
+        self.part = ""
         self.captured = False
         self.launches: list[Launch] = []
         self.waits: list[Wait] = []
-        self.collectives: list[Collective] = []
+        self.collectives: Counter[tuple[str, str]] = Counter()
+        self.collective_bytes: Counter[tuple[str, str]] = Counter()
         self.async_copies: Counter[str] = Counter()
         self.crossed: Counter[str] = Counter()
         self.memory: list[tuple[int, int, str]] = []
+        self.parts: list[str] = []
         self.regathered: set[int] = set()
         self._paused = False
         self._owner = ""
@@ -197,7 +189,8 @@ class Recorder(TorchDispatchMode):
             return out
         if func.namespace in ("c10d", "_c10d_functional") and (kind := COLLECTIVES.get(func.overloadpacket.__name__)):
             size = max(t.nbytes for t in tensors)
-            self.collectives.append(Collective(kind, self.phase, size))
+            self.collectives[kind, self.phase] += 1
+            self.collective_bytes[kind, self.phase] += size
         if func.namespace == "aten":
             with self:
                 out = func.decompose(*args, **kwargs)
@@ -307,15 +300,16 @@ class Recorder(TorchDispatchMode):
     def _set_size(self, number: int, size: int) -> None:
         if size != self._sizes[number]:
             self.memory.append((number, size - self._sizes[number], self.phase))
+            self.parts.append(self.part)
             self._sizes[number] = size
 
-    def peaks(self, kinds: Mapping[int, str]) -> dict[str, Counter[str]]:
-        """Phase -> bytes of each kind when most memory was in use in it.
+    def peaks(self, kinds: Mapping[int, str]) -> dict[tuple[str, str], Counter[str]]:
+        """(phase, part) -> bytes of each kind when most memory was in use in it.
 
         Args:
-            kinds: of storages, by number. Of the others, those made within the head are "logits" where they end with
-                it; those made in phase "forward" that outlive it are "activations", those that FSDP gathers are
-                "gathered", the rest is "scratch".
+            kinds: of storages, by number. Of the others, those made in phase "forward" that outlive it are
+                "activations", those that FSDP gathers are "gathered", those made within the head are "logits", and the
+                rest is "scratch".
         """
         made: dict[int, str] = {}
         ended: dict[int, str] = {}
@@ -332,11 +326,11 @@ class Recorder(TorchDispatchMode):
             return "logits" if self._owners[number] in HEADS else "scratch"
 
         used: Counter[str] = Counter()
-        highest: dict[str, Counter[str]] = {}
-        for number, change, phase in self.memory:
+        highest: dict[tuple[str, str], Counter[str]] = {}
+        for (number, change, phase), part in zip(self.memory, self.parts):
             used[kind(number)] += change
-            if phase not in highest or used.total() > highest[phase].total():
-                highest[phase] = used.copy()
+            if (phase, part) not in highest or used.total() > highest[phase, part].total():
+                highest[phase, part] = used.copy()
         return highest
 
     def peak(self, kinds: Mapping[int, str]) -> dict[str, int]:
