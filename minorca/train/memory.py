@@ -2,18 +2,17 @@
 
 import torch
 
-from minorca.config import Config
+from minorca.config import Config, choices
 from minorca.errors import UserError, memory_asked_for
-
-# what computes more again than each
-_RECOMPUTE_MORE = {"none": "selective", "selective": "full"}
+from minorca.plan.advice import CHECKPOINTING
 
 
 def out_of_memory(error: torch.OutOfMemoryError, config: Config, ranks: int) -> UserError:
     """The error in a line: what was asked for and what is in use, as torch says it, and which settings to lower."""
     remedies = []
-    if more := _RECOMPUTE_MORE.get(config.parallel.activation_checkpointing):
-        remedies.append(f"set parallel.activation_checkpointing to {more}, with which the same run resumes")
+    kinds = choices(CHECKPOINTING)
+    for more in kinds[kinds.index(config.parallel.activation_checkpointing) + 1 :][:1]:
+        remedies.append(f"set {CHECKPOINTING} to {more}, with which the same run resumes")
     remedies.append(_shorter_batches(config))
     if ranks > 1 and config.parallel.shard != "fsdp":
         remedies.append("set parallel.shard to fsdp, with which the same run resumes")

@@ -19,6 +19,7 @@ from minorca.signals import Terminated, signals_noted
 from minorca.train import checkpoint, metrics, parallel
 from minorca.train.best import Best
 from minorca.train.build import Learner, build
+from minorca.train.forecast import Forecast
 from minorca.train.inputs import check_ranks_agree, read_inputs
 from minorca.train.loop import Run
 from minorca.train.memory import out_of_memory, weights_do_not_fit
@@ -55,9 +56,13 @@ def train(config: Config, profile: bool = False) -> None:
         torch.use_deterministic_algorithms(True)
         # documented, but missing from torch's annotations
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    # before there is a process group: a plan on the CPU has one of its own
+    forecast = Forecast(config) if int(os.environ.get("RANK", 0)) == 0 else None
     with init_distributed(config.parallel.timeout) as world, contextlib.ExitStack() as stack:
+        if forecast:
+            stack.callback(forecast.close)
         try:
-            signum = _train(config, profile, world, stack)
+            signum = _train(config, profile, world, stack, forecast)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, config, world.size) from error
         except OSError as error:
@@ -70,7 +75,9 @@ def train(config: Config, profile: bool = False) -> None:
         raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
 
 
-def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitStack) -> int | None:
+def _train(
+    config: Config, profile: bool, world: World, stack: contextlib.ExitStack, forecast: Forecast | None
+) -> int | None:
     """Returns the signal that ended the run early, the same on every rank; `stack` undoes what the run sets up."""
     # 1. everything that can be refused, before memory is taken
     world.set_status("reading the base model's files and the data")
@@ -95,6 +102,9 @@ def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitSt
     if finished and adapter.is_dir():
         log.info("%s: %s; nothing to do", output, finished)
         return None
+
+    if forecast:
+        forecast.check(inputs.store.lengths)
 
     # 3. the model and its optimizer
     world.set_status("loading the model")
@@ -132,6 +142,8 @@ def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitSt
 
     # 6. the adapter, where other programs look for it
     run.finish(output)
+    if forecast:
+        forecast.report(world.device)
     return run.stopped_by
 
 
