@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from minorca.config import Config
-from minorca.data.packing import make_batch
+from minorca.data.packing import Batch, make_batch
 from minorca.data.store import TokenStore
 from minorca.files.weights import ModelFiles
 from minorca.model.architecture import Architecture
@@ -26,6 +26,7 @@ from minorca.plan.devices import Machine
 from minorca.plan.fake_device import fake_device
 from minorca.plan.recorder import Launch, Recorder
 from minorca.train.build import Learner, build
+from minorca.train.ranks import World
 from minorca.train.step import forward_backward
 
 # from the build to the optimizer's state, nothing is trained yet
@@ -101,37 +102,53 @@ def fake_step(
         later: gradients of an earlier micro-batch are there, to which this one adds.
         attention: its back end on a GPU, "own" or "varlen".
     """
-    store = fake_rows(lengths, trained)
-    batch = make_batch(store, np.arange(len(lengths)))
-    # of two tokens: the optimizer's state is that of any step
-    first = make_batch(fake_rows([2], 1.0), np.arange(1))
     # what it would start from is not loaded
     config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init=None))
+    batches = step_batches(lengths, trained)
     with _quiet(), fake_device(device, ranks, attention) as (world, recorder):
         learner = build(config, model_files(arch), world)
-        learner.model.train()
-        # what a first step makes stays: the optimizer's state, and copies of adapters
-        recorder.phase = "first step"
-        forward_backward(learner, first.to(world.device), 1.0, True)
-        learner.optimizer.step()
-        if not later:
-            learner.optimizer.zero_grad()
-        recorder.phase = "batch"
-        batch = batch.to(world.device)
-        seed_dropout(learner.model, config.train.seed, 1, 0)
 
         def clock(phase: str) -> None:
             recorder.phase = phase
+            if phase == "batch":
+                _mark_parts(learner.model, recorder)
 
-        _mark_parts(learner.model, recorder)
-        forward_backward(learner, batch, float(store.trained.sum()), True, clock)
-        recorder.phase = "optimizer"
-        kinds = dict(_kinds(learner, recorder))
-        learner.trainable.sum_gradients(world)
-        learner.trainable.clip_gradients(config.optim.max_grad_norm)
-        learner.optimizer.step()
+        run_step(learner, config, world, batches, later, clock)
+        return Recording(recorder, dict(_kinds(learner, recorder)))
+
+
+def step_batches(lengths: Sequence[int], trained: float = 1.0) -> tuple[Batch, Batch]:
+    """A micro-batch of these documents, after one of two tokens, which makes the optimizer's state."""
+    return tuple(
+        make_batch(fake_rows(sizes, share), np.arange(len(sizes))) for sizes, share in (([2], 1.0), (lengths, trained))
+    )
+
+
+def run_step(
+    learner: Learner,
+    config: Config,
+    world: World,
+    batches: tuple[Batch, Batch],
+    later: bool,
+    clock: Callable[[str], None],
+) -> None:
+    """A step of one micro-batch, as in the middle of a run; `clock` is told of its phases. See `fake_step`."""
+    first, batch = batches
+    learner.model.train()
+    # what a first step makes stays: the optimizer's state, and copies of adapters
+    clock("first step")
+    forward_backward(learner, first.to(world.device), 1.0, True)
+    learner.optimizer.step()
+    if not later:
         learner.optimizer.zero_grad()
-        return Recording(recorder, kinds)
+    clock("batch")
+    batch = batch.to(world.device)
+    seed_dropout(learner.model, config.train.seed, 1, 0)
+    forward_backward(learner, batch, float(len(batch.targets)), True, clock)
+    clock("optimizer")
+    learner.trainable.sum_gradients(world)
+    learner.trainable.clip_gradients(config.optim.max_grad_norm)
+    learner.optimizer.step()
 
 
 def _mark_parts(model: Mistral, recorder: Recorder) -> None:

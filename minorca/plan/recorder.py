@@ -6,6 +6,7 @@ seen. On the CPU, where attention reads a batch's positions, what follows from r
 """
 
 import contextlib
+import functools
 import re
 import weakref
 from collections import Counter
@@ -39,6 +40,8 @@ ROWS_WRITTEN = {"index_copy_", "index_put_"}
 # a Triton kernel that writes as many rows of these arguments as another argument has
 TRITON_ROWS_WRITTEN = {"_rope_into_cache_kernel": ({"k_ptr", "v_ptr"}, "index_ptr")}
 OVERWRITES = {"copy_", "fill_", "zero_", "uniform_"}
+# on the CPU they make a buffer like their first argument
+BUFFERED = {"logsumexp"}
 # they wait for the GPU
 SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal"}
 COLLECTIVES = {
@@ -191,7 +194,7 @@ class Recorder(TorchDispatchMode):
             size = max(t.nbytes for t in tensors)
             self.collectives[kind, self.phase] += 1
             self.collective_bytes[kind, self.phase] += size
-        if func.namespace == "aten":
+        if func.namespace == "aten" and not _has_kernel(func):
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -207,6 +210,9 @@ class Recorder(TorchDispatchMode):
             self.wait(name)
         if name == "_local_scalar_dense":
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if name in BUFFERED:
+            # freed at once
+            self._track(torch.empty_like(args[0]))
         # fake tensors cannot be pinned
         out = aten.clone.default(args[0]) if name == "_pin_memory" else func(*args, **kwargs)
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -337,6 +343,12 @@ class Recorder(TorchDispatchMode):
         """Bytes of each kind when most memory was in use, and their "total"."""
         highest = max(self.peaks(kinds).values(), key=lambda used: used.total(), default=Counter())
         return dict(highest) | {"total": highest.total()}
+
+
+@functools.cache
+def _has_kernel(func: torch._ops.OpOverload) -> bool:
+    """Whether an operation is more than a composition of others; a build without CUDA knows the CPU's alone."""
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key) for key in ("CPU", "CUDA"))
 
 
 def _is_real(name: str, tensors: list[Tensor]) -> bool:
