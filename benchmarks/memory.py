@@ -10,6 +10,7 @@ import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -104,7 +105,9 @@ def measured(config: Config, arch: Architecture) -> int:
         for parameter in learner.model.parameters():
             nn.init.normal_(parameter, std=0.02)
         run_step(learner, config, world, batches, True, lambda phase: None)
-    events = profiler.profiler.kineto_results.events()
+    # torch's annotations lack what its own memory_profiler reads
+    recorded: Any = profiler.profiler
+    events = recorded.kineto_results.events()
     changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     return max(itertools.accumulate(change for _, change in sorted(changes)))
 

@@ -8,6 +8,7 @@ from minorca.model.architecture import model_directory, read_architecture
 from minorca.plan.apart import plan_apart
 from minorca.plan.devices import GPUS, here, machine
 from minorca.plan.report import table
+from minorca.train.inputs import check_length
 
 
 def main(argv: list[str]) -> None:
@@ -21,6 +22,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"is {args.gpus}; expected at least 1", field="--gpus")
     device = machine(args.gpu, args.gpus) if args.gpu else here(args.gpus)
     arch = read_architecture(model_directory(config.model.path))
+    check_length(config.data.seq_len, arch)
     plan = plan_apart(config, arch, device, args.gpus)
     print(json.dumps(plan) if args.json else table(plan))
 

@@ -54,7 +54,8 @@ class PlanProcess:
             raise UserError(f"the plan took more than {timeout} seconds") from None
         if self.process.returncode:
             lines = err.strip().splitlines() or [f"status {self.process.returncode}"]
-            raise UserError(lines[-1])
+            # torch puts the rank before every line of a traceback
+            raise UserError(lines[-1].rpartition("[rank0]: ")[2])
         return json.loads(out)
 
     def close(self) -> None:

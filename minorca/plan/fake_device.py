@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch._subclasses import FakeTensorMode, fake_tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.compiler import GPUTarget
@@ -32,7 +32,10 @@ from minorca.plan.devices import Machine, machine
 from minorca.plan.recorder import Recorder
 from minorca.train import parallel
 from minorca.train.ranks import World
+from minorca_kernels import frozen_weight
 
+# which rows of a sharded parameter a rank stores
+PLACE = "compute_local_shape_and_global_offset"
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 H100 = machine("H100", 1)
 
@@ -136,6 +139,16 @@ def _cuda(gpu: Machine, recorder: Recorder) -> dict[str, Any]:
     }
 
 
+def _on_values(function: Callable) -> Callable:
+    """A function of torch that computes on small tensors of its own, with their values."""
+
+    def call(*arguments, **options):
+        with _disable_current_modes():
+            return function(*arguments, **options)
+
+    return call
+
+
 class _FakeWorld(World):
     """Rank 0 among others that are as it is."""
 
@@ -159,14 +172,11 @@ def fake_device(device: Machine, ranks: int = 1, attention: str = "own") -> Iter
         mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
         swap_tensors(one, other)
 
-    def device_mesh(*arguments, **options) -> DeviceMesh:
-        # it needs the numbers of the ranks
-        with _disable_current_modes():
-            return init_device_mesh(*arguments, **options)
-
     patches: list[contextlib.AbstractContextManager] = [
         mock.patch.object(torch.utils, "swap_tensors", swap),
-        mock.patch.object(parallel, "init_device_mesh", device_mesh),
+        # both need the numbers of the ranks
+        mock.patch.object(parallel, "init_device_mesh", _on_values(init_device_mesh)),
+        mock.patch.object(frozen_weight, PLACE, _on_values(getattr(frozen_weight, PLACE))),
         mock.patch.object(parallel, "memory_per_rank", lambda _: device.memory),
         # it would compute with single numbers that it knows, on a GPU too
         mock.patch.object(mode, "may_turn_const", lambda t: False),

@@ -119,9 +119,8 @@ def fake_step(
 
 def step_batches(lengths: Sequence[int], trained: float = 1.0) -> tuple[Batch, Batch]:
     """A micro-batch of these documents, after one of two tokens, which makes the optimizer's state."""
-    return tuple(
-        make_batch(fake_rows(sizes, share), np.arange(len(sizes))) for sizes, share in (([2], 1.0), (lengths, trained))
-    )
+    first, batch = fake_rows([2], 1.0), fake_rows(lengths, trained)
+    return make_batch(first, np.arange(1)), make_batch(batch, np.arange(len(lengths)))
 
 
 def run_step(

@@ -194,11 +194,9 @@ class Recorder(TorchDispatchMode):
             size = max(t.nbytes for t in tensors)
             self.collectives[kind, self.phase] += 1
             self.collective_bytes[kind, self.phase] += size
-        if func.namespace == "aten" and not _has_kernel(func):
+        if _is_composed(func):
             with self:
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
+                return func.decompose(*args, **kwargs)
         name = func.overloadpacket.__name__
         if self.device_type == "cpu" and _is_real(name, tensors):
             with _disable_current_modes():
@@ -346,9 +344,14 @@ class Recorder(TorchDispatchMode):
 
 
 @functools.cache
-def _has_kernel(func: torch._ops.OpOverload) -> bool:
-    """Whether an operation is more than a composition of others; a build without CUDA knows the CPU's alone."""
-    return any(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key) for key in ("CPU", "CUDA"))
+def _is_composed(func: torch._ops.OpOverload) -> bool:
+    """Whether an operation of aten is nothing but others; a build without CUDA knows the CPU's kernels alone."""
+
+    def has_kernel(key: str) -> bool:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+
+    composed = func.namespace == "aten" and has_kernel("CompositeImplicitAutograd")
+    return composed and not has_kernel("CPU") and not has_kernel("CUDA")
 
 
 def _is_real(name: str, tensors: list[Tensor]) -> bool:

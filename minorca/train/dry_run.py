@@ -14,6 +14,7 @@ from minorca.model.build import build_model
 from minorca.model.lora import adapter_parameters, add_adapters
 from minorca.train import metrics
 from minorca.train.build import check_init, lora_settings
+from minorca.train.forecast import Forecast
 from minorca.train.inputs import Inputs, read_inputs
 from minorca.train.optim import learning_rate
 from minorca.train.run import check_writable, find_earlier, why_finished
@@ -28,6 +29,7 @@ def dry_run(config: Config) -> None:
     Raises:
         UserError: what the run would refuse before it loads the model.
     """
+    forecast = Forecast(config)
     metrics.import_wandb(config)
     check_writable(config.output)
     with tempfile.TemporaryDirectory() as directory:
@@ -44,6 +46,7 @@ def dry_run(config: Config) -> None:
         if found:
             print(f"resumes from {found}" + (f": {finished}" if finished else ""))
         if not finished:
+            forecast.check(inputs.store.lengths)
             _print_step(inputs, schedule, state.step + 1 if state else 1)
     print("dry run: nothing was written")
 

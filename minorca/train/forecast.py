@@ -44,11 +44,12 @@ class Forecast:
                 self._start()
 
     def _start(self) -> None:
-        if self.device.arch:
-            self.process = PlanProcess(self.config, self.arch, self.device, self.ranks, whole=False)
-            return
+        self.plan = None
         try:
-            self.plan = make_plan(self.config, self.arch, self.device, self.ranks, whole=False)
+            if self.device.arch:
+                self.process = PlanProcess(self.config, self.arch, self.device, self.ranks, whole=False)
+            else:
+                self.plan = make_plan(self.config, self.arch, self.device, self.ranks, whole=False)
         # whatever a step on fake tensors may raise
         except Exception as error:
             _not_planned(error)

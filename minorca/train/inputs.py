@@ -17,7 +17,7 @@ from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.errors import UserError
 from minorca.files.adapters import read_adapter_settings
 from minorca.files.weights import ModelFiles, open_model
-from minorca.model.architecture import model_directory, read_architecture
+from minorca.model.architecture import Architecture, model_directory, read_architecture
 from minorca.train import checkpoint
 from minorca.train.ranks import World
 
@@ -68,10 +68,7 @@ def read_inputs(config: Config) -> Inputs:
         UserError: what is wrong with which file.
     """
     base = open_model(config.model.path)
-    positions = base.arch.max_positions
-    if positions and config.data.seq_len > positions:
-        message = f"is {config.data.seq_len}; the model has {positions} positions, so set it to {positions} or less"
-        raise UserError(message, field="data.seq_len")
+    check_length(config.data.seq_len, base.arch)
     if config.lora.init:
         # Before the rows are rendered, which may take minutes.
         read_adapter_settings(config.lora.init)
@@ -79,6 +76,14 @@ def read_inputs(config: Config) -> Inputs:
     store, held_out = read_data(config, tok, template)
     identity = checkpoint.identity(config, base.arch, base.paths, store, held_out)
     return Inputs(base, store, held_out, identity, tok, adapter_files(tok, template))
+
+
+def check_length(seq_len: int, arch: Architecture) -> None:
+    """Raises UserError: the model has fewer positions."""
+    positions = arch.max_positions
+    if positions and seq_len > positions:
+        message = f"is {seq_len}; the model has {positions} positions, so set it to {positions} or less"
+        raise UserError(message, field="data.seq_len")
 
 
 def read_tokenizer(config: Config) -> tuple[Tokenizer, str]:
