@@ -43,7 +43,7 @@ class Training:
     trained: float = 1.0
     rank: int = 16
     dropout: float = 0.0
-    checkpointing: Literal["none", "selective", "full"] = "none"
+    checkpointing: Literal["none", "selective", "full", "offload"] = "none"
     ranks: int = 1
     replicate: int = 1
     later: bool = False

@@ -23,10 +23,10 @@ part() { # part NAME SECONDS COMMAND...: its output in FOLDER/NAME.txt, and the 
 
 if [ -z "$SMOKE" ]; then
     python -c 'import torch; assert torch.cuda.is_available()' || { echo "no CUDA: SMOKE=1 tries the script without"; exit 1; }
-    shape="--shape 7b" full="--tokens 8192" short=$full
+    shape="--shape 7b" full="--tokens 8192" short=$full recompute=
     decode="--batch 1,8,32 --prompt-tokens 512 --new-tokens 32 --first-token 128,512,2048" kernels="--seconds 105"
 else
-    shape="--shape 7b --layers 1" full="--tokens 1024 --steps 1" short="--tokens 256 --steps 1"
+    shape="--shape 7b --layers 1" full="--tokens 1024 --steps 1" short="--tokens 256 --steps 1" recompute="--tokens 1024 --steps 1"
     decode="--batch 1,2 --prompt-tokens 16 --new-tokens 8 --first-token 8" kernels=--smoke
 fi
 part device 30 python -m benchmarks.device --output "$folder"
@@ -36,6 +36,7 @@ part tests 110 python -m pytest -m cuda -q -rfE -p no:cacheprovider -n "$(nproc)
 part kernels 125 python -m benchmarks.kernels $kernels --output "$folder"
 part train-full 80 python -m benchmarks.train_step $shape $full --rows full --output "$folder"
 part train-short 65 python -m benchmarks.train_step $shape $short --rows short --output "$folder"
+part recompute 30 python -m benchmarks.recompute $shape $recompute --output "$folder"
 part decode 75 python -m benchmarks.decode $shape $decode --output "$folder"
 timeout 10 python -m benchmarks.table "$folder"
 [ ! -f "$folder/kernels.json" ] || timeout 15 python -m benchmarks.plot "$folder"

@@ -80,6 +80,20 @@ def training(results: list[dict]) -> str:
     return grid(header, rows)
 
 
+def recomputing(result: dict) -> str:
+    rows = [
+        [
+            row["kind"],
+            spread(row["seconds"]) if "seconds" in row else row["failed"],
+            f"{row['tokens_per_second']:,.0f}" if "seconds" in row else "",
+            f"{row['peak_memory_bytes'] / 1e9:.2f}" if "peak_memory_bytes" in row else "",
+        ]
+        for row in result["rows"]
+    ]
+    label = f"{model_name(result)}, micro-batches of at most {result['tokens']} tokens"
+    return f"{label}:\n\n{grid(['kind', 'seconds a step', 'tokens/s', 'peak GB'], rows)}"
+
+
 def longest_kernels(results: list[dict]) -> str:
     """What takes 1% of the kernels' time of one of our steps, or more."""
     rows = []
@@ -239,6 +253,8 @@ def page(folder: Path) -> str:
         parts += ["## A LoRA training step, median (minimum to maximum)", training(steps)]
         if kernels_of_steps := longest_kernels(steps):
             parts += ["### Kernels of one of our steps", kernels_of_steps]
+    if "recompute" in found:
+        parts += ["## Activation checkpointing", recomputing(found["recompute"])]
     if "decode" in found:
         parts += ["## Greedy generation, median (minimum to maximum)", generating(found["decode"])]
     return "\n\n".join(parts) + "\n"

@@ -200,7 +200,10 @@ class ParallelConfig:
     __pydantic_config__ = _STRICT
     shard: Annotated[Literal["auto", "none", "fsdp"], "none: the model whole on each rank"] = "auto"
     replicate: Annotated[int, "copies of the sharded model; divides the ranks"] = 1
-    activation_checkpointing: Annotated[Literal["none", "selective", "full"], "what backward computes again"] = "none"
+    activation_checkpointing: Annotated[
+        Literal["none", "selective", "full", "offload"],
+        "what backward computes again; offload: as full, with what is kept in host memory",
+    ] = "none"
     cpu_offload: Annotated[bool, "keep shards in host memory"] = False
     timeout: Annotated[
         int, "seconds; a rank silent for longer, or a wait among ranks that takes longer, ends the run"

@@ -33,8 +33,9 @@ def per_layer(two, three, chosen):
 
 STEPS = """
 runs = {layers: train(Training(layers, [8192])) for layers in (2, 3)}
-kinds = [Training(2, [4096], checkpointing=kind) for kind in ("selective", "full")]
-ranks = [Training(2, [4096], ranks=8), Training(2, [4096], checkpointing="full", ranks=8, replicate=2)]
+kinds = [Training(2, [4096], checkpointing=kind) for kind in ("selective", "full", "offload")]
+ranks = [Training(2, [4096], ranks=8), Training(2, [4096], checkpointing="full", ranks=8, replicate=2),
+         Training(2, [4096], checkpointing="offload", ranks=8)]
 dropped = {layers: train(Training(layers, [8192], dropout=0.05)) for layers in (2, 3)}
 held = list(itertools.accumulate(change for _, change, phase in runs[2].recorder.memory if phase == "build"))
 peaks = [runs[layers].peak for layers in (2, 3)]
@@ -86,7 +87,8 @@ faults = {"clean": clean, "found": found, "copies": recorder.async_copies.total(
 """
 
 PEAKS = """
-cases = ((8192, "none"), (8192, "selective"), (8192, "full"), (4096, "none"), (4096, "full"))
+cases = ((8192, "none"), (8192, "selective"), (8192, "full"), (8192, "offload"), (4096, "none"), (4096, "full"),
+         (4096, "offload"))
 peaks = [train(Training(32, [tokens], checkpointing=kind)).peak["total"] for tokens, kind in cases]
 """
 
@@ -112,7 +114,7 @@ def test_steps(found):
     # tokens and targets, and what attention knows of the documents
     assert found["batch copies"] == {"batch": 3, "forward": 4, "backward": 0}
     assert found["rows"] <= 1024 and found["beside weights"] < 0.3e9
-    assert found["peak"]["total"] <= 41.5e9 and found["peak"]["scratch"] <= 1.2e9
+    assert found["peak"]["total"] <= 40.8e9 and found["peak"]["scratch"] <= 0.6e9
     assert 20e9 < found["peak"]["activations"] <= 25e9 and 14e9 < found["peak"]["weights"] < 15e9
     assert 15 < found["training"]["forward"]["launches"] <= 23 and 25 < found["training"]["backward"]["launches"] <= 34
     assert sum(phase["bytes"] for phase in found["training"].values()) <= 10.7e9
@@ -134,7 +136,8 @@ def test_faults_are_seen(found):
 @pytest.mark.slow
 def test_peaks_of_all_layers(tmp_path):
     """GB of 7B steps. Another tracker found 47.8, 28.5, 19.1, 31.4 and 17.0 before normed values were made again and
-    rotation freed its input, without the optimizer's 0.3; this one agreed within 1%.
+    rotation freed its input, without the optimizer's 0.3; this one agreed within 1%. Since then SwiGLU's backward
+    overwrites its input, and selective checkpointing saves no output of a block twice.
     """
     peaks = [size / 1e9 for size in results_of(tmp_path, PEAKS, "peaks")]
-    assert peaks == pytest.approx([41.0, 28.5, 19.1, 28.1, 17.2], rel=0.01)
+    assert peaks == pytest.approx([40.5, 25.8, 18.6, 16.7, 27.9, 16.9, 16.1], rel=0.01)

@@ -142,6 +142,8 @@ def _forward(
         cross_entropy(logits, targets[rows], losses[rows], x_gradient)
         if x_gradient:
             torch.mm(logits, weight, out=dx[rows])
+        # before the next chunk is allocated
+        del logits
     return losses, dx
 
 
@@ -157,6 +159,7 @@ def _weight_gradient(
         cross_entropy(logits, targets[rows], losses[rows], True)
         # scales x, not the logits' gradients: H numbers a row, not V
         dweight += logits.t() @ (x[rows] * dlosses[rows, None]).to(x.dtype)
+        del logits
     return dweight.to(weight.dtype)
 
 

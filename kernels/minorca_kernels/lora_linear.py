@@ -37,7 +37,7 @@ from minorca_kernels.rms_norm import (
     rms_norm_definition,
     rms_norm_forward,
 )
-from minorca_kernels.swiglu import swiglu, swiglu_backward, swiglu_definition, swiglu_into
+from minorca_kernels.swiglu import swiglu, swiglu_backward_, swiglu_definition, swiglu_into, take_buffer
 
 
 class Adapter(NamedTuple):
@@ -181,12 +181,24 @@ def _backward(
         strategy = "accumulated" if strategy == "augmented" else strategy
         dx = STRATEGIES[strategy](dy, weight, ds, [a.t()], [0], 1.0)
     if of_swiglu and x_gradient:
-        dx, x = swiglu_backward(dx, x, True)
-    elif of_swiglu:
-        x = swiglu(x)
+        # the next operator makes da of ds
+        da = ds
+    else:
+        da = _a_gradient(swiglu(x) if of_swiglu else x, ds, ranks_of(b), dropout, seeds)
+    return dx, da, [db_i.to(accumulate_dtype(x.dtype)) for db_i in db]
 
-    da = a_gradient(x, own_columns(ds, b), seeds, dropout) if dropout else unrounded_product(ds.t(), x)
-    return dx, da, [db_i.to(da.dtype) for db_i in db]
+
+def _a_gradient(x: Tensor, ds: Tensor, ranks: list[int], dropout: float, seeds: list[int]) -> Tensor:
+    if not dropout:
+        return unrounded_product(ds.t(), x)
+    return a_gradient(x, [whole_rows(part) for part in ds.split(ranks, dim=1)], seeds, dropout)
+
+
+def _swiglu_backward(
+    dx: Tensor, gate_up: Tensor, ds: Tensor, ranks: list[int], dropout: float, seeds: list[int]
+) -> Tensor:
+    swiglu_backward_(dx, gate_up, True)
+    return _a_gradient(dx, ds, ranks, dropout, seeds)
 
 
 def _gradients_torch(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor) -> Tensor:
@@ -199,8 +211,10 @@ def _gradients_torch(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor)
 
 def _fake_backward(dy, x, w, kind, a, b, s, *settings) -> tuple[Tensor, Tensor, list[Tensor]]:
     dtype = accumulate_dtype(x.dtype)
-    dx = x.new_empty(x.shape if settings[-1] else 0)
-    return dx, a.new_empty(a.shape, dtype=dtype), [b_i.new_empty(b_i.shape, dtype=dtype) for b_i in b]
+    *_, of_swiglu, _, x_gradient = settings
+    dx = x.new_empty((len(x), a.shape[1]) if x_gradient else 0)
+    da = s.new_empty(s.shape) if of_swiglu and x_gradient else a.new_empty(a.shape, dtype=dtype)
+    return dx, da, [b_i.new_empty(b_i.shape, dtype=dtype) for b_i in b]
 
 
 _lora_linear = operator(
@@ -214,7 +228,8 @@ _lora_linear = operator(
         x.new_empty(x.shape[0], a.shape[0]),
     ),
 )
-# the adapters' gradients are in the dtype in which they are summed, those of A one under the other
+# The adapters' gradients are in the dtype in which they are summed, those of A one under the other. Of SwiGLU, where x
+# has a gradient, it returns the gradients of SwiGLU and of its product with A instead of those of x and A.
 _lora_linear_backward = operator(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor[] w, str kind, Tensor a, Tensor[] b, Tensor s, int[] starts,"
     " float scale, float dropout, int[] seeds, bool of_swiglu, str strategy, bool x_gradient)"
@@ -222,6 +237,16 @@ _lora_linear_backward = operator(
     cuda=functools.partial(_backward, low_rank_gradients),
     cpu=functools.partial(_backward, _gradients_torch),
     fake=_fake_backward,
+)
+
+
+# Those of x and A: overwrites x by its gradient, and the gradient of SwiGLU by SwiGLU, of which it makes A's.
+_lora_linear_swiglu_backward_ = operator(
+    "lora_linear_swiglu_backward_(Tensor(a!) dx, Tensor(b!) gate_up, Tensor ds, int[] ranks, float dropout,"
+    " int[] seeds) -> Tensor",
+    cuda=_swiglu_backward,
+    cpu=_swiglu_backward,
+    fake=lambda dx, gate_up, ds, *_: ds.new_empty(ds.shape[1], dx.shape[1], dtype=accumulate_dtype(dx.dtype)),
 )
 
 
@@ -250,6 +275,10 @@ class _Call(NamedTuple):
         """The gradients of x and of all the tensors."""
         w, a, b = self._split(tensors)
         dx, da, db = _lora_linear_backward(dy, x, w, self.kind, a, b, s, *self.settings, x_gradient)
+        *_, dropout, seeds, of_swiglu, _ = self.settings
+        if of_swiglu and x_gradient:
+            swiglu_dx, dx = dx, take_buffer(x)
+            da = _lora_linear_swiglu_backward_(swiglu_dx, dx, da, ranks_of(b), dropout, seeds)
         ab = [gradient for pair in zip(da.split(ranks_of(b)), db) for gradient in pair]
         masters = tensors[-2 * self.adapters :]
         frozen = len(tensors) - len(masters)

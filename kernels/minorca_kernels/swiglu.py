@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from minorca_kernels.operator import as_rows, can_skip_dispatch, operator, zero_scratch
 
@@ -73,28 +74,29 @@ def _forward_kernel(
 def _backward_kernel(
     dy_ptr,
     gate_up_ptr,
-    dgate_up_ptr,
-    y_ptr,
     stride_dy,
     stride_gate_up,
     INTERMEDIATE: tl.constexpr,
     WITH_OUTPUT: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
+    # In place: a thread has loaded all that it overwrites.
     row = (tl.program_id(0) // tl.cdiv(INTERMEDIATE, BLOCK_I)).to(tl.int64)
     column = tl.program_id(0) % tl.cdiv(INTERMEDIATE, BLOCK_I) * BLOCK_I + tl.arange(0, BLOCK_I)
     mask = column < INTERMEDIATE
-    dtype = dgate_up_ptr.dtype.element_ty
+    dtype = gate_up_ptr.dtype.element_ty
     acc_dtype = tl.float64 if dtype == tl.float64 else tl.float32
-    dy = tl.load(dy_ptr + row * stride_dy + column, mask=mask, other=0.0).to(acc_dtype)
-    gate = tl.load(gate_up_ptr + row * stride_gate_up + column, mask=mask, other=0.0).to(acc_dtype)
-    up = tl.load(gate_up_ptr + row * stride_gate_up + INTERMEDIATE + column, mask=mask, other=0.0).to(acc_dtype)
+    dy_ptr += row * stride_dy
+    gate_up_ptr += row * stride_gate_up
+    dy = tl.load(dy_ptr + column, mask=mask, other=0.0).to(acc_dtype)
+    gate = tl.load(gate_up_ptr + column, mask=mask, other=0.0).to(acc_dtype)
+    up = tl.load(gate_up_ptr + INTERMEDIATE + column, mask=mask, other=0.0).to(acc_dtype)
     sigmoid = _times_sigmoid(tl.full([], 1, acc_dtype), gate, dtype == tl.float32)
     silu = (gate * sigmoid).to(dtype).to(acc_dtype)
-    tl.store(dgate_up_ptr + row * 2 * INTERMEDIATE + column, dy * up * sigmoid * (1 + gate * (1 - sigmoid)), mask=mask)
-    tl.store(dgate_up_ptr + row * 2 * INTERMEDIATE + INTERMEDIATE + column, dy * silu, mask=mask)
+    tl.store(gate_up_ptr + column, dy * up * sigmoid * (1 + gate * (1 - sigmoid)), mask=mask)
+    tl.store(gate_up_ptr + INTERMEDIATE + column, dy * silu, mask=mask)
     if WITH_OUTPUT:
-        tl.store(y_ptr + row * INTERMEDIATE + column, silu * up, mask=mask)
+        tl.store(dy_ptr + column, silu * up, mask=mask)
 
 
 def _constants(intermediate_size: int, **flags: Any) -> dict[str, Any]:
@@ -122,14 +124,14 @@ def swiglu_into(gate_up_TI: Tensor, out_TI: Tensor, scratch: int = 0) -> None:
     _forward_kernel[grid](gate_up_TI, out_TI, gate_up_TI.stride(0), out_TI.stride(0), **constants)
 
 
-def _swiglu_backward_triton(dy: Tensor, gate_up: Tensor, with_output: bool) -> tuple[Tensor, Tensor]:
-    dgate_up, y = _empty_backward(dy, gate_up, with_output)
-    dy = as_rows(dy)
-    gate_up = as_rows(gate_up)
+def _swiglu_backward_triton(dy: Tensor, gate_up: Tensor, with_output: bool) -> None:
+    rows = [as_rows(dy), as_rows(gate_up)]
     constants = _constants(dy.shape[1], WITH_OUTPUT=with_output)
-    grid = _grid(dy, constants)
-    _backward_kernel[grid](dy, gate_up, dgate_up, y, dy.stride(0), gate_up.stride(0), **constants)
-    return dgate_up, y
+    _backward_kernel[_grid(dy, constants)](*rows, *(t.stride(0) for t in rows), **constants)
+    # where a row was not contiguous, its copy was overwritten
+    for t, copied in zip((dy, gate_up), rows):
+        if t.stride(1) != 1:
+            t.copy_(copied)
 
 
 # ----------------------------------------------------------------------------------------------------- plain PyTorch
@@ -140,23 +142,17 @@ def _swiglu_torch(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up).contiguous()
 
 
-def _swiglu_backward_torch(dy: Tensor, gate_up: Tensor, with_output: bool) -> tuple[Tensor, Tensor]:
+def _swiglu_backward_torch(dy: Tensor, gate_up: Tensor, with_output: bool) -> None:
     gate, up = gate_up.chunk(2, dim=-1)
-    dgate_up, y = _empty_backward(dy, gate_up, with_output)
-    dgate, dup = dgate_up.chunk(2, dim=-1)
-    dgate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
     silu = F.silu(gate)
-    torch.mul(dy, silu, out=dup)
+    dup = dy * silu
+    gate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
     if with_output:
-        torch.mul(silu, up, out=y)
-    return dgate_up, y
+        torch.mul(silu, up, out=dy)
+    up.copy_(dup)
 
 
 # ------------------------------------------------------------------------------------------- operators and autograd
-
-
-def _empty_backward(dy: Tensor, gate_up: Tensor, with_output: bool) -> tuple[Tensor, Tensor]:
-    return gate_up.new_empty(gate_up.shape), gate_up.new_empty(dy.shape if with_output else 0)
 
 
 _swiglu = operator(
@@ -165,17 +161,30 @@ _swiglu = operator(
     cpu=_swiglu_torch,
     fake=lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2),
 )
-# (dgate_up, y): with_output computes the forward's output again while gate and up are loaded; otherwise y is empty
-swiglu_backward = operator(
-    "swiglu_backward(Tensor dy, Tensor gate_up, bool with_output) -> (Tensor, Tensor)",
+# Overwrites gate_up by its gradient, and dy, with_output, by the forward's output, computed again while gate and up are
+# loaded: backward holds no more than the two.
+swiglu_backward_ = operator(
+    "swiglu_backward_(Tensor(a!) dy, Tensor(b!) gate_up, bool with_output) -> ()",
     cuda=_swiglu_backward_triton,
     cpu=_swiglu_backward_torch,
-    fake=_empty_backward,
+    fake=lambda dy, gate_up, with_output: None,
 )
 
 
+def take_buffer(gate_up: Tensor) -> Tensor:
+    """What backward may overwrite of a buffer that an autograd.Function saved: itself, or a copy where it is a leaf.
+
+    A leaf is the caller's; what the network computed nobody reads again. Where somebody does, or goes backward twice,
+    autograd raises an error.
+    """
+    if gate_up.is_leaf or not gate_up.is_contiguous():
+        return gate_up.detach().clone(memory_format=torch.contiguous_format)
+    increment_version(gate_up)
+    return gate_up.detach()
+
+
 class _SwiGLU(torch.autograd.Function):
-    """Keeps only the fused buffer, and writes its gradient into one buffer of the same shape."""
+    """Keeps only the fused buffer, and writes its gradient into it."""
 
     @staticmethod
     def forward(ctx, gate_up):
@@ -185,7 +194,9 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        return swiglu_backward(dy, *ctx.saved_tensors, False)[0]
+        gate_up = take_buffer(*ctx.saved_tensors)
+        swiglu_backward_(dy, gate_up, False)
+        return gate_up
 
 
 def swiglu(gate_up_TI: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from minorca.config import ParallelConfig
 from minorca.errors import UserError
 from minorca.model.network import Mistral
+from minorca.train.offload import HostMemory, input_on_host
 from minorca.train.ranks import World
 
 
@@ -79,28 +80,38 @@ def describe(model: Mistral, world: World) -> str:
 def checkpoint_activations(model: Mistral, kind: str) -> None:
     """Has blocks recompute activations in backward instead of saving them.
 
-    `full`: a block saves its input alone. `selective`: it also saves attention's output and those of the adapted
-    projections that are not much wider than their input; of these products, gate_up alone is recomputed.
+    `full`: a block saves its input alone. `offload`: it saves that in host memory. `selective`: it also saves
+    attention's output and those of the adapted projections that are not much wider than their input; of these products,
+    gate_up alone is recomputed.
     """
     if kind == "none":
         return
     options = {}
     if kind == "selective":
-        options = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _selective_policy)}
+        # `_summed` overwrites a saved result that nothing reads again
+        contexts = functools.partial(
+            create_selective_checkpoint_contexts, _selective_policy, allow_cache_entry_mutation=True
+        )
+        options = {"context_fn": contexts}
+    memory = HostMemory()
     for block in model.layers:
-        block.forward = functools.partial(
+        forward = functools.partial(
             checkpoint,
             functools.partial(_summed, block.forward),
             use_reentrant=False,
             preserve_rng_state=False,
             **options,
         )
+        block.forward = functools.partial(input_on_host, forward, memory) if kind == "offload" else forward
 
 
 def _summed(forward: Callable, *arguments) -> tuple[Tensor, None]:
-    """A block's forward that leaves nothing to be added: of the next block's input one tensor is saved, not two."""
+    """A block's forward that leaves nothing to be added: of the next block's input one tensor is saved, not two.
+
+    The sum takes the place of what is added: selective checkpointing has saved that, though backward never reads it.
+    """
     x_TH, update_TH = forward(*arguments)
-    return x_TH if update_TH is None else x_TH + update_TH, None
+    return x_TH if update_TH is None else update_TH.add_(x_TH), None
 
 
 @functools.cache

@@ -37,6 +37,10 @@ def raise_out_of_memory(*_, **__):
         ),
         (
             {"train.micro_batch_tokens": 512, "parallel.activation_checkpointing": "full"},
+            ["set parallel.activation_checkpointing to offload", "lower train.micro_batch_tokens from 512 to 256"],
+        ),
+        (
+            {"train.micro_batch_tokens": 512, "parallel.activation_checkpointing": "offload"},
             ["To need less, lower train.micro_batch_tokens from 512 to 256"],
         ),
         # not under the longest row

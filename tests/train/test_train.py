@@ -20,6 +20,7 @@ from minorca.train.optim import learning_rate
 from minorca.train.ranks import init_distributed
 from minorca.train.step import forward_backward
 from minorca.train.trainable import TrainableSet
+from minorca_kernels import local_part
 from tests.helpers import SAME, Calls, gradients_of, lines_of, relative_error
 
 
@@ -147,14 +148,16 @@ def test_an_output_that_cannot_be_made_is_named(workplace, tmp_path):
 
 
 def step_gradients(
-    workplace, accumulate: bool = False, dropout: float = 0.0, recompute: str = "none"
+    workplace, accumulate: bool = False, dropout: float = 0.0, recompute: str = "none", sharding: str = "none"
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and adapter gradients of a step: of 4 micro-batches with `accumulate`, else of one with the same rows."""
-    config = config_of(workplace(**{"parallel.activation_checkpointing": recompute, "lora.dropout": dropout}))
+    settings = {"activation_checkpointing": recompute, "shard": sharding}
+    settings = {f"parallel.{key}": value for key, value in settings.items()} | {"lora.dropout": dropout}
+    config = config_of(workplace(**settings))
     with init_distributed(60) as world:
         learner = build.build(config, open_model(config.model.path), world)
     for parameter in learner.trainable.parameters.values():
-        torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.normal_(local_part(parameter)[0], std=0.05, generator=torch.Generator().manual_seed(0))
     store, _ = read_data(config, *read_tokenizer(config))
     micro_batches = plan_epoch(store.lengths, 128, 4, True, 0, 0)[0]
     trained = learner.objective.normalizer(store, np.concatenate(micro_batches))
@@ -165,7 +168,8 @@ def step_gradients(
     for n, rows in enumerate(micro_batches):
         seed_dropout(learner.model, 0, 1, n)
         loss += forward_backward(learner, make_batch(store, rows), trained, last=True).loss
-    return loss, gradients_of(learner.trainable.parameters)
+    gradients = gradients_of(learner.trainable.parameters)
+    return loss, {name: local_part(gradient)[0] for name, gradient in gradients.items()}
 
 
 def test_accumulation_changes_nothing(workplace):
@@ -176,7 +180,7 @@ def test_accumulation_changes_nothing(workplace):
     assert all(relative_error(gradients[name], whole[name]) < 1e-5 for name in whole)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", ["selective", "full", "offload"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_activation_checkpointing_changes_no_bit(recompute, dropout, workplace):
     """Dropout masks are a function of their seed, so recomputation repeats them."""
@@ -185,7 +189,7 @@ def test_activation_checkpointing_changes_no_bit(recompute, dropout, workplace):
     assert loss == again_loss and all(torch.equal(plain[name], again[name]) for name in plain)
 
 
-@pytest.mark.parametrize("recompute, again", [("none", 0), ("selective", 1), ("full", 4)])
+@pytest.mark.parametrize("recompute, again", [("none", 0), ("selective", 1), ("full", 4), ("offload", 4)])
 def test_what_backward_computes_again(recompute, again, save_mistral):
     """The operators of a layer's four projections, and of attention."""
     model = load_model(save_mistral(num_hidden_layers=1)[0], torch.float32, "cpu")
@@ -198,4 +202,4 @@ def test_what_backward_computes_again(recompute, again, save_mistral):
         loss.backward()
     backward = [operator.name() for operator, _ in calls.made[len(forward) :]]
     assert forward.count("minorca::lora_linear") == 4 and backward.count("minorca::lora_linear") == again
-    assert forward.count("minorca::attention") == 1 and backward.count("minorca::attention") == (recompute == "full")
+    assert forward.count("minorca::attention") == 1 and backward.count("minorca::attention") == (again == 4)
