@@ -49,6 +49,7 @@ setup(
             "pytest-xdist",
             "ruff==0.17.6",
             "schemathesis",
+            "torchao",
             "transformers",
         ],
     },

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from minorca.model.layout import TARGETS, Target
+from minorca.model.layout import TARGETS, Matrix, Target
 
 # pydantic's: an unknown key is an error, and a boolean is not a number
 _STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
@@ -22,9 +22,9 @@ _STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 class ModelConfig:
     __pydantic_config__ = _STRICT
     path: Annotated[str, "the base model's directory"]
-    dtype: Annotated[Literal["bfloat16", "float32"], "of the frozen weights and of computation; adapters are fp32"] = (
-        "bfloat16"
-    )
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], "of the frozen weights and of computation; what is trained is fp32"
+    ] = "bfloat16"
     quantize: Annotated[Literal["none"], "how the frozen weights are kept"] = "none"
 
 
@@ -34,7 +34,12 @@ class LoRAConfig:
     rank: Annotated[int, "of every adapter"] = 16
     alpha: Annotated[float, "the update is scaled by alpha / rank"] = 32
     dropout: Annotated[float, "of an adapter's input"] = 0.0
-    targets: Annotated[list[Target], "the projections with an adapter"] = field(default_factory=lambda: list(TARGETS))
+    targets: Annotated[list[Literal[Target, Matrix]], "what has an adapter; besides projections, embed and head"] = (
+        field(default_factory=lambda: list(TARGETS))
+    )
+    modules_to_save: Annotated[list[Matrix], "of embed and head, what is trained as a whole matrix"] = field(
+        default_factory=list
+    )
     rslora: Annotated[bool, "scale by alpha / sqrt(rank) instead"] = False
     init: Annotated[str | None, "a PEFT adapter to start from"] = None
 
@@ -129,6 +134,9 @@ class DataConfig:
 @dataclass
 class OptimConfig:
     __pydantic_config__ = _STRICT
+    name: Annotated[
+        Literal["adamw", "adamw_8bit"], "adamw_8bit: its moments in 8 bits instead of fp32; needs pip install torchao"
+    ] = "adamw"
     lr: Annotated[float, "the highest learning rate"] = 2e-4
     betas: Annotated[tuple[float, float], "AdamW's"] = (0.9, 0.95)
     eps: Annotated[float, "AdamW's"] = 1e-8
@@ -169,6 +177,10 @@ def epochs_in(every: int | str) -> float | None:
 class TrainConfig:
     __pydantic_config__ = _STRICT
     objective: Annotated[Literal["sft"], "what is trained"] = "sft"
+    full: Annotated[bool, "train all weights, in fp32 and sharded over the ranks, instead of adapters"] = False
+    new_tokens: Annotated[list[str], "control tokens to add to the vocabulary; their rows are trained"] = field(
+        default_factory=list
+    )
     steps: Annotated[int | None, "optimizer steps; overrides epochs"] = None
     epochs: Annotated[float, "passes over the rows; 2.5: two, and half of the third's steps"] = 1
     batch_tokens: Annotated[int, "tokens a step holds at most, over all ranks"] = 32768
@@ -224,6 +236,16 @@ class Config:
     def output(self) -> Path:
         """The run's directory."""
         return Path(self.train.output or "runs/default")
+
+    @property
+    def outcome(self) -> Path:
+        """The directory of what a finished run has trained."""
+        return self.output / ("model" if self.train.full else "adapter")
+
+    @property
+    def start_key(self) -> str:
+        """The setting with which another run starts from a checkpoint of this one."""
+        return "model.path" if self.train.full else "lora.init"
 
     def nested(self) -> dict[str, dict]:
         """As plain values, in the form that YAML has."""

@@ -1,5 +1,6 @@
 """The rules that the values of settings keep: which are out of range, and which contradict each other."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple, cast
 
@@ -8,6 +9,7 @@ from minorca.config import (
     Config,
     DataConfig,
     Format,
+    LoRAConfig,
     OptimConfig,
     Source,
     TrainConfig,
@@ -16,6 +18,7 @@ from minorca.config import (
 from minorca.data.formats import FORMATS
 from minorca.data.messages import OUR_ROLES
 from minorca.errors import UserError
+from minorca.model.layout import MATRICES
 
 
 class Problem(NamedTuple):
@@ -70,6 +73,8 @@ def problems(config: Config) -> Iterator[Problem]:
         yield problem(f"is {lora.dropout}; expected at least 0 and less than 1", "lora.dropout")
     if not lora.targets or len(set(lora.targets)) < len(lora.targets):
         yield problem(f"is {lora.targets}; expected at least one target, each once", "lora.targets")
+    yield from _full_problems(config)
+    yield from _vocabulary_problems(lora, train)
     yield from _source_problems(data)
     yield from _schedule_problems(config.optim, train)
     yield from _evaluation_problems(train, data)
@@ -95,6 +100,24 @@ def problems(config: Config) -> Iterator[Problem]:
         yield problem("needs parallel.shard fsdp, not none", "parallel.cpu_offload", "parallel.shard")
 
 
+def _full_problems(config: Config) -> Iterator[Problem]:
+    """Settings that contradict `train.full`."""
+    if not config.train.full:
+        return
+    without = LoRAConfig()
+    for key in dataclasses.fields(LoRAConfig):
+        value = getattr(config.lora, key.name)
+        if value != getattr(without, key.name):
+            message = f"is {value}, but train.full trains all weights, without adapters; remove it, or train.full"
+            yield problem(message, f"lora.{key.name}", "train.full")
+    if config.model.quantize != "none":
+        message = f"is {config.model.quantize}, but train.full trains fp32 weights; set it to none, or train adapters"
+        yield problem(message, "model.quantize", "train.full")
+    if config.parallel.shard == "none":
+        message = "is none, but train.full needs FSDP, also on one rank; set it to auto or fsdp"
+        yield problem(message, "parallel.shard", "train.full")
+
+
 def warmup_problem(optim: OptimConfig, steps: int) -> UserError | None:
     """What is wrong where a run of so many steps would end before its learning rate is reached."""
     # A ratio is less than 1.
@@ -104,6 +127,25 @@ def warmup_problem(optim: OptimConfig, steps: int) -> UserError | None:
         f"is {optim.warmup_steps}, longer than the run of {steps} steps; lower it, or train longer",
         field="optim.warmup_steps",
     )
+
+
+def _vocabulary_problems(lora: LoRAConfig, train: TrainConfig) -> Iterator[Problem]:
+    whole, tokens = lora.modules_to_save, train.new_tokens
+    if len(set(whole)) < len(whole):
+        yield problem(f"is {whole}; expected each once", "lora.modules_to_save")
+    if both := [matrix for matrix in whole if matrix in lora.targets]:
+        message = (
+            f"has {', '.join(both)}, and so has lora.targets; a matrix is trained whole or by an adapter, not both"
+        )
+        yield problem(message, "lora.modules_to_save", "lora.targets")
+    if len(set(tokens)) < len(tokens) or not all(token.strip() and token.isprintable() for token in tokens):
+        yield problem(f"is {tokens}; expected printable texts, each once", "train.new_tokens")
+    if tokens and (adapted := [matrix for matrix in MATRICES if matrix in lora.targets]):
+        message = (
+            f"needs trained rows of {adapted[0]}, which lora.targets has; set lora.modules_to_save to "
+            f"[{', '.join(adapted)}] instead, or leave it to the rows"
+        )
+        yield problem(message, "train.new_tokens", "lora.targets")
 
 
 def _schedule_problems(optim: OptimConfig, train: TrainConfig) -> Iterator[Problem]:

@@ -25,9 +25,9 @@ def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def half_written(tensors, path, *rest):
+def half_written(path, tensors):
     """Leaves the first half of the file, as a kill during the write does."""
-    save_file(tensors, path, *rest)
+    write_tensors(path, tensors)
     os.truncate(path, Path(path).stat().st_size // 2)
     die()
 
@@ -58,12 +58,12 @@ def is_existing_directory(path, *_, **__):
     return Path(path).is_dir()
 
 
-save_file = checkpoint.save_file
+write_tensors = checkpoint.write_tensors
 # name -> (owner and attribute that are replaced, the function to call at the COUNTth call, which calls count)
 POINTS = {
     "before forward": (step, "batch_outcome", die, always),
     "after backward": (TrainableSet, "clip_gradients", die, always),
-    "in a write": (checkpoint, "save_file", half_written, always),
+    "in a write": (checkpoint, "write_tensors", half_written, always),
     "before the manifest": (checkpoint, "write_manifest", die, always),
     "after the manifest": (checkpoint, "write_manifest", after(files.write_manifest), always),
     "before the rename": (Path, "rename", die, is_new_checkpoint),

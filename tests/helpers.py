@@ -172,29 +172,33 @@ def torchrun(ranks: int, options: list[str]) -> None:
     assert process.returncode == 0, err[-3000:]
 
 
-def assert_same_bits(one, two) -> None:
-    """Both runs have the same lines in the same order, with equal floats, and bit-identical adapters."""
+def trained_by(run: Path) -> dict[str, Tensor]:
+    """What a finished run leaves: its adapter, or all weights."""
     from safetensors.torch import load_file
 
+    adapter = run / "adapter" / "adapter_model.safetensors"
+    return load_file(adapter if adapter.exists() else run / "model" / "model.safetensors")
+
+
+def assert_same_bits(one, two) -> None:
+    """Both runs have the same lines in the same order, with equal floats, and bit-identical adapters or weights."""
     keys = ("step", "eval_loss", *SAME)
     first, second = ([[line.get(key) for key in keys] for line in lines_of(run)] for run in (one, two))
     assert first == second
-    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two))
+    first, second = map(trained_by, (one, two))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def assert_same_run(one, two, losses: float = 1e-5) -> None:
-    """Losses, norms and counts of every line agree within 1e-5, relative, and the adapters within 1e-3.
+    """Losses, norms and counts of every line agree within 1e-5, relative, and the adapters or weights within 1e-3.
 
     Args:
         losses: the relative tolerance of the first ten steps' losses.
     """
-    from safetensors.torch import load_file
-
     assert [line["step"] for line in lines_of(one)] == [line["step"] for line in lines_of(two)]
     for a, b in zip(lines_of(one), lines_of(two)):
         for key in {"eval_loss", *SAME} & a.keys():
             rel = losses if key == "loss" and a["step"] <= 10 else 1e-5
             assert b[key] == pytest.approx(a[key], rel=rel), (a["step"], key)
-    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two))
+    first, second = map(trained_by, (one, two))
     assert max(relative_error(second[name], first[name]) for name in first) < 1e-3

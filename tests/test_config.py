@@ -15,13 +15,15 @@ from tests.helpers import ROOT
 # every setting with its documented default; the two paths have none
 SETTINGS = """
 model:    {path: DIR, dtype: bfloat16, quantize: none}
-lora:     {rank: 16, alpha: 32, dropout: 0.0, targets: [q, k, v, o, gate, up, down], rslora: false, init: null}
+lora:     {rank: 16, alpha: 32, dropout: 0.0, targets: [q, k, v, o, gate, up, down], modules_to_save: [],
+           rslora: false, init: null}
 data:     {train: PATH, eval: null, limit: null, format: openorca, template: auto, seq_len: 4096, packing: true,
            store: null, train_on: response, too_long: drop, empty_response: drop, bad_rows: error,
            columns: {}, roles: {}, parse_control_tokens: true}
-optim:    {lr: 2.0e-4, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.0, warmup_steps: 0, warmup_ratio: null,
-           schedule: cosine, min_lr: 0.0, max_grad_norm: 1.0}
-train:    {objective: sft, steps: null, epochs: 1, batch_tokens: 32768, micro_batch_tokens: 4096, seed: 0,
+optim:    {name: adamw, lr: 2.0e-4, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.0, warmup_steps: 0,
+           warmup_ratio: null, schedule: cosine, min_lr: 0.0, max_grad_norm: 1.0}
+train:    {objective: sft, full: false, new_tokens: [], steps: null, epochs: 1, batch_tokens: 32768,
+           micro_batch_tokens: 4096, seed: 0,
            output: runs/run, checkpoint_every: 100, keep: 2, keep_best: false, eval_every: 0, early_stopping: null,
            log_every: 1, resume: auto, nonfinite: stop, deterministic: false, wandb: null}
 parallel: {shard: auto, replicate: 1, activation_checkpointing: none, cpu_offload: false, timeout: 300}

@@ -15,7 +15,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 class FrozenWeight(nn.Module):
-    """A weight W [N, K] that is multiplied and not trained. `weight.linear(x)` is x W^T, differentiable in x.
+    """A weight W [N, K] that is multiplied. `weight.linear(x)` is x W^T, differentiable in x.
+
+    A `DenseWeight` whose parameter requires a gradient is trained: its `linear` is differentiable in W too. Beside
+    adapters (lora_linear.py) every kind is frozen.
 
     A subclass sets `kind` and defines `tensors`, `product` and `transposed_product`; one that is filled while a model
     loads also `local_rows` and `store_rows`.
@@ -103,7 +106,7 @@ def fill_rows(parameter: Tensor, read: Callable[[int, int], Tensor]) -> None:
 
 
 class DenseWeight(FrozenWeight):
-    """W as a matrix, whole or sharded by rows."""
+    """W as a matrix, whole or sharded by rows; frozen until its parameter requires a gradient."""
 
     kind = "dense"
 

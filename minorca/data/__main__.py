@@ -7,23 +7,17 @@ from collections import Counter
 import numpy as np
 
 from minorca import cli
-from minorca.config import Config, DataConfig
-from minorca.data.chat_template import resolve_template
+from minorca.config import DataConfig
 from minorca.data.conversation import is_trained_answer
+from minorca.data.new_tokens import training_tokenizer
 from minorca.data.prepare import prepare_store
 from minorca.data.rendering import Outcome, decide
 from minorca.data.row_files import RowError
 from minorca.data.sources import Row, open_source, read_rows
 from minorca.data.tally import Tally, raise_errors
-from minorca.data.tokenizer import Tokenizer, load_tokenizer
+from minorca.data.tokenizer import Tokenizer
 from minorca.data.visible_text import marked_text
 from minorca.errors import UserError
-
-
-def _tokenizer(config: Config) -> tuple[Tokenizer, str]:
-    """The model's tokenizer, and the name of the template that writes its rows."""
-    tok = load_tokenizer(config.model.path)
-    return tok, resolve_template(tok, config.data.template)
 
 
 def show(argv: list[str]) -> None:
@@ -36,7 +30,7 @@ def show(argv: list[str]) -> None:
     args, config = cli.parse_config(parser, argv)
     if args.rows < 1:
         raise UserError(f"is {args.rows}; expected at least 1", field="--rows")
-    tok, template = _tokenizer(config)
+    tok, template = training_tokenizer(config)
     tally = Tally()
     decided = []
     for source in config.data.sources(config.data.train):
@@ -102,7 +96,7 @@ def prepare(argv: list[str]) -> None:
         "minorca.data prepare", "Renders data.train and data.eval into the token store, where training finds them."
     )
     _, config = cli.parse_config(parser, argv)
-    tok, template = _tokenizer(config)
+    tok, template = training_tokenizer(config)
     for setting in (config.data.train, config.data.eval):
         if sources := config.data.sources(setting):
             store = prepare_store(sources, tok, template, config.data)

@@ -8,16 +8,17 @@ import logging
 from pathlib import Path
 
 from minorca.data.chat_template import TEMPLATES
+from minorca.data.new_tokens import name_new_tokens
 from minorca.data.portable_template import portable_template
 from minorca.data.shipped_template import special_tokens
 from minorca.data.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer, check_vocabulary, load_tokenizer
-from minorca.data.tokenizer_files import chat_templates, read_settings, token_ids
+from minorca.data.tokenizer_files import chat_templates, embedding_rows, read_settings, token_ids
 from minorca.errors import UserError
+from minorca.files.adapters import RECORD
 from minorca.files.safe_io import find_file, quote, read_json, read_optional_json, read_small
 
 log = logging.getLogger(__name__)
 
-RECORD = "minorca.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model*", "tekken.json")
 SETTINGS = (
     "tokenizer_config.json",
@@ -55,6 +56,7 @@ def portable_files(tok: Tokenizer, template: str | None, model: Path) -> dict[st
     if versions:
         files.setdefault("tokenizer.model", files[versions[-1]])
     config = _tokenizer_config(tok)
+    name_new_tokens(tok, files, config)
     source = portable_template(tok, template)
     # An adapter may have replaced that of the directory.
     if source != chat_templates(tok.path, read_settings(tok.path)).get("default"):
@@ -69,7 +71,8 @@ def portable_files(tok: Tokenizer, template: str | None, model: Path) -> dict[st
 
 def adapter_files(tok: Tokenizer, template: str) -> dict[str, bytes]:
     """What lies beside an adapter that was trained with `template`: `portable_files`, and its name in a record."""
-    return portable_files(tok, template, tok.path) | {RECORD: _to_json({"template": template})}
+    record = {"template": template} | ({"base_vocab_size": embedding_rows(tok.path)} if tok.new_tokens else {})
+    return portable_files(tok, template, tok.path) | {RECORD: _to_json(record)}
 
 
 def write_files(directory: Path, files: dict[str, bytes]) -> None:

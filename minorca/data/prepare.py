@@ -92,7 +92,7 @@ def _fingerprint(readers: list[SourceReader], tok: Tokenizer, template: str, dat
         "tokenizer": {str(path.relative_to(tok.path)): sha256(path) for path in files if path.is_file()},
         "template": template,
         "settings": {name: getattr(data, name) for name in SETTINGS},
-    }
+    } | ({"new tokens": tok.new_tokens} if tok.new_tokens else {})
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -278,7 +278,8 @@ def _render_in_processes(
     chunks: Iterator[Chunk], tok: Tokenizer, data: DataConfig, template: str, workers: int
 ) -> Iterator[RenderedChunk]:
     waiting: deque = deque()
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (tok.path, data, template))
+    started = (tok.path, tok.new_tokens, data, template)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, started)
     try:
         for source, chunk in chunks:
             with _blocking_sigint():
@@ -318,11 +319,11 @@ def _blocking_sigint():
 _worker: tuple[Tokenizer, DataConfig, str] | None = None
 
 
-def _start_worker(path: Path, data: DataConfig, template: str) -> None:
+def _start_worker(path: Path, new_tokens: tuple[str, ...], data: DataConfig, template: str) -> None:
     global _worker
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = (load_tokenizer(path), data, template)
+    _worker = (load_tokenizer(path, new_tokens), data, template)
 
 
 def _exit_with_parent() -> None:

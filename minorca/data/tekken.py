@@ -41,6 +41,10 @@ class TekkenTokenizer(Tokenizer):
         pieces = enumerate(self.split_control(text))
         return [i for n, piece in pieces for i in ([self.control_ids[piece]] if n % 2 else self._encode_text(piece))]
 
+    def token_id(self, token: str) -> int | None:
+        # no text of a person is looked up among the others, which are bytes
+        return self.control_ids.get(token)
+
     def decode(self, ids: list[int]) -> str:
         # Ids beyond the vocabulary are rows that pad the embedding, which an untrained model may well choose.
         with library_errors(self.file):

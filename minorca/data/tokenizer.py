@@ -53,6 +53,7 @@ class Tokenizer:
         adds_bos: whether a sequence of this model starts with `bos_id`.
         stop_ids: every id that ends a generation.
         vocab_size: the highest id + 1.
+        new_tokens: what a run adds to the model's tokens: control tokens, with the highest ids.
         control_ids: control strings and their ids.
         without_row: the control tokens, by id, of which the model's embedding has no row, and that nothing produces.
         chat_templates: the sources of the Jinja templates that the model ships, by name.
@@ -67,11 +68,13 @@ class Tokenizer:
         vocab_size: int,
         bos_id: int | None = None,
         eos_id: int | None = None,
+        new_tokens: tuple[str, ...] = (),
     ):
         self.path = file.parent
         self.file = file
         self.control_ids = control_ids
         self.vocab_size = vocab_size
+        self.new_tokens = new_tokens
         config_bos = token_ids(self.path, "bos_token_id")
         config_eos = token_ids(self.path, "eos_token_id")
         if bos_id is None:
@@ -158,6 +161,10 @@ class Tokenizer:
         """What decides the ids of text beside the settings; to be compared between tokenizers of one class."""
         return read_small(self.file, MAX_TOKENIZER_BYTES)
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token of any kind; None where the vocabulary has no such token."""
+        raise NotImplementedError
+
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, without control tokens."""
         raise NotImplementedError
@@ -177,7 +184,8 @@ class Tokenizer:
         or end no text, and no template contains them. Padding tokens are often added like that.
         """
         templates = "".join(self.chat_templates.values())
-        used = {self.bos_id, self.eos_id, *self.stop_ids, *map(self.control_ids.get, CHATML_TOKENS)}
+        produced = (*CHATML_TOKENS, *self.new_tokens)
+        used = {self.bos_id, self.eos_id, *self.stop_ids, *map(self.control_ids.get, produced)}
         return {
             i: token for token, i in self.control_ids.items() if i >= rows and i not in used and token not in templates
         }
@@ -202,19 +210,19 @@ class Tokenizer:
 class JsonTokenizer(Tokenizer):
     """`tokenizer.json`, read by the tokenizers library."""
 
-    def __init__(self, file: Path, settings: dict):
+    def __init__(self, file: Path, settings: dict, new_tokens: tuple[str, ...] = ()):
         # Two copies: whether control strings are parsed is a property of the object, which threads share.
         with library_errors(file):
-            self._parsing = self._read(file, settings)
-            self._text_only = self._read(file, settings)
+            self._parsing = self._read(file, settings, new_tokens)
+            self._text_only = self._read(file, settings, new_tokens)
             self._text_only.encode_special_tokens = True
             added = self._parsing.get_added_tokens_decoder()
             control_ids = {token.content: i for i, token in added.items() if token.special}
             highest = max(self._parsing.get_vocab().values(), default=-1)
-        super().__init__(file, settings, control_ids, highest + 1)
+        super().__init__(file, settings, control_ids, highest + 1, new_tokens=new_tokens)
 
     @staticmethod
-    def _read(file: Path, settings: dict) -> tokenizers.Tokenizer:
+    def _read(file: Path, settings: dict, new_tokens: tuple[str, ...]) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_str(read_text(file, MAX_TOKENIZER_BYTES))
         for part in filter(None, (tokenizer.normalizer, tokenizer.decoder)):
             if _max_growth(json.loads(part.__getstate__())) > MAX_GROWTH:
@@ -226,6 +234,10 @@ class JsonTokenizer(Tokenizer):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         _add_tokens(tokenizer, file, settings)
+        first = max(tokenizer.get_vocab().values(), default=-1) + 1
+        tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in new_tokens])
+        if any(tokenizer.token_to_id(token) != i for i, token in enumerate(new_tokens, first)):
+            raise UserError("its ids have gaps, so that new tokens would not come last; number them anew", path=file)
         return tokenizer
 
     def vocabulary(self) -> object:
@@ -242,6 +254,13 @@ class JsonTokenizer(Tokenizer):
         with library_errors(self.file):
             return self._parsing.encode(text, add_special_tokens=False).ids
 
+    def token_id(self, token: str) -> int | None:
+        return self._parsing.token_to_id(token)
+
+    def added_tokens(self) -> dict[int, tokenizers.AddedToken]:
+        """The tokens that are found before the text is split, by id."""
+        return self._parsing.get_added_tokens_decoder()
+
     def decode(self, ids: list[int]) -> str:
         with library_errors(self.file):
             return self._parsing.decode(ids, skip_special_tokens=True)
@@ -255,7 +274,7 @@ class JsonTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """SentencePiece's `tokenizer.model`, with `added_tokens.json` beside it (Mistral-7B-OpenOrca's ChatML tokens)."""
 
-    def __init__(self, file: Path, settings: dict):
+    def __init__(self, file: Path, settings: dict, new_tokens: tuple[str, ...] = ()):
         with library_errors(file):
             model = sentencepiece.SentencePieceProcessor(model_proto=read_small(file, MAX_TOKENIZER_BYTES))
             size = model.vocab_size()
@@ -280,6 +299,8 @@ class SentencePieceTokenizer(Tokenizer):
             for name in special_names(settings):
                 if name not in control_ids and model.piece_to_id(name) == model.unk_id():
                     control_ids[name] = max(size - 1, *control_ids.values()) + 1
+            first = max([size - 1, *control_ids.values()]) + 1
+            control_ids |= {token: i for i, token in enumerate(new_tokens, first)}
         self._model = model
         # None of the text after a private-use character is merged with it: what precedes that text, with the space that
         # SentencePiece puts before a text.
@@ -289,7 +310,8 @@ class SentencePieceTokenizer(Tokenizer):
         self._not_decoded = set(control_ids.values())
         # SentencePiece gives -1 where the model has no such piece.
         bos_id, eos_id = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
-        super().__init__(file, settings, control_ids, max([size - 1, *self._not_decoded]) + 1, bos_id, eos_id)
+        vocab_size = max([size - 1, *self._not_decoded]) + 1
+        super().__init__(file, settings, control_ids, vocab_size, bos_id, eos_id, new_tokens)
 
     def _encode_text(self, text: str) -> list[int]:
         return self._encode_piece(text, self._prefixes_text)
@@ -306,6 +328,10 @@ class SentencePieceTokenizer(Tokenizer):
             ids += self._encode_piece(piece, self._prefixes_pieces) if n % 2 else [self.control_ids[piece]]
         return ids
 
+    def token_id(self, token: str) -> int | None:
+        i = self._model.piece_to_id(token)
+        return self.control_ids.get(token, i if i != self._model.unk_id() else None)
+
     def decode(self, ids: list[int]) -> str:
         # Ids beyond the vocabulary are rows that pad the embedding, which an untrained model may well choose.
         with library_errors(self.file):
@@ -316,8 +342,8 @@ class SentencePieceTokenizer(Tokenizer):
         return True
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Loads the tokenizer of model directory `path`.
+def load_tokenizer(path: str | Path, new_tokens: tuple[str, ...] = ()) -> Tokenizer:
+    """Loads the tokenizer of model directory `path`, and adds new control tokens to it.
 
     `tokenizer.json` takes precedence where several formats exist: it contains the added tokens too, and it is what
     transformers and its servers read, so the ids are the same as theirs.
@@ -339,8 +365,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if file.name == "tekken.json":
         from minorca.data.tekken import TekkenTokenizer
 
+        if new_tokens:
+            message = "has a fixed number of ids and takes no new tokens; copy the model's tokenizer.json beside it"
+            raise UserError(message, path=file)
         return TekkenTokenizer(file, settings)
-    return JsonTokenizer(file, settings) if file.suffix == ".json" else SentencePieceTokenizer(file, settings)
+    kind = JsonTokenizer if file.suffix == ".json" else SentencePieceTokenizer
+    return kind(file, settings, new_tokens)
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int, path: str | Path) -> None:

@@ -5,13 +5,11 @@ One shard is in memory at a time, and the arithmetic of merging is fp32: W + sca
 
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minorca.data.chat_template import resolve_template
@@ -20,7 +18,9 @@ from minorca.data.tokenizer import load_tokenizer
 from minorca.errors import UserError
 from minorca.files.adapters import open_adapter, read_adapter_settings
 from minorca.files.atomic import publish
-from minorca.files.safe_io import find_file
+from minorca.files.safe_io import find_file, read_json
+from minorca.files.tensor_files import write_tensors
+from minorca.files.vocabulary import MatrixUpdate, adapt
 from minorca.files.weights import ModelFiles, open_model
 from minorca.model.architecture import Architecture
 from minorca.model.build import build_model
@@ -29,15 +29,12 @@ from minorca.model.lora import adapter_parameters, add_adapters
 
 log = logging.getLogger(__name__)
 
-SHARD_BYTES = 5 * 10**9
-
 
 @dataclass(frozen=True)
 class ExportedTensor:
-    """A tensor to write: its name, its size, and what makes it."""
+    """A tensor to write: its name, and what makes it."""
 
     name: str
-    bytes: int
     make: Callable[[], Tensor]
 
 
@@ -50,18 +47,20 @@ def export(model: str | Path, adapter: str | Path | None, output: Path) -> None:
     if output.exists():
         raise UserError("already exists; give --output a new name", path=output)
     source = open_model(model)
-    tensors = merged_tensors(source, adapter)
+    source, updates = adapt(source, adapter) if adapter else (source, {})
+    tensors = merged_tensors(source, adapter, updates)
     directory = source.directory
     files = _files_beside(source, adapter)
 
     def write(temporary: Path) -> None:
-        if config := find_file(directory, "config.json"):
-            shutil.copy(config, temporary)
+        config = find_file(directory, "config.json")
+        if config is None or updates:
+            content = config_file(source, tensors[0].make().dtype)
         else:
-            dtype = tensors[0].make().dtype
-            (temporary / "config.json").write_text(json.dumps(config_json(source.arch, dtype), indent=2) + "\n")
+            content = config.read_bytes()
+        (temporary / "config.json").write_bytes(content)
         write_files(temporary, files)
-        _write_shards(temporary, tensors)
+        write_tensors(temporary / "model.safetensors", ((tensor.name, tensor.make()) for tensor in tensors))
 
     publish(output, write)
     merged = f", {adapter} merged in" if adapter else ""
@@ -86,18 +85,24 @@ def _files_beside(source: ModelFiles, adapter: str | Path | None) -> dict[str, b
     return portable_files(tok, template, directory)
 
 
-def merged_tensors(source: ModelFiles, adapter: str | Path | None) -> list[ExportedTensor]:
-    """All tensors of a model under Hugging Face's names, those that an adapter acts on with its update added."""
+def merged_tensors(
+    source: ModelFiles, adapter: str | Path | None, updates: dict[str, MatrixUpdate]
+) -> list[ExportedTensor]:
+    """All tensors of a model under Hugging Face's names, those that an adapter acts on with its update added.
+
+    updates: what the adapter makes of which module of the vocabulary.
+    """
     merge = _merge(source.arch, adapter) if adapter else lambda name, weight: weight
 
-    def exported(name: str, tensor: SourceTensor) -> ExportedTensor:
+    def exported(module: str, name: str, tensor: SourceTensor, rows: int) -> ExportedTensor:
         def make() -> Tensor:
-            return merge(name, source.read(tensor, 0, tensor.rows))
+            weight = source.read(tensor, 0, tensor.rows)
+            return updates[module].apply(weight, rows) if module in updates else merge(name, weight)
 
-        return ExportedTensor(name, source.files.bytes(tensor.name), make)
+        return ExportedTensor(name, make)
 
     return [
-        exported(wanted.name, tensor)
+        exported(module, wanted.name, tensor, wanted.rows)
         for module, stacked in source_tensors(source.arch, "huggingface").items()
         for wanted, tensor in zip(stacked, source.tensors[module])
     ]
@@ -105,7 +110,7 @@ def merged_tensors(source: ModelFiles, adapter: str | Path | None) -> list[Expor
 
 def _merge(arch: Architecture, adapter: str | Path) -> Callable[[str, Tensor], Tensor]:
     """A function of a tensor's name and value that adds the adapter's update, if there is one for it."""
-    settings = read_adapter_settings(adapter)
+    settings = read_adapter_settings(adapter).of_projections()
     model = build_model(arch, torch.float32)
     add_adapters(model, settings)
     file = open_adapter(adapter, adapter_parameters(model))
@@ -127,29 +132,16 @@ def _merge(arch: Architecture, adapter: str | Path) -> Callable[[str, Tensor], T
     return merge
 
 
-def _write_shards(directory: Path, tensors: list[ExportedTensor]) -> None:
-    shards: list[list[ExportedTensor]] = [[]]
-    room = SHARD_BYTES
-    for tensor in tensors:
-        if tensor.bytes > room and shards[-1]:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(tensor)
-        room -= tensor.bytes
-
-    def write(file: str, shard: list[ExportedTensor]) -> None:
-        save_file({tensor.name: tensor.make().contiguous() for tensor in shard}, directory / file, {"format": "pt"})
-
-    if len(shards) == 1:
-        write("model.safetensors", shards[0])
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write(file, shard)
-        weight_map |= {tensor.name: file for tensor in shard}
-    index = {"metadata": {"total_size": sum(tensor.bytes for tensor in tensors)}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+def config_file(source: ModelFiles, dtype: torch.dtype) -> bytes:
+    """config.json of a model whose weights are written in `dtype`, which may have more ids than its files, and a head
+    of its own.
+    """
+    path = find_file(source.directory, "config.json")
+    config = read_json(path) if path else config_json(source.arch, dtype)
+    # transformers 5 calls it dtype
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    config |= {"vocab_size": source.arch.vocab_size, "tie_word_embeddings": source.arch.tied}
+    return (json.dumps(config | {key: str(dtype).removeprefix("torch.")}, indent=2) + "\n").encode()
 
 
 def config_json(arch: Architecture, dtype: torch.dtype) -> dict:

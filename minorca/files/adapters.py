@@ -10,10 +10,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minorca.errors import UserError, raise_problems
-from minorca.files.safe_io import find_file, quote, read_json
+from minorca.files.safe_io import find_file, quote, read_json, read_optional_json
 from minorca.files.tensor_files import TensorFiles
 from minorca.model.architecture import MAX_NUMBER, MAX_SIZE
-from minorca.model.layout import TARGETS, Target, adapted_by, module_name, plain_peft_name
+from minorca.model.layout import (
+    MATRICES,
+    TARGETS,
+    Matrix,
+    Target,
+    adapted_by,
+    matrix_peft_names,
+    module_name,
+    plain_peft_name,
+)
 from minorca.model.lora import LoRASettings, PartSettings, adapter_parameters, lora_scale
 from minorca.model.network import Mistral
 from minorca_kernels import fill_rows
@@ -29,12 +38,18 @@ def save_adapter(directory: Path, tensors: dict[str, Tensor], settings: LoRASett
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.rslora,
-        "target_modules": [f"{t}_proj" for t in settings.targets],
+        "target_modules": [module_name(0, target).rpartition(".")[2] for target in settings.targets],
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": [_peft_name(matrix) for matrix in settings.modules_to_save] or None,
+        "trainable_token_indices": {
+            _peft_name(matrix): list(settings.token_ids)
+            for matrix in MATRICES
+            if matrix_peft_names(matrix)["rows"] in tensors
+        }
+        or None,
         "use_dora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
@@ -45,14 +60,26 @@ def save_adapter(directory: Path, tensors: dict[str, Tensor], settings: LoRASett
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def _peft_name(matrix: Matrix) -> str:
+    """How PEFT's settings name a matrix of the vocabulary."""
+    return module_name(0, matrix).rpartition(".")[2]
+
+
+# beside an adapter of ours: the template of its training, and the size of its base's vocabulary where it adds to it
+RECORD = "minorca.json"
+
+
+def read_record(directory: Path) -> dict:
+    """What a run of ours noted beside its adapter; empty for adapters of others."""
+    return read_optional_json(directory / RECORD)
+
+
 MERGE = "merge the adapter in PEFT first (merge_and_unload, then save_pretrained), and give the result as the model"
 # fields of adapter_config.json that change what an adapter computes, beyond what this engine does
 _UNSUPPORTED = (
     "use_dora",
     "fan_in_fan_out",
     "lora_bias",
-    "modules_to_save",
-    "trainable_token_indices",
     "target_parameters",
     "layer_replication",
     "alora_invocation_tokens",
@@ -77,11 +104,8 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
         UserError: naming the file and field.
     """
     directory = Path(directory)
-    path = find_file(directory, "adapter_config.json")
-    if path is None:
-        raise UserError("no adapter_config.json; expected an adapter's directory in PEFT's format", path=directory)
-    fields = _Config(path)
-    config = fields.values
+    fields = AdapterConfig(directory)
+    config, path = fields.values, fields.path
     if config.get("peft_type") != "LORA":
         fields.refuse("peft_type", "expected LORA")
     if config.get("bias", "none") != "none":
@@ -97,11 +121,22 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
     rank = fields.rank("r", config.get("r"))
     alpha = fields.alpha("lora_alpha", config.get("lora_alpha"))
     rslora = bool(config.get("use_rslora"))
+    whole, ids = fields.modules_to_save(), fields.token_ids()
     places = {module_name(layer, target): (layer, target) for layer, target in _adapted(directory)}
-    targets = tuple(target for target in TARGETS if any(target == name for _, name in places.values()))
+    known: tuple[Target | Matrix, ...] = (*TARGETS, *MATRICES)
+    named = {name for _, name in places.values()}
+    targets: list[Target | Matrix] = [target for target in known if target in named]
     ranks = fields.by_module("rank_pattern", list(places), rank, fields.rank)
     alphas = fields.by_module("alpha_pattern", list(places), alpha, fields.alpha)
-    settings = LoRASettings(rank, alpha, targets, rslora=rslora, partial=_chooses_layers(config))
+    settings = LoRASettings(
+        rank,
+        alpha,
+        tuple(targets),
+        rslora=rslora,
+        partial=_chooses_layers(config),
+        modules_to_save=whole,
+        token_ids=tuple(next(iter(ids.values()), ())),
+    )
     parts = {
         place: PartSettings(ranks[name], lora_scale(ranks[name], alphas[name], rslora))
         for name, place in places.items()
@@ -109,10 +144,16 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
     return replace(settings, parts={place: part for place, part in parts.items() if part != settings.part(*place)})
 
 
-class _Config:
+_MATRICES: dict[str, Matrix] = {_peft_name(matrix): matrix for matrix in MATRICES}
+
+
+class AdapterConfig:
     """adapter_config.json, with errors that name the field."""
 
-    def __init__(self, path: Path):
+    def __init__(self, directory: Path):
+        path = find_file(directory, "adapter_config.json")
+        if path is None:
+            raise UserError("no adapter_config.json; expected an adapter's directory in PEFT's format", path=directory)
         self.path = path
         self.values = read_json(path)
 
@@ -128,6 +169,28 @@ class _Config:
         if type(value) not in (int, float) or not abs(value) <= MAX_NUMBER:
             self.refuse(field, f"expected a number of at most {MAX_NUMBER}")
         return value
+
+    def modules_to_save(self) -> tuple[Matrix, ...]:
+        """The matrices of the vocabulary that are trained whole."""
+        names = self.values.get("modules_to_save") or []
+        if not isinstance(names, list) or not all(str(name).rpartition(".")[2] in _MATRICES for name in names):
+            self.refuse("modules_to_save", f"expected {' and '.join(_MATRICES)} at most; {MERGE}")
+        found = {_MATRICES[name.rpartition(".")[2]] for name in names}
+        return tuple(matrix for matrix in MATRICES if matrix in found)
+
+    def token_ids(self) -> dict[Matrix, list[int]]:
+        """The ids whose rows are trained, of each matrix that has some."""
+        field = "trainable_token_indices"
+        values = self.values.get(field) or {}
+        values = values if isinstance(values, dict) else {"embed_tokens": values}
+        found = {}
+        for name, ids in values.items():
+            valid = isinstance(ids, list) and all(type(i) is int and 0 <= i < MAX_SIZE for i in ids)
+            if not valid or len(set(ids)) < len(ids) or name.rpartition(".")[2] not in _MATRICES:
+                self.refuse(field, f"expected ids, each once, of {' and '.join(_MATRICES)} at most; {MERGE}")
+            if ids:
+                found[_MATRICES[name.rpartition(".")[2]]] = ids
+        return found
 
     def by_module(self, field: str, modules: list[str], default: Any, check: Callable[[str, Any], Any]) -> dict:
         """Module -> its rank or alpha: of the first of the field's patterns that matches the end of its name."""
@@ -174,23 +237,31 @@ def adapter_file(directory: Path) -> Path:
     return path
 
 
-def _open_tensors(directory: Path) -> TensorFiles:
+def open_tensors_of(directory: Path) -> TensorFiles:
+    """PEFT's tensor file, its names plain."""
     files = TensorFiles([adapter_file(directory)])
     files.rename(plain_peft_name)
+    for matrix in MATRICES:
+        whole = matrix_peft_names(matrix)["whole"]
+        if whole in files.files:
+            # PEFT saves these too where the vocabulary was resized: the same again, and what it was before
+            for copy in ("modules_to_save", "original_module"):
+                files.files.pop(f"{whole.removesuffix('weight')}{copy}.weight", None)
     return files
 
 
-def _adapted(directory: Path) -> list[tuple[int, Target]]:
-    """The layers and projections that an adapter's tensors act on."""
-    files = _open_tensors(directory)
-    places = {name: adapted_by(name) for name in files.files}
+def _adapted(directory: Path) -> list[tuple[int, Target | Matrix]]:
+    """The layers and projections that an adapter's tensors act on, and the matrices of the vocabulary, of layer 0."""
+    files = open_tensors_of(directory)
+    held = {names[part] for names in map(matrix_peft_names, MATRICES) for part in ("whole", "rows")}
+    places = {name: adapted_by(name) for name in files.files if name not in held}
     for name, place in places.items():
         if place is None:
             raise UserError(
                 f"unexpected tensor {name}; expected LoRA tensors of a Mistral network's projections; {MERGE}",
                 path=files.files[name],
             )
-    if not places:
+    if not files.files:
         raise UserError("holds no tensors", path=adapter_file(directory))
     return sorted({place for place in places.values() if place})
 
@@ -198,10 +269,14 @@ def _adapted(directory: Path) -> list[tuple[int, Target]]:
 def open_adapter(directory: str | Path, expected: dict[str, nn.Parameter]) -> TensorFiles:
     """PEFT's tensor file, opened, once it is sure to hold exactly the tensors of `expected` (`adapter_parameters`).
 
+    Those of the vocabulary may be beside them: files/vocabulary.py reads them for a model that does not train them.
+
     Raises:
         UserError: as `TensorFiles.check`.
     """
-    files = _open_tensors(Path(directory))
+    files = open_tensors_of(Path(directory))
+    for name in {name for matrix in MATRICES for name in matrix_peft_names(matrix).values()} - expected.keys():
+        files.files.pop(name, None)
     files.check({name: tuple(parameter.shape) for name, parameter in expected.items()})
     return files
 

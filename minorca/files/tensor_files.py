@@ -4,21 +4,25 @@ All are memory-mapped, except for files from before PyTorch 1.6; a row is read w
 """
 
 import io
+import json
 import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minorca.errors import UserError
 from minorca.files.safe_io import find_file, parse_json, quote, read_json
 
 FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
+# how much of a model is in a file that is written
+FILE_BYTES = 5 * 10**9
 # The header of a file with 1,200 tensors has 150 thousand bytes, the pickle of one 250 thousand. Parsed they take up to
 # 60 times as much.
 MAX_HEADER_BYTES = 10 * 10**6
@@ -72,12 +76,8 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "consolidated.safetens
 def _weight_files(directory: Path) -> tuple[list[Path], dict[str, Path] | None]:
     """The files that hold a model's weights and, where there is an index, which file each tensor is in."""
     for name in WEIGHT_FILES:
-        if single := find_file(directory, name):
-            return _one_of_one(single), None
-        if index := find_file(directory, f"{name}.index.json"):
-            return _indexed_files(directory, index, Path(name).suffix)
-        if numbered := _numbered_files(directory, name):
-            return numbered, None
+        if found := _files_of(directory, name):
+            return found
     suffixes = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack")
     found = sorted(file.name for file in directory.iterdir() if file.suffix in suffixes and file.name.isprintable())
     more = f"; found {', '.join(found[:5])}, which is not read under that name" if found else ""
@@ -86,6 +86,17 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, Path] | None]:
         f"consolidated.safetensors, consolidated.00.pth or pytorch_model*.bin{more}",
         path=directory,
     )
+
+
+def _files_of(directory: Path, name: str) -> tuple[list[Path], dict[str, Path] | None] | None:
+    """The file of a name, or those that it was split into; None where there is none."""
+    if single := find_file(directory, name):
+        return _one_of_one(single), None
+    if index := find_file(directory, f"{name}.index.json"):
+        return _indexed_files(directory, index, Path(name).suffix)
+    if numbered := _numbered_files(directory, name):
+        return numbered, None
+    return None
 
 
 def _one_of_one(path: Path) -> list[Path]:
@@ -261,8 +272,8 @@ class TensorFiles:
         self._stored = {new: self._stored[name] for new, name in stored.items()}
         return sum(new != name for new, name in stored.items())
 
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Checks that the files hold exactly these tensors, of floating point.
+    def check(self, shapes: dict[str, tuple[int, ...]], dtypes: set[str] = FLOATS) -> None:
+        """Checks that the files hold exactly these tensors, by default of floating point.
 
         Raises:
             UserError: a tensor that is missing, unexpected or of another shape or type; names file and key.
@@ -271,8 +282,12 @@ class TensorFiles:
         for name in sorted(self.files.keys() ^ shapes.keys()):
             problem = "unexpected" if name in self.files else "missing"
             raise UserError(f"{problem} tensor {name}; was it made for another model?", path=self.files.get(name, path))
+        self.check_shapes(shapes, dtypes)
+
+    def check_shapes(self, shapes: dict[str, tuple[int, ...]], dtypes: set[str] = FLOATS) -> None:
+        """Checks these tensors alone; errors as `check`."""
         for name, shape in shapes.items():
-            if self.dtype(name) not in FLOATS:
+            if self.dtype(name) not in dtypes:
                 message = f"is {self.dtype(name)}; expected a floating-point type"
                 raise UserError(message, path=self.files[name], field=name)
             if self.shape(name) != shape:
@@ -303,8 +318,46 @@ def open_weights(directory: Path) -> TensorFiles:
     return TensorFiles(*_weight_files(directory))
 
 
-def open_exactly(path: Path, shapes: dict[str, tuple[int, ...]]) -> TensorFiles:
-    """A file of exactly these tensors; errors as `TensorFiles.check`."""
-    files = TensorFiles([path])
-    files.check(shapes)
+def open_exactly(path: Path, shapes: dict[str, tuple[int, ...]], dtypes: set[str] = FLOATS) -> TensorFiles:
+    """A file of exactly these tensors, or what it was split into; errors as `TensorFiles.check`."""
+    files = TensorFiles(*(_files_of(path.parent, path.name) or ([path], None)))
+    files.check(shapes, dtypes)
     return files
+
+
+def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Writes tensors by name to a safetensors file, or to several of `FILE_BYTES` with an index, as transformers does.
+
+    The tensors of one file are in memory at a time.
+    """
+    files: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    size = total = 0
+
+    def part(number: int) -> Path:
+        return path.with_name(f"{path.stem}-{number:05d}")
+
+    def write() -> None:
+        nonlocal size
+        files.append(list(pending))
+        save_file(pending, part(len(files)), {"format": "pt"})
+        pending.clear()
+        size = 0
+
+    for name, tensor in tensors:
+        if pending and size + tensor.nbytes > FILE_BYTES:
+            write()
+        pending[name] = tensor.contiguous()
+        size += tensor.nbytes
+        total += tensor.nbytes
+    write()
+    if len(files) == 1:
+        part(1).rename(path)
+        return
+    weight_map = {}
+    for number, names in enumerate(files, 1):
+        file = path.with_name(f"{path.stem}-{number:05d}-of-{len(files):05d}{path.suffix}")
+        part(number).rename(file)
+        weight_map |= dict.fromkeys(names, file.name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps(index, indent=2) + "\n")

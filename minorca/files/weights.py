@@ -6,7 +6,7 @@ only the rows it stores, once, from the mapped file to its device.
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import commonprefix
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from minorca.model.architecture import Architecture, model_directory, read_archi
 from minorca.model.layout import SourceTensor, outside_name, source_tensors, unwrapped_name
 from minorca.model.network import RMSNorm
 from minorca.model.projection import Projection
+from minorca.model.vocabulary import VocabularyMatrix
 from minorca_kernels import FrozenWeight, fill_rows
 
 log = logging.getLogger(__name__)
@@ -29,18 +30,40 @@ BLOCK_ROWS = 1024
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model's directory, opened, and checked against its configuration."""
+    """A model's directory, opened, and checked against its configuration.
+
+    Attributes:
+        tensors: module of the network -> the tensors that its weight stacks, in order.
+        new_ids: what a run adds to the vocabulary; no file has rows for them, or only such that pad it.
+    """
 
     directory: Path
     arch: Architecture
     files: TensorFiles
-    # module of the network -> the tensors that its weight stacks, in order
     tensors: dict[str, list[SourceTensor]]
+    new_ids: range = range(0)
 
     @property
     def paths(self) -> list[Path]:
         """The files that hold the weights."""
         return sorted(set(self.files.files.values()))
+
+    def with_new_ids(self, ids: range) -> "ModelFiles":
+        """The same model with rows for ids that follow those of its tokenizer."""
+        vocab_size = max(self.arch.vocab_size, ids.stop)
+        return replace(self, arch=replace(self.arch, vocab_size=vocab_size), new_ids=ids)
+
+    def untied(self) -> "ModelFiles":
+        """The same model with a head of its own, which is equal to the embedding where they were tied."""
+        tensors = {"head": self.tensors["embedding"]} | self.tensors
+        return replace(self, arch=replace(self.arch, tied=False), tensors=tensors)
+
+    def mean_row(self, module: str) -> Tensor:
+        """The mean [H] of the rows before the new ids, in fp32, with which those start; the same on every rank."""
+        (tensor,) = self.tensors[module]
+        rows = min(tensor.rows, self.new_ids.start)
+        blocks = (self.read(tensor, start, min(start + BLOCK_ROWS, rows)) for start in range(0, rows, BLOCK_ROWS))
+        return (torch.stack([block.double().sum(0) for block in blocks]).sum(0) / rows).float()
 
     def read(self, tensor: SourceTensor, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor, in Hugging Face's order.
@@ -139,11 +162,23 @@ def load_weights(model: nn.Module, source: ModelFiles) -> None:
         weight = module.base if isinstance(module, Projection) else module
         if isinstance(weight, FrozenWeight):
             size += _store_rows(weight, source, tensors)
+            if isinstance(weight, VocabularyMatrix) and source.new_ids:
+                _store_mean(weight, source.mean_row(name), source.new_ids)
         elif isinstance(weight, RMSNorm):
             fill_rows(weight.weight, lambda start, stop, tensor=tensors[0]: source.read(tensor, start, stop))
             size += source.files.bytes(tensors[0].name)
     seconds = time.perf_counter() - started
     log.info("model: %.2f GB in %.2f s, %.1f GB/s", size / 1e9, seconds, size / seconds / 1e9)
+
+
+def _store_mean(weight: VocabularyMatrix, mean_H: Tensor, ids: range) -> None:
+    """Has the rows of new ids start as the mean of the others."""
+    start, stop = weight.local_rows()
+    own = range(max(start, ids.start), min(stop, ids.stop))
+    if own:
+        weight.store_rows(own.start, mean_H.expand(len(own), -1))
+    if weight.rows is not None:
+        fill_rows(weight.rows.values_NH, lambda start, stop: mean_H.expand(stop - start, -1))
 
 
 def _store_rows(weight: FrozenWeight, source: ModelFiles, tensors: list[SourceTensor]) -> int:

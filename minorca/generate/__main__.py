@@ -11,6 +11,7 @@ from minorca.data.chat_template import TEMPLATES, render_chat
 from minorca.data.portable_files import load_chat
 from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.errors import UserError, raise_problems
+from minorca.files.vocabulary import adapted_architecture
 from minorca.generate.engine import open_engine
 from minorca.generate.request import Request, check_request, default_max_length
 from minorca.generate.sampling import Sampling
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> None:
     tok = load_tokenizer(args.model)
     arch = read_architecture(args.model)
     check_vocabulary(tok, arch.vocab_size, args.model)
+    arch = adapted_architecture(arch, args.adapter)
     tok, recorded = load_chat(tok, arch.vocab_size, args.adapter)
     args.template = args.template or recorded or "auto"
     if args.chat:
@@ -125,7 +127,7 @@ def _adapters(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _chat(args: argparse.Namespace, tok: Tokenizer, arch: Architecture, sampling: Sampling) -> None:
-    engine = open_engine(args.model, _adapters(args), slots=1, reuse=True)
+    engine = open_engine(args.model, _adapters(args), slots=1, reuse=True, alone=True)
 
     def answer(prompt: list[int]) -> Generator[int, None, None]:
         with contextlib.closing(engine.stream(_make_request(args, prompt, tok, arch, sampling))) as tokens:
@@ -142,7 +144,7 @@ def _complete(args: argparse.Namespace, tok: Tokenizer, arch: Architecture, samp
     # Before the model is loaded, which may take minutes.
     with _fields_as_options():
         check_request(request, arch.vocab_size, default_max_length(arch), _adapters(args))
-    engine = open_engine(args.model, _adapters(args), slots=1)
+    engine = open_engine(args.model, _adapters(args), slots=1, alone=True)
 
     stream = TextStream(tok, args.stop)
     tokens = 0

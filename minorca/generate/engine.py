@@ -306,6 +306,7 @@ def open_engine(
     slots: int,
     max_length: int | None = None,
     reuse: bool = False,
+    alone: bool = False,
 ) -> Engine:
     """Loads a model in its fastest form on this machine, and reports on standard error how fast the weights were read.
 
@@ -315,15 +316,17 @@ def open_engine(
         path: the model's directory.
         adapters: PEFT adapters' directories by the names that requests use.
         slots, max_length, reuse: as `Engine` takes them.
+        alone: every request uses the adapter, if there is one, which may then change the embedding and head.
 
     Raises:
         UserError: a file is missing or invalid, or the key/value cache does not fit in memory.
     """
     started = time.perf_counter()
-    model = load_model(path, fast_dtype())
+    adapter = next(iter(adapters.values()), None) if alone else None
+    model = load_model(path, fast_dtype(), adapter=adapter, vocabulary_only=True)
     seconds = time.perf_counter() - started
     gigabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
-    adapter_choice = load_adapters(model, dict(adapters))
+    adapter_choice = load_adapters(model, dict(adapters), alone)
     engine = Engine(model, slots, max_length, adapter_choice, reuse)
     # After the engine has checked the memory beside the model's parameters, which this replaces.
     prepack(model)

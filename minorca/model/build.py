@@ -10,6 +10,7 @@ import torch
 from minorca.device import default_device
 from minorca.errors import UserError
 from minorca.files.adapters import load_adapter, open_adapter, read_adapter_settings
+from minorca.files.vocabulary import adapt, check_shares_vocabulary
 from minorca.files.weights import load_weights, open_model
 from minorca.model.architecture import Architecture
 from minorca.model.lora import AdapterChoice, LoRA, RowLoRA, adapter_parameters, add_adapters, pad_for_adapters
@@ -35,10 +36,14 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
     adapter: str | Path | None = None,
+    vocabulary_only: bool = False,
 ) -> Mistral:
     """A model ready to run, from a directory in Hugging Face's or Mistral's layout, with a PEFT adapter where given.
 
+    What the adapter makes of the embedding and head is merged into them.
+
     Args:
+        vocabulary_only: of the adapter, nothing else.
         dtype: of weights and computation: torch.bfloat16 or torch.float32.
         device: by default CUDA where there is one, else the CPU.
 
@@ -46,21 +51,29 @@ def load_model(
         UserError: what is wrong with which file; found before memory is taken for the model.
     """
     device = device or default_device()
-    files = open_model(path)
+    source = open_model(path)
+    files, updates = (source, {}) if adapter is None else adapt(source, adapter)
     model = build_model(files.arch, dtype)
+    adapter = None if vocabulary_only else adapter
     if adapter is not None:
-        add_adapters(model, read_adapter_settings(adapter), dtype)
+        add_adapters(model, read_adapter_settings(adapter).of_projections(), dtype)
         open_adapter(adapter, adapter_parameters(model))
         pad_for_adapters(model, device)
     model.to_empty(device=device)
     load_weights(model, files)
+    for module, update in updates.items():
+        weight = model.get_parameter(f"{module}.weight").detach()
+        weight.copy_(update.apply(weight[: source.arch.vocab_size], len(weight)))
     if adapter is not None:
         load_adapter(model, adapter)
     return model.eval()
 
 
-def load_adapters(model: Mistral, directories: dict[str, str | Path]) -> AdapterChoice:
+def load_adapters(model: Mistral, directories: dict[str, str | Path], alone: bool = False) -> AdapterChoice:
     """Puts several PEFT adapters, by name, beside a model's projections, in the model's dtype, for inference.
+
+    Args:
+        alone: the only adapter's embedding and head are the model's (`vocabulary_only` of `load_model`).
 
     Returns:
         The choice among them, which is made anew before each forward.
@@ -72,9 +85,11 @@ def load_adapters(model: Mistral, directories: dict[str, str | Path]) -> Adapter
     choice = AdapterChoice(list(directories), weight.device)
     loras: dict[int, list[tuple[int, LoRA]]] = {}
     for index, directory in enumerate(directories.values()):
+        if not alone:
+            check_shares_vocabulary(directory)
         # a network without weights, which gives the adapter's matrices their places
         shadow = build_model(model.arch, weight.dtype)
-        add_adapters(shadow, read_adapter_settings(directory), weight.dtype)
+        add_adapters(shadow, read_adapter_settings(directory).of_projections(), weight.dtype)
         for place, (_, projection) in enumerate(shadow.projections()):
             if projection.lora is not None:
                 projection.lora.to_empty(device=weight.device)

@@ -24,6 +24,9 @@ _PROJECTIONS: dict[Target, tuple[str, str, str]] = {
 }
 # the projections that adapters may act on
 TARGETS: tuple[Target, ...] = get_args(Target)
+# the matrices of the vocabulary, of which adapters may act on or hold any
+Matrix = Literal["embed", "head"]
+MATRICES: tuple[Matrix, ...] = get_args(Matrix)
 GROUPS = tuple(dict.fromkeys(group for group, _, _ in _PROJECTIONS.values()))
 
 # module: Hugging Face's name, Mistral's name
@@ -35,6 +38,13 @@ _OUTSIDE_LAYERS = {
     "embedding": ("model.embed_tokens", "tok_embeddings"),
     "norm": ("model.norm", "norm"),
     "head": ("lm_head", "output"),
+}
+
+
+# matrix: its module, and PEFT's names of a low-rank update
+_MATRICES: dict[Matrix, tuple[str, str, str]] = {
+    "embed": ("embedding", "lora_embedding_A", "lora_embedding_B"),
+    "head": ("head", "lora_A.weight", "lora_B.weight"),
 }
 
 
@@ -89,22 +99,52 @@ class ProjectionSpec:
 
 
 def plain_peft_name(name: str) -> str:
-    """The name that `ProjectionSpec.peft_name` gives an adapter's matrix, which files may also call after the adapter
-    (lora_A.default.weight) or a wrapper; other names stay as they are.
+    """The name that `ProjectionSpec.peft_name` or `matrix_peft_names` gives an adapter's tensor, which files may also
+    call after the adapter (lora_A.default.weight) or a wrapper; other names stay as they are.
     """
-    match = re.fullmatch(r"(?:model\.)?(layers\..+)\.lora_([AB])(?:\.[^.]+)?\.weight", unwrapped_name(name))
-    return f"base_model.model.model.{match[1]}.lora_{match[2]}.weight" if match else name
+    plain = unwrapped_name(name)
+    if match := re.fullmatch(r"(?:model\.)?(layers\..+)\.lora_([AB])(?:\.[^.]+)?\.weight", plain):
+        return f"base_model.model.model.{match[1]}.lora_{match[2]}.weight"
+    if match := re.fullmatch(r"(?:model\.)?(embed_tokens|lm_head)\.(.+)", plain):
+        module, part = match.groups()
+        # beside trained rows, PEFT may keep the matrix that they are of
+        part = "weight" if part == "token_adapter.weight" else part
+        part = re.sub(r"(lora_embedding_[AB]|trainable_tokens_delta)\.[^.]+$", r"\1", part)
+        part = re.sub(r"^(lora_[AB]|modules_to_save)\.[^.]+\.weight$", r"\1.weight", part)
+        return f"base_model.model.{'model.' if module == 'embed_tokens' else ''}{module}.{part}"
+    return name
 
 
-def adapted_by(peft_name: str) -> tuple[int, Target] | None:
-    """The layer and the projection that a tensor of PEFT's files acts on; None for other tensors."""
+def matrix_module(matrix: Matrix) -> str:
+    """The network's module of a matrix of the vocabulary."""
+    return _MATRICES[matrix][0]
+
+
+def matrix_peft_names(matrix: Matrix) -> dict[str, str]:
+    """The names in PEFT's files of what may be trained of it: the `whole`, some `rows`, `A` and `B` of an update."""
+    module, a, b = _MATRICES[matrix]
+    prefix = f"base_model.model.{_OUTSIDE_LAYERS[module][0]}"
+    parts = {"whole": "weight", "rows": "token_adapter.trainable_tokens_delta", "A": a, "B": b}
+    return {part: f"{prefix}.{name}" for part, name in parts.items()}
+
+
+def adapted_by(peft_name: str) -> tuple[int, Target | Matrix] | None:
+    """The layer and the projection whose adapter a tensor of PEFT's files belongs to, of a matrix of the vocabulary 0
+    and its name; None for other tensors.
+    """
+    for matrix in MATRICES:
+        parts = matrix_peft_names(matrix)
+        if peft_name in (parts["A"], parts["B"]):
+            return 0, matrix
     match = re.fullmatch(r"base_model\.model\.model\.layers\.(\d{1,9})\.(.+)\.lora_[AB]\.weight", peft_name)
     names: dict[str, Target] = {huggingface_name: name for name, (_, huggingface_name, _) in _PROJECTIONS.items()}
     return (int(match[1]), names[match[2]]) if match and match[2] in names else None
 
 
-def module_name(layer: int, projection: Target) -> str:
-    """Hugging Face's name of a layer's projection."""
+def module_name(layer: int, projection: Target | Matrix) -> str:
+    """Hugging Face's name of a layer's projection, or of a matrix of the vocabulary."""
+    if projection == "embed" or projection == "head":
+        return _OUTSIDE_LAYERS[matrix_module(projection)][0]
     return f"model.layers.{layer}.{_PROJECTIONS[projection][1]}"
 
 

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,7 +20,8 @@ from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from minorca.model.layout import TARGETS, ProjectionSpec
+from minorca.model.layout import TARGETS, Matrix, ProjectionSpec, Target, matrix_peft_names
+from minorca.model.vocabulary import TrainedRows, VocabularyLoRA, VocabularyMatrix
 from minorca_kernels import (
     Adapter,
     DenseWeight,
@@ -52,21 +53,31 @@ class LoRASettings:
     """What defines an adapter besides its numbers. `dropout` is for training only.
 
     Attributes:
-        parts: by layer and projection, where an adapter that was read differs from `rank` and `scale`.
+        parts: by layer and projection, where an adapter that was read differs from `rank` and `scale`; matrices of the
+            vocabulary have layer 0.
         partial: whether only `parts` have adapters, instead of the targets in every layer.
+        modules_to_save: the matrices of the vocabulary that are trained whole.
+        token_ids: whose rows are trained in those that are not.
     """
 
     rank: int
     alpha: float
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[Target | Matrix, ...] = TARGETS
     dropout: float = 0.0
     rslora: bool = False
     parts: Mapping[tuple[int, str], PartSettings] = field(default_factory=dict)
     partial: bool = False
+    modules_to_save: tuple[Matrix, ...] = ()
+    token_ids: tuple[int, ...] = ()
 
     @property
     def scale(self) -> float:
         return lora_scale(self.rank, self.alpha, self.rslora)
+
+    def of_projections(self) -> LoRASettings:
+        """Without what concerns the vocabulary."""
+        targets = tuple(target for target in self.targets if target in TARGETS)
+        return replace(self, targets=targets, modules_to_save=(), token_ids=())
 
     def part(self, layer: int, projection: str) -> PartSettings | None:
         """Of one projection; None where it has no adapter."""
@@ -147,12 +158,31 @@ class LoRA(nn.Module):
 
 
 def add_adapters(model: Mistral, settings: LoRASettings, dtype: torch.dtype = torch.float32) -> None:
-    """Adds adapters, their values not yet set, to the targeted projections of every layer."""
+    """Adds adapters, their values not yet set, to the targeted projections of every layer, and to the matrices of the
+    vocabulary what is trained of them.
+    """
     device = model.embedding.weight.device
     for layer, projection in model.projections():
         parts = {part: settings.part(layer, part.name) for part in projection.parts}
         if adapted := {part: chosen for part, chosen in parts.items() if chosen}:
             projection.lora = LoRA(adapted, settings.dropout, dtype, device)
+    for matrix, weight in vocabulary(model):
+        if matrix in settings.modules_to_save:
+            weight.train_whole()
+        elif part := settings.part(0, matrix):
+            ids, hidden = weight.out_features, weight.in_features
+            # PEFT drops nothing of embedded tokens
+            sizes, dropout = ((ids, hidden), 0.0) if matrix == "embed" else ((hidden, ids), settings.dropout)
+            weight.lora = VocabularyLoRA(sizes, part.rank, part.scale, dropout, dtype, device)
+        elif settings.token_ids:
+            weight.rows = TrainedRows(settings.token_ids[0], len(settings.token_ids), weight.in_features, device)
+
+
+def vocabulary(model: Mistral) -> Iterator[tuple[Matrix, VocabularyMatrix]]:
+    """The embedding and, where it is another matrix that can be trained, the head."""
+    yield "embed", model.embedding
+    if isinstance(model.head, VocabularyMatrix):
+        yield "head", model.head
 
 
 def adapters(model: Mistral) -> Iterator[tuple[int, LoRA]]:
@@ -237,19 +267,28 @@ def pad_for_adapters(model: Mistral, device: torch.device | str | None = None) -
         if len(set(lora.scales.values())) == 1:
             bases[lora] = projection.base
     _count_optimizer_steps()
-    rounded = RoundedAdapters(bases, weight.dtype)
+    rounded = RoundedAdapters(bases, model.dtype)
     for lora in bases:
         lora.rounded = rounded
 
 
 def adapter_parameters(model: Mistral) -> dict[str, nn.Parameter]:
     """PEFT's tensor name -> parameter, in a fixed order."""
-    return {
+    parameters = {
         part.peft_name(layer, matrix): values[part.name]
         for layer, lora in adapters(model)
         for part in lora.parts
         for matrix, values in (("A", lora.a), ("B", lora.b))
     }
+    for matrix, weight in vocabulary(model):
+        names = matrix_peft_names(matrix)
+        if weight.dtype is not None:
+            parameters[names["whole"]] = weight.weight
+        if weight.rows is not None:
+            parameters[names["rows"]] = weight.rows.values_NH
+        if weight.lora is not None:
+            parameters |= {names["A"]: weight.lora.a, names["B"]: weight.lora.b}
+    return parameters
 
 
 def _seed(*parts) -> int:
@@ -258,17 +297,24 @@ def _seed(*parts) -> int:
 
 
 def init_adapters(model: Mistral, seed: int) -> None:
-    """PEFT's initial values: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B zero.
+    """PEFT's initial values: A uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), B zero; of the embedding, A zero and
+    B standard normal. Rows and matrices of the vocabulary come with the weights.
 
     They are a function of seed and name alone, so any sharding of one model starts from the same numbers.
     """
     for name, parameter in adapter_parameters(model).items():
-        if "lora_B" in name:
+        if "lora_" not in name:
+            continue
+        if "lora_B" in name or "lora_embedding_A" in name:
             nn.init.zeros_(parameter)
             continue
         generator = torch.Generator().manual_seed(_seed(seed, name))
         bound = parameter.shape[1] ** -0.5
-        whole = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+        whole = torch.empty(parameter.shape)
+        if "lora_embedding_B" in name:
+            whole.normal_(generator=generator)
+        else:
+            whole.uniform_(-bound, bound, generator=generator)
         fill_rows(parameter, lambda start, stop, whole=whole: whole[start:stop])
 
 
@@ -277,6 +323,9 @@ def seed_dropout(model: Mistral, *parts: int) -> None:
     for layer, lora in adapters(model):
         if lora.dropout:
             lora.seeds = {part.name: _seed(*parts, layer, part.name) for part in lora.parts}
+    for matrix, weight in vocabulary(model):
+        if weight.lora is not None and weight.lora.dropout:
+            weight.lora.seed = _seed(*parts, matrix)
 
 
 # ------------------------------------------------------------------------------------------ adapters chosen by row

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minorca.model.architecture import Architecture
 from minorca.model.attention import PackedAttention
 from minorca.model.layout import GROUPS, projections
 from minorca.model.projection import Projection
-from minorca_kernels import DenseWeight, FrozenWeight, add_rms_norm, rms_norm
+from minorca.model.vocabulary import VocabularyMatrix
+from minorca_kernels import FrozenWeight, add_rms_norm, rms_norm
 from minorca_kernels.operator import uses_triton
 
 
@@ -31,13 +31,6 @@ class RMSNorm(nn.Module):
         if update is None:
             return x, rms_norm(x, self.weight, self.eps)
         return add_rms_norm(x, update, self.weight, self.eps)
-
-
-class Embedding(DenseWeight):
-    """A row [H] for each id of the vocabulary; where a model ties the two, also the weight of the head."""
-
-    def forward(self, tokens_T: Tensor) -> Tensor:
-        return F.embedding(tokens_T, self.weight)
 
 
 def logits(hidden_TH: Tensor, weight: FrozenWeight) -> Tensor:
@@ -83,12 +76,17 @@ class Mistral(nn.Module):
     def __init__(self, arch: Architecture):
         super().__init__()
         self.arch = arch
-        self.embedding = Embedding(torch.empty(arch.vocab_size, arch.hidden_size))
+        self.embedding = VocabularyMatrix(torch.empty(arch.vocab_size, arch.hidden_size))
         self.layers = nn.ModuleList(Block(arch, layer) for layer in range(arch.layers))
         self.norm = RMSNorm(arch.hidden_size, arch.norm_eps)
         self.head: FrozenWeight | None = None
         if not arch.tied:
-            self.head = DenseWeight(torch.empty(arch.vocab_size, arch.hidden_size))
+            self.head = VocabularyMatrix(torch.empty(arch.vocab_size, arch.hidden_size))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of frozen weights and of computation."""
+        return self.norm.weight.dtype
 
     def projections(self) -> Iterator[tuple[int, Projection]]:
         """The layer and every projection of it, in order."""

@@ -26,6 +26,7 @@ from minorca.plan.devices import Machine
 from minorca.plan.fake_device import fake_device
 from minorca.plan.recorder import Launch, Recorder
 from minorca.train.build import Learner, build
+from minorca.train.inputs import with_vocabulary
 from minorca.train.ranks import World
 from minorca.train.step import forward_backward
 
@@ -73,6 +74,13 @@ def model_files(arch: Architecture) -> ModelFiles:
     return ModelFiles(Path("fake"), arch, files, tensors)
 
 
+def _files(config: Config, arch: Architecture) -> ModelFiles:
+    """A model's directory with what a run adds to its vocabulary: `train.new_tokens`; templates add few."""
+    names = config.train.new_tokens
+    tok: Any = SimpleNamespace(new_tokens=names, vocab_size=arch.vocab_size + len(names))
+    return with_vocabulary(model_files(arch), tok, config)
+
+
 def fake_rows(lengths: Sequence[int], trained: float) -> TokenStore:
     """Documents of these lengths, of each of which a share, at its end, is trained."""
     sizes = np.array(lengths)
@@ -106,7 +114,7 @@ def fake_step(
     config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init=None))
     batches = step_batches(lengths, trained)
     with _quiet(), fake_device(device, ranks, attention) as (world, recorder):
-        learner = build(config, model_files(arch), world)
+        learner = build(config, _files(config, arch), world)
 
         def clock(phase: str) -> None:
             recorder.phase = phase

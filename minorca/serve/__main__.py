@@ -22,6 +22,7 @@ from minorca.data.chat_template import TEMPLATES, resolve_template
 from minorca.data.portable_files import load_chat
 from minorca.data.tokenizer import check_vocabulary, load_tokenizer
 from minorca.errors import UserError, raise_problems
+from minorca.files.vocabulary import check_shares_vocabulary
 from minorca.generate.engine import Engine, open_engine
 from minorca.model.architecture import Architecture, read_architecture
 from minorca.serve.app import make_app
@@ -38,6 +39,8 @@ def main(argv: list[str]) -> None:
     # Before the model is loaded, which may take minutes.
     with _listen(args.host, args.port) as listener:
         arch = read_architecture(args.model)
+        for directory in filter(None, directories.values()):
+            check_shares_vocabulary(directory)
         models = _load_chats(directories, arch, args)
         _check_max_length(args.max_length, arch)
         adapters = {name: directory for name, directory in directories.items() if directory is not None}

@@ -17,7 +17,7 @@ def main(argv: list[str]) -> None:
     # standard error is for errors and the progress bar
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("minorca").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    parser = cli.config_parser("minorca.train", "Fine-tunes a Mistral model with LoRA.")
+    parser = cli.config_parser("minorca.train", "Fine-tunes a Mistral model, with LoRA or all weights.")
     profile = "write a trace of the third step, and what holds memory, to OUTPUT/profile"
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--profile", action="store_true", help=profile)

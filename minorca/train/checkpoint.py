@@ -1,9 +1,10 @@
 """Checkpoints: complete or absent, verified before they are read and before an older one is removed; no code in them.
 
-OUTPUT/checkpoints/step-00000100/ holds what is trained (adapters in PEFT's format), minorca.json (the template of
-training, as beside an adapter), optimizer.safetensors (AdamW's moments under the same names), best.safetensors (what
-was trained up to the best evaluation, where train.keep_best), state.json (format, step, updates, the best evaluation,
-what wrote it, and what defines the run) and, written last, MANIFEST.json with every file's size and SHA-256. It is
+OUTPUT/checkpoints/step-00000100/ holds what is trained (adapters in PEFT's format; all weights as a Hugging Face
+directory in fp32), minorca.json (the template of training, as beside an adapter), optimizer.safetensors (AdamW's
+moments under the names of the parameters), best.safetensors (what was trained up to the best evaluation, where
+train.keep_best), state.json (format, step, updates, the best evaluation, what wrote it, and what defines the run) and,
+written last, MANIFEST.json with every file's size and SHA-256. Tensors over 5 GB are split into several files. It is
 written under another name and renamed; a published one is never written into again. There is no random state to store:
 the order of the data and dropout are functions of the seed and step.
 """
@@ -16,11 +17,10 @@ import re
 import shutil
 import typing
 import uuid
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minorca.config import Config, defaults
@@ -31,11 +31,12 @@ from minorca.errors import UserError, raise_problems
 from minorca.files.adapters import adapter_file
 from minorca.files.atomic import MANIFEST, publish, sha256, verify_manifest, write_manifest
 from minorca.files.safe_io import read_json
-from minorca.files.tensor_files import open_exactly
+from minorca.files.tensor_files import FLOATS, open_exactly, write_tensors
 from minorca.model.architecture import Architecture
 from minorca.train.best import Best
+from minorca.train.optim import Optimizer
 from minorca.train.ranks import World
-from minorca.train.trainable import TrainableSet, gather
+from minorca.train.trainable import TrainableSet, gather, take_part
 from minorca_kernels import fill_rows
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 # nor does a field of `State`: a checkpoint without it means the default (`changes`, `verify`). A version that changes
 # a default does need one.
 FORMAT = 1
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = "optimizer.safetensors"
 BEST = "best.safetensors"
 # of a key that only the checkpoint has
 _UNKNOWN = object()
@@ -68,7 +69,7 @@ _FREE |= {
 }
 # settings that a resumed run may change, for the order of its rows does not follow from them
 _CHANGEABLE = {f"train.{key}" for key in ("steps", "epochs", "keep_best", "early_stopping")} | {"lora.dropout"}
-_CHANGEABLE |= {key for key in settings() if key.startswith("optim.")}
+_CHANGEABLE |= {key for key in settings() if key.startswith("optim.")} - {"optim.name"}
 
 
 def identity(
@@ -127,7 +128,7 @@ class State:
 def save(
     directory: Path,
     trainable: TrainableSet,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     state: State,
     keep: int,
     world: World,
@@ -137,22 +138,18 @@ def save(
     """Publishes the checkpoint of a finished step under `directory`, and then removes what is older than the newest
     `keep` that verify. Every rank calls it.
 
-    best: on rank 0, what was trained up to the best evaluation, where it is kept.
+    best: what was trained up to the best evaluation, where it is kept.
     files: further files, by name.
     """
-    tensors = trainable.gather(world)
-    moments = {
-        f"{moment}.{name}": _moment(optimizer, parameter, moment)
-        for moment in MOMENTS
-        for name, parameter in trainable.parameters.items()
-    }
-    moments = gather(moments, world)
+    trained = gather(trainable.parameters.items(), world)
+    moments = gather(_moments(trainable, optimizer), world)
+    best_tensors = gather((best or {}).items(), world)
 
     def write(temporary: Path) -> None:
-        trainable.save(temporary, tensors)
-        save_file(moments, temporary / "optimizer.safetensors")
+        trainable.save(temporary, trained)
+        write_tensors(temporary / MOMENTS, moments)
         if best:
-            save_file(best, temporary / BEST)
+            write_tensors(temporary / BEST, best_tensors)
         write_files(temporary, files or {})
         (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
         write_manifest(temporary)
@@ -160,13 +157,16 @@ def save(
     if world.rank == 0:
         publish(directory / f"step-{state.step:08d}", write)
         prune(directory, keep)
-    torch.distributed.barrier()
+    else:
+        take_part(trained, moments, best_tensors)
+    world.barrier_without_timeout(f"after the checkpoint of step {state.step}")
 
 
-def _moment(optimizer: torch.optim.Optimizer, parameter: Tensor, moment: str) -> Tensor:
-    """Before the first update the optimizer has none."""
-    state = optimizer.state[parameter]
-    return state[moment] if moment in state else torch.zeros_like(parameter)
+def _moments(trainable: TrainableSet, optimizer: Optimizer) -> Iterable[tuple[str, Tensor]]:
+    """The optimizer's moments and their names in files, one parameter after the other."""
+    for name, parameter in trainable.parameters.items():
+        for moment, tensor in optimizer.moments(parameter).items():
+            yield f"{moment}.{name}", tensor
 
 
 def prune(directory: Path, keep: int) -> None:
@@ -302,7 +302,9 @@ def read_state(directory: Path, now: dict, config: Config) -> State:
             error.advice = "to resume from the newest undamaged checkpoint, set train.resume to last-good"
         raise
     differences = changes(state.run, now).items()
-    raise_problems(_refusal(directory, key, *values) for key, values in differences if key not in _CHANGEABLE)
+    raise_problems(
+        _refusal(directory, config.start_key, key, *values) for key, values in differences if key not in _CHANGEABLE
+    )
     if config.train.resume != "last-good" and (later := _later(state, config)):
         raise UserError(
             f"is later than {directory.name}; remove it to go back, or choose another train.output", path=later[0]
@@ -321,15 +323,15 @@ def changes(then: dict, now: dict) -> dict[str, tuple[object, object]]:
     return {key: (value, now.get(key, _UNKNOWN)) for key, value in before.items() if now.get(key) != value}
 
 
-def _refusal(directory: Path, key: str, before: object, after: object) -> UserError:
+def _refusal(directory: Path, start_key: str, key: str, before: object, after: object) -> UserError:
     if after is _UNKNOWN:
         message = f"was {before!r} in the checkpoint and is unknown to this version; use the one that wrote it"
     else:
         message = f"was {before!r} in the checkpoint and is {after!r} now; set it back"
     advice = "or choose another train.output"
     # an adapter fits a network and settings of its own alone
-    if not key.startswith(("model.", "lora.", "the base's", "the initial")):
-        advice = f"or start another run from what was trained: another train.output, and lora.init {directory}"
+    if not key.startswith(("model.", "lora.", "the base's", "the initial", "train.full")):
+        advice = f"or start another run from what was trained: another train.output, and {start_key} {directory}"
     return UserError(f"{message}, {advice}", path=directory, field=key)
 
 
@@ -345,22 +347,30 @@ def set_damaged_aside(state: State, config: Config) -> None:
         log.warning("%s: now %s", path, aside.name)
 
 
-def load(directory: Path, state: State, trainable: TrainableSet, optimizer: torch.optim.Optimizer) -> None:
+def load(directory: Path, state: State, trainable: TrainableSet, optimizer: Optimizer) -> None:
     """Fills what is trained and the optimizer, sharded or not, from a checkpoint that `read_state` has verified."""
     trainable.load(directory)
-    shapes = {f"{m}.{name}": tuple(p.shape) for m in MOMENTS for name, p in trainable.parameters.items()}
-    moments = open_exactly(directory / "optimizer.safetensors", shapes)
+    shapes = {name: tuple(tensor.shape) for name, tensor in _moments(trainable, optimizer)}
+    moments = open_exactly(directory / MOMENTS, shapes, FLOATS | {"U8"})
     for name, parameter in trainable.parameters.items():
-        optimizer.state[parameter] = {"step": torch.tensor(float(state.updates), device=parameter.device)}
-        for moment in MOMENTS:
-            values = torch.zeros_like(parameter)
+        values = optimizer.moments(parameter)
+        for moment, tensor in values.items():
             stored = f"{moment}.{name}"
-            fill_rows(values, lambda start, stop, stored=stored: moments.read(stored, start, stop))
-            optimizer.state[parameter][moment] = values
+            fill_rows(tensor, lambda start, stop, stored=stored: moments.read(stored, start, stop))
+        optimizer.set_moments(parameter, values, state.updates)
+
+
+def has_best(directory: Path) -> bool:
+    """Whether a checkpoint holds what was trained up to the best evaluation."""
+    return any(directory.glob(f"{Path(BEST).stem}*"))
 
 
 def load_best(directory: Path, trainable: TrainableSet) -> dict[str, Tensor]:
-    """What was trained up to the best evaluation, whole and on the host, from a verified checkpoint that holds it."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in trainable.parameters.items()}
-    file = open_exactly(directory / BEST, shapes)
-    return {name: file.read(name, 0, shape[0]) for name, shape in shapes.items()}
+    """What was trained up to the best evaluation, as `TrainableSet.snapshot`, from a verified checkpoint that holds
+    it.
+    """
+    best = trainable.snapshot()
+    file = open_exactly(directory / BEST, {name: tuple(tensor.shape) for name, tensor in best.items()})
+    for name, tensor in best.items():
+        fill_rows(tensor, lambda start, stop, name=name: file.read(name, start, stop))
+    return best

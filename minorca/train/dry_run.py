@@ -11,12 +11,12 @@ from minorca.config import Config, warmup_steps
 from minorca.data.packing import BatchSchedule
 from minorca.data.visible_text import marked_text
 from minorca.model.build import build_model
-from minorca.model.lora import adapter_parameters, add_adapters
+from minorca.model.lora import add_adapters
 from minorca.train import metrics
 from minorca.train.build import check_init, lora_settings
 from minorca.train.forecast import Forecast
 from minorca.train.inputs import Inputs, read_inputs
-from minorca.train.optim import learning_rate
+from minorca.train.optim import check_optimizer, learning_rate
 from minorca.train.run import check_writable, find_earlier, why_finished
 from minorca.train.run_length import RunLength, run_length
 
@@ -31,12 +31,13 @@ def dry_run(config: Config) -> None:
     """
     forecast = Forecast(config)
     metrics.import_wandb(config)
+    check_optimizer(config.optim)
     check_writable(config.output)
     with tempfile.TemporaryDirectory() as directory:
         data = dataclasses.replace(config.data, store=directory)
         inputs = read_inputs(dataclasses.replace(config, data=data))
         if config.lora.init:
-            check_init(config.lora.init, lora_settings(config), inputs.base.arch.layers)
+            check_init(config.lora.init, lora_settings(config, inputs.base.new_ids), inputs.base.arch.layers)
         found, state = find_earlier(config, inputs.identity)
         schedule = inputs.schedule(config)
         length = run_length(config, schedule)
@@ -53,16 +54,19 @@ def dry_run(config: Config) -> None:
 
 def _print_model(config: Config, inputs: Inputs) -> None:
     model = build_model(inputs.base.arch, getattr(torch, config.model.dtype))
-    add_adapters(model, lora_settings(config))
-    trained = list(adapter_parameters(model).values())
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
-    adapters = sum(p.numel() * p.element_size() for p in trained)
+    if config.train.full:
+        model.requires_grad_(True)
+    else:
+        add_adapters(model, lora_settings(config, inputs.base.new_ids))
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # fp32, each with a gradient and two moments of AdamW
+    size = trained * (10 if config.optim.name == "adamw_8bit" else 16)
     print(inputs.base.arch)
-    # each with a gradient and two moments of AdamW
     print(
-        f"memory before activations: {weights / 1e9:.2f} GB of {config.model.dtype} weights, and "
-        f"{4 * adapters / 1e9:.2f} GB for {sum(p.numel() for p in trained):,} trained values, their gradients and "
-        "AdamW's moments"
+        f"memory before activations: {frozen / 1e9:.2f} GB of {config.model.dtype} weights, and "
+        f"{size / 1e9:.2f} GB for {trained:,} trained values, their gradients and AdamW's moments"
+        + (", divided among the ranks" if config.train.full else "")
     )
 
 

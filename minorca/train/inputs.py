@@ -6,18 +6,21 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from minorca.config import Config
-from minorca.data.chat_template import resolve_template
+from minorca.data.new_tokens import new_ids, training_tokenizer
 from minorca.data.packing import BatchSchedule
-from minorca.data.portable_files import adapter_files
+from minorca.data.portable_files import adapter_files, portable_files
 from minorca.data.prepare import prepare_store
 from minorca.data.store import TokenStore
 from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.errors import UserError
+from minorca.export.huggingface import config_file
 from minorca.files.adapters import read_adapter_settings
 from minorca.files.weights import ModelFiles, open_model
 from minorca.model.architecture import Architecture, model_directory, read_architecture
+from minorca.model.layout import MATRICES
 from minorca.train import checkpoint
 from minorca.train.ranks import World
 
@@ -40,7 +43,7 @@ class Inputs:
 
     Attributes:
         tok: the tokenizer of the rows.
-        adapter_files: what lies beside the adapter: the tokenizer and the template of training.
+        files: what lies beside what was trained: the tokenizer and the template, and of all weights config.json.
     """
 
     base: ModelFiles
@@ -48,7 +51,7 @@ class Inputs:
     held_out: TokenStore | None
     identity: dict
     tok: Tokenizer
-    adapter_files: dict[str, bytes]
+    files: dict[str, bytes]
 
     def schedule(self, config: Config) -> BatchSchedule:
         """Which rows every step has."""
@@ -73,9 +76,15 @@ def read_inputs(config: Config) -> Inputs:
         # Before the rows are rendered, which may take minutes.
         read_adapter_settings(config.lora.init)
     tok, template = read_tokenizer(config)
+    base = with_vocabulary(base, tok, config)
     store, held_out = read_data(config, tok, template)
     identity = checkpoint.identity(config, base.arch, base.paths, store, held_out)
-    return Inputs(base, store, held_out, identity, tok, adapter_files(tok, template))
+    if config.train.full:
+        dtype = getattr(torch, config.model.dtype)
+        files = portable_files(tok, template, base.directory) | {"config.json": config_file(base, dtype)}
+    else:
+        files = adapter_files(tok, template)
+    return Inputs(base, store, held_out, identity, tok, files)
 
 
 def check_length(seq_len: int, arch: Architecture) -> None:
@@ -87,11 +96,42 @@ def check_length(seq_len: int, arch: Architecture) -> None:
 
 
 def read_tokenizer(config: Config) -> tuple[Tokenizer, str]:
-    """The model's tokenizer, and the resolved name of the template that writes the rows."""
+    """The model's tokenizer with the run's new tokens, and the resolved name of the template that writes the rows."""
     directory = model_directory(config.model.path)
-    tok = load_tokenizer(directory)
-    check_vocabulary(tok, read_architecture(directory).vocab_size, directory)
-    return tok, resolve_template(tok, config.data.template)
+    tok, template = training_tokenizer(config)
+    rows = read_architecture(directory).vocab_size
+    # of the tokens that are not new
+    check_vocabulary(load_tokenizer(directory) if tok.new_tokens else tok, rows, directory)
+    return tok, template
+
+
+def with_vocabulary(base: ModelFiles, tok: Tokenizer, config: Config) -> ModelFiles:
+    """The base model with rows for the run's new tokens, and with a head of its own where PEFT would train one.
+
+    Raises:
+        UserError: settings that give the rows of one matrix two ways to be trained.
+    """
+    lora = config.lora
+    whole = set(lora.modules_to_save)
+    trained = whole | {matrix for matrix in MATRICES if matrix in lora.targets}
+    if tok.new_tokens:
+        if adapted := trained - whole:
+            message = f"has {min(adapted)}, and the rows of the new tokens {', '.join(tok.new_tokens)} are trained"
+            raise UserError(f"{message}; leave it out, or set it in lora.modules_to_save", field="lora.targets")
+        if base.arch.tied and len(whole) == 1:
+            message = "names one matrix of a model that ties embedding and head, and new tokens have rows in both"
+            raise UserError(f"{message}; set it to [embed, head] or leave it empty", field="lora.modules_to_save")
+        # control tokens without a row get one too
+        ids = new_ids(tok)
+        base = base.with_new_ids(range(min(ids.start, base.arch.vocab_size), ids.stop))
+        named = ", ".join(f"{token} {i}" for token, i in zip(tok.new_tokens, ids))
+        log.info("new tokens: %s; their rows of the embedding and head are trained", named)
+    if base.arch.tied and trained:
+        log.info(
+            "the model ties embedding and head; as in PEFT, they become two matrices, trained: %s", sorted(trained)
+        )
+        base = base.untied()
+    return base
 
 
 def read_data(config: Config, tok: Tokenizer, template: str) -> tuple[TokenStore, TokenStore | None]:

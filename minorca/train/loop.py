@@ -1,4 +1,4 @@
-"""The steps of a run: training, evaluations and checkpoints as they are due, and the adapter at the end."""
+"""The steps of a run: training, evaluations and checkpoints as they are due, and what was trained at the end."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,11 @@ from minorca.train.best import Best
 from minorca.train.build import Learner
 from minorca.train.evaluation import evaluate
 from minorca.train.inputs import Inputs
-from minorca.train.optim import learning_rate
+from minorca.train.optim import learning_rate, set_learning_rate
 from minorca.train.ranks import World
 from minorca.train.run_length import RunLength
 from minorca.train.step import forward_backward, local_batch, locate_nonfinite
+from minorca.train.trainable import gather, take_part
 
 log = logging.getLogger("minorca.train")
 
@@ -144,8 +145,7 @@ class Run:
         Raises:
             UserError: where train.nonfinite is stop.
         """
-        for group in self.learner.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.learner.optimizer, lr)
         # the same on every rank
         if math.isfinite(grad_norm) and math.isfinite(loss):
             self.learner.optimizer.step()
@@ -168,8 +168,12 @@ class Run:
         store = self.inputs.store
         lengths = store.lengths[rows].tolist()
         trained = int(store.trained_counts[rows].sum())
-        flops = metrics.training_flops(model.arch, self.learner.trainable.count, lengths, trained)
-        peak = metrics.peak_flops(world.device, model.embedding.weight.dtype)
+        full = self.config.train.full
+        # a row of the vocabulary is no product of every token
+        parameters = self.learner.trainable.parameters.items()
+        adapters = 0 if full else sum(p.numel() for name, p in parameters if ".layers." in name)
+        flops = metrics.training_flops(model.arch, adapters, lengths, trained, full)
+        peak = metrics.peak_flops(world.device, getattr(torch, self.config.model.dtype))
         return {
             "tokens": sum(lengths),
             "trained_tokens": trained,
@@ -196,7 +200,7 @@ class Run:
 
     def _count_evaluation(self, loss: float) -> None:
         if self.best.count(self.step, loss) and self.config.train.keep_best:
-            self.best.tensors = self.learner.trainable.snapshot(self.world)
+            self.best.tensors = self.learner.trainable.snapshot()
 
     def _save(self) -> None:
         self.clock("checkpoint")
@@ -213,6 +217,10 @@ class Run:
         )
         directory = self.config.output / "checkpoints"
         learner = self.learner
+        # all weights are a model's directory, and new tokens need a tokenizer; a checkpoint has no directories within
+        needs_all = self.config.train.full or self.inputs.tok.new_tokens
+        is_kept = (lambda name: "/" not in name) if needs_all else (lambda name: name == RECORD)
+        files = {name: content for name, content in self.inputs.files.items() if is_kept(name)}
         checkpoint.save(
             directory,
             learner.trainable,
@@ -221,41 +229,48 @@ class Run:
             self.config.train.keep,
             self.world,
             self.best.tensors,
-            {RECORD: self.inputs.adapter_files[RECORD]},
+            files,
         )
 
-    def finish(self, output: Path) -> None:
+    def finish(self) -> None:
         """Closes the record and, of a run that has done all its steps, publishes what was trained."""
-        tensors = None if self.stopped_by else self._outcome()
-        if not self.record:
-            return
-        self.record.close(self.clock.read(), finished=not self.stopped_by)
-        if tensors is None:
+        if self.record:
+            self.record.close(self.clock.read(), finished=not self.stopped_by)
+        if self.stopped_by:
             name = signal.Signals(self.stopped_by).name
             log.info("%s: stopped after step %d; the same command resumes from there", name, self.step)
+            return
+        best = self.best.tensors
+        tensors = gather(self.learner.trainable.final() if best is None else best.items(), self.world)
+        if not self.record:
+            take_part(tensors)
             return
         if reason := self.best.why_stopped(self.config.train.early_stopping):
             log.info("%s", reason)
         # last of all: it is what says that a run is finished
-        shutil.rmtree(output / "adapter", ignore_errors=True)
-        publish(output / "adapter", lambda path: self._write_adapter(path, tensors))
-        log.info("done: %s", output / "adapter")
+        outcome = self.config.outcome
+        shutil.rmtree(outcome, ignore_errors=True)
+        publish(outcome, lambda path: self._write_outcome(path, tensors))
+        log.info("done: %s", outcome)
+        if not self.config.train.full and (self.inputs.tok.new_tokens or self.config.lora.modules_to_save):
+            message = (
+                "vLLM and minorca.serve load no adapter with rows or matrices of the vocabulary; merge it for them: "
+                "python -m minorca.export --model %s --adapter %s --output %s"
+            )
+            log.info(message, self.config.model.path, outcome, self.config.output / "merged")
 
-    def _outcome(self) -> dict[str, Tensor]:
-        """What the run leaves, on rank 0: what was trained up to the best evaluation where that is kept, else all."""
-        if self.best.tensors is not None:
-            return self.best.tensors
-        if self.config.train.keep_best:
-            log.warning("no evaluation gave a number; the last adapter is written, not the best one")
-        return self.learner.trainable.gather(self.world)
-
-    def _write_adapter(self, directory: Path, tensors: dict[str, Tensor]) -> None:
+    def _write_outcome(self, directory: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Writes what was trained: up to the best evaluation where that is kept, else all."""
         self.learner.trainable.save(directory, tensors)
-        write_files(directory, self.inputs.adapter_files)
-        if tensors is self.best.tensors:
+        write_files(directory, self.inputs.files)
+        if self.best.tensors is not None:
             step, loss = self.best.step, self.best.loss
             (directory / "best.json").write_text(json.dumps({"step": step, "eval_loss": loss}) + "\n")
-            log.info("the adapter is that of step %d, which has the lowest held-out loss, %.4f", step, loss)
+            message = "the %s is that of step %d, which has the lowest held-out loss, %.4f"
+            log.info(message, self.config.outcome.name, step, loss)
+        elif self.config.train.keep_best:
+            message = "no evaluation gave a number; the last %s is written, not the best one"
+            log.warning(message, self.config.outcome.name)
 
 
 def signal_counts(noted: list[int]) -> list[int]:

@@ -13,8 +13,12 @@ def out_of_memory(error: torch.OutOfMemoryError, config: Config, ranks: int) -> 
     kinds = choices(CHECKPOINTING)
     for more in kinds[kinds.index(config.parallel.activation_checkpointing) + 1 :][:1]:
         remedies.append(f"set {CHECKPOINTING} to {more}, with which the same run resumes")
+    if config.train.full:
+        remedies.append("run on more GPUs, on which the same run resumes")
+        if config.optim.name == "adamw":
+            remedies.append("set optim.name to adamw_8bit")
     remedies.append(_shorter_batches(config))
-    if ranks > 1 and config.parallel.shard != "fsdp":
+    if ranks > 1 and not _sharded(config):
         remedies.append("set parallel.shard to fsdp, with which the same run resumes")
     return UserError(f"{memory_asked_for(error)} To need less, {', or '.join(remedies)}")
 
@@ -22,13 +26,18 @@ def out_of_memory(error: torch.OutOfMemoryError, config: Config, ranks: int) -> 
 def weights_do_not_fit(error: torch.OutOfMemoryError, config: Config, ranks: int) -> UserError:
     """The same for the weights alone."""
     remedies = []
-    if config.parallel.shard != "fsdp":
+    if not _sharded(config):
         several = "run on several GPUs with torchrun and parallel.shard fsdp"
         remedies.append("set parallel.shard to fsdp" if ranks > 1 else several)
     if not config.parallel.cpu_offload:
         remedies.append("set parallel.cpu_offload, with parallel.shard fsdp")
-    remedies = remedies or ["use more GPUs"]
+    if _sharded(config):
+        remedies.append("use more GPUs")
     return UserError(f"the model does not fit: {memory_asked_for(error)} To load it, {', or '.join(remedies)}")
+
+
+def _sharded(config: Config) -> bool:
+    return config.train.full or config.parallel.shard == "fsdp"
 
 
 def _shorter_batches(config: Config) -> str:
@@ -45,4 +54,6 @@ def _shorter_batches(config: Config) -> str:
         advice = f"lower train.micro_batch_tokens from {size} to {lower}"
     if train.batch_tokens % lower:
         advice += f", and set train.batch_tokens, {train.batch_tokens}, to a multiple of it"
-    return f"{advice}, in a run with another train.output, which lora.init starts from a checkpoint of this one"
+    return (
+        f"{advice}, in a run with another train.output, which {config.start_key} starts from a checkpoint of this one"
+    )

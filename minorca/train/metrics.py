@@ -33,18 +33,21 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next((gpu.flops for gpu in GPUS if name in gpu.torch_names), None)
 
 
-def training_flops(arch: Architecture, adapter_parameters: int, lengths: list[int], trained: int) -> float:
+def training_flops(
+    arch: Architecture, adapter_parameters: int, lengths: list[int], trained: int, full: bool = False
+) -> float:
     """FLOPs of one forward and backward over documents of these lengths, `trained` tokens of them in the loss;
     recomputation not counted. MFU is this by a step's seconds, its ranks and the device's dense bf16 peak.
 
-    A token costs 4 FLOPs a frozen matrix parameter (forward, and the gradient of activations) and 6 an adapter
-    parameter; attention 4 D a query head and visible key forward, and 2.5 times that backward. The head meets trained
-    tokens alone.
+    A token costs 4 FLOPs a frozen matrix parameter (forward, and the gradient of activations) and 6 a trained one: an
+    adapter's, or with `full` every one; attention 4 D a query head and visible key forward, and 2.5 times that
+    backward. The head meets trained tokens alone.
     """
+    matrix = 6 if full else 4
     block = sum(part.in_features * part.out_features for parts in projections(arch).values() for part in parts)
-    products = (4 * arch.layers * block + 6 * adapter_parameters) * sum(lengths)
+    products = (matrix * arch.layers * block + 6 * adapter_parameters) * sum(lengths)
     attention = 3.5 * 4 * arch.heads * arch.head_dim * arch.layers * visible_pairs(lengths, arch.window)
-    return products + 4 * arch.vocab_size * arch.hidden_size * trained + attention
+    return products + matrix * arch.vocab_size * arch.hidden_size * trained + attention
 
 
 def visible_pairs(lengths: list[int], window: int | None) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minorca.data.packing import Batch
 from minorca.data.store import TokenStore
-from minorca_kernels import DenseWeight, linear_cross_entropy
+from minorca.model.vocabulary import VocabularyMatrix
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Outcome:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
 
-Head = Callable[[Tensor, DenseWeight], Outcome]
+Head = Callable[[Tensor, VocabularyMatrix], Outcome]
 
 
 class Objective(Protocol):
@@ -60,8 +60,8 @@ class NextToken:
         return int(store.trained_counts[rows].sum())
 
     def head(self, batch: Batch, normalizer: float) -> Head:
-        def loss(hidden_TH: Tensor, weight: DenseWeight) -> Outcome:
-            losses_M = linear_cross_entropy(hidden_TH[batch.target_rows], weight.weight, batch.targets)
+        def loss(hidden_TH: Tensor, weight: VocabularyMatrix) -> Outcome:
+            losses_M = weight.losses(hidden_TH[batch.target_rows], batch.targets)
             return Outcome(losses_M.sum() / normalizer)
 
         return loss

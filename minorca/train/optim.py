@@ -1,17 +1,73 @@
 """AdamW, the learning rate as a function of the step, and clipping."""
 
+import importlib.util
 import math
 from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from minorca.config import OptimConfig, warmup_steps
+from minorca.errors import UserError
 
 
-def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, config.lr, config.betas, config.eps, config.weight_decay, fused=True)
+class Optimizer(Protocol):
+    """An optimizer of torch, with what checkpoints need."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    def step(self) -> Any: ...
+
+    def zero_grad(self) -> None: ...
+
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """A parameter's moments by name, each in one tensor or several, sharded as it is; zeros before the first
+        update.
+        """
+        ...
+
+    def set_moments(self, parameter: Tensor, moments: dict[str, Tensor], updates: int) -> None:
+        """Sets what `moments` gave after so many updates; the tensors are no longer the caller's."""
+        ...
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's."""
+
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state.get(parameter) or {}
+        names = ("exp_avg", "exp_avg_sq")
+        return {name: state[name] if name in state else torch.zeros_like(parameter) for name in names}
+
+    def set_moments(self, parameter: Tensor, moments: dict[str, Tensor], updates: int) -> None:
+        self.state[parameter] = {"step": torch.tensor(float(updates), device=parameter.device), **moments}
+
+
+def adamw(parameters: Iterable[nn.Parameter], config: OptimConfig) -> Optimizer:
+    """AdamW, its moments in fp32 or in 8 bits."""
+    settings = (config.lr, config.betas, config.eps, config.weight_decay)
+    if config.name == "adamw":
+        return AdamW(parameters, *settings, fused=True)
+    # needs a package that is not among the requirements
+    from minorca.train.adamw_8bit import AdamW8bit
+
+    return AdamW8bit(parameters, *settings)
+
+
+def check_optimizer(config: OptimConfig) -> None:
+    """Raises UserError: a package is not installed."""
+    if config.name == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
+        message = "is adamw_8bit, whose package is not installed; pip install torchao, or set it to adamw"
+        raise UserError(message, field="optim.name")
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        # a compiled optimizer reads it from a tensor
+        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

@@ -44,9 +44,9 @@ def shards(model: nn.Module, config: ParallelConfig, world: World) -> bool:
     return world.sum([needed])[0] > 0
 
 
-def shard(model: Mistral, config: ParallelConfig, world: World) -> None:
-    """FSDP2 on a model on the meta device: frozen weights in their dtype, adapters fp32, reductions fp32, sums not
-    means.
+def shard(model: Mistral, config: ParallelConfig, world: World, dtype: torch.dtype) -> None:
+    """FSDP2 on a model on the meta device: parameters are stored in their dtype and gathered in `dtype`; reductions are
+    fp32, sums not means.
     """
     if world.size % config.replicate:
         message = f"is {config.replicate}; expected a divisor of the number of ranks, {world.size}"
@@ -55,7 +55,7 @@ def shard(model: Mistral, config: ParallelConfig, world: World) -> None:
     mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=("replicate", "shard"))
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.cpu_offload else OffloadPolicy()
     # RoPE's tables are inputs of a block and stay fp32, so inputs are not cast
-    precision = MixedPrecisionPolicy(model.embedding.weight.dtype, torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     mesh = mesh if config.replicate > 1 else mesh["shard"]
     for module in (*model.layers, model):
         sharded = fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
@@ -81,8 +81,8 @@ def checkpoint_activations(model: Mistral, kind: str) -> None:
     """Has blocks recompute activations in backward instead of saving them.
 
     `full`: a block saves its input alone. `offload`: it saves that in host memory. `selective`: it also saves
-    attention's output and those of the adapted projections that are not much wider than their input; of these products,
-    gate_up alone is recomputed.
+    attention's output and those of the trained or adapted projections that are not much wider than their input; of
+    these products, gate_up alone is recomputed.
     """
     if kind == "none":
         return
@@ -90,7 +90,9 @@ def checkpoint_activations(model: Mistral, kind: str) -> None:
     if kind == "selective":
         # `_summed` overwrites a saved result that nothing reads again
         contexts = functools.partial(
-            create_selective_checkpoint_contexts, _selective_policy, allow_cache_entry_mutation=True
+            create_selective_checkpoint_contexts,
+            functools.partial(_selective_policy, model.embedding.weight.requires_grad),
+            allow_cache_entry_mutation=True,
         )
         options = {"context_fn": contexts}
     memory = HostMemory()
@@ -124,9 +126,13 @@ def _attention_operators() -> set:
     return operators
 
 
-def _selective_policy(_, operator, *arguments, **options) -> CheckpointPolicy:
+def _selective_policy(full: bool, _, operator, *arguments, **options) -> CheckpointPolicy:
+    """full: all weights are trained, and projections are plain products."""
     save = operator in _attention_operators()
     if operator == torch.ops.minorca.lora_linear.default:
         out_features, a = arguments[3], arguments[4]
         save = out_features <= 2 * a.shape[1]
+    elif full and operator == torch.ops.aten.mm.default:
+        in_features, out_features = arguments[1].shape
+        save = out_features <= 2 * in_features
     return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE

@@ -23,6 +23,7 @@ from minorca.train.forecast import Forecast
 from minorca.train.inputs import check_ranks_agree, read_inputs
 from minorca.train.loop import Run
 from minorca.train.memory import out_of_memory, weights_do_not_fit
+from minorca.train.optim import check_optimizer
 from minorca.train.profiling import profiled
 from minorca.train.ranks import World, init_distributed
 from minorca.train.run_length import RunLength, run_length
@@ -45,7 +46,7 @@ DISK_ERRORS = {
 
 
 def train(config: Config, profile: bool = False) -> None:
-    """A whole run, from data to the saved adapter. Every rank calls it.
+    """A whole run, from data to what was trained. Every rank calls it.
 
     Raises:
         UserError: whatever the user can fix, before a model is built where it can be known by then.
@@ -82,6 +83,7 @@ def _train(
     # 1. everything that can be refused, before memory is taken
     world.set_status("reading the base model's files and the data")
     metrics.import_wandb(config)
+    check_optimizer(config.optim)
     output = config.output
     check_writable(output)
     # a new output is created once nothing more can be refused
@@ -95,11 +97,10 @@ def _train(
     resumed = state.step if state else 0
     world.barrier_without_timeout("with the data read")
     check_ranks_agree(config, inputs.identity, resumed, world)
-    adapter = output / "adapter"
     schedule = inputs.schedule(config)
     length = run_length(config, schedule)
     finished = why_finished(state, length, config) if state else None
-    if finished and adapter.is_dir():
+    if finished and config.outcome.is_dir():
         log.info("%s: %s; nothing to do", output, finished)
         return None
 
@@ -128,7 +129,7 @@ def _train(
         if new_output:
             stack.enter_context(_create_output(output))
         if not finished:
-            _set_adapter_aside(adapter, resumed)
+            _set_outcome_aside(config.outcome, resumed)
         record = _open_record(config, state, length)
 
     # 5. the steps
@@ -140,8 +141,8 @@ def _train(
     run = Run(config, world, inputs, learner, length, best, record, noted, resumed, updates)
     run.loop(schedule.step, after_step)
 
-    # 6. the adapter, where other programs look for it
-    run.finish(output)
+    # 6. what was trained, where other programs look for it
+    run.finish()
     if forecast:
         forecast.report(world.device)
     return run.stopped_by
@@ -175,9 +176,10 @@ def find_earlier(config: Config, identity: dict) -> tuple[Path | None, checkpoin
         UserError: it cannot resume from there, or would write over a finished run.
     """
     found = checkpoint.find(config)
-    if not found and (config.output / "adapter").exists():
+    if not found and config.outcome.exists():
         raise UserError(
-            "holds a finished run's adapter and no checkpoint; move it away, or choose another train.output",
+            f"holds a finished run's {config.outcome.name} and no checkpoint; move it away, or choose another "
+            "train.output",
             path=config.output,
         )
     return found, checkpoint.read_state(found, identity, config) if found else None
@@ -201,13 +203,13 @@ def why_finished(state: checkpoint.State, length: RunLength, config: Config) -> 
     return state.best.why_stopped(config.train.early_stopping)
 
 
-def _set_adapter_aside(adapter: Path, resumed: int) -> None:
-    """Renames the adapter that an earlier end of this run wrote: it would say that the run is finished."""
-    if adapter.exists():
-        aside = adapter.with_name(f"adapter-before-step-{resumed + 1:08d}")
+def _set_outcome_aside(outcome: Path, resumed: int) -> None:
+    """Renames what an earlier end of this run wrote: it would say that the run is finished."""
+    if outcome.exists():
+        aside = outcome.with_name(f"{outcome.name}-before-step-{resumed + 1:08d}")
         shutil.rmtree(aside, ignore_errors=True)
-        adapter.rename(aside)
-        log.info("%s: the run goes on; its adapter is now %s", adapter.parent, aside.name)
+        outcome.rename(aside)
+        log.info("%s: the run goes on; its %s is now %s", outcome.parent, outcome.name, aside.name)
 
 
 def _restore(found: Path, state: checkpoint.State, learner: Learner, config: Config, world: World) -> Best:
@@ -224,12 +226,13 @@ def _restore(found: Path, state: checkpoint.State, learner: Learner, config: Con
     best = state.best
     if not config.train.keep_best or best.step < 0:
         return best
-    if (found / checkpoint.BEST).is_file():
-        best.tensors = checkpoint.load_best(found, learner.trainable) if world.rank == 0 else {}
+    if checkpoint.has_best(found):
+        best.tensors = checkpoint.load_best(found, learner.trainable)
     elif best.step == state.step:
-        best.tensors = learner.trainable.snapshot(world)
+        best.tensors = learner.trainable.snapshot()
     else:
-        log.warning("the best adapter so far, of step %d, was not kept; the best from here on is", best.step)
+        message = "the best %s so far, of step %d, was not kept; the best from here on is"
+        log.warning(message, config.outcome.name, best.step)
         best = Best(evaluated=best.evaluated)
     return best
 

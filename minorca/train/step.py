@@ -41,11 +41,12 @@ def forward_backward(
 ) -> Outcome:
     """Adds a micro-batch's gradients; returns what it gave, detached.
 
-    last: the step's last micro-batch of this rank, with which FSDP reduces gradients.
+    last: the step's last micro-batch of this rank, with which FSDP reduces gradients over all ranks.
     """
     clock("forward")
     if isinstance(learner.model, FSDPModule):
-        learner.model.set_requires_gradient_sync(last)
+        learner.model.set_requires_gradient_sync(last or learner.reduce_each)
+        learner.model.set_requires_all_reduce(last)
     outcome = batch_outcome(learner.model, learner.objective, batch, normalizer)
     clock("backward")
     outcome.loss.backward()

@@ -1,11 +1,14 @@
 """What a run trains, as a set: name -> parameter, in one place, with saving, loading, summing and clipping.
 
-A member is one kind of trained thing; adapters are the first. The loop, checkpoints and parallelism know the set alone.
+A member is one kind of trained thing: adapters, or all weights. The loop, checkpoints and parallelism know the set
+alone.
 """
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from minorca.files.adapters import load_adapter, save_adapter
+from minorca.files.tensor_files import write_tensors
+from minorca.files.weights import load_weights, open_model
+from minorca.model.layout import source_tensors
 from minorca.model.lora import LoRASettings, adapter_parameters
 from minorca.model.network import Mistral
 from minorca.train.optim import clip_gradients
@@ -26,8 +32,8 @@ class Trainable(Protocol):
         """Name in files -> parameter, in a fixed order; names are unique in the run."""
         ...
 
-    def save(self, directory: Path, tensors: dict[str, Tensor]) -> None:
-        """Writes the values of `parameters`, whole and on the host, into an existing directory."""
+    def save(self, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Writes the values of `parameters`, in their order, each whole and on the host, into an existing directory."""
         ...
 
     def load(self, directory: Path) -> None:
@@ -46,11 +52,37 @@ class Adapters:
     def parameters(self) -> dict[str, nn.Parameter]:
         return adapter_parameters(self.model)
 
-    def save(self, directory: Path, tensors: dict[str, Tensor]) -> None:
-        save_adapter(directory, tensors, self.settings, self.base_model)
+    def save(self, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        save_adapter(directory, dict(tensors), self.settings, self.base_model)
 
     def load(self, directory: Path) -> None:
         load_adapter(self.model, directory)
+
+
+class Weights:
+    """All weights of a model, as a Hugging Face directory has them; projections that the network stacks are one
+    parameter.
+    """
+
+    def __init__(self, model: Mistral):
+        self.model = model
+        self.layout = source_tensors(model.arch, "huggingface")
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        named = self.model.named_parameters()
+        weights = {name.removesuffix(".weight").removesuffix(".base"): parameter for name, parameter in named}
+        return {name: weights[name] for name in self.layout}
+
+    def save(self, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        def split() -> Iterator[tuple[str, Tensor]]:
+            for module, tensor in tensors:
+                parts = self.layout[module]
+                yield from zip([part.name for part in parts], tensor.split([part.rows for part in parts]))
+
+        write_tensors(directory / "model.safetensors", split())
+
+    def load(self, directory: Path) -> None:
+        load_weights(self.model, open_model(directory))
 
 
 class TrainableSet:
@@ -58,10 +90,12 @@ class TrainableSet:
 
     Attributes:
         parameters: name -> parameter of all members, in a fixed order.
+        final_dtype: of what a finished run leaves; None: that of the parameters.
     """
 
-    def __init__(self, members: list[Trainable]):
+    def __init__(self, members: list[Trainable], final_dtype: torch.dtype | None = None):
         self.members = members
+        self.final_dtype = final_dtype
         self.parameters: dict[str, nn.Parameter] = {}
         for member in members:
             parameters = member.parameters()
@@ -74,18 +108,18 @@ class TrainableSet:
         """The number of trained values."""
         return sum(parameter.numel() for parameter in self.parameters.values())
 
-    def gather(self, world: World) -> dict[str, Tensor]:
-        """The values, whole and on the host of rank 0; nothing on the others. Every rank calls it."""
-        return gather(self.parameters, world)
+    def final(self) -> Iterator[tuple[str, Tensor]]:
+        """The values in `final_dtype`, sharded as the parameters."""
+        return ((name, p.detach().to(self.final_dtype or p.dtype)) for name, p in self.parameters.items())
 
-    def snapshot(self, world: World) -> dict[str, Tensor]:
-        """As `gather`, but values that further steps do not change."""
-        return {name: tensor.clone() for name, tensor in self.gather(world).items()}
+    def snapshot(self) -> dict[str, Tensor]:
+        """As `final`, but values that further steps do not change, each rank's part on its host."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self.final()}
 
-    def save(self, directory: Path, tensors: dict[str, Tensor]) -> None:
-        """Writes what `gather` gave rank 0 into an existing directory."""
+    def save(self, directory: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Writes values of the parameters, in their order, each whole and on the host, into an existing directory."""
         for member in self.members:
-            member.save(directory, {name: tensors[name] for name in member.parameters()})
+            member.save(directory, islice(tensors, len(member.parameters())))
 
     def load(self, directory: Path) -> None:
         """Fills the parameters from what `save` wrote. Raises UserError: a file that does not fit."""
@@ -107,11 +141,20 @@ class TrainableSet:
         return clip_gradients(self.parameters.values(), max_norm)
 
 
-def gather(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Tensors, sharded or not, whole on the host of rank 0; nothing on the others. Every rank calls it."""
-    gathered = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if world.rank == 0:
-            gathered[name] = tensor.detach().cpu()
-    return gathered
+def gather(tensors: Iterable[tuple[str, Tensor]], world: World) -> Iterator[tuple[str, Tensor]]:
+    """Tensors, sharded or not, one after the other whole on the host of rank 0: it never holds all of a large model.
+
+    Every rank iterates to the end.
+    """
+    for name, tensor in tensors:
+        whole = tensor.detach()
+        if isinstance(whole, DTensor):
+            # parts in host memory are sent from the device
+            whole = cast(DTensor, whole.to(world.device)).full_tensor()
+        yield name, whole.cpu() if world.rank == 0 else whole
+
+
+def take_part(*gathered: Iterator[tuple[str, Tensor]]) -> None:
+    """What the other ranks do while rank 0 writes these."""
+    for tensors in gathered:
+        deque(tensors, maxlen=0)

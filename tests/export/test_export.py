@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as JsonModel
 from tokenizers import models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import minorca.export.huggingface
+import minorca.files.tensor_files
 from minorca import UserError, load_model, load_tokenizer, render_chat
 from minorca.cli import config_parser, parse_config
 from minorca.data.portable_files import RECORD, load_chat
@@ -111,7 +111,7 @@ def test_shards_load_in_transformers(save_mistral, tmp_path, monkeypatch):
     directory, theirs = save_mistral()
     adapted(theirs, tmp_path / "adapter")
     export(directory, tmp_path / "adapter", tmp_path / "whole")
-    monkeypatch.setattr(minorca.export.huggingface, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(minorca.files.tensor_files, "FILE_BYTES", 60_000)
     export(directory, tmp_path / "adapter", tmp_path / "sharded")
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
     shards = {file.name: load_file(file) for file in (tmp_path / "sharded").glob("model-*.safetensors")}

@@ -46,7 +46,8 @@ def test_adapters_have_pefts_names_and_shapes(save_mistral):
             ours[part.peft_name(layer, "B")] = (part.out_features, 3)
             assert adapted_by(part.peft_name(layer, "A")) == (layer, part.name)
     assert ours == expected
-    assert adapted_by("base_model.model.lm_head.lora_A.weight") is None
+    assert adapted_by("base_model.model.lm_head.lora_A.weight") == (0, "head")
+    assert adapted_by("base_model.model.model.norm.lora_A.weight") is None
 
 
 def test_parts_of_a_stacked_projection_follow_one_another(save_mistral):

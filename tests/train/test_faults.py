@@ -182,7 +182,7 @@ MOMENTS: dict[str, tuple[tuple[Any, str, int], int]] = {
     "in a forward": ((step, "batch_outcome", 4 * 2 + 2), 3),
     "in an update": ((TrainableSet, "clip_gradients", 6), 6),
     "in an evaluation": ((loop, "evaluate", 2), 4),
-    "in a save": ((checkpoint, "save_file", 1), 12),
+    "in a save": ((checkpoint, "write_tensors", 1), 12),
 }
 
 
@@ -321,7 +321,7 @@ def test_a_full_disk_costs_no_checkpoint(share, workplace, tmp_path, monkeypatch
     train_command.main(workplace("whole", **settings))
     largest = (tmp_path / "whole" / "checkpoints" / "step-00000002" / "optimizer.safetensors").stat().st_size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    save_file = checkpoint.save_file
+    write_tensors = checkpoint.write_tensors
     saves = 0
 
     def save_to_full_disk(*arguments):
@@ -329,13 +329,13 @@ def test_a_full_disk_costs_no_checkpoint(share, workplace, tmp_path, monkeypatch
         saves += 1
         if saves == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * largest), limits[1]))
-        save_file(*arguments)
+        write_tensors(*arguments)
 
     with (
         monkeypatch.context() as patch,
         pytest.raises(UserError, match="step-00000004: cannot be written .*nothing half-written was left"),
     ):
-        patch.setattr(checkpoint, "save_file", save_to_full_disk)
+        patch.setattr(checkpoint, "write_tensors", save_to_full_disk)
         try:
             train_command.main(workplace(**settings))
         finally:

@@ -58,6 +58,10 @@ def raise_out_of_memory(*_, **__):
             {"train.micro_batch_tokens": 512, "data.packing": "false"},
             ["lower data.seq_len from 128 to 64, in a run with another train.output"],
         ),
+        (
+            {"train.full": "true", "lora.rank": 16},
+            ["run on more GPUs", "set optim.name to adamw_8bit, or lower data.seq_len", "which model.path starts from"],
+        ),
     ],
 )
 def test_a_step_that_needs_too_much_says_what_to_lower(settings, advice, workplace, monkeypatch, capsys):
@@ -75,6 +79,8 @@ def test_weights_that_do_not_fit(workplace, tmp_path, monkeypatch):
     message = "the model does not fit: CUDA out of memory. Tried .* To load it, run on several GPUs with torchrun and"
     with pytest.raises(UserError, match=message):
         train_command.main(workplace())
+    with pytest.raises(UserError, match="To load it, set parallel.cpu_offload, .*, or use more GPUs"):
+        train_command.main(workplace(**{"train.full": "true", "lora.rank": 16}))
     assert not (tmp_path / "run").exists()
 
 

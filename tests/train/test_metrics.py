@@ -109,8 +109,9 @@ def test_what_a_start_prints(workplace, tmp_path, caplog):
     assert "resumed from" in caplog.text and "step-00000006, written by torch " in caplog.text
 
 
-def test_flops_are_those_that_are_computed(save_mistral):
-    """Of a forward and a backward of transformers' model with adapters, as torch counts its matrix products.
+@pytest.mark.parametrize("full", [False, True])
+def test_flops_are_those_that_are_computed(full, save_mistral):
+    """Of a forward and a backward of transformers' model with adapters, or whole, as torch counts its matrix products.
 
     Attention is counted separately: unlike ours, eager attention also computes masked pairs.
     """
@@ -119,9 +120,9 @@ def test_flops_are_those_that_are_computed(save_mistral):
     length = 24
     rank = 4
     for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        parameter.requires_grad_(full)
     adapters = []
-    for layer in model.model.layers:
+    for layer in () if full else model.model.layers:
         for linear in (
             *(getattr(layer.self_attn, f"{x}_proj") for x in "qkvo"),
             layer.mlp.gate_proj,
@@ -137,7 +138,7 @@ def test_flops_are_those_that_are_computed(save_mistral):
     with FlopCounterMode(display=False) as counter:
         model(inputs_embeds=hidden).logits.sum().backward()
     products = counter.get_total_flops() - _eager_attention(arch, length)
-    ours = metrics.training_flops(arch, sum(a.numel() for a in adapters), [length], trained=length)
+    ours = metrics.training_flops(arch, sum(a.numel() for a in adapters), [length], trained=length, full=full)
     pairs = 3.5 * 4 * arch.heads * arch.head_dim * arch.layers * length * (length + 1) // 2
     assert ours - pairs == products
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from minorca.cli import config_parser, parse_config
 from minorca.data.packing import Batch, make_batch
 from minorca.data.store import TokenStore
+from minorca.model.vocabulary import VocabularyMatrix
 from minorca.train import metrics
 from minorca.train.best import Best
 from minorca.train.build import Learner, build
@@ -20,7 +21,6 @@ from minorca.train.loop import Run
 from minorca.train.objectives import NextToken, Outcome
 from minorca.train.ranks import init_distributed
 from minorca.train.run_length import run_length
-from minorca_kernels import DenseWeight, linear_cross_entropy
 from tests.helpers import lines_of
 
 
@@ -31,8 +31,8 @@ class ByRow:
         return len(rows)
 
     def head(self, batch: Batch, normalizer: float):
-        def loss(hidden_TH: Tensor, weight: DenseWeight) -> Outcome:
-            losses_M = linear_cross_entropy(hidden_TH[batch.target_rows], weight.weight, batch.targets)
+        def loss(hidden_TH: Tensor, weight: VocabularyMatrix) -> Outcome:
+            losses_M = weight.losses(hidden_TH[batch.target_rows], batch.targets)
             row_M = torch.bucketize(batch.target_rows, batch.cu_seqlens[1:], right=True)
             row_N = torch.arange(len(batch.cu_seqlens) - 1)
             means_N = torch.stack(
@@ -60,7 +60,7 @@ def run(options: list[str], objective, tmp_path) -> Learner:
         schedule = inputs.schedule(config)
         work = Run(config, world, inputs, learner, run_length(config, schedule), Best(), record, [], 0, 0)
         work.loop(schedule.step, lambda: None)
-        work.finish(tmp_path / "run")
+        work.finish()
     return learner
 
 
@@ -100,7 +100,7 @@ def test_shares_of_micro_batches_add_up_to_the_loss_of_a_step():
     random = np.random.default_rng(0)
     store = TokenStore(random.integers(50, size=40, dtype=np.int32), np.arange(40) % 3 > 0, np.array([0, 9, 20, 40]))
     hidden = torch.randn(40, 8, dtype=torch.float64)
-    weight = DenseWeight(torch.randn(50, 8, dtype=torch.float64))
+    weight = VocabularyMatrix(torch.randn(50, 8, dtype=torch.float64))
     objective = NextToken()
     rows = np.arange(3)
     normalizer = objective.normalizer(store, rows)

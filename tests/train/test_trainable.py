@@ -1,5 +1,6 @@
 """The set of trained parameters: another member needs no change to the loop, checkpoints or parallelism."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,8 @@ class Norms:
         norms = ((name, module) for name, module in self.model.named_modules() if isinstance(module, RMSNorm))
         return {f"{name}.weight": module.weight for name, module in norms}
 
-    def save(self, directory: Path, tensors: dict[str, Tensor]) -> None:
-        save_file(tensors, directory / "norms.safetensors")
+    def save(self, directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        save_file(dict(tensors), directory / "norms.safetensors")
 
     def load(self, directory: Path) -> None:
         saved = load_file(directory / "norms.safetensors")
