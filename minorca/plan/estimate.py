@@ -1,4 +1,4 @@
-"""Memory and speed of a run's step, from steps of two and three layers on fake tensors."""
+"""Memory and speed of a run's step, from steps of few layers on fake tensors."""
 
 import dataclasses
 import json
@@ -89,15 +89,17 @@ class Estimator:
         lengths = documents(config)
         micro_batches = config.train.batch_tokens // config.train.micro_batch_tokens
         later = micro_batches > self.ranks
-        layers = self.arch.layers
+        # of what is sharded, two blocks are on their way between ranks while a third computes
+        few = 3 if self.ranks > 1 or config.train.full else 2
+        more = self.arch.layers - few
         runs = [
             fake_step(config, dataclasses.replace(self.arch, layers=n), self.device, self.ranks, lengths, later=later)
-            for n in ((2, 3) if layers > 3 else (layers,))
+            for n in ((few, few + 1) if more > 1 else (self.arch.layers,))
         ]
-        launches = _of_layers([run.launches for run in runs], layers)
-        collectives = _of_layers([run.recorder.collectives for run in runs], layers)
-        sizes = _of_layers([run.recorder.collective_bytes for run in runs], layers)
-        crossed = _of_layers([run.recorder.crossed for run in runs], layers)
+        launches = _of_layers([run.launches for run in runs], more)
+        collectives = _of_layers([run.recorder.collectives for run in runs], more)
+        sizes = _of_layers([run.recorder.collective_bytes for run in runs], more)
+        crossed = _of_layers([run.recorder.crossed for run in runs], more)
         rates = self.device.rates if config.model.dtype == "bfloat16" else None
         micro = update = None
         if rates:
@@ -106,7 +108,7 @@ class Estimator:
             micro = max(self._seconds(passes, rates, lengths), (crossed["forward"] + crossed["backward"]) / PCIE)
             update = self._seconds(updates, rates, lengths)
         return Estimate(
-            _peak(runs, layers),
+            _peak(runs, more),
             sum(lengths),
             micro_batches,
             micro,
@@ -133,17 +135,19 @@ def documents(config: Config) -> list[int]:
     return [data.seq_len] * whole + [rest] * (rest > 1)
 
 
-def _of_layers(counts: list[Counter], layers: int) -> Counter:
-    """What so many layers count, from two and three, or from a run of all."""
-    two, three = counts[0], counts[-1]
-    return Counter({key: two[key] + (layers - 2) * (three[key] - two[key]) for key in two | three})
+def _of_layers(counts: list[Counter], more: int) -> Counter:
+    """What so many more layers count than the first, from that and one of one layer more, or from one of all."""
+    first, second = counts[0], counts[-1]
+    return Counter({key: first[key] + more * (second[key] - first[key]) for key in first | second})
 
 
-def _peak(runs: list[Recording], layers: int) -> dict[str, int]:
-    """Bytes by kind of so many layers, and their total: the highest of all phases and parts."""
+def _peak(runs: list[Recording], more: int) -> dict[str, int]:
+    """Bytes by kind of so many more layers than the first run has, and their total: the highest of all phases and
+    parts.
+    """
     parts = set.intersection(*(set(run.peaks) for run in runs))
     peaks = [
-        _of_layers([run.peaks[place] for run in runs], layers)
+        _of_layers([run.peaks[place] for run in runs], more)
         for place in parts
         if place[0] not in PREPARATION or place[0] == "build"
     ]
