@@ -23,8 +23,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 import torch
@@ -32,8 +30,6 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.cases import (
@@ -54,6 +50,7 @@ from benchmarks.cases import (
     swiglus,
 )
 from benchmarks.table import grid
+from minorca.plan.fake_device import target
 from minorca_kernels import STRATEGIES
 
 # bytes of shared memory that a block may use, by architecture
@@ -91,17 +88,6 @@ def recorded(warmup: bool) -> Iterator[list]:
         yield kernels
     finally:
         JITFunction.run = run
-
-
-def target(arch: int) -> None:
-    """Makes Triton compile for this architecture."""
-    fake_driver: Any = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", arch, 32),
-        # kernels are cached by device, so each architecture is a device of its own
-        get_current_device=lambda: arch,
-        get_current_stream=lambda device: 0,
-    )
-    driver.set_active(fake_driver)
 
 
 def traced(case: Case, function: Callable, dtype: torch.dtype) -> list:

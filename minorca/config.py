@@ -265,6 +265,12 @@ def fields() -> Iterator[tuple[str, dataclasses.Field, object]]:
             yield section, key, hints[key.name]
 
 
+def choices(setting: str) -> tuple[str, ...]:
+    """The values that section.key may have, in their order; of one that takes any, none."""
+    hint = next(hint for section, key, hint in fields() if f"{section}.{key.name}" == setting)
+    return tuple(choice for choice in typing.get_args(typing.get_args(hint)[0]) if isinstance(choice, str))
+
+
 def default_of(key: dataclasses.Field) -> object:
     """A setting's default; dataclasses.MISSING where it has none."""
     return key.default if key.default_factory is dataclasses.MISSING else key.default_factory()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fake_cuda import unavailable
+from minorca.plan.fake_device import unavailable
 from tests.kernels.test_compiled import run
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -17,9 +17,11 @@ SCRIPT = """
 import contextlib, itertools, json, sys
 from collections import Counter
 import torch
-from benchmarks.fake_cuda import fake_cuda
-from benchmarks.fake_runs import Training, decode, extrapolated, train
-from benchmarks.predict import Prediction, Rates, decoding, of_copy, training
+from minorca.plan.fake_device import H100, fake_device
+from benchmarks.fake_runs import Training, decode, train
+from benchmarks.predict import decoding, of_copy, training
+from minorca.plan.fake_step import extrapolated
+from minorca.plan.rates import Prediction, Rates
 
 def waits(run):
     return sorted({(wait.phase, wait.what) for wait in run.recorder.waits if wait.phase not in ("build", "first step")})
@@ -69,7 +71,7 @@ steps = {
 """
 
 FAULTS = """
-with fake_cuda() as (world, recorder):
+with fake_device(H100) as (world, recorder):
     x = torch.ones(4, 4, device=world.device)
     pinned = torch.ones(4).pin_memory().to(world.device, non_blocking=True)
     x.fill_(2.0)

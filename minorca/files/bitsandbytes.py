@@ -12,13 +12,14 @@ Of a projection W [N, K] there are, beside `NAME`, uint8 [N K / 2, 1] of two cod
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from minorca.errors import UserError
-from minorca.files.safe_io import parse_json, quote
+from minorca.files.safe_io import parse_json, quote, read_optional_json
 from minorca.files.tensor_files import FLOATS, TensorFiles
 from minorca.model.quantization import Quantization
 from minorca_kernels import QuantizedPart
@@ -113,6 +114,12 @@ def config(quantization: Quantization, dtype: torch.dtype) -> dict:
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
     }
+
+
+def stored_quantization(directory: Path) -> Quantization | None:
+    """How config.json says that a directory's projections are quantized."""
+    settings = read_optional_json(directory / "config.json").get("quantization_config")
+    return Quantization(bool(settings.get("bnb_4bit_use_double_quant"))) if settings else None
 
 
 def names_beside(name: str) -> list[str]:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from minorca.errors import UserError
-from minorca.files.bitsandbytes import NF4Tensor, names_beside, open_quantized
-from minorca.files.safe_io import read_optional_json
+from minorca.files.bitsandbytes import NF4Tensor, names_beside, open_quantized, stored_quantization
 from minorca.files.tensor_files import FLOATS, TensorFiles, open_weights
 from minorca.model.architecture import Architecture, model_directory, read_architecture
-from minorca.model.layout import SourceTensor, outside_name, projections, source_tensors, unwrapped_name
+from minorca.model.layout import ProjectionSpec, SourceTensor, outside_name, projections, source_tensors, unwrapped_name
 from minorca.model.network import RMSNorm
 from minorca.model.projection import Projection
 from minorca.model.quantization import Quantization
@@ -154,18 +153,23 @@ def open_model(path: str | Path, quantization: Quantization | None = None) -> Mo
 
 def check_quantizable(arch: Architecture, directory: Path) -> None:
     """Raises UserError where the rows of a projection are not made of whole blocks."""
-    for parts in projections(arch).values():
-        if parts[0].in_features % BLOCK:
-            raise UserError(
-                f"cannot be quantized to nf4: the rows of {parts[0].huggingface_name} have {parts[0].in_features} "
-                f"values, which is not a multiple of {BLOCK}; use the model unquantized",
-                path=directory,
-            )
+    if projection := not_quantizable(arch):
+        raise UserError(
+            f"cannot be quantized to nf4: the rows of {projection.huggingface_name} have {projection.in_features} "
+            f"values, which is not a multiple of {BLOCK}; use the model unquantized",
+            path=directory,
+        )
+
+
+def not_quantizable(arch: Architecture) -> ProjectionSpec | None:
+    """A projection whose rows are not made of whole blocks; None where all are."""
+    specs = (parts[0] for parts in projections(arch).values())
+    return next((spec for spec in specs if spec.in_features % BLOCK), None)
 
 
 def _quantized_shapes(directory: Path, tensors: dict[str, list[SourceTensor]]) -> dict[str, tuple[int, int]]:
     """The names and shapes of the layers' projections, where config.json says that bitsandbytes quantized them."""
-    if not read_optional_json(directory / "config.json").get("quantization_config"):
+    if not stored_quantization(directory):
         return {}
     return {
         tensor.name: (tensor.rows, tensor.columns)

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     profile = "write a trace of the third step, and what holds memory, to OUTPUT/profile"
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--profile", action="store_true", help=profile)
-    dry = "print the plan, a rendered row and the first micro-batch; write nothing (one process is enough)"
+    dry = "print how long the run is, a rendered row and the first micro-batch; write nothing (one process is enough)"
     instead.add_argument("--dry-run", action="store_true", help=dry)
     args, config = _parse(parser, argv)
     # micro-batches of many lengths fragment a GPU's memory; read when CUDA starts

@@ -14,20 +14,22 @@ from minorca.model.build import build_model
 from minorca.model.lora import add_adapters
 from minorca.train import metrics
 from minorca.train.build import check_init, lora_settings
+from minorca.train.forecast import Forecast
 from minorca.train.inputs import Inputs, read_inputs
 from minorca.train.optim import check_optimizer, learning_rate
-from minorca.train.plan import Plan, make_plan
 from minorca.train.run import check_writable, find_earlier, why_finished
+from minorca.train.run_length import RunLength, run_length
 
 
 def dry_run(config: Config) -> None:
-    """Prints a run's plan, a row as it is trained, and the first micro-batch.
+    """Prints how long a run is, a row as it is trained, and the first micro-batch.
 
     All rows are rendered as in a run, but into a temporary directory that is removed.
 
     Raises:
         UserError: what the run would refuse before it loads the model.
     """
+    forecast = Forecast(config)
     metrics.import_wandb(config)
     check_optimizer(config.optim)
     check_writable(config.output)
@@ -38,13 +40,14 @@ def dry_run(config: Config) -> None:
             check_init(config.lora.init, lora_settings(config, inputs.base.new_ids), inputs.base.arch.layers)
         found, state = find_earlier(config, inputs.identity)
         schedule = inputs.schedule(config)
-        plan = make_plan(config, schedule)
-        finished = why_finished(state, plan, config) if state else None
+        length = run_length(config, schedule)
+        finished = why_finished(state, length, config) if state else None
         _print_model(config, inputs)
-        _print_plan(config, inputs, plan)
+        _print_length(config, inputs, length)
         if found:
             print(f"resumes from {found}" + (f": {finished}" if finished else ""))
         if not finished:
+            forecast.check(inputs.store.lengths)
             _print_step(inputs, schedule, state.step + 1 if state else 1)
     print("dry run: nothing was written")
 
@@ -68,18 +71,18 @@ def _print_model(config: Config, inputs: Inputs) -> None:
     )
 
 
-def _print_plan(config: Config, inputs: Inputs, plan: Plan) -> None:
+def _print_length(config: Config, inputs: Inputs, length: RunLength) -> None:
     train, optim, store = config.train, config.optim, inputs.store
     tokens, trained = store.lengths.sum(), store.trained_counts.sum()
     held_out = f"; {len(inputs.held_out)} rows are held out" if inputs.held_out else ""
     print(f"rows: {len(store)} of {tokens:,} tokens, {trained:,} of them trained{held_out}")
     micro_batches = train.batch_tokens // train.micro_batch_tokens
-    print(f"steps: {plan.steps}, each of {micro_batches} micro-batches of at most {train.micro_batch_tokens} tokens")
+    print(f"steps: {length.steps}, each of {micro_batches} micro-batches of at most {train.micro_batch_tokens} tokens")
     if inputs.held_out:
-        print(f"evaluations: before step 1, and after {_listed(plan.evaluates_after, plan.steps)}")
-    print(f"checkpoints: after {_listed(plan.saves_after, plan.steps)}")
-    highest = warmup_steps(optim, plan.steps) or 1
-    rates = [f"{learning_rate(n, plan.steps, optim):.3g} at step {n}" for n in (1, highest, plan.steps)]
+        print(f"evaluations: before step 1, and after {_listed(length.evaluates_after, length.steps)}")
+    print(f"checkpoints: after {_listed(length.saves_after, length.steps)}")
+    highest = warmup_steps(optim, length.steps) or 1
+    rates = [f"{learning_rate(n, length.steps, optim):.3g} at step {n}" for n in (1, highest, length.steps)]
     print(f"learning rate: {', '.join(dict.fromkeys(rates))}")
 
 

@@ -19,7 +19,7 @@ from minorca.errors import UserError
 from minorca.export.huggingface import config_file
 from minorca.files.adapters import other_base, read_adapter_settings
 from minorca.files.weights import ModelFiles, open_model
-from minorca.model.architecture import model_directory, read_architecture
+from minorca.model.architecture import Architecture, model_directory, read_architecture
 from minorca.model.layout import MATRICES
 from minorca.model.quantization import parse_quantization
 from minorca.train import checkpoint
@@ -75,10 +75,7 @@ def read_inputs(config: Config) -> Inputs:
     if config.train.full and base.quantization:
         message = f"the model is stored in {base.quantization}, and train.full trains weights in fp32"
         raise UserError(f"{message}; give the unquantized model, or train adapters", path=base.directory)
-    positions = base.arch.max_positions
-    if positions and config.data.seq_len > positions:
-        message = f"is {config.data.seq_len}; the model has {positions} positions, so set it to {positions} or less"
-        raise UserError(message, field="data.seq_len")
+    check_length(config.data.seq_len, base.arch)
     if config.lora.init:
         # Before the rows are rendered, which may take minutes.
         read_adapter_settings(config.lora.init)
@@ -94,6 +91,14 @@ def read_inputs(config: Config) -> Inputs:
     else:
         files = adapter_files(tok, template, base.quantization)
     return Inputs(base, store, held_out, identity, tok, files)
+
+
+def check_length(seq_len: int, arch: Architecture) -> None:
+    """Raises UserError: the model has fewer positions."""
+    positions = arch.max_positions
+    if positions and seq_len > positions:
+        message = f"is {seq_len}; the model has {positions} positions, so set it to {positions} or less"
+        raise UserError(message, field="data.seq_len")
 
 
 def read_tokenizer(config: Config) -> tuple[Tokenizer, str]:

@@ -26,8 +26,8 @@ from minorca.train.build import Learner
 from minorca.train.evaluation import evaluate
 from minorca.train.inputs import Inputs
 from minorca.train.optim import learning_rate, set_learning_rate
-from minorca.train.plan import Plan
 from minorca.train.ranks import World
+from minorca.train.run_length import RunLength
 from minorca.train.step import forward_backward, local_batch, locate_nonfinite
 from minorca.train.trainable import gather, take_part
 
@@ -51,7 +51,7 @@ class Run:
     world: World
     inputs: Inputs
     learner: Learner
-    plan: Plan
+    length: RunLength
     best: Best
     record: metrics.Record | None
     noted: list[int]
@@ -67,13 +67,13 @@ class Run:
         self._first_evaluation()
         self.learner.model.train()
         self.clock("data")
-        while self.step < self.plan.steps and not self._ends_early():
+        while self.step < self.length.steps and not self._ends_early():
             self.step += 1
             self._step(micro_batches_of(self.step))
             after_step()
-            if self.plan.evaluates_after(self.step) and not self.stopped_by:
+            if self.length.evaluates_after(self.step) and not self.stopped_by:
                 self._evaluate()
-            if self.plan.saves_after(self.step) or self._ends_early():
+            if self.length.saves_after(self.step) or self._ends_early():
                 self._save()
             self.clock("data")
 
@@ -82,7 +82,7 @@ class Run:
 
     def _first_evaluation(self) -> None:
         """The one before the first step, or one whose checkpoint exists and whose line does not: it was interrupted."""
-        due = self.step == 0 or self.plan.evaluates_after(self.step)
+        due = self.step == 0 or self.length.evaluates_after(self.step)
         if not (self.inputs.held_out and due):
             return
         recorded = self.record.evaluated if self.record else None
@@ -107,7 +107,7 @@ class Run:
         totals = self.world.sum(shares)
         whole_loss, signals = totals[0], totals[1:3]
         self.stopped_by = common_signal(signals)
-        lr = learning_rate(self.step, self.plan.steps, self.config.optim)
+        lr = learning_rate(self.step, self.length.steps, self.config.optim)
         values = {"loss": whole_loss, "grad_norm": grad_norm, "lr": lr}
         values |= self._update(micro_batches, lr, whole_loss, grad_norm)
         self.learner.optimizer.zero_grad()

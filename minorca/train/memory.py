@@ -2,18 +2,17 @@
 
 import torch
 
-from minorca.config import Config
+from minorca.config import Config, choices
 from minorca.errors import UserError, memory_asked_for
-
-# what keeps less than each
-_KEEP_LESS = {"none": "selective", "selective": "full", "full": "offload"}
+from minorca.plan.advice import CHECKPOINTING
 
 
 def out_of_memory(error: torch.OutOfMemoryError, config: Config, ranks: int) -> UserError:
     """The error in a line: what was asked for and what is in use, as torch says it, and which settings to lower."""
     remedies = []
-    if more := _KEEP_LESS.get(config.parallel.activation_checkpointing):
-        remedies.append(f"set parallel.activation_checkpointing to {more}, with which the same run resumes")
+    kinds = choices(CHECKPOINTING)
+    for more in kinds[kinds.index(config.parallel.activation_checkpointing) + 1 :][:1]:
+        remedies.append(f"set {CHECKPOINTING} to {more}, with which the same run resumes")
     if config.train.full:
         remedies.append("run on more GPUs, on which the same run resumes")
         if config.optim.name == "adamw":

@@ -18,28 +18,19 @@ from minorca.config import Config
 from minorca.errors import UserError
 from minorca.model.architecture import Architecture
 from minorca.model.layout import projections
+from minorca.plan.devices import GPUS
 
 log = logging.getLogger(__name__)
 
 PHASES: tuple[str, ...] = ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "other")
 
-# dense bf16 matrix FLOP/s, from NVIDIA's data sheets; a device not here has no MFU rather than a guessed one
-PEAK_FLOPS = {
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
-}
-
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense bf16 matrix FLOP/s; a device not in the table has no MFU rather than a guessed one."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
+    name = torch.cuda.get_device_name(device)
+    return next((gpu.flops for gpu in GPUS if name in gpu.torch_names), None)
 
 
 def training_flops(
@@ -54,13 +45,18 @@ def training_flops(
     """
     matrix = 6 if full else 4
     block = sum(part.in_features * part.out_features for parts in projections(arch).values() for part in parts)
-    attended = arch.heads * arch.head_dim
+    products = (matrix * arch.layers * block + 6 * adapter_parameters) * sum(lengths)
+    attention = 3.5 * 4 * arch.heads * arch.head_dim * arch.layers * visible_pairs(lengths, arch.window)
+    return products + matrix * arch.vocab_size * arch.hidden_size * trained + attention
+
+
+def visible_pairs(lengths: list[int], window: int | None) -> int:
+    """The pairs of a query and a key that it sees, in documents of these lengths."""
     pairs = 0
     for n in lengths:
-        w = min(n, arch.window or n)
+        w = min(n, window or n)
         pairs += w * (w + 1) // 2 + (n - w) * w
-    tokens = (matrix * arch.layers * block + 6 * adapter_parameters) * sum(lengths)
-    return tokens + matrix * arch.vocab_size * arch.hidden_size * trained + 3.5 * 4 * attended * arch.layers * pairs
+    return pairs
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -28,7 +28,7 @@ from minorca.train.ranks import World
 from minorca_kernels import NF4Weight
 
 
-def _memory_per_rank(device: torch.device) -> int:
+def memory_per_rank(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -42,7 +42,7 @@ def shards(model: nn.Module, config: ParallelConfig, world: World) -> bool:
     if config.shard != "auto":
         return config.shard == "fsdp"
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    too_large = world.size > 1 and 2 * weights >= _memory_per_rank(world.device)
+    too_large = world.size > 1 and 2 * weights >= memory_per_rank(world.device)
     needed = config.replicate > 1 or config.cpu_offload or too_large
     # ranks may differ in memory, and must not differ in this
     return world.sum([needed])[0] > 0
@@ -99,7 +99,7 @@ def describe(model: Mistral, world: World) -> str:
     gigabytes = sum(p.numel() * p.element_size() for p in local) / 1e9
     how = "sharded" if isinstance(parameters[0], DTensor) else "whole"
     ranks = f"{world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}"
-    memory = f"{gigabytes:.2f} GB of weights ({how}) in {_memory_per_rank(world.device) / 1e9:.0f} GB"
+    memory = f"{gigabytes:.2f} GB of weights ({how}) in {memory_per_rank(world.device) / 1e9:.0f} GB"
     return f"{count:,} parameters, {trained:,} trained; {ranks}, each with {memory}"
 
 

@@ -19,13 +19,14 @@ from minorca.signals import Terminated, signals_noted
 from minorca.train import checkpoint, metrics, parallel
 from minorca.train.best import Best
 from minorca.train.build import Learner, build
+from minorca.train.forecast import Forecast
 from minorca.train.inputs import check_ranks_agree, read_inputs
 from minorca.train.loop import Run
 from minorca.train.memory import out_of_memory, weights_do_not_fit
 from minorca.train.optim import check_optimizer
-from minorca.train.plan import Plan, make_plan
 from minorca.train.profiling import profiled
 from minorca.train.ranks import World, init_distributed
+from minorca.train.run_length import RunLength, run_length
 
 log = logging.getLogger("minorca.train")
 
@@ -56,9 +57,13 @@ def train(config: Config, profile: bool = False) -> None:
         torch.use_deterministic_algorithms(True)
         # documented, but missing from torch's annotations
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    # before there is a process group: a plan on the CPU has one of its own
+    forecast = Forecast(config) if int(os.environ.get("RANK", 0)) == 0 else None
     with init_distributed(config.parallel.timeout) as world, contextlib.ExitStack() as stack:
+        if forecast:
+            stack.callback(forecast.close)
         try:
-            signum = _train(config, profile, world, stack)
+            signum = _train(config, profile, world, stack, forecast)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, config, world.size) from error
         except OSError as error:
@@ -71,7 +76,9 @@ def train(config: Config, profile: bool = False) -> None:
         raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
 
 
-def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitStack) -> int | None:
+def _train(
+    config: Config, profile: bool, world: World, stack: contextlib.ExitStack, forecast: Forecast | None
+) -> int | None:
     """Returns the signal that ended the run early, the same on every rank; `stack` undoes what the run sets up."""
     # 1. everything that can be refused, before memory is taken
     world.set_status("reading the base model's files and the data")
@@ -91,11 +98,14 @@ def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitSt
     world.barrier_without_timeout("with the data read")
     check_ranks_agree(config, inputs.identity, resumed, world)
     schedule = inputs.schedule(config)
-    plan = make_plan(config, schedule)
-    finished = why_finished(state, plan, config) if state else None
+    length = run_length(config, schedule)
+    finished = why_finished(state, length, config) if state else None
     if finished and config.outcome.is_dir():
         log.info("%s: %s; nothing to do", output, finished)
         return None
+
+    if forecast:
+        forecast.check(inputs.store.lengths)
 
     # 3. the model and its optimizer
     world.set_status("loading the model")
@@ -105,7 +115,7 @@ def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitSt
         raise weights_do_not_fit(error, config, world.size) from error
     world.barrier_without_timeout("with the model loaded")
     log.info("%s", learner.model.arch)
-    log.info("%s; %d steps, %d rows", parallel.describe(learner.model, world), plan.steps, len(inputs.store))
+    log.info("%s; %d steps, %d rows", parallel.describe(learner.model, world), length.steps, len(inputs.store))
     if found and state:
         best = _restore(found, state, learner, config, world)
         _log_changes(state, inputs.identity)
@@ -120,7 +130,7 @@ def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitSt
             stack.enter_context(_create_output(output))
         if not finished:
             _set_outcome_aside(config.outcome, resumed)
-        record = _open_record(config, state, plan)
+        record = _open_record(config, state, length)
 
     # 5. the steps
     noted = stack.enter_context(signals_noted())
@@ -128,11 +138,13 @@ def _train(config: Config, profile: bool, world: World, stack: contextlib.ExitSt
         world.monitor.noted = noted
     after_step = stack.enter_context(profiled(output / "profile", world)) if profile else lambda: None
     updates = state.updates if state else 0
-    run = Run(config, world, inputs, learner, plan, best, record, noted, resumed, updates)
+    run = Run(config, world, inputs, learner, length, best, record, noted, resumed, updates)
     run.loop(schedule.step, after_step)
 
     # 6. what was trained, where other programs look for it
     run.finish()
+    if forecast:
+        forecast.report(world.device)
     return run.stopped_by
 
 
@@ -141,13 +153,13 @@ def _log_changes(state: checkpoint.State, identity: dict) -> None:
         log.info("%s: was %r up to step %d, is %r from here on", key, before, state.step, after)
 
 
-def _open_record(config: Config, state: checkpoint.State | None, plan: Plan) -> metrics.Record:
+def _open_record(config: Config, state: checkpoint.State | None, length: RunLength) -> metrics.Record:
     """Readies the output directory, of which this process has the lock, and opens its record."""
     checkpoint.sweep(config.output)
     if state:
         checkpoint.set_damaged_aside(state, config)
     write_config(config, config.output / "config.yaml")
-    return metrics.Record(config, state.step if state else 0, plan.steps)
+    return metrics.Record(config, state.step if state else 0, length.steps)
 
 
 def check_writable(output: Path) -> None:
@@ -173,21 +185,21 @@ def find_earlier(config: Config, identity: dict) -> tuple[Path | None, checkpoin
     return found, checkpoint.read_state(found, identity, config) if found else None
 
 
-def why_finished(state: checkpoint.State, plan: Plan, config: Config) -> str | None:
+def why_finished(state: checkpoint.State, length: RunLength, config: Config) -> str | None:
     """Why no step is left after a checkpoint's; None where one is.
 
     Raises:
         UserError: the checkpoint is of a step after the last.
     """
-    if state.step > plan.steps:
+    if state.step > length.steps:
         key = "epochs" if config.train.steps is None else "steps"
         raise UserError(
-            f"is {getattr(config.train, key):g}, a run of {plan.steps} steps, and its checkpoint is of step "
+            f"is {getattr(config.train, key):g}, a run of {length.steps} steps, and its checkpoint is of step "
             f"{state.step}; set it higher, or choose another train.output",
             field=f"train.{key}",
         )
-    if state.step == plan.steps:
-        return f"all {plan.steps} steps are done"
+    if state.step == length.steps:
+        return f"all {length.steps} steps are done"
     return state.best.why_stopped(config.train.early_stopping)
 
 

@@ -19,8 +19,8 @@ from minorca.train.evaluation import evaluate
 from minorca.train.inputs import read_inputs
 from minorca.train.loop import Run
 from minorca.train.objectives import NextToken, Outcome
-from minorca.train.plan import make_plan
 from minorca.train.ranks import init_distributed
+from minorca.train.run_length import run_length
 from tests.helpers import lines_of
 
 
@@ -58,7 +58,7 @@ def run(options: list[str], objective, tmp_path) -> Learner:
         assert steps
         record = metrics.Record(config, 0, steps)
         schedule = inputs.schedule(config)
-        work = Run(config, world, inputs, learner, make_plan(config, schedule), Best(), record, [], 0, 0)
+        work = Run(config, world, inputs, learner, run_length(config, schedule), Best(), record, [], 0, 0)
         work.loop(schedule.step, lambda: None)
         work.finish()
     return learner

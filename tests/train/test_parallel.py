@@ -25,6 +25,6 @@ from minorca.train import parallel
 )
 def test_sharding_by_default(ranks, gigabytes, settings, expected, monkeypatch):
     model = torch.nn.Linear(29, 250_000_000, bias=False, dtype=torch.bfloat16, device="meta")
-    monkeypatch.setattr(parallel, "_memory_per_rank", lambda device: int(gigabytes * 1e9))
+    monkeypatch.setattr(parallel, "memory_per_rank", lambda device: int(gigabytes * 1e9))
     world: Any = SimpleNamespace(size=ranks, device=None, sum=lambda values: [ranks * value for value in values])
     assert parallel.shards(model, ParallelConfig(**settings), world) == expected

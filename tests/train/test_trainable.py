@@ -17,8 +17,8 @@ from minorca.train.build import Learner, build, lora_settings
 from minorca.train.inputs import read_inputs
 from minorca.train.loop import Run
 from minorca.train.optim import adamw
-from minorca.train.plan import Plan
 from minorca.train.ranks import init_distributed
+from minorca.train.run_length import RunLength
 from minorca.train.trainable import Adapters, TrainableSet
 from tests.helpers import gradients_of
 
@@ -59,7 +59,7 @@ def train(options: list[str], stop: int, found: Path | None = None) -> Learner:
             state = checkpoint.read_state(found, inputs.identity, config)
             checkpoint.load(found, state, learner.trainable, learner.optimizer)
             done = state.step
-        work = Run(config, world, inputs, learner, Plan(stop, (), ()), Best(), None, [], done, done)
+        work = Run(config, world, inputs, learner, RunLength(stop, (), ()), Best(), None, [], done, done)
         work.loop(inputs.schedule(config).step, lambda: None)
     return learner
 

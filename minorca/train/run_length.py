@@ -9,7 +9,7 @@ from minorca.data.packing import BatchSchedule
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunLength:
     """The steps of a run, counted from 1, and after which of them, beside the last, it evaluates and saves."""
 
     steps: int
@@ -23,13 +23,13 @@ class Plan:
         return step == self.steps or step in self.checkpoints
 
 
-def make_plan(config: Config, schedule: BatchSchedule) -> Plan:
+def run_length(config: Config, schedule: BatchSchedule) -> RunLength:
     """Raises UserError: the warm-up is as long as the run, or no row is drawn in its epochs."""
     train = config.train
     steps = train.steps or schedule.steps(train.epochs)
     if error := warmup_problem(config.optim, steps):
         raise error
-    return Plan(steps, _due(train.eval_every, schedule, steps), _due(train.checkpoint_every, schedule, steps))
+    return RunLength(steps, _due(train.eval_every, schedule, steps), _due(train.checkpoint_every, schedule, steps))
 
 
 def _due(every: int | str, schedule: BatchSchedule, steps: int) -> Container[int]:

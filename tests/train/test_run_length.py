@@ -14,7 +14,7 @@ from minorca.data.packing import BatchSchedule
 from minorca.train import __main__ as train_command
 from minorca.train import run
 from minorca.train.optim import learning_rate
-from minorca.train.plan import make_plan
+from minorca.train.run_length import run_length
 from tests.helpers import lines_of
 
 
@@ -63,9 +63,9 @@ def test_epochs_of_different_lengths_end_where_they_end():
 )
 def test_what_is_due_every_so_often_and_after_the_last_step(every, due, workplace):
     settings = {"train.epochs": 2.5, "data.eval": 0.1, "train.checkpoint_every": every, "train.eval_every": every}
-    plan = make_plan(config_of(workplace, **settings), schedule_of(10))
-    assert plan.steps == 25
-    for is_due in (plan.saves_after, plan.evaluates_after):
+    length = run_length(config_of(workplace, **settings), schedule_of(10))
+    assert length.steps == 25
+    for is_due in (length.saves_after, length.evaluates_after):
         assert [step for step in range(1, 26) if is_due(step)] == due
 
 

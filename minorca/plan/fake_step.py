@@ -1,0 +1,213 @@
+"""One training step of rank 0 on fake tensors: the code of a run, from the configuration as it is."""
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from minorca.config import Config
+from minorca.data.packing import Batch, make_batch
+from minorca.data.store import TokenStore
+from minorca.files.weights import ModelFiles
+from minorca.model.architecture import Architecture
+from minorca.model.layout import source_tensors
+from minorca.model.lora import adapter_parameters, seed_dropout
+from minorca.model.network import Mistral
+from minorca.model.quantization import Quantization, parse_quantization
+from minorca.plan.devices import Machine
+from minorca.plan.fake_device import fake_device
+from minorca.plan.recorder import Launch, Recorder
+from minorca.train.build import Learner, build
+from minorca.train.inputs import with_vocabulary
+from minorca.train.ranks import World
+from minorca.train.step import forward_backward
+
+# from the build to the optimizer's state, nothing is trained yet
+PREPARATION = ("build", "first step", "batch")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What was recorded, and the kinds of storages, by number."""
+
+    recorder: Recorder
+    kinds: Mapping[int, str]
+
+    @property
+    def launches(self) -> Counter[Launch]:
+        return Counter(self.recorder.launches)
+
+    @cached_property
+    def peak(self) -> dict[str, int]:
+        """Bytes by kind."""
+        return self.recorder.peak(self.kinds)
+
+    @cached_property
+    def peaks(self) -> dict[tuple[str, str], Counter[str]]:
+        """Bytes by kind in each phase and part."""
+        return self.recorder.peaks(self.kinds)
+
+
+def extrapolated(run: Callable[[int], Recording], layers: int) -> Counter[Launch]:
+    """The launches of so many layers, from runs of two and three."""
+    two, three = run(2).launches, run(3).launches
+    return Counter({launch: two[launch] + (layers - 2) * (three[launch] - two[launch]) for launch in two | three})
+
+
+def model_files(arch: Architecture, quantization: Quantization | None = None) -> ModelFiles:
+    """A directory of bf16 weights that have shapes and no values, and are quantized while they load."""
+    tensors = source_tensors(arch, "huggingface")
+    columns = {tensor.name: tensor.shape[1:] for stacked in tensors.values() for tensor in stacked}
+
+    def read(name: str, start: int, stop: int) -> torch.Tensor:
+        return torch.empty(stop - start, *columns[name], dtype=torch.bfloat16)
+
+    files: Any = SimpleNamespace(read=read, bytes=lambda name: 0)
+    return ModelFiles(Path("fake"), arch, files, tensors, quantization=quantization)
+
+
+def _files(config: Config, arch: Architecture) -> ModelFiles:
+    """A model's directory with what a run adds to its vocabulary: `train.new_tokens`; templates add few."""
+    names = config.train.new_tokens
+    tok: Any = SimpleNamespace(new_tokens=names, vocab_size=arch.vocab_size + len(names))
+    quantization = parse_quantization(config.model.quantize, config.model.double_quant)
+    return with_vocabulary(model_files(arch, quantization), tok, config)
+
+
+def fake_rows(lengths: Sequence[int], trained: float) -> TokenStore:
+    """Documents of these lengths, of each of which a share, at its end, is trained."""
+    sizes = np.array(lengths)
+    offsets = np.concatenate([[0], sizes.cumsum()])
+    position = np.concatenate([np.arange(length) for length in lengths])
+    mask = position >= np.repeat((1 - trained) * sizes, sizes)
+    return TokenStore(np.zeros(offsets[-1], np.int32), mask, offsets)
+
+
+def fake_step(
+    config: Config,
+    arch: Architecture,
+    device: Machine,
+    ranks: int,
+    lengths: Sequence[int],
+    trained: float = 1.0,
+    later: bool = False,
+    attention: str = "own",
+) -> Recording:
+    """Builds what learns, then runs a step of one micro-batch: phases build, first step, batch, forward, backward,
+    optimizer.
+
+    Args:
+        arch: with as many layers as are run.
+        lengths: of the micro-batch's documents.
+        trained: the share of each document, at its end, that is trained.
+        later: gradients of an earlier micro-batch are there, to which this one adds.
+        attention: its back end on a GPU, "own" or "varlen".
+    """
+    # what it would start from is not loaded
+    config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init=None))
+    batches = step_batches(lengths, trained)
+    with _quiet(), fake_device(device, ranks, attention) as (world, recorder):
+        learner = build(config, _files(config, arch), world)
+
+        def clock(phase: str) -> None:
+            recorder.phase = phase
+            if phase == "batch":
+                _mark_parts(learner.model, recorder)
+
+        run_step(learner, config, world, batches, later, clock)
+        return Recording(recorder, dict(_kinds(learner, recorder)))
+
+
+def step_batches(lengths: Sequence[int], trained: float = 1.0) -> tuple[Batch, Batch]:
+    """A micro-batch of these documents, after one of two tokens, which makes the optimizer's state."""
+    first, batch = fake_rows([2], 1.0), fake_rows(lengths, trained)
+    return make_batch(first, np.arange(1)), make_batch(batch, np.arange(len(lengths)))
+
+
+def run_step(
+    learner: Learner,
+    config: Config,
+    world: World,
+    batches: tuple[Batch, Batch],
+    later: bool,
+    clock: Callable[[str], None],
+) -> None:
+    """A step of one micro-batch, as in the middle of a run; `clock` is told of its phases. See `fake_step`."""
+    first, batch = batches
+    learner.model.train()
+    # what a first step makes stays: the optimizer's state, and copies of adapters
+    clock("first step")
+    forward_backward(learner, first.to(world.device), 1.0, True)
+    learner.optimizer.step()
+    if not later:
+        learner.optimizer.zero_grad()
+    clock("batch")
+    batch = batch.to(world.device)
+    seed_dropout(learner.model, config.train.seed, 1, 0)
+    forward_backward(learner, batch, float(len(batch.targets)), True, clock)
+    clock("optimizer")
+    learner.trainable.sum_gradients(world)
+    learner.trainable.clip_gradients(config.optim.max_grad_norm)
+    learner.optimizer.step()
+
+
+def _mark_parts(model: Mistral, recorder: Recorder) -> None:
+    """Has the recorder note which block runs forward or backward: the first, the last, or one between.
+
+    What a block needs is linear in the number of blocks before it: the peak of many layers is in the first or the last.
+    """
+    last = len(model.layers) - 1
+
+    def mark(part: str) -> Callable:
+        def note(*_) -> None:
+            recorder.part = part
+
+        return note
+
+    for i, block in enumerate(model.layers):
+        part = "last block" if i == last else "first block" if i == 0 else "middle"
+
+        def after(_module, _inputs, outputs: tuple, i: int = i, part: str = part) -> None:
+            if i == last:
+                recorder.part = "head"
+            outputs[0].register_hook(mark(part))
+
+        block.register_forward_pre_hook(mark(part))
+        block.register_forward_hook(after)
+
+
+def _kinds(learner: Learner, recorder: Recorder) -> Iterator[tuple[int, str]]:
+    """(number, kind) of the storages that outlive a step, and of gradients."""
+    adapters = adapter_parameters(learner.model).values()
+    state = (t for values in learner.optimizer.state.values() for t in values.values() if isinstance(t, torch.Tensor))
+    gradients = (p.grad for p in learner.trainable.parameters.values() if p.grad is not None)
+    kinds = {
+        "weights": (*learner.model.parameters(), *learner.model.buffers()),
+        "adapters": adapters,
+        "optimizer": state,
+        "gradients": gradients,
+    }
+    for kind, tensors in kinds.items():
+        for t in tensors:
+            if (number := recorder.number(t)) is not None:
+                yield number, kind
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it the log says nothing of what is built."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
