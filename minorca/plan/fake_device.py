@@ -1,8 +1,8 @@
 """A GPU that computes nothing: fake tensors of device cuda, on which minorca's own code runs without a GPU.
 
 Shapes, dtypes, strides, launches and memory are those of a GPU; there are no values, and where an operation needs one
-on the host, it gets a one. For a process of its own, which sees no GPU: from then on torch answers that CUDA exists.
-The CPU can be faked too, in any process without a process group.
+on the host, it gets a one. For a process of its own, which sees no GPU and has run no backward: from then on torch
+answers that CUDA exists. The CPU can be faked too, in any process without a process group.
 """
 
 import contextlib
