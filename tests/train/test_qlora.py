@@ -15,7 +15,16 @@ from minorca.files.atomic import MANIFEST, write_manifest
 from minorca.model.quantization import Quantization
 from minorca.train import __main__ as train_command
 from minorca.train import run
-from tests.helpers import ROOT, Workplace, assert_same_bits, assert_same_run, lines_of, save_tokenizer, torchrun
+from tests.helpers import (
+    ROOT,
+    Workplace,
+    assert_same_bits,
+    assert_same_run,
+    lines_of,
+    relative_error,
+    save_tokenizer,
+    torchrun,
+)
 from tests.train import test_faults
 from tests.train.test_resume import stop_in
 from tests.train.test_train import config_of, initial_adapters, train_in_peft
@@ -196,3 +205,21 @@ def test_any_number_of_ranks_gives_one_ranks_losses(qlora, tmp_path):
 @pytest.mark.slow
 def test_a_kill_at_every_point_of_a_step_and_a_save(qlora, tmp_path):
     test_faults.test_a_kill_at_every_point_of_a_step_and_a_save(0, qlora, tmp_path)
+
+
+def test_new_tokens_beside_a_quantized_base(qlora, tmp_path, capsys):
+    """Trained on it, merged into it, and quantized again: the embedding is dense throughout."""
+    settings = {"train.steps": 2, "train.new_tokens": ["<|a|>", "<|b|>", "<|c|>"]}
+    train_command.main(qlora(**settings))
+    adapter = tmp_path / "run" / "adapter"
+    export(qlora.model_path, None, tmp_path / "base", Quantization())
+    export(tmp_path / "base", adapter, tmp_path / "merged")
+    export(tmp_path / "base", adapter, tmp_path / "again", Quantization())
+    assert "of the adapter's change of the logits" in capsys.readouterr().out
+    ids = torch.arange(261)
+    with torch.no_grad():
+        beside = load_model(tmp_path / "base", torch.float32, "cpu", adapter)(ids)
+        merged = load_model(tmp_path / "merged", torch.float32, "cpu")(ids)
+        again = load_model(tmp_path / "again", torch.float32, "cpu")(ids)
+    assert merged.shape == again.shape == (261, 261)
+    assert relative_error(merged, beside) < 1e-5
