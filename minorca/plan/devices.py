@@ -25,9 +25,9 @@ class Machine:
         arch: compute capability times 10; 0: the CPU.
         processors: streaming multiprocessors.
         copy: bytes a second of its memory, from NVIDIA's data sheet.
-        flops: dense bf16 FLOP/s with fp32 sums, from NVIDIA's data sheet; of GeForce, from the white papers of Ada
-            (appendix A) and GA102.
-        link: bytes a second, each way, to the GPUs of the same machine: NVLink, or else PCI Express 4.0 x16.
+        flops: dense bf16 FLOP/s with fp32 sums, from NVIDIA's data sheet; of GeForce, from the white papers of its
+            generations, or 512 a clock and multiprocessor.
+        link: bytes a second, each way, to the GPUs of the same machine: NVLink, or else PCI Express.
     """
 
     name: str
@@ -69,6 +69,7 @@ MEASURED = {
 _GIB = 2**30
 _PCIE = 32e9
 GPUS = [
+    Machine("B200", ("NVIDIA B200",), int(178.3 * _GIB), 100, 148, 8.0e12, 2250e12, 900e9),
     Machine("H200", ("NVIDIA H200",), int(139.8 * _GIB), 90, 132, 4.8e12, 989e12, 450e9),
     Machine("H100", ("NVIDIA H100 80GB HBM3",), int(79.1 * _GIB), 90, 132, 3.35e12, 989e12, 450e9),
     Machine(
@@ -83,7 +84,12 @@ GPUS = [
     ),
     Machine("A100-40", ("NVIDIA A100-SXM4-40GB",), int(39.4 * _GIB), 80, 108, 1.555e12, 312e12, 300e9),
     Machine("L40S", ("NVIDIA L40S",), int(44.4 * _GIB), 89, 142, 864e9, 362e12, _PCIE),
+    Machine("A10", ("NVIDIA A10",), int(22.1 * _GIB), 86, 72, 600e9, 125e12, _PCIE),
+    Machine("RTX-5090", ("NVIDIA GeForce RTX 5090",), int(31.4 * _GIB), 120, 170, 1792e9, 209.5e12, 2 * _PCIE),
     Machine("RTX-4090", ("NVIDIA GeForce RTX 4090",), int(23.6 * _GIB), 89, 128, 1008e9, 165e12, _PCIE),
+    Machine("RTX-4080", ("NVIDIA GeForce RTX 4080",), int(15.7 * _GIB), 89, 76, 716.8e9, 97.5e12, _PCIE),
+    Machine("RTX-4070", ("NVIDIA GeForce RTX 4070",), int(11.7 * _GIB), 89, 46, 504e9, 58.3e12, _PCIE),
+    Machine("RTX-4060", ("NVIDIA GeForce RTX 4060",), int(7.7 * _GIB), 89, 24, 272e9, 30.2e12, _PCIE / 2),
     Machine("RTX-3090", ("NVIDIA GeForce RTX 3090",), int(23.6 * _GIB), 86, 82, 936e9, 71e12, _PCIE),
     Machine("L4", ("NVIDIA L4",), int(22.0 * _GIB), 89, 58, 300e9, 121e12, _PCIE),
     Machine("RTX-3060", ("NVIDIA GeForce RTX 3060",), int(11.7 * _GIB), 86, 28, 360e9, 25.5e12, _PCIE),

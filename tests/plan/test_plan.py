@@ -243,6 +243,35 @@ def test_7b_on_gpus(tmp_path):
     assert sharded["communication"][1]["bytes"] == pytest.approx(2 * 14.5e9, rel=0.03)
 
 
+CARDS = """
+import contextlib, io, json, sys
+from minorca.plan.__main__ import main
+
+found = {}
+for config, gpu in (("24gb", "4090"), ("12gb", "3060"), ("8gb", "4060")):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        options = [f"--config=configs/mistral-7b-openorca-{config}.yaml", f"--model.path={sys.argv[1]}"]
+        main([*options, f"--gpu={gpu}", "--json"])
+    plan = json.loads(out.getvalue())
+    found[config] = {"fits": plan["fits"], "faster": [advice["settings"] for advice in plan["advice"]]}
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_the_configurations_of_small_cards(tmp_path):
+    """Each fits its card, and nothing that computes less again does."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES["7b"] | {"vocab_size": 32768}))
+    (tmp_path / "script.py").write_text(CARDS)
+    command = [sys.executable, tmp_path / "script.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment())
+    for card, found in json.loads(done.stdout).items():
+        kinds = {settings.get("parallel.activation_checkpointing") for settings in found["faster"]}
+        assert found["fits"] and kinds <= {None}, card
+
+
 def environment() -> dict[str, str]:
     import os
 
