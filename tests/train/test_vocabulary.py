@@ -276,7 +276,7 @@ def test_a_real_model_learns_to_end_its_turn(smollm2, tmp_path, started):
         """After the answers: the mean log-probability of the end of the turn, and how often it is the likeliest."""
         with torch.no_grad():
             logits = torch.stack([logits_of(ids[:-2])[-1] for ids in whole])
-        return logits.log_softmax(-1)[:, 49152].mean().item(), (logits.argmax(-1) == 49152).sum().item()
+        return logits.log_softmax(-1)[:, 49152].mean().item(), int((logits.argmax(-1) == 49152).sum())
 
     ours = ends(load_model(base, torch.float32, "cpu", adapter=adapter))
     alone = ends(load_model(tmp_path / "grown", torch.float32, "cpu", adapter=tmp_path / "alone" / "adapter"))
