@@ -225,7 +225,7 @@ SHOWING = {
     "no command": (None, [], "minorca.data takes a command: show"),
 }
 NAMING = {
-    "no command": (None, [], "expected one of train, data, generate, serve, export"),
+    "no command": (None, [], "expected one of train, plan, data, generate, serve, export"),
     "another command": (None, ["serv"], "unknown command serv; expected one of .*; did you mean serve"),
     "a command's own": (None, ["export", *EXPORT[:-1], "rows.jsonl"], "rows.jsonl: already exists"),
 }

@@ -137,16 +137,16 @@ def test_steps(found):
 
 def test_a_quantized_step(found):
     """QLoRA of 8,192 tokens takes at most 8% longer than LoRA in bf16, and keeps nothing for it: a layer's weights take
-    4.127 bits each, all else as much memory.
+    4.127 bits each, all else as much memory, but for the values of one weight.
     """
     dense, quantized = found["steps"]["peak"], found["steps"]["quantized"]
-    print(quantized)
     two, three = quantized["peaks"]
     layer = {kind: three[kind] - two[kind] for kind in two}
     assert 1 < quantized["seconds"] <= 1.04
     assert layer["weights"] == pytest.approx(218.1e6 * 4.127 / 8, rel=1e-3)
     assert two["activations"] + 30 * layer["activations"] == dense["activations"]
-    assert two["scratch"] + 30 * layer["scratch"] <= 1.01 * dense["scratch"]
+    # and the values of the one weight that is multiplied: at the peak, down's
+    assert two["scratch"] + 30 * layer["scratch"] <= 1.01 * dense["scratch"] + 2 * 4096 * 14336
 
 
 def test_faults_are_seen(found):

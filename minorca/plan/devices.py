@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minorca.device import has_gpu
+from minorca.device import default_device
 from minorca.errors import UserError
 from minorca.plan.rates import Rates
 
@@ -129,8 +129,8 @@ def _plain(name: str) -> str:
 
 
 def here(ranks: int) -> Machine:
-    """This machine's GPU, whose speed may not be known, or else its CPU."""
-    if not has_gpu():
+    """This machine's GPU, whose speed may not be known, or else its CPU. Raises UserError: as `default_device`."""
+    if default_device().type == "cpu":
         return machine("cpu", ranks)
     found = torch.cuda.get_device_properties(0)
     for gpu in GPUS:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import minorca.export.huggingface
+import minorca.files.tensor_files
 from minorca import UserError, load_model
 from minorca.export.__main__ import main as export
 from minorca.files.weights import open_model
@@ -127,7 +127,7 @@ def test_what_is_written_has_its_bits(dtype, double_quant, unquantized, tmp_path
     expected = load_file(tmp_path / "theirs" / FILE)
     options = ["--model", str(directory), "--quantize", "nf4", *([] if double_quant else ["--no-double-quant"])]
     export([*options, "--output", str(tmp_path / "ours")])
-    monkeypatch.setattr(minorca.export.huggingface, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(minorca.files.tensor_files, "FILE_BYTES", 60_000)
     export([*options, "--output", str(tmp_path / "shards")])
     files = sorted((tmp_path / "shards").glob("model-*.safetensors"))
     assert len(files) > 2 and max(file.stat().st_size for file in files) < 70_000

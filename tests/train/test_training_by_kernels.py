@@ -14,7 +14,7 @@ import minorca.model.attention
 import minorca.model.lora
 import minorca.model.network
 import minorca.model.projection
-import minorca.train.objectives
+import minorca.model.vocabulary
 import minorca_kernels
 from minorca.config import OptimConfig
 from minorca.data.packing import make_batch
@@ -79,7 +79,7 @@ def use_definitions(monkeypatch) -> None:
         (minorca.model.network, ("rms_norm", "add_rms_norm")),
         (minorca.model.attention, ("rope",)),
         (minorca.model.projection, ("swiglu",)),
-        (minorca.train.objectives, ("linear_cross_entropy",)),
+        (minorca.model.vocabulary, ("linear_cross_entropy",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, getattr(minorca_kernels, f"{name}_definition"))
