@@ -130,7 +130,7 @@ def test_what_is_written_has_its_bits(dtype, double_quant, unquantized, tmp_path
     monkeypatch.setattr(minorca.files.tensor_files, "FILE_BYTES", 60_000)
     export([*options, "--output", str(tmp_path / "shards")])
     files = sorted((tmp_path / "shards").glob("model-*.safetensors"))
-    assert len(files) > 2 and max(file.stat().st_size for file in files) < 70_000
+    assert len(files) > 1 and max(file.stat().st_size for file in files) < 70_000
     shards = [load_file(file) for file in files]
     index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for shard in shards for tensor in shard.values())
