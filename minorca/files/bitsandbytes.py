@@ -21,7 +21,7 @@ from torch import Tensor
 from minorca.errors import UserError
 from minorca.files.safe_io import parse_json, quote, read_optional_json
 from minorca.files.tensor_files import FLOATS, TensorFiles
-from minorca.model.quantization import Quantization
+from minorca.model.quantization import INSTEAD, Quantization
 from minorca_kernels import QuantizedPart
 from minorca_kernels.nf4 import (
     BLOCK,
@@ -41,7 +41,6 @@ DTYPE_NAMES = {"uint8": ("U8", "torch.uint8"), "fp32": ("F32", "torch.float32")}
 MAX_NUMBER = 1e30
 # the longest is some 180 bytes
 MAX_STATE_BYTES = 4096
-INSTEAD = "use the unquantized model, which model.quantize nf4 (--quantize nf4) quantizes while it loads"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from minorca.errors import UserError, raise_problems
 from minorca.files.safe_io import find_file, quote, read_json
+from minorca.model.quantization import INSTEAD
 
 log = logging.getLogger(__name__)
 
@@ -213,10 +214,9 @@ def _from_huggingface(fields: _Fields) -> Architecture:
 
 def _check_quantization(fields: _Fields) -> None:
     """Raises UserError unless quantization_config is that of weights in bitsandbytes' NF4."""
-    instead = "use the unquantized model, which model.quantize nf4 (--quantize nf4) quantizes while it loads"
     settings = fields.values["quantization_config"]
     if not isinstance(settings, dict):
-        fields.refuse("quantization_config", f"expected an object; {instead}")
+        fields.refuse("quantization_config", f"expected an object; {INSTEAD}")
     # what transformers' BitsAndBytesConfig takes for a field that is absent, and what is supported
     supported = {
         "quant_method": ("bitsandbytes", "bitsandbytes"),
@@ -229,7 +229,7 @@ def _check_quantization(fields: _Fields) -> None:
         if value != right:
             raise UserError(
                 f"has {name} {quote(value)}; of quantized weights, bitsandbytes' nf4 is supported, with {name} "
-                f"{right!r}; {instead}",
+                f"{right!r}; {INSTEAD}",
                 path=fields.path,
                 field="quantization_config",
             )

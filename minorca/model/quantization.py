@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from minorca.errors import UserError
 
+# what to do where files are quantized in another way
+INSTEAD = "use the unquantized model, which model.quantize nf4 (--quantize nf4) quantizes while it loads"
+
 
 @dataclass(frozen=True)
 class Quantization:

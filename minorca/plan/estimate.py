@@ -9,12 +9,14 @@ from dataclasses import dataclass
 
 from minorca.config import Config
 from minorca.files.bitsandbytes import stored_quantization
+from minorca.files.weights import check_quantizable
 from minorca.model.architecture import Architecture, model_directory, read_architecture
 from minorca.plan.communication import Collective, communication_seconds
 from minorca.plan.devices import Machine
-from minorca.plan.fake_step import PREPARATION, Recording, fake_step
+from minorca.plan.fake_step import PREPARATION, Recording, fake_step, of_layers
 from minorca.plan.rates import PCIE, Prediction, Rates
 from minorca.plan.recorder import Launch
+from minorca.train.inputs import check_unquantized
 from minorca.train.metrics import visible_pairs
 
 KINDS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "other")
@@ -32,6 +34,7 @@ class Estimate:
         update_seconds: of the optimizer.
         collectives: of one micro-batch, the step's last one, and of the optimizer.
         sharded: whether they gather and scatter.
+        reduce_each: whether gradients are reduced after every micro-batch, not once a step.
     """
 
     memory: dict[str, int]
@@ -40,6 +43,7 @@ class Estimate:
     micro_seconds: float | None
     update_seconds: float
     collectives: list[Collective]
+    reduce_each: bool = False
 
     @property
     def sharded(self) -> bool:
@@ -54,9 +58,10 @@ class Estimate:
         turns = math.ceil(micro_batches / ranks)
         within = [each for each in self.collectives if each.phase != "optimizer"]
         after = [each for each in self.collectives if each.phase == "optimizer"]
-        # gradients are reduced in the last micro-batch alone
-        gathers = [each for each in within if each.kind == "all-gather"]
-        every = max(self.micro_seconds, communication_seconds(gathers, device, ranks, replicate))
+        # over all ranks, gradients are reduced in the last micro-batch alone
+        kinds = ("all-gather", "reduce-scatter") if self.reduce_each else ("all-gather",)
+        earlier = [each for each in within if each.kind in kinds]
+        every = max(self.micro_seconds, communication_seconds(earlier, device, ranks, replicate))
         last = max(self.micro_seconds, communication_seconds(within, device, ranks, replicate))
         update = self.update_seconds + communication_seconds(after, device, ranks, replicate)
         return (turns - 1) * every + last + update
@@ -97,10 +102,10 @@ class Estimator:
             fake_step(config, dataclasses.replace(self.arch, layers=n), self.device, self.ranks, lengths, later=later)
             for n in ((few, few + 1) if more > 1 else (self.arch.layers,))
         ]
-        launches = _of_layers([run.launches for run in runs], more)
-        collectives = _of_layers([run.recorder.collectives for run in runs], more)
-        sizes = _of_layers([run.recorder.collective_bytes for run in runs], more)
-        crossed = _of_layers([run.recorder.crossed for run in runs], more)
+        launches = of_layers([run.launches for run in runs], more)
+        collectives = of_layers([run.recorder.collectives for run in runs], more)
+        sizes = of_layers([run.recorder.collective_bytes for run in runs], more)
+        crossed = of_layers([run.recorder.crossed for run in runs], more)
         rates = self.device.rates if config.model.dtype == "bfloat16" else None
         micro = update = None
         if rates:
@@ -119,6 +124,7 @@ class Estimator:
                 for (kind, phase), n in collectives.items()
                 if phase not in PREPARATION
             ],
+            config.train.full,
         )
 
     def _seconds(self, launches: Mapping[Launch, int], rates: Rates, lengths: list[int]) -> float:
@@ -135,8 +141,11 @@ def model_of(config: Config) -> tuple[Config, Architecture]:
     directory = model_directory(config.model.path)
     arch = read_architecture(directory)
     if stored := stored_quantization(directory):
+        check_unquantized(config, stored, directory)
         model = dataclasses.replace(config.model, quantize="nf4", double_quant=stored.double_quant)
         config = dataclasses.replace(config, model=model)
+    if config.model.quantize != "none":
+        check_quantizable(arch, directory)
     return config, arch
 
 
@@ -150,19 +159,13 @@ def documents(config: Config) -> list[int]:
     return [data.seq_len] * whole + [rest] * (rest > 1)
 
 
-def _of_layers(counts: list[Counter], more: int) -> Counter:
-    """What so many more layers count than the first, from that and one of one layer more, or from one of all."""
-    first, second = counts[0], counts[-1]
-    return Counter({key: first[key] + more * (second[key] - first[key]) for key in first | second})
-
-
 def _peak(runs: list[Recording], more: int) -> dict[str, int]:
     """Bytes by kind of so many more layers than the first run has, and their total: the highest of all phases and
     parts.
     """
     parts = set.intersection(*(set(run.peaks) for run in runs))
     peaks = [
-        _of_layers([run.peaks[place] for run in runs], more)
+        of_layers([run.peaks[place] for run in runs], more)
         for place in parts
         if place[0] not in PREPARATION or place[0] == "build"
     ]

@@ -59,8 +59,13 @@ class Recording:
 
 def extrapolated(run: Callable[[int], Recording], layers: int) -> Counter[Launch]:
     """The launches of so many layers, from runs of two and three."""
-    two, three = run(2).launches, run(3).launches
-    return Counter({launch: two[launch] + (layers - 2) * (three[launch] - two[launch]) for launch in two | three})
+    return of_layers([run(2).launches, run(3).launches], layers - 2)
+
+
+def of_layers(counts: list[Counter], more: int) -> Counter:
+    """What so many more layers count than the first, from that and one of one layer more, or from one of all."""
+    first, second = counts[0], counts[-1]
+    return Counter({key: first[key] + more * (second[key] - first[key]) for key in first | second})
 
 
 def model_files(arch: Architecture, quantization: Quantization | None = None) -> ModelFiles:

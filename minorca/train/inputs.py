@@ -4,6 +4,7 @@ identity.
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from minorca.files.adapters import other_base, read_adapter_settings
 from minorca.files.weights import ModelFiles, open_model
 from minorca.model.architecture import Architecture, model_directory, read_architecture
 from minorca.model.layout import MATRICES
-from minorca.model.quantization import parse_quantization
+from minorca.model.quantization import Quantization, parse_quantization
 from minorca.train import checkpoint
 from minorca.train.ranks import World
 
@@ -72,9 +73,7 @@ def read_inputs(config: Config) -> Inputs:
         UserError: what is wrong with which file.
     """
     base = open_model(config.model.path, parse_quantization(config.model.quantize, config.model.double_quant))
-    if config.train.full and base.quantization:
-        message = f"the model is stored in {base.quantization}, and train.full trains weights in fp32"
-        raise UserError(f"{message}; give the unquantized model, or train adapters", path=base.directory)
+    check_unquantized(config, base.quantization, base.directory)
     check_length(config.data.seq_len, base.arch)
     if config.lora.init:
         # Before the rows are rendered, which may take minutes.
@@ -91,6 +90,13 @@ def read_inputs(config: Config) -> Inputs:
     else:
         files = adapter_files(tok, template, base.quantization)
     return Inputs(base, store, held_out, identity, tok, files)
+
+
+def check_unquantized(config: Config, stored: Quantization | None, directory: Path) -> None:
+    """Raises UserError: all weights are to be trained of a model that is stored in 4 bits."""
+    if config.train.full and stored:
+        message = f"the model is stored in {stored}, and train.full trains weights in fp32"
+        raise UserError(f"{message}; give the unquantized model, or train adapters", path=directory)
 
 
 def check_length(seq_len: int, arch: Architecture) -> None:
