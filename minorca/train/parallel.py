@@ -114,7 +114,8 @@ def checkpoint_activations(model: Mistral, kind: str) -> None:
         return
     options = {}
     if kind == "selective":
-        policy = functools.partial(_selective_policy, model.embedding.weight.requires_grad)
+        # beside adapters the embedding may be trained too, but no norm
+        policy = functools.partial(_selective_policy, model.norm.weight.requires_grad)
         # `_summed` overwrites a saved result that nothing reads again
         contexts = functools.partial(create_selective_checkpoint_contexts, policy, allow_cache_entry_mutation=True)
         options = {"context_fn": contexts}
