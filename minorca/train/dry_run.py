@@ -1,5 +1,6 @@
 """`--dry-run`: what a run would do, in words, with a row and a batch of its data; nothing is written."""
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Callable
@@ -29,11 +30,10 @@ def dry_run(config: Config) -> None:
     Raises:
         UserError: what the run would refuse before it loads the model.
     """
-    forecast = Forecast(config)
     metrics.import_wandb(config)
     check_optimizer(config.optim)
     check_writable(config.output)
-    with tempfile.TemporaryDirectory() as directory:
+    with contextlib.closing(Forecast(config)) as forecast, tempfile.TemporaryDirectory() as directory:
         data = dataclasses.replace(config.data, store=directory)
         inputs = read_inputs(dataclasses.replace(config, data=data))
         if config.lora.init:

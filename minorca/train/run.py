@@ -106,6 +106,8 @@ def _train(
 
     if forecast:
         forecast.check(inputs.store.lengths)
+    # rank 0 may have waited for it
+    world.barrier_without_timeout("with the memory estimated")
 
     # 3. the model and its optimizer
     world.set_status("loading the model")
