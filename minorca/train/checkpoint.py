@@ -330,7 +330,7 @@ def _refusal(directory: Path, start_key: str, key: str, before: object, after: o
         message = f"was {before!r} in the checkpoint and is {after!r} now; set it back"
     advice = "or choose another train.output"
     # an adapter fits a network and settings of its own alone
-    if not key.startswith(("model.", "lora.", "the base's", "the initial", "train.full")):
+    if not key.startswith(("model.", "lora.", "the base's", "the initial", "train.full", "train.new_tokens")):
         advice = f"or start another run from what was trained: another train.output, and {start_key} {directory}"
     return UserError(f"{message}, {advice}", path=directory, field=key)
 
