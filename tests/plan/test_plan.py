@@ -92,6 +92,7 @@ def test_ranks_that_shard_need_less(options):
         (["--model.path=nowhere"], ["no such directory"]),
         (["--config=nowhere.yaml"], ["no such configuration file"]),
         (["--gpu=cpu", "--gpus=3", "--parallel.replicate=2"], ["expected a divisor of the number of ranks, 3"]),
+        (["--model.quantize=nf4"], ["cannot be quantized to nf4: the rows of mlp.down_proj have 96 values"]),
     ],
 )
 def test_errors(wrong, words, options, capsys):
@@ -100,6 +101,15 @@ def test_errors(wrong, words, options, capsys):
     error = capsys.readouterr().err
     assert exit.value.code == 2 and all(word in error for word in words)
     assert all(line.startswith("minorca: error: ") for line in error.splitlines())
+
+
+def test_all_weights_of_a_model_in_4_bits(options, tmp_path, capsys):
+    path = tmp_path / "config.json"
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stored}))
+    with pytest.raises(SystemExit) as exit:
+        cli.run(plan_command.main, [*options, "--gpu=cpu", "--train.full=true", "--lora.rank=16"])
+    assert exit.value.code == 2 and "give the unquantized model, or train adapters" in capsys.readouterr().err
 
 
 def test_without_a_compiler(options, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minorca import UserError, load_model
 from minorca.cli import config_parser, parse_config
@@ -222,3 +223,29 @@ def test_what_backward_computes_again(recompute, again, save_mistral):
     backward = [operator.name() for operator, _ in calls.made[len(forward) :]]
     assert forward.count("minorca::lora_linear") == 4 and backward.count("minorca::lora_linear") == again
     assert forward.count("minorca::attention") == 1 and backward.count("minorca::attention") == (again == 4)
+
+
+def test_frozen_projections_are_computed_again_beside_a_trained_embedding(save_mistral):
+    """Products without adapters, of o and gate_up: none of their outputs is kept."""
+    counts = {}
+    for recompute in ("none", "selective"):
+        model = load_model(save_mistral(num_hidden_layers=1)[0], torch.float32, "cpu")
+        add_adapters(model, LoRASettings(rank=4, alpha=8, targets=("q",)))
+        init_adapters(model, seed=0)
+        model.embedding.weight.requires_grad_(True)
+        parallel.checkpoint_activations(model, recompute)
+        loss = model(torch.arange(40)).square().sum()
+        with Products() as products:
+            loss.backward()
+        counts[recompute] = products.count
+    assert counts["selective"] == counts["none"] + 2
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products of plain PyTorch in its block."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func == torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
