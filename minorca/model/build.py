@@ -1,6 +1,6 @@
 """From a model's directory to a model ready to run.
 
-Training builds in the same order, and shards before it loads (train/run.py).
+Training builds in the same order, and shards before it loads (train/build.py).
 """
 
 import logging

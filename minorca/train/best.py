@@ -15,7 +15,7 @@ class Best:
         loss: the held-out loss.
         since: the evaluations that came after it.
         evaluated: the step of the last evaluation; -1: there was none.
-        tensors: what was trained up to `step`, whole and on the host of rank 0, where it is kept.
+        tensors: what was trained up to `step`, each rank's part on its host, where it is kept.
     """
 
     step: int = -1

@@ -252,12 +252,21 @@ class Run:
         shutil.rmtree(outcome, ignore_errors=True)
         publish(outcome, lambda path: self._write_outcome(path, tensors))
         log.info("done: %s", outcome)
-        if not self.config.train.full and (self.inputs.tok.new_tokens or self.config.lora.modules_to_save):
-            message = (
-                "vLLM and minorca.serve load no adapter with rows or matrices of the vocabulary; merge it for them: "
-                "python -m minorca.export --model %s --adapter %s --output %s"
+        if not self.config.train.full and any(".layers." not in name for name in self.learner.trainable.parameters):
+            log.info(
+                "vLLM and minorca.serve load no adapter that changes embedding or head; merge it for them: %s",
+                self._merge_command(),
             )
-            log.info(message, self.config.model.path, outcome, self.config.output / "merged")
+
+    def _merge_command(self) -> str:
+        """What merges the adapter into the base of its training, which may have to be written first."""
+        base, output = self.inputs.base, self.config.output
+        export, model, before = "python -m minorca.export", self.config.model.path, ""
+        # quantized while it was loaded, and not in its files
+        if base.quantization and not base.quantized:
+            before = f"{export} --model {model} {base.quantization.options} --output {output / 'base'} && "
+            model = output / "base"
+        return f"{before}{export} --model {model} --adapter {self.config.outcome} --output {output / 'merged'}"
 
     def _write_outcome(self, directory: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Writes what was trained: up to the best evaluation where that is kept, else all."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from minorca import UserError, load_model
+from minorca.export import __main__ as export_command
 from minorca.export.huggingface import export
 from minorca.files.adapters import RECORD
 from minorca.files.atomic import MANIFEST, write_manifest
@@ -207,19 +209,24 @@ def test_a_kill_at_every_point_of_a_step_and_a_save(qlora, tmp_path):
     test_faults.test_a_kill_at_every_point_of_a_step_and_a_save(0, qlora, tmp_path)
 
 
-def test_new_tokens_beside_a_quantized_base(qlora, tmp_path, capsys):
-    """Trained on it, merged into it, and quantized again: the embedding is dense throughout."""
+def test_new_tokens_beside_a_quantized_base(qlora, tmp_path, caplog, capsys):
+    """Trained on it, merged into it by the commands that the run names, and quantized again: the embedding is dense
+    throughout.
+    """
+    caplog.set_level("INFO")
     settings = {"train.steps": 2, "train.new_tokens": ["<|a|>", "<|b|>", "<|c|>"]}
     train_command.main(qlora(**settings))
-    adapter = tmp_path / "run" / "adapter"
-    export(qlora.model_path, None, tmp_path / "base", Quantization())
-    export(tmp_path / "base", adapter, tmp_path / "merged")
-    export(tmp_path / "base", adapter, tmp_path / "again", Quantization())
+    run = tmp_path / "run"
+    adapter, base = run / "adapter", run / "base"
+    (commands,) = [text.partition("merge it for them: ")[2] for text in caplog.messages if "merge it for" in text]
+    for command in commands.split(" && "):
+        export_command.main(shlex.split(command)[3:])
+    export(base, adapter, tmp_path / "again", Quantization())
     assert "of the adapter's change of the logits" in capsys.readouterr().out
     ids = torch.arange(261)
     with torch.no_grad():
-        beside = load_model(tmp_path / "base", torch.float32, "cpu", adapter)(ids)
-        merged = load_model(tmp_path / "merged", torch.float32, "cpu")(ids)
+        beside = load_model(base, torch.float32, "cpu", adapter)(ids)
+        merged = load_model(run / "merged", torch.float32, "cpu")(ids)
         again = load_model(tmp_path / "again", torch.float32, "cpu")(ids)
     assert merged.shape == again.shape == (261, 261)
     assert relative_error(merged, beside) < 1e-5

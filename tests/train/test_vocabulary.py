@@ -1,7 +1,6 @@
 """Trained rows of new tokens, whole matrices and low-rank updates of the embedding and head, compared with PEFT's."""
 
 import json
-import re
 import shutil
 
 import pytest
@@ -160,9 +159,8 @@ def test_a_run_with_new_tokens_from_start_to_text(place, tmp_path, caplog, capsy
     assert_same_bits(tmp_path / "whole", tmp_path / "run")
     adapter, merged = tmp_path / "run" / "adapter", tmp_path / "run" / "merged"
     command = f"python -m minorca.export --model {work.model_path} --adapter {adapter} --output {merged}"
-    assert f"vLLM and minorca.serve load no adapter with rows or matrices of the vocabulary; .* {command}" in re.sub(
-        "merge it for them:", ".*", caplog.text
-    )
+    said = "vLLM and minorca.serve load no adapter that changes embedding or head; merge it for them"
+    assert f"{said}: {command}" in caplog.text
     train_command.main(options("next", **{"lora.init": adapter}))
     first, last = (json.loads((tmp_path / run / "adapter" / "best.json").read_text()) for run in ("run", "next"))
     assert lines_of(tmp_path / "next")[0]["eval_loss"] == first["eval_loss"] >= last["eval_loss"]
