@@ -19,7 +19,14 @@ from minorca.errors import UserError, memory_asked_for
 from minorca.model.architecture import Architecture
 from minorca.model.attention import PackedAttention
 from minorca.model.network import Mistral
-from minorca_kernels import decode_attention, decode_groups, decode_positions, rope_frequencies, rope_into_cache
+from minorca_kernels import (
+    NF4Weight,
+    decode_attention,
+    decode_groups,
+    decode_positions,
+    rope_frequencies,
+    rope_into_cache,
+)
 
 # Buffers grow to a multiple of this many positions.
 CAPACITY_MULTIPLE = 64
@@ -170,6 +177,11 @@ def check_memory(cache: KVCache, model: Mistral) -> None:
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         free = total - sum(parameter.nbytes for parameter in model.parameters())
+        # which become dense before the first step (`prepack`)
+        packed = [projection.base for _, projection in model.projections() if isinstance(projection.base, NF4Weight)]
+        values = sum(base.out_features * base.in_features for base in packed)
+        free += sum(parameter.nbytes for base in packed for parameter in base.parameters())
+        free -= values * model.embedding.weight.itemsize
     needed = cache.bytes(cache.max_capacity)
     if needed > MAX_MEMORY_SHARE * free:
         raise UserError(

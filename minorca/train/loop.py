@@ -18,6 +18,7 @@ from minorca.config import Config
 from minorca.data.packing import Step
 from minorca.data.portable_files import RECORD, write_files
 from minorca.errors import UserError
+from minorca.export.huggingface import config_file
 from minorca.files.atomic import publish
 from minorca.model.lora import seed_dropout
 from minorca.train import checkpoint, metrics
@@ -221,6 +222,9 @@ class Run:
         needs_all = self.config.train.full or self.inputs.tok.new_tokens
         is_kept = (lambda name: "/" not in name) if needs_all else (lambda name: name == RECORD)
         files = {name: content for name, content in self.inputs.files.items() if is_kept(name)}
+        if self.config.train.full:
+            # the final model is in model.dtype
+            files["config.json"] = config_file(self.inputs.base, torch.float32)
         checkpoint.save(
             directory,
             learner.trainable,

@@ -300,6 +300,19 @@ def test_a_cache_that_does_not_fit_in_memory_is_refused(save_mistral):
         Engine(model, 8, 10**9)
 
 
+def test_weights_in_four_bits_count_as_what_they_become(save_mistral, monkeypatch):
+    """On a CPU they are dense once they are used."""
+    directory, theirs = save_mistral(intermediate_size=128)
+    model = load_model(directory, torch.float32, "cpu", quantize="nf4")
+    cache = KVCache(model.arch, 1, 8, torch.float32, torch.device("cpu"))
+    dense = sum(parameter.nbytes for parameter in theirs.parameters())
+    for memory, fits in ((dense, False), (dense + 10 * cache.bytes(cache.max_capacity), True)):
+        sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}
+        monkeypatch.setattr("minorca.generate.kv_cache.os.sysconf", sizes.get)
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="are free after loading"):
+            check_memory(cache, model)
+
+
 def test_memory_that_torch_keeps_is_free(model, monkeypatch):
     """After a first engine, the driver counts torch's cache of freed tensors as taken."""
     cache = KVCache(model.arch, 1, 100, torch.float32, torch.device("cpu"))

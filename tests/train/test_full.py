@@ -114,6 +114,7 @@ def test_a_finished_run_leaves_a_model(workplace, tmp_path, monkeypatch):
     assert relative_error(ours(tokens), theirs.float()(tokens[None]).logits[0]) < 1e-5
 
     masters = open_model(checkpoint.published(tmp_path / "run" / "checkpoints")[-1])
+    assert AutoModelForCausalLM.from_pretrained(masters.directory).dtype == torch.float32
     final = open_model(output)
     changed = 0
     for name in final.files.files:
