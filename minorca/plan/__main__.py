@@ -9,6 +9,7 @@ from minorca.plan.devices import GPUS, here, machine
 from minorca.plan.estimate import model_of
 from minorca.plan.report import table
 from minorca.train.inputs import check_length
+from minorca.train.optim import check_optimizer
 
 
 def main(argv: list[str]) -> None:
@@ -20,6 +21,7 @@ def main(argv: list[str]) -> None:
     args, config = cli.parse_config(parser, argv)
     if args.gpus < 1:
         raise UserError(f"is {args.gpus}; expected at least 1", field="--gpus")
+    check_optimizer(config.optim)
     device = machine(args.gpu, args.gpus) if args.gpu else here(args.gpus)
     config, arch = model_of(config)
     check_length(config.data.seq_len, arch)
