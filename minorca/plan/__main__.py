@@ -21,6 +21,7 @@ def main(argv: list[str]) -> None:
     args, config = cli.parse_config(parser, argv)
     if args.gpus < 1:
         raise UserError(f"is {args.gpus}; expected at least 1", field="--gpus")
+    check_optimizer(config.optim)
     device = machine(args.gpu, args.gpus) if args.gpu else here(args.gpus)
     check_optimizer(config.optim)
     config, arch = model_of(config)

@@ -180,6 +180,8 @@ def fake_device(device: Machine, ranks: int = 1, attention: str = "own") -> Iter
         mock.patch.object(parallel, "memory_per_rank", lambda _: device.memory),
         # it would compute with single numbers that it knows, on a GPU too
         mock.patch.object(mode, "may_turn_const", lambda t: False),
+        # an optimizer that is compiled, which torch refuses within modes
+        torch.compiler.set_stance("force_eager"),
     ]
     if device.arch:
         load_library()

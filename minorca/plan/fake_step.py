@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from minorca.config import Config
 from minorca.data.packing import Batch, make_batch
@@ -193,7 +195,13 @@ def _mark_parts(model: Mistral, recorder: Recorder) -> None:
 def _kinds(learner: Learner, recorder: Recorder) -> Iterator[tuple[int, str]]:
     """(number, kind) of the storages that outlive a step, and of gradients."""
     adapters = adapter_parameters(learner.model).values()
-    state = (t for values in learner.optimizer.state.values() for t in values.values() if isinstance(t, torch.Tensor))
+    state = (
+        part
+        for values in learner.optimizer.state.values()
+        for t in values.values()
+        if isinstance(t, torch.Tensor)
+        for part in _stored(t)
+    )
     gradients = (p.grad for p in learner.trainable.parameters.values() if p.grad is not None)
     kinds = {
         "weights": (*learner.model.parameters(), *learner.model.buffers()),
@@ -205,6 +213,14 @@ def _kinds(learner: Learner, recorder: Recorder) -> Iterator[tuple[int, str]]:
         for t in tensors:
             if (number := recorder.number(t)) is not None:
                 yield number, kind
+
+
+def _stored(t: torch.Tensor) -> list[torch.Tensor]:
+    """What a tensor consists of on this rank: itself, or of a moment in 8 bits its codes and scales."""
+    t = t.to_local() if isinstance(t, DTensor) else t
+    if is_traceable_wrapper_subclass(t):
+        return [getattr(t, name) for name in t.__tensor_flatten__()[0]]
+    return [t]
 
 
 @contextmanager

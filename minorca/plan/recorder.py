@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._op_schema import OpSchema
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from triton.runtime.jit import JITFunction
@@ -292,7 +292,10 @@ class Recorder(TorchDispatchMode):
         return t.device.type == self.device_type
 
     def _track(self, t: object) -> None:
-        if not isinstance(t, Tensor) or not self._is_here(t) or t.untyped_storage() in self._numbers:
+        # a tensor that is made of others, such as a moment in 8 bits, has no storage
+        if not isinstance(t, Tensor) or not self._is_here(t) or is_traceable_wrapper_subclass(t):
+            return
+        if t.untyped_storage() in self._numbers:
             return
         storage = t.untyped_storage()
         number = self._numbers[storage] = len(self._sizes)

@@ -98,6 +98,8 @@ def _assumptions(config: Config, device: Machine) -> list[str]:
     if not device.arch:
         return [*found, "memory is what torch's tensors take; tokens/s of a CPU are not predicted"]
     found.append("1 GB of the GPU is left to CUDA, cuBLAS and NCCL")
+    if config.optim.name == "adamw_8bit":
+        found.append("adamw_8bit is not compiled here, as it is in a run, which needs less memory and time for it")
     if config.model.dtype != "bfloat16" or not device.rates:
         return [*found, "tokens/s are predicted of bf16 on the GPUs that --gpu names"]
     measured = "measured on one" if device.name in MEASURED else "assumed, as shares of its data sheet"

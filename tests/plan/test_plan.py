@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks.common import SHAPES
-from benchmarks.memory import CASES, NEAR, SMALL, compare
+from benchmarks.memory import CASES, NEAR, SMALL, Case, compare
 from minorca import cli
 from minorca.config import Config, choices
 from minorca.model.architecture import read_architecture
@@ -206,6 +206,27 @@ def test_what_collectives_cost():
 @pytest.mark.parametrize("case", CASES[:1] + CASES[-1:], ids=lambda case: case.name)
 def test_memory_beside_what_is_allocated(case):
     assert abs(compare(case)["error"]) <= NEAR
+
+
+def test_memory_of_moments_in_8_bits():
+    """Codes and scales are the optimizer's, a quarter of fp32's moments, and nothing is counted twice."""
+    pytest.importorskip("torchao")
+    fp32, small = (Case(name, {"lora.rank": 64, "optim.name": name}) for name in ("adamw", "adamw_8bit"))
+    moments = [
+        Estimator(case.architecture, machine("cpu", 1), 1)(case.config).memory["optimizer"] for case in (fp32, small)
+    ]
+    assert 0.25 < moments[1] / moments[0] < 0.3
+    assert abs(compare(small)["error"]) <= NEAR
+
+
+@needs_compiler
+def test_an_optimizer_that_a_gpu_compiles(options):
+    """torch compiles nothing on fake tensors."""
+    pytest.importorskip("torchao")
+    command = [sys.executable, "-m", "minorca.plan", *options, "--gpu=H100", "--optim.name=adamw_8bit", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert any("adamw_8bit" in assumption for assumption in json.loads(done.stdout)["assumptions"])
 
 
 @pytest.mark.slow
