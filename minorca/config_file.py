@@ -311,6 +311,8 @@ def _type_errors(details: list, values: dict[str, dict]) -> Iterator[UserError]:
             message = f"is an unknown setting{suggestion(name)}"
         elif name in ("train.checkpoint_every", "train.eval_every"):
             message = f"is {detail['input']!r}; {EXPECTED_EVERY}"
+        elif detail["type"] == "list_type":
+            message = f"is {detail['input']!r}; expected a list, as in {json.dumps([detail['input']])}"
         else:
             message = f"is {detail['input']!r}; {message[0].lower()}{message[1:]}"
         if (name, message) not in seen:

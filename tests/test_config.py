@@ -169,6 +169,7 @@ extra: {key: 1}
         (MINIMAL + "1: {a: b}", ["1 is an unknown setting"]),
         (MINIMAL + "lora: {2024-01-01: 1}", ["lora.2024-01-01 is an unknown setting"]),
         (MINIMAL + "lora: {rank: '16'}", ["lora.rank is '16'"]),
+        (MINIMAL + "lora: {targets: embed}", ["lora.targets is 'embed'; expected a list, as in [\"embed\"]"]),
         (MINIMAL + "lora: {rank: true}", ["lora.rank is True"]),
         (MINIMAL + "lora: {rank: 16.5}", ["lora.rank is 16.5"]),
         (MINIMAL + "lora: {targets: []}", ["lora.targets is []"]),

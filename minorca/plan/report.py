@@ -28,7 +28,7 @@ def make_plan(config: Config, arch: Architecture, device: Machine, ranks: int, w
         "device": device.name,
         "gpus": ranks if device.arch else 0,
         "ranks": ranks,
-        "shard": "fsdp" if found.sharded else "none",
+        "shard": "fsdp" if found.sharded or config.train.full else "none",
         "memory_bytes": found.memory,
         "usable_bytes": device.usable,
         "fits": fits,
@@ -118,7 +118,7 @@ def table(plan: dict[str, Any]) -> str:
     """A plan for people."""
     memory = plan["memory_bytes"]
     ranks = f"{plan['ranks']} x {plan['device']}"
-    lines = [f"{ranks}, {'sharded (FSDP2)' if plan['shard'] == 'fsdp' else 'the model whole on each'}"]
+    lines = [f"{ranks}, the model {'sharded by FSDP2' if plan['shard'] == 'fsdp' else 'whole on each'}"]
     lines += [f"  {kind:14}{memory[kind] / 1e9:8.2f} GB" for kind in KINDS]
     verdict = "fits" if plan["fits"] else "does not fit"
     usable = f"{plan['usable_bytes'] / 1e9:.2f}"
