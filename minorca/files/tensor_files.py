@@ -288,7 +288,8 @@ class TensorFiles:
         """Checks these tensors alone; errors as `check`."""
         for name, shape in shapes.items():
             if self.dtype(name) not in dtypes:
-                message = f"is {self.dtype(name)}; expected a floating-point type"
+                expected = "a floating-point type" if dtypes == FLOATS else " or ".join(sorted(dtypes))
+                message = f"is {self.dtype(name)}; expected {expected}"
                 raise UserError(message, path=self.files[name], field=name)
             if self.shape(name) != shape:
                 message = f"has shape {list(self.shape(name))}; expected {list(shape)}; was it made for another model?"

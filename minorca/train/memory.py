@@ -23,15 +23,15 @@ def out_of_memory(error: torch.OutOfMemoryError, config: Config, ranks: int) -> 
     return UserError(f"{memory_asked_for(error)} To need less, {', or '.join(remedies)}")
 
 
-def weights_do_not_fit(error: torch.OutOfMemoryError, config: Config, ranks: int) -> UserError:
-    """The same for the weights alone."""
+def weights_do_not_fit(error: torch.OutOfMemoryError, config: Config, ranks: int, quantized: bool) -> UserError:
+    """The same for the weights alone. quantized: whether the projections are."""
     remedies = []
     if not _sharded(config):
         several = "run on several GPUs with torchrun and parallel.shard fsdp"
         remedies.append("set parallel.shard to fsdp" if ranks > 1 else several)
     if not config.parallel.cpu_offload:
         remedies.append("set parallel.cpu_offload, with parallel.shard fsdp")
-    if config.model.quantize == "none" and not config.train.full:
+    if not (quantized or config.train.full):
         remedies.append("set model.quantize to nf4")
     if _sharded(config):
         remedies.append("use more GPUs")

@@ -114,7 +114,7 @@ def _train(
     try:
         learner = build(config, inputs.base, world, resumed=state is not None)
     except torch.OutOfMemoryError as error:
-        raise weights_do_not_fit(error, config, world.size) from error
+        raise weights_do_not_fit(error, config, world.size, bool(inputs.base.quantization)) from error
     world.barrier_without_timeout("with the model loaded")
     log.info("%s", learner.model.arch)
     log.info("%s; %d steps, %d rows", parallel.describe(learner.model, world), length.steps, len(inputs.store))

@@ -6,7 +6,7 @@ import torch
 from minorca import UserError, cli
 from minorca.train import __main__ as train_command
 from minorca.train import run, step
-from tests.helpers import training
+from tests.helpers import save_tokenizer, training
 
 # as torch 2.13 writes it
 MESSAGE = (
@@ -74,11 +74,16 @@ def test_a_step_that_needs_too_much_says_what_to_lower(settings, advice, workpla
     assert all(part in line for part in advice) and "fragmentation" not in line
 
 
-def test_weights_that_do_not_fit(workplace, tmp_path, monkeypatch):
+def test_weights_that_do_not_fit(workplace, save_mistral, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "build", raise_out_of_memory)
     message = "the model does not fit: CUDA out of memory. Tried .* To load it, run on several GPUs with torchrun and"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"{message}.*, or set model.quantize to nf4$"):
         train_command.main(workplace())
+    # rows of whole blocks of 64
+    wide, _ = save_mistral(vocab_size=260, intermediate_size=128)
+    save_tokenizer(wide)
+    with pytest.raises(UserError, match=f"{message}.*, with parallel.shard fsdp$"):
+        train_command.main(workplace(**{"model.path": wide, "model.quantize": "nf4"}))
     with pytest.raises(UserError, match="To load it, set parallel.cpu_offload, .*, or use more GPUs"):
         train_command.main(workplace(**{"train.full": "true", "lora.rank": 16}))
     assert not (tmp_path / "run").exists()
