@@ -221,7 +221,9 @@ class DPOConfig:
         "of objective dpo; sigmoid with label_smoothing is cDPO",
     ] = "sigmoid"
     label_smoothing: Annotated[float, "the share of preferences taken to be the wrong way round"] = 0.0
-    sft_weight: Annotated[float, "of the chosen answers' cross-entropy, which is added; orpo and cpo have their own"] = 0.0
+    sft_weight: Annotated[
+        float, "of the chosen answers' cross-entropy, which is added; orpo and cpo have their own"
+    ] = 0.0
     gamma: Annotated[float, "the margin of objective simpo"] = 0.5
     desirable_weight: Annotated[float, "of desirable answers in objective kto"] = 1.0
     undesirable_weight: Annotated[float, "of undesirable answers in objective kto"] = 1.0

@@ -66,7 +66,7 @@ _OF_OBJECTIVES = {
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
     "reference": ("dpo", "kto"),
-    "precompute": ("dpo", "kto"),
+    "precompute": ("dpo",),
     "beta": ("dpo", "orpo", "simpo", "cpo", "kto"),
 }
 _SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", "exo")

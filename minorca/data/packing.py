@@ -289,5 +289,13 @@ def _with_branches(batch: Batch, store: TokenStore, rows: np.ndarray, targets_at
             lengths=torch.bincount(answer, minlength=len(starts)),
             scores=torch.from_numpy(np.concatenate([scores for _, scores in trees])),
             pairs=torch.from_numpy(np.concatenate(pairs)),
+            reference=_reference(store, rows),
         ),
     )
+
+
+def _reference(store: TokenStore, rows: np.ndarray) -> Tensor | None:
+    values = store.reference
+    if values is None:
+        return None
+    return torch.from_numpy(np.concatenate([values[store.trained_span(row)] for row in rows]))
