@@ -237,7 +237,17 @@ def open_store(directory: Path) -> TokenStore | None:
 
 
 def _map_arrays(directory: Path, token_type: str) -> TokenStore:
-    types = {"tokens": token_type} | ARRAY_TYPES
-    if (directory / "branch_offsets.bin").exists():
-        types |= BRANCH_TYPES
-    return TokenStore(**{name: np.memmap(directory / f"{name}.bin", kind, "r") for name, kind in types.items()})
+    def mapped(types: Mapping[str, type | str]) -> dict[str, np.ndarray]:
+        return {name: np.memmap(directory / f"{name}.bin", kind, "r") for name, kind in types.items()}
+
+    arrays = mapped({"tokens": token_type} | ARRAY_TYPES)
+    store = TokenStore(
+        tokens=arrays["tokens"],
+        trained=arrays["trained"],
+        offsets=arrays["offsets"],
+        numbers=arrays["numbers"],
+        files=arrays["files"],
+        row_trained=arrays["row_trained"],
+    )
+    has_branches = (directory / "branch_offsets.bin").exists()
+    return replace(store, **mapped(BRANCH_TYPES)) if has_branches else store
