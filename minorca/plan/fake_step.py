@@ -204,7 +204,9 @@ def _mark_parts(model: Mistral, recorder: Recorder) -> None:
         def after(_module, _inputs, outputs: tuple, i: int = i, part: str = part) -> None:
             if i == last:
                 recorder.part = "head"
-            outputs[0].register_hook(mark(part))
+            # a reference's forward has no backward
+            if outputs[0].requires_grad:
+                outputs[0].register_hook(mark(part))
 
         block.register_forward_pre_hook(mark(part))
         block.register_forward_hook(after)

@@ -28,7 +28,7 @@ from minorca.train.step import local_batch
 log = logging.getLogger("minorca.train")
 
 FORMAT = 1
-_FILE = "logps.bin"
+VALUES = "logps.bin"
 # of a run's identity, what the reference follows from; the rows come from the store
 _SECTIONS = ("the base's", "the initial", "the reference", "model.", "lora.", "train.new_tokens", "train.full")
 
@@ -69,7 +69,7 @@ def _read(directory: Path, store: TokenStore) -> np.ndarray | None:
         return None
     try:
         verify_manifest(directory)
-        values = np.fromfile(directory / _FILE, np.float32)
+        values = np.fromfile(directory / VALUES, np.float32)
     except (UserError, OSError) as error:
         log.warning("%s; the reference's log-probabilities are computed again", error)
         return None
@@ -97,7 +97,7 @@ def _write(directory: Path, values: np.ndarray) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
     def write(temporary: Path) -> None:
-        values.tofile(temporary / _FILE)
+        values.tofile(temporary / VALUES)
         write_manifest(temporary)
 
     publish(directory, write)

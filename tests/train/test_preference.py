@@ -1,0 +1,279 @@
+"""Preference tuning in the loop: the reference, and that ranks, accumulation, packing and sharing change no step."""
+
+import json
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.sharing import separated
+from minorca import UserError
+from minorca.data.packing import Batch, make_batch
+from minorca.data.store import TokenStore
+from minorca.files.weights import open_model
+from minorca.train import __main__ as train_command
+from minorca.train import build, precompute
+from minorca.train.inputs import read_data, read_tokenizer
+from minorca.train.kto import mismatched_batches
+from minorca.train.ranks import init_distributed
+from minorca.train.step import forward_backward
+from minorca_kernels import local_part
+from tests.helpers import (
+    Workplace,
+    assert_same_bits,
+    assert_same_run,
+    gradients_of,
+    lines_of,
+    random_adapter,
+    relative_error,
+    torchrun,
+)
+from tests.train.test_resume import stop_in
+from tests.train.test_train import config_of
+
+METRICS = {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")} | {"kl", "entropy"}
+METRICS |= {"logps/chosen", "logps/rejected"}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class PreferencePlace(Workplace):
+    """Its runs tune preferences."""
+
+    def __call__(self, output: str = "run", **settings) -> list[str]:
+        rows = {"data.train": self.path / "pairs.jsonl", "data.format": "preference", "train.objective": "dpo"}
+        return super().__call__(output, **rows | settings)
+
+
+@pytest.fixture
+def place(workplace) -> PreferencePlace:
+    """As `workplace`, with pairs of answers."""
+    draw = random.Random(1)
+    with (workplace.path / "pairs.jsonl").open("w") as file:
+        for _ in range(40):
+            word = "".join(draw.choices("abcdef", k=draw.randint(1, 12)))
+            row = {"system": draw.choice(["", "Be brief."]), "question": f"Reverse {word}"}
+            file.write(json.dumps(row | {"chosen": word[::-1], "rejected": f"{word}{word}"}) + "\n")
+    return PreferencePlace(workplace.path, workplace.model_path, workplace.model)
+
+
+@pytest.fixture
+def adapter(place):
+    """An adapter whose update is not zero."""
+    directory = place.path / "start"
+    random_adapter(place.model, directory, TARGETS, r=4, lora_alpha=32)
+    return directory
+
+
+def labelled(place: PreferencePlace) -> dict:
+    """Rows of single answers with labels."""
+    draw = random.Random(2)
+    with (place.path / "labelled.jsonl").open("w") as file:
+        for n in range(40):
+            word = "".join(draw.choices("abcdef", k=draw.randint(1, 12)))
+            row = {"prompt": f"Reverse {word}", "completion": word[:: (-1) ** n], "label": n % 2 == 1}
+            file.write(json.dumps(row) + "\n")
+    return {"data.train": place.path / "labelled.jsonl", "train.objective": "kto"}
+
+
+# -------------------------------------------------------------------------------------------------------- first step
+
+
+@pytest.mark.parametrize("start", ["base", "adapter", "full"])
+def test_the_first_step_measures_no_difference(start, place, adapter):
+    """The policy is the reference: the loss is ln 2, and rewards, margins and KL are exactly 0."""
+    settings = {"adapter": {"lora.init": adapter}, "full": {"train.full": "true", "lora.rank": 16}}.get(start, {})
+    train_command.main(place(**{"train.steps": 2, "optim.lr": 1e-3, "data.eval": 0.2} | settings))
+    evaluated, first, second, _ = lines_of(place.path / "run")
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-6) and second["loss"] < first["loss"]
+    assert first.keys() >= METRICS and evaluated.keys() >= {f"eval_{name}" for name in METRICS}
+    for line, prefix in ((first, ""), (evaluated, "eval_")):
+        assert all(line[f"{prefix}{name}"] == 0 for name in METRICS if name.startswith("rewards") or name == "kl")
+    assert second["rewards/margins"] > 0 and second["kl"] > 0 and 0 < first["entropy"] < np.log(260)
+
+
+# --------------------------------------------------------------------------------------------------------- invariance
+
+
+def step_of(
+    options: list[str], arrange: Callable[[TokenStore, np.ndarray], list[Batch]]
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one step of 16 rows, in the micro-batches that `arrange` makes of them."""
+    config = config_of(options)
+    with init_distributed(60) as world:
+        learner = build.build(config, open_model(config.model.path), world)
+        for parameter in learner.trainable.parameters.values():
+            torch.nn.init.normal_(local_part(parameter)[0], std=0.05, generator=torch.Generator().manual_seed(0))
+        store, _ = read_data(config, *read_tokenizer(config))
+        rows = np.arange(16)
+        counts = learner.objective.counts(store, rows)
+        learner.model.train()
+        learner.objective.prepare(store, rows, world)
+        sums = [forward_backward(learner, batch, counts, last=True) for batch in arrange(store, rows)]
+    loss = sum(learner.objective.loss(one, counts).item() for one in sums)
+    return loss, {
+        name: local_part(gradient)[0] for name, gradient in gradients_of(learner.trainable.parameters).items()
+    }
+
+
+ARRANGEMENTS: dict[str, Callable[[TokenStore, np.ndarray], list[Batch]]] = {
+    "accumulated": lambda store, rows: [make_batch(store, part) for part in np.split(rows, 4)],
+    "without packing": lambda store, rows: [make_batch(store, rows[n : n + 1]) for n in rows],
+    "another order": lambda store, rows: [make_batch(store, rows[::-1])],
+    "without sharing": lambda store, rows: [separated(make_batch(store, rows))],
+}
+OBJECTIVES = {
+    "dpo": {"dpo.sft_weight": 0.5},
+    "ipo": {"dpo.loss": "ipo"},
+    "orpo": {"train.objective": "orpo"},
+    "simpo": {"train.objective": "simpo", "dpo.beta": 2.0},
+    "cpo": {"train.objective": "cpo"},
+    "kto": {"train.objective": "kto", "dpo.undesirable_weight": 0.5},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_arrangement_changes_no_step(objective, place):
+    """One micro-batch of all rows, several, rows alone, or every answer with a prompt of its own."""
+    options = place(**OBJECTIVES[objective])
+    loss, gradients = step_of(options, lambda store, rows: [make_batch(store, rows)])
+    for name, arrange in ARRANGEMENTS.items():
+        other_loss, others = step_of(options, arrange)
+        assert other_loss == pytest.approx(loss, rel=1e-6), name
+        assert all(relative_error(others[key], gradients[key]) < 2e-5 for key in gradients), name
+
+
+def test_kto_reads_answers_after_other_prompts(place):
+    """z0 comes from each row's answers after the prompt of the next row, whatever the capacity."""
+    config = config_of(place(**labelled(place)))
+    store, _ = read_data(config, *read_tokenizer(config))
+    rows = np.array([5, 2, 9])
+    (batch,) = mismatched_batches(store, rows, 10_000)
+    starts = {row: store.branches(row)[0][0] for row in rows}
+    expected = [
+        np.concatenate([store.row(row)[0][: starts[row]], store.row(other)[0][starts[other] :]])
+        for row, other in ((5, 9), (2, 5), (9, 2))
+    ]
+    assert batch.tokens.tolist() == np.concatenate(expected).tolist()
+    assert np.diff(batch.cu_seqlens).tolist() == [len(ids) for ids in expected]
+    alone = mismatched_batches(store, rows, 1)
+    assert [len(one.tokens) for one in alone] == [len(ids) for ids in expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, shard", [(2, "none"), (4, "fsdp")])
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_ranks_change_no_step(objective, ranks, shard, place, adapter):
+    settings = {"train.steps": 4, "data.eval": 0.2, "lora.init": adapter, "train.objective": objective}
+    train_command.main(place("one", **settings))
+    torchrun(ranks, place("many", **settings, **{"parallel.shard": shard}))
+    assert_same_run(place.path / "one", place.path / "many")
+
+
+# ------------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_it_resumes_to_the_same_bits(objective, place, adapter, monkeypatch):
+    """From the adapter that it started from, which stays the reference."""
+    settings = {"train.steps": 6, "train.checkpoint_every": 2, "lora.init": adapter, "train.objective": objective}
+    train_command.main(place("whole", **settings))
+    stop_in(4, place("stopped", **settings), monkeypatch)
+    train_command.main(place("stopped", **settings))
+    assert_same_bits(place.path / "whole", place.path / "stopped")
+
+
+def test_another_objective_is_another_run(place, adapter):
+    train_command.main(place(**{"train.steps": 1}))
+    with pytest.raises(UserError, match="dpo.beta was 0.1 in the checkpoint and is 0.2 now; set it back"):
+        train_command.main(place(**{"train.steps": 1, "dpo.beta": 0.2}))
+    with pytest.raises(UserError, match="the reference was 'auto' in the checkpoint and is '[0-9a-f]{64}' now"):
+        train_command.main(place(**{"train.steps": 1, "dpo.reference": adapter}))
+
+
+# ---------------------------------------------------------------------------------------------------------- reference
+
+
+def test_references(place, adapter):
+    """auto is the adapter that training starts from, base the model without it, and any adapter may be one."""
+    settings = {"train.steps": 2, "lora.init": adapter}
+    for name in ("auto", "base", adapter):
+        train_command.main(place(f"by-{getattr(name, 'name', name)}", **settings, **{"dpo.reference": name}))
+    assert_same_bits(place.path / "by-auto", place.path / "by-start")
+    first = lines_of(place.path / "by-base")[0]
+    assert first["kl"] > 0 and first["rewards/margins"] != 0
+    # the policy's own log-probabilities do not depend on it
+    assert first["logps/chosen"] == lines_of(place.path / "by-auto")[0]["logps/chosen"]
+
+
+def test_a_reference_of_another_shape_is_refused(place, adapter):
+    with pytest.raises(UserError, match="lora.rank is 8, and the adapter .*start has 4; set them equal"):
+        train_command.main(place(**{"dpo.reference": adapter, "lora.rank": 8}))
+    with pytest.raises(UserError, match="nowhere"):
+        train_command.main(place(**{"dpo.reference": place.path / "nowhere"}))
+
+
+def test_a_reference_computed_once_is_the_same(place, adapter, caplog, monkeypatch):
+    """It is read again by the next run, and not by one of another reference, or where it is damaged."""
+    caplog.set_level("INFO")
+    settings = {"train.steps": 3, "data.eval": 0.2, "data.store": place.path / "store"}
+    computed = {"dpo.precompute": "true"} | settings
+    train_command.main(place("each", **settings, **{"lora.init": adapter}))
+    train_command.main(place("once", **computed, **{"lora.init": adapter}))
+    assert caplog.text.count("computing the reference's log-probabilities") == 2
+    assert_same_run(place.path / "each", place.path / "once")
+    first = lines_of(place.path / "once")[1]
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    caplog.clear()
+    train_command.main(place("again", **computed, **{"lora.init": adapter}))
+    assert "computing the reference" not in caplog.text
+    assert_same_bits(place.path / "once", place.path / "again")
+    # the base's
+    train_command.main(place("other", **computed))
+    assert caplog.text.count("computing the reference's log-probabilities") == 2
+    for directory in (place.path / "store").glob("*.reference-*"):
+        (directory / precompute.VALUES).write_bytes(b"1234")
+    train_command.main(place("damaged", **computed, **{"lora.init": adapter}))
+    assert "the reference's log-probabilities are computed again" in caplog.text
+    assert_same_bits(place.path / "once", place.path / "damaged")
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"lora.dropout": 0.1}, "lora.dropout is 0.1; the policy and its reference are compared without dropout"),
+        ({"dpo.beta": 0}, "dpo.beta is 0"),
+        ({"dpo.loss": "robust", "dpo.label_smoothing": 0.5}, "dpo.label_smoothing is 0.5; loss robust needs less"),
+        ({"dpo.loss": "exo"}, "dpo.label_smoothing is 0, for which loss exo is infinite"),
+        ({"dpo.loss": "hinge", "dpo.label_smoothing": 0.1}, "loss hinge has no smoothing"),
+        ({"dpo.loss": "dpo"}, "dpo.loss is 'dpo'"),
+        ({"dpo.gamma": 1.0}, "dpo.gamma is 1.0, which train.objective dpo does not read; .* the objective to simpo"),
+        ({"train.objective": "orpo", "dpo.reference": "base"}, "dpo.reference is base, which train.objective orpo"),
+        ({"train.objective": "cpo", "dpo.sft_weight": 1.0}, "dpo.sft_weight is 1.0, which train.objective cpo"),
+        ({"train.objective": "kto", "dpo.loss": "ipo"}, "dpo.loss is ipo, which train.objective kto does not read"),
+        (
+            {"train.full": "true", "lora.rank": 16, "dpo.reference": "adapter"},
+            "dpo.reference is adapter, but train.full trains no adapters",
+        ),
+    ],
+)
+def test_contradictions_are_named(settings, message, place):
+    with pytest.raises(UserError, match=message):
+        train_command.main(place(**settings))
+
+
+def test_labelled_answers_are_for_kto(place):
+    rows = labelled(place)
+    with pytest.raises(
+        UserError, match="labelled.jsonl, line 1: has one answer with a label, .* set train.objective to kto"
+    ):
+        train_command.main(place(**rows | {"train.objective": "dpo"}))
+    train_command.main(place(**rows, **{"train.steps": 3, "optim.lr": 1e-3}))
+    lines = lines_of(place.path / "run")
+    assert lines[0]["loss"] == 0.5 and lines[-1]["loss"] < 0.5
+    assert lines[-1]["rewards/margins"] > 0
