@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 
 from benchmarks.common import SHAPES
-from minorca.config import Config, DataConfig, LoRAConfig, ModelConfig, ParallelConfig
+from benchmarks.sharing import separated
+from minorca.config import Config, DataConfig, LoRAConfig, ModelConfig, ParallelConfig, TrainConfig
 from minorca.generate.engine import Engine
 from minorca.generate.request import Request
 from minorca.generate.sampling import Sampling
@@ -36,6 +37,8 @@ class Training:
         trained: the share of each document, at its end, that is trained.
         later: gradients of an earlier micro-batch are there, to which this one adds.
         attention: its back end, "own" or "varlen".
+        objective: sft; or dpo, in which the trained part of each document is two answers.
+        shared: answers share their prompt, and have not one each.
     """
 
     layers: int
@@ -49,6 +52,8 @@ class Training:
     later: bool = False
     attention: str = "own"
     quantize: Literal["none", "nf4"] = "none"
+    objective: Literal["sft", "dpo"] = "sft"
+    shared: bool = True
 
 
 def train(run: Training) -> Recording:
@@ -57,6 +62,7 @@ def train(run: Training) -> Recording:
         model=ModelConfig(path="fake", quantize=run.quantize),
         data=DataConfig(train="fake"),
         lora=LoRAConfig(rank=run.rank, dropout=run.dropout),
+        train=TrainConfig(objective=run.objective),
         parallel=ParallelConfig(
             shard="fsdp" if run.ranks > 1 else "none",
             replicate=run.replicate,
@@ -64,7 +70,8 @@ def train(run: Training) -> Recording:
         ),
     )
     arch = architecture(run.layers)
-    return fake_step(config, arch, H100, run.ranks, run.lengths, run.trained, run.later, run.attention)
+    arrange = {} if run.shared else {"arrange": separated}
+    return fake_step(config, arch, H100, run.ranks, run.lengths, run.trained, run.later, run.attention, **arrange)
 
 
 def decode(layers: int, batch: int, prompt: int, sampling: Sampling | None = None) -> Recording:

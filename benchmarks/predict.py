@@ -18,12 +18,15 @@ from benchmarks.fake_runs import Training, architecture, decode, train
 from minorca.generate.sampling import Sampling
 from minorca.model.build import build_model
 from minorca.plan.fake_device import unavailable
-from minorca.plan.fake_step import PREPARATION, Recording, extrapolated
+from minorca.plan.fake_step import PREPARATION, Recording, extrapolated, fake_rows
 from minorca.plan.rates import Prediction, Rates, read_result
+from minorca.train.metrics import visible_pairs
 
 LAYERS = 32
 # of 8,192 tokens: documents' lengths, and the share of each that is trained
 BATCHES = {"4,096 tokens a document": ([4096] * 2, 1.0), "packed, 683 a document": ([683] * 11 + [679], 0.5)}
+# of 8 pairs: a prompt of 512 tokens and two answers of 256 each
+PAIRS = [1024] * 8, 0.5
 PROMPT, NEW = 512, 32
 
 
@@ -42,6 +45,25 @@ def training(
     arch = architecture(LAYERS)
     pairs = sum(length * (length + 1) // 2 for length in lengths)
     return Prediction(launches, rates, 4.0 * arch.heads * arch.head_dim * pairs, backend)
+
+
+def preferences(rates: Rates, shared: bool) -> Prediction:
+    """A DPO step of PAIRS, with the reference's forward."""
+    lengths, trained = PAIRS
+
+    def run(layers: int) -> Recording:
+        return train(Training(layers, lengths, trained, objective="dpo", shared=shared))
+
+    launches = extrapolated(run, LAYERS)
+    launches = Counter({launch: n for launch, n in launches.items() if launch.phase not in PREPARATION})
+    arch = architecture(LAYERS)
+    rows = fake_rows(lengths, trained, "dpo")
+    prompts = [int(rows.branches(row)[0][0]) for row in range(len(rows))]
+    answers = [(length - prompt) // 2 for length, prompt in zip(lengths, prompts)]
+    pairs = visible_pairs([prompt + answer for prompt, answer in zip(prompts, answers)] * 2, None)
+    if shared:
+        pairs -= visible_pairs(prompts, None)
+    return Prediction(launches, rates, 4.0 * arch.heads * arch.head_dim * pairs)
 
 
 def decoding(rates: Rates, batch: int, sampling: Sampling | None = None) -> Prediction:
@@ -105,6 +127,14 @@ def main() -> None:
                 print(f"\nThe same with the projections in NF4: {share:+.1%} of the time")
                 _print_step(quantized, sum(lengths), None)
                 _print_kernels(quantized, args.kernels)
+    seconds = {}
+    for shared, name in ((True, "prompts shared"), (False, "a prompt for each answer")):
+        prediction = preferences(rates, shared)
+        seconds[shared] = prediction.step_seconds
+        rate = len(PAIRS[0]) / prediction.step_seconds
+        print(f"\nDPO, {len(PAIRS[0])} pairs of 512 + 2 x 256 tokens, {name}: {rate:.1f} pairs/s")
+        _print_kernels(prediction, args.kernels)
+    print(f"sharing takes {seconds[True] / seconds[False]:.0%} of the time")
     measured = {row["batch"]: row["ours"]["tokens_per_second"] for row in results.get("decode", {}).get("decoding", [])}
     for batch in (1, 8, 32):
         prediction = decoding(rates, batch)

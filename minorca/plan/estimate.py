@@ -7,17 +7,20 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from minorca.config import Config
+from minorca.data.store import TokenStore
 from minorca.files.bitsandbytes import stored_quantization
 from minorca.files.weights import check_quantizable
 from minorca.model.architecture import Architecture, model_directory, read_architecture
 from minorca.plan.communication import Collective, communication_seconds
 from minorca.plan.devices import Machine
-from minorca.plan.fake_step import PREPARATION, Recording, fake_step, of_layers
+from minorca.plan.fake_step import PREPARATION, Recording, fake_rows, fake_step, of_layers, shortest
 from minorca.plan.rates import PCIE, Prediction, Rates
 from minorca.plan.recorder import Launch
 from minorca.train.inputs import check_unquantized
-from minorca.train.metrics import visible_pairs
+from minorca.train.metrics import hidden_pairs, visible_pairs
 
 KINDS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "other")
 
@@ -111,8 +114,9 @@ class Estimator:
         if rates:
             passes = {launch: n for launch, n in launches.items() if launch.phase in ("forward", "backward")}
             updates = {launch: n for launch, n in launches.items() if launch.phase == "optimizer"}
-            micro = max(self._seconds(passes, rates, lengths), (crossed["forward"] + crossed["backward"]) / PCIE)
-            update = self._seconds(updates, rates, lengths)
+            rows = fake_rows(lengths, 1.0, config.train.objective)
+            micro = max(self._seconds(passes, rates, rows), (crossed["forward"] + crossed["backward"]) / PCIE)
+            update = self._seconds(updates, rates, rows)
         return Estimate(
             _peak(runs, more),
             sum(lengths),
@@ -127,8 +131,9 @@ class Estimator:
             config.train.full,
         )
 
-    def _seconds(self, launches: Mapping[Launch, int], rates: Rates, lengths: list[int]) -> float:
-        pairs = visible_pairs(lengths, self.arch.window)
+    def _seconds(self, launches: Mapping[Launch, int], rates: Rates, rows: TokenStore) -> float:
+        window = self.arch.window
+        pairs = visible_pairs(rows.lengths.tolist(), window) - hidden_pairs(rows, np.arange(len(rows)), window)
         return Prediction(Counter(launches), rates, 4.0 * self.arch.heads * self.arch.head_dim * pairs).step_seconds
 
 
@@ -155,8 +160,7 @@ def documents(config: Config) -> list[int]:
     if not data.packing:
         return [data.seq_len]
     whole, rest = divmod(config.train.micro_batch_tokens, data.seq_len)
-    # a document of one token has nothing to train
-    return [data.seq_len] * whole + [rest] * (rest > 1)
+    return [data.seq_len] * whole + [rest] * (rest >= shortest(config.train.objective))
 
 
 def _peak(runs: list[Recording], more: int) -> dict[str, int]:

@@ -90,6 +90,11 @@ def _files(config: Config, arch: Architecture) -> ModelFiles:
     return with_vocabulary(model_files(arch, quantization), tok, config)
 
 
+def shortest(objective: str) -> int:
+    """The fewest tokens of a row: a token before one that is trained, or a prompt and two answers."""
+    return 2 if objective == "sft" else 3
+
+
 def fake_rows(lengths: Sequence[int], trained: float, objective: str = "sft") -> TokenStore:
     """Documents of these lengths, of each of which a share, at its end, is trained: of preferences, two answers of
     equal length to a prompt of at least a token.
@@ -123,6 +128,7 @@ def fake_step(
     trained: float = 1.0,
     later: bool = False,
     attention: str = "own",
+    arrange: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Recording:
     """Builds what learns, then runs a step of one micro-batch: phases build, first step, batch, forward, backward,
     optimizer.
@@ -133,10 +139,12 @@ def fake_step(
         trained: the share of each document, at its end, that is trained.
         later: gradients of an earlier micro-batch are there, to which this one adds.
         attention: its back end on a GPU, "own" or "varlen".
+        arrange: what is made of the micro-batch before the step.
     """
     # what it would start from is not loaded
     config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init=None))
-    rows = step_rows(config, lengths, trained)
+    first, (store, batch) = step_rows(config, lengths, trained)
+    rows = [first, (store, arrange(batch))]
     with _quiet(), fake_device(device, ranks, attention) as (world, recorder):
         learner = build(config, _files(config, arch), world)
 
@@ -152,7 +160,7 @@ def fake_step(
 def step_rows(config: Config, lengths: Sequence[int], trained: float = 1.0) -> list[tuple[TokenStore, Batch]]:
     """A micro-batch of these documents, after one of the fewest tokens, which makes the optimizer's state."""
     objective = config.train.objective
-    first = fake_rows([2 if objective == "sft" else 3], 1.0, objective)
+    first = fake_rows([shortest(objective)], 1.0, objective)
     stores = [first, fake_rows(lengths, trained, objective)]
     return [(store, make_batch(store, np.arange(len(store)))) for store in stores]
 
