@@ -224,7 +224,7 @@ def _read_score(value: Any, place: str) -> float:
 
 def _read_label(value: Any) -> float:
     text = value.strip().lower() if isinstance(value, str) else value
-    for label, texts in enumerate((("false", "0"), ("true", "1"))):
+    for label, texts in enumerate((("false", "0", "0.0"), ("true", "1", "1.0"))):
         # a boolean equals 0 or 1
         if text in texts or (isinstance(text, (bool, int, float)) and text == label):
             return float(label)
