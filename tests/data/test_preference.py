@@ -54,6 +54,12 @@ ACCEPTED = {
         [GOOD, BAD],
         [1, 0],
     ),
+    "LLaMA-Factory's messages": (
+        {"prompt": ASKED, "chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt", "value": "5"}},
+        ASKED,
+        [GOOD, BAD],
+        [1, 0],
+    ),
     "an implicit prompt": (
         {"chosen": [*EARLIER, GOOD], "rejected": [*EARLIER, BAD]},
         UNTRAINED,
@@ -127,8 +133,13 @@ def test_columns(name):
 def test_files_that_hold_them(suffix, tmp_path):
     """Every kind of file gives the same answers, lists in the cells of a table as JSON."""
     for name, (record, prompt, answers, scores) in ACCEPTED.items():
-        cells = {column: json.dumps(value) if isinstance(value, list) else value for column, value in record.items()}
-        path = write(tmp_path / f"{name}.{suffix}", [cells if suffix == "csv" else record])
+        if suffix == "csv":
+            record = {
+                column: json.dumps(value) if isinstance(value, list) else value for column, value in record.items()
+            }
+            if any(isinstance(value, dict) for value in record.values()):
+                continue
+        path = write(tmp_path / f"{name}.{suffix}", [record])
         (row,) = rows_in(path, "preference")
         assert isinstance(row.content, Preference)
         assert answers_of(row.content) == expected_answers(prompt, answers) and row.content.scores == scores
@@ -177,7 +188,7 @@ REJECTED = {
     "a prompt that is null": (PAIR | {"prompt": None}, "column prompt is missing"),
     "two prompts": (PAIR | {"prompt": "q", "question": "r"}, "prompt and question differ, and each may be the prompt"),
     "a number": (TEXTS | PAIR | {"chosen": 1}, "chosen is int; expected text or a list of messages"),
-    "an object": (TEXTS | PAIR | {"rejected": GOOD}, "rejected is dict; expected text or a list of messages"),
+    "an object": (TEXTS | PAIR | {"rejected": {"a": 1}}, "rejected[0] has a; expected {role, content} or"),
     "no messages": (TEXTS | PAIR | {"rejected": []}, "rejected is empty; expected at least one message"),
     "another role": (TEXTS | PAIR | {"rejected": [message("me", "5")]}, "rejected[0].role is 'me'; expected one of"),
     "no answer": ({"chosen": ASKED, "rejected": [*ASKED, BAD]}, "chosen has no message from assistant"),
