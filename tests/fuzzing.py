@@ -124,27 +124,25 @@ def _rows(directory: Path) -> None:
     import pyarrow
     from pyarrow.parquet import write_table
 
-    texts = {"id": "t0", "system_prompt": "Be brief.", "question": "the quick, brown", "response": "fox\njumps"}
-    texts |= {
-        "instruction": "Go",
-        "input": "",
-        "output": "Gone",
-        "prompt": "Say",
-        "completion": "Said",
-        "text": "A text.",
-    }
+    # One question by all its names, as format preference wants it.
+    asked = dict.fromkeys(("question", "instruction", "prompt"), "the quick, brown")
+    texts = {"id": "t0", "system_prompt": "Be brief.", "response": "fox\njumps", "text": "A text."} | asked
+    texts |= {"input": "", "output": "Gone", "completion": "Said", "label": "true"}
+    pair = {"chosen": "fox", "rejected": "dog", "chosen_score": "2", "rejected_score": "1.5"}
     lists = {
         "messages": MESSAGES[:2],
         "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho", "weight": 0}],
     }
+    whole = {name: [{"role": "user", "content": asked["prompt"]}, MESSAGES[1]] for name in ("chosen", "rejected")}
+    answers = {"completions": [{"response": "fox", "overall_score": 5}, {"text": "dog", "score": 1.5}]}
     for suffix in ("jsonl", "csv", "parquet"):
         (directory / suffix).mkdir()
     (directory / "jsonl" / "rows.jsonl").write_text(
-        "".join(json.dumps(texts | lists | {"id": str(n)}) + "\n" for n in range(5))
+        "".join(json.dumps(texts | lists | more) + "\n" for more in (pair, whole, answers, {}, pair | {"id": "t1"}))
     )
     with (directory / "csv" / "rows.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([texts.keys(), *([texts.values()] * 4)])
-    write_table(pyarrow.Table.from_pylist([texts | lists] * 5), directory / "parquet" / "rows.parquet")
+        csv.writer(file).writerows([(texts | pair).keys(), *([(texts | pair).values()] * 4)])
+    write_table(pyarrow.Table.from_pylist([texts | lists | pair] * 5), directory / "parquet" / "rows.parquet")
 
 
 def _load(directory: Path) -> None:

@@ -154,6 +154,45 @@ extra: {key: 1}
             ["data.too_long is split, but data.train reads PATH as openorca, and only text can be split"],
         ),
         (
+            MINIMAL + "train: {objective: dpo}",
+            [
+                "train.objective is dpo, but data.train reads PATH as openorca; set data.format to preference, or the "
+                "objective to sft"
+            ],
+        ),
+        (
+            "model: {path: DIR}\ndata: {train: PATH, format: preference}",
+            [
+                "train.objective is sft, but data.train reads PATH as preference; set it to one of dpo, orpo, simpo, "
+                "cpo, kto, or read another format"
+            ],
+        ),
+        (
+            "model: {path: DIR}\ntrain: {objective: kto}\n"
+            "data: {train: [{path: A, format: preference}, B], eval: [{path: C, format: text}]}",
+            [
+                "data.eval reads C as plain text, which has no responses; set data.train_on to all",
+                "train.objective is kto, but data.train reads B as openorca",
+                "train.objective is kto, but data.eval reads C as text",
+            ],
+        ),
+        (
+            "model: {path: DIR}\ntrain: {objective: dpo}\n"
+            "data: {train: PATH, format: preference, train_on: all, too_long: truncate}",
+            [
+                "data.train_on is all, but data.train",
+                "data.too_long is truncate, but data.train reads PATH as preference",
+            ],
+        ),
+        (
+            "model: {path: DIR}\ntrain: {objective: dpo}\ndata: {train: PATH, format: preference, too_long: split}",
+            ["data.too_long is split, but data.train reads PATH as preference"],
+        ),
+        (
+            "model: {path: DIR}\ndata: {train: PATH, pairs: all}",
+            ["data.pairs is all, which needs data.format preference"],
+        ),
+        (
             "model: {path: DIR}\ndata: {train: PATH, format: text, train_on: all, too_long: split, seq_len: 1}",
             ["data.seq_len is 1; a piece of a text needs two tokens"],
         ),
@@ -232,7 +271,7 @@ def test_what_was_complained_of_is_no_part_of_a_contradiction(read):
     "addition, key",
     [
         ("model: {path: DIR, quantize: fp8}\ndata: {train: PATH}", "model.quantize is 'fp8'"),
-        ("model: {path: DIR}\ndata: {train: PATH, format: preference}", "data.format is 'preference'"),
+        ("model: {path: DIR}\ndata: {train: PATH, format: ranking}", "data.format is 'ranking'"),
         (MINIMAL + "train: {objective: ppo}", "train.objective is 'ppo'"),
         (MINIMAL + "dpo: {beta: 0.1}", "dpo is an unknown setting"),
     ],

@@ -7,7 +7,7 @@ completions         scored answers to `prompt`, `question` or `instruction`: a l
                     overall_score, score or rating}
 completion, label   an answer to `prompt`, `question` or `instruction` that is desirable (true, 1) or not (false, 0)
 
-A prompt and an answer is text, a list of messages or its JSON; `system` and `tools` belong to the prompt.
+A prompt and an answer is text, a message, or a list of messages or its JSON; `system` and `tools` belong to the prompt.
 """
 
 import math
@@ -87,7 +87,8 @@ def read_preference(record: dict, roles: Mapping[str, str], counts: Counter) -> 
 
 def _read(value: Any, place: str, role: str, roles: Mapping[str, str], counts: Counter) -> list[dict]:
     """Messages, or the one of this role that a text is."""
-    messages = messages_in(value)
+    # LLaMA-Factory has answers as single messages.
+    messages = [value] if isinstance(value, dict) else messages_in(value)
     if messages is None and value is not None and not isinstance(value, str):
         raise UserError(f"is {type_name(value)}; expected text or a list of messages", field=place)
     if messages is None:
@@ -224,7 +225,7 @@ def _read_score(value: Any, place: str) -> float:
 
 def _read_label(value: Any) -> float:
     text = value.strip().lower() if isinstance(value, str) else value
-    for label, texts in enumerate((("false", "0"), ("true", "1"))):
+    for label, texts in enumerate((("false", "0", "0.0"), ("true", "1", "1.0"))):
         # a boolean equals 0 or 1
         if text in texts or (isinstance(text, (bool, int, float)) and text == label):
             return float(label)

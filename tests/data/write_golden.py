@@ -64,10 +64,20 @@ RECORDS: dict[Format, list[dict]] = {
         {"prompt": DIALOGUE[:4], "completion": DIALOGUE[4:]},
     ],
     "text": [{"text": "Once upon a time <s>"}, {"text": f"  {UNICODE} "}],
+    "preference": [
+        {"system": "Don’t guess.", "question": "What is 2 + 2?", "chosen": " 4", "rejected": f"{UNICODE}\n"},
+        {"chosen": DIALOGUE, "rejected": [*DIALOGUE[:4], {"role": "assistant", "content": "\n2 <|im_end|>"}]},
+        {
+            "prompt": "2 + 2?",
+            "completions": [{"text": text, "score": n} for n, text in enumerate(("5", "4 ", "4", ""))],
+        },
+        {"prompt": "2 + 2?", "completion": "4", "label": True},
+    ],
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "response, whole": {"train_on": "response"},
     "all, truncated": {"train_on": "all", "too_long": "truncate", "seq_len": 24},
+    "every pair": {"pairs": "all"},
 }
 
 
@@ -103,6 +113,8 @@ def render_golden_rows(smollm2: Path, directory: Path) -> dict[str, list[dict]]:
     cases = {}
     for name, (tok, templates) in tokenizers(smollm2, directory).items():
         for template, settings, format in itertools.product(templates, SETTINGS, RECORDS):
+            if (format == "preference") != (settings == "every pair"):
+                continue
             case = f"{name}, {template}, {settings}, {format}"
             cases[case] = _render(tok, template, SETTINGS[settings], format, directory / f"{format}.jsonl")
     return cases
@@ -116,6 +128,8 @@ def _render(tok: Tokenizer, template: str, settings: dict[str, Any], format: For
         ids, trained = store.row(n)
         mask = "".join(str(int(one)) for one in trained)
         rendered.append({"line": int(number), "ids": " ".join(map(str, ids)), "trained": mask})
+        if store.has_branches:
+            rendered[-1]["branches"] = [[int(start), float(score)] for start, score in zip(*store.branches(n))]
     return rendered
 
 
