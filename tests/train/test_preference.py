@@ -73,7 +73,11 @@ def labelled(place: PreferencePlace) -> dict:
     with (place.path / "labelled.jsonl").open("w") as file:
         for n in range(40):
             word = "".join(draw.choices("abcdef", k=draw.randint(1, 12)))
-            row = {"prompt": f"Reverse {word}", "completion": word[:: (-1) ** n], "label": n % 2 == 1}
+            row = {
+                "prompt": f"Reverse {word}",
+                "completion": ("It is ", "No: ")[n % 2] + word[::-1],
+                "label": n % 2 == 0,
+            }
             file.write(json.dumps(row) + "\n")
     return {"data.train": place.path / "labelled.jsonl", "train.objective": "kto"}
 
