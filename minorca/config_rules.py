@@ -277,6 +277,11 @@ def _preference_problems(data: DataConfig, train: TrainConfig) -> Iterator[Probl
     compared = [(key, source) for key, source in named if source.format == "preference"]
     if data.pairs != "extremes" and not compared:
         yield problem(f"is {data.pairs}, which needs data.format preference", "data.pairs", "data.format")
+    elif data.pairs != "extremes" and train.objective == "kto":
+        message = (
+            f"is {data.pairs}, but train.objective kto compares no answers; set it to extremes: the best of a list"
+        )
+        yield problem(f"{message} is desirable, the worst is not", "data.pairs", "train.objective")
     for key, source in named:
         reads = f"but {key} reads {source.path} as {source.format}"
         if source.format != "preference" and train.objective != "sft":

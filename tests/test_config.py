@@ -193,6 +193,10 @@ extra: {key: 1}
             ["data.pairs is all, which needs data.format preference"],
         ),
         (
+            "model: {path: DIR}\ntrain: {objective: kto}\ndata: {train: PATH, format: preference, pairs: all}",
+            ["data.pairs is all, but train.objective kto compares no answers; set it to extremes"],
+        ),
+        (
             "model: {path: DIR}\ndata: {train: PATH, format: text, train_on: all, too_long: split, seq_len: 1}",
             ["data.seq_len is 1; a piece of a text needs two tokens"],
         ),
