@@ -26,6 +26,8 @@ train:    {objective: sft, full: false, new_tokens: [], steps: null, epochs: 1, 
            micro_batch_tokens: 4096, seed: 0,
            output: runs/run, checkpoint_every: 100, keep: 2, keep_best: false, eval_every: 0, early_stopping: null,
            log_every: 1, resume: auto, nonfinite: stop, deterministic: false, wandb: null}
+dpo:      {beta: 0.1, loss: sigmoid, label_smoothing: 0.0, sft_weight: 0.0, gamma: 0.5, desirable_weight: 1.0,
+           undesirable_weight: 1.0, reference: auto, precompute: false}
 parallel: {shard: auto, replicate: 1, activation_checkpointing: none, cpu_offload: false, timeout: 300}
 """
 MINIMAL = "model: {path: DIR}\ndata: {train: PATH}\n"
@@ -277,7 +279,6 @@ def test_what_was_complained_of_is_no_part_of_a_contradiction(read):
         ("model: {path: DIR, quantize: fp8}\ndata: {train: PATH}", "model.quantize is 'fp8'"),
         ("model: {path: DIR}\ndata: {train: PATH, format: ranking}", "data.format is 'ranking'"),
         (MINIMAL + "train: {objective: ppo}", "train.objective is 'ppo'"),
-        (MINIMAL + "dpo: {beta: 0.1}", "dpo is an unknown setting"),
     ],
 )
 def test_what_does_not_exist_yet_is_refused(addition, key, read):
@@ -424,7 +425,7 @@ def flat(config: Config) -> dict:
         ("seq_len: 8", "seq_len is outside of a section; .*; here it is data.seq_len"),
         ("batch_tokns: 8", "batch_tokns is outside of a section; .*; did you mean train.batch_tokens?"),
         ("train: 5", "train is 5; expected a section with keys"),
-        ("strange: 8", "strange is outside of a section; expected model, data, lora, optim, train, parallel"),
+        ("strange: 8", "strange is outside of a section; expected model, data, lora, optim, train, dpo, parallel"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest(addition, expected, read):
