@@ -7,7 +7,7 @@ import json
 import time
 from pathlib import Path
 
-from make_data import extract_answer
+from tasks import extract_answer
 
 import minorca
 from minorca import cli
