@@ -51,6 +51,7 @@ setup(
             "schemathesis",
             "torchao",
             "transformers",
+            "trl==1.16.*",
         ],
     },
     entry_points={"console_scripts": ["minorca = minorca.__main__:main"]},

@@ -179,7 +179,9 @@ def epochs_in(every: int | str) -> float | None:
 @dataclass
 class TrainConfig:
     __pydantic_config__ = _STRICT
-    objective: Annotated[Literal["sft"], "what is trained"] = "sft"
+    objective: Annotated[
+        Literal["sft", "dpo", "orpo", "simpo", "cpo", "kto"], "sft: the rows; the others: preferences among answers"
+    ] = "sft"
     full: Annotated[bool, "train all weights, in fp32 and sharded over the ranks, instead of adapters"] = False
     new_tokens: Annotated[list[str], "control tokens to add to the vocabulary; their rows are trained"] = field(
         default_factory=list
@@ -211,6 +213,27 @@ class TrainConfig:
 
 
 @dataclass
+class DPOConfig:
+    __pydantic_config__ = _STRICT
+    beta: Annotated[float, "weighs how far the policy may leave the reference; of orpo, the odds ratio's weight"] = 0.1
+    loss: Annotated[
+        Literal["sigmoid", "hinge", "ipo", "robust", "exo", "apo_zero", "apo_down", "sigmoid_norm"],
+        "of objective dpo; sigmoid with label_smoothing is cDPO",
+    ] = "sigmoid"
+    label_smoothing: Annotated[float, "the share of preferences taken to be the wrong way round"] = 0.0
+    sft_weight: Annotated[float, "of the chosen answers' cross-entropy, which is added; orpo and cpo have their own"] = 0.0
+    gamma: Annotated[float, "the margin of objective simpo"] = 0.5
+    desirable_weight: Annotated[float, "of desirable answers in objective kto"] = 1.0
+    undesirable_weight: Annotated[float, "of undesirable answers in objective kto"] = 1.0
+    reference: Annotated[
+        str, "auto: the model that training starts from; base: that without lora.init; or a PEFT adapter's directory"
+    ] = "auto"
+    precompute: Annotated[
+        bool, "compute the reference's log-probabilities once, before the first step, and keep them beside the rows"
+    ] = False
+
+
+@dataclass
 class ParallelConfig:
     __pydantic_config__ = _STRICT
     shard: Annotated[Literal["auto", "none", "fsdp"], "none: the model whole on each rank"] = "auto"
@@ -233,6 +256,7 @@ class Config:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
@@ -244,6 +268,18 @@ class Config:
     def outcome(self) -> Path:
         """The directory of what a finished run has trained."""
         return self.output / ("model" if self.train.full else "adapter")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the objective measures the policy against a reference."""
+        return self.train.objective in ("dpo", "kto")
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The adapters that are read: setting -> directory."""
+        reference = self.has_reference and self.dpo.reference not in ("auto", "base")
+        named = {"lora.init": self.lora.init, "dpo.reference": self.dpo.reference if reference else None}
+        return {key: directory for key, directory in named.items() if directory}
 
     @property
     def start_key(self) -> str:

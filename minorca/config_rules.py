@@ -8,6 +8,7 @@ from minorca.config import (
     EXPECTED_EVERY,
     Config,
     DataConfig,
+    DPOConfig,
     Format,
     LoRAConfig,
     OptimConfig,
@@ -44,8 +45,31 @@ _POSITIVE = (
     "train.log_every",
     "train.early_stopping",
     "parallel.replicate",
+    "dpo.beta",
 )
-_NOT_NEGATIVE = ("optim.weight_decay", "optim.warmup_steps", "optim.min_lr", "train.seed")
+_NOT_NEGATIVE = (
+    "optim.weight_decay",
+    "optim.warmup_steps",
+    "optim.min_lr",
+    "train.seed",
+    "dpo.sft_weight",
+    "dpo.gamma",
+    "dpo.desirable_weight",
+    "dpo.undesirable_weight",
+)
+# keys of dpo that only some objectives, or only some losses of objective dpo, read
+_OF_OBJECTIVES = {
+    "loss": ("dpo",),
+    "label_smoothing": ("dpo", "simpo", "cpo"),
+    "sft_weight": ("dpo", "simpo"),
+    "gamma": ("simpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+    "reference": ("dpo", "kto"),
+    "precompute": ("dpo", "kto"),
+    "beta": ("dpo", "orpo", "simpo", "cpo", "kto"),
+}
+_SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", "exo")
 
 
 def problem(message: str, *keys: str) -> Problem:
@@ -74,6 +98,7 @@ def problems(config: Config) -> Iterator[Problem]:
     if not lora.targets or len(set(lora.targets)) < len(lora.targets):
         yield problem(f"is {lora.targets}; expected at least one target, each once", "lora.targets")
     yield from _full_problems(config)
+    yield from _preference_problems(config)
     yield from _vocabulary_problems(lora, train)
     yield from _source_problems(data)
     yield from _schedule_problems(config.optim, train)
@@ -118,6 +143,37 @@ def _full_problems(config: Config) -> Iterator[Problem]:
     if config.parallel.shard == "none":
         message = "is none, but train.full needs FSDP, also on one rank; set it to auto or fsdp"
         yield problem(message, "parallel.shard", "train.full")
+
+
+def _preference_problems(config: Config) -> Iterator[Problem]:
+    """Settings of dpo that are out of range, or that the objective does not read."""
+    objective, dpo = config.train.objective, config.dpo
+    for key in dataclasses.fields(DPOConfig):
+        value, default = getattr(dpo, key.name), key.default
+        if value != default and objective not in (readers := _OF_OBJECTIVES[key.name]):
+            message = f"is {value}, which train.objective {objective} does not read; leave it at {default}, or set the "
+            yield problem(f"{message}objective to {' or '.join(readers)}", f"dpo.{key.name}", "train.objective")
+    if not 0 <= dpo.label_smoothing < 1:
+        yield problem(f"is {dpo.label_smoothing}; expected at least 0 and less than 1", "dpo.label_smoothing")
+    elif objective == "dpo":
+        yield from _smoothing_problems(dpo)
+    if objective != "sft" and config.lora.dropout:
+        message = f"is {config.lora.dropout}; the policy and its reference are compared without dropout, so set it to 0"
+        yield problem(message, "lora.dropout", "train.objective")
+    if config.train.full and dpo.reference not in ("auto", "base"):
+        message = f"is {dpo.reference}, but train.full trains no adapters; set it to auto"
+        yield problem(message, "dpo.reference", "train.full")
+
+
+def _smoothing_problems(dpo: DPOConfig) -> Iterator[Problem]:
+    keys, smoothing = ("dpo.label_smoothing", "dpo.loss"), dpo.label_smoothing
+    if smoothing and dpo.loss not in _SMOOTHED:
+        message = f"is {smoothing}, and loss {dpo.loss} has no smoothing; set it to 0, or dpo.loss to one of "
+        yield problem(message + ", ".join(_SMOOTHED), *keys)
+    if dpo.loss == "robust" and smoothing >= 0.5:
+        yield problem(f"is {smoothing}; loss robust needs less than 0.5", *keys)
+    if dpo.loss == "exo" and not smoothing:
+        yield problem("is 0, for which loss exo is infinite; set it to 0.001, say", *keys)
 
 
 def warmup_problem(optim: OptimConfig, steps: int) -> UserError | None:

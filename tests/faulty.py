@@ -166,8 +166,8 @@ def make_nan(point: str, row: int) -> None:
             affected.add(batch.tokens.numpy().tobytes())
         return batch
 
-    def outcome_with_nan(model, objective, batch, normalizer):
-        outcome = batch_outcome(model, objective, batch, normalizer)
+    def outcome_with_nan(model, objective, batch):
+        outcome = batch_outcome(model, objective, batch)
         loss = outcome.loss
         if batch.tokens.cpu().numpy().tobytes() in affected and len(batch.targets):
             # the square root is finite at 0, its derivative is not

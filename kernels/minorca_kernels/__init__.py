@@ -11,7 +11,12 @@ Shape suffixes name a tensor's axes: `q_THD` is [T, H, D]. Each module's docstri
 """
 
 from minorca_kernels.attention import attention, attention_definition
-from minorca_kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_definition
+from minorca_kernels.cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_and_entropy,
+    linear_cross_entropy_definition,
+    linear_entropy_definition,
+)
 from minorca_kernels.decode_attention import decode_attention, decode_attention_definition, decode_groups
 from minorca_kernels.dequantize_nf4 import dequantize_nf4
 from minorca_kernels.draw import draw, draw_definition
@@ -68,7 +73,9 @@ __all__ = [
     "draw_definition",
     "fill_rows",
     "linear_cross_entropy",
+    "linear_cross_entropy_and_entropy",
     "linear_cross_entropy_definition",
+    "linear_entropy_definition",
     "local_part",
     "lora_linear",
     "lora_linear_definition",

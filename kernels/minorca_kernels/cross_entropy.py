@@ -37,6 +37,13 @@ def linear_cross_entropy_definition(x_MH: Tensor, weight_VH: Tensor, targets_M: 
     return F.cross_entropy(logits_MV, targets_M, reduction="none")
 
 
+def linear_entropy_definition(x_MH: Tensor, weight_VH: Tensor) -> Tensor:
+    """The entropy [M] of each row's distribution over the vocabulary, -sum p log p in nats, in fp32 (fp64 for fp64)."""
+    logits_MV = F.linear(x_MH, weight_VH)
+    logits_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
+    return torch.distributions.Categorical(logits=logits_MV).entropy()
+
+
 # ------------------------------------------------------------------------------------------------------------ Triton
 
 
@@ -45,9 +52,11 @@ def _cross_entropy_kernel(
     logits_ptr,
     targets_ptr,
     losses_ptr,
+    entropies_ptr,
     V: tl.constexpr,
     STRIDE: tl.constexpr,
     GRADIENT: tl.constexpr,
+    ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     # One program a row, in two passes: the second finds the row's 64 KiB of bf16 in the processor's own cache.
@@ -66,13 +75,23 @@ def _cross_entropy_kernel(
     log2_e = tl.full([], 1.4426950408889634, acc_dtype)
     row_max = tl.full([], -float("inf"), acc_dtype)
     row_sum = tl.zeros([], acc_dtype)
+    # of the logits, weighted as row_sum's terms
+    weighted_sum = tl.zeros([], acc_dtype)
     for start in range(0, STRIDE, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         logits = tl.load(logits_ptr + column, mask=column < STRIDE, other=-float("inf")).to(acc_dtype)
         new_max = tl.maximum(row_max, tl.max(logits, 0) * log2_e)
         row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(logits * log2_e - new_max), 0)
+        if ENTROPY:
+            # what follows the V logits would be 0 times infinity
+            finite = tl.where(logits > -float("inf"), logits, 0.0)
+            weighted = tl.exp2(logits * log2_e - new_max) * finite
+            weighted_sum = weighted_sum * tl.exp2(row_max - new_max) + tl.sum(weighted, 0)
         row_max = new_max
-    tl.store(losses_ptr + row, (row_max + tl.log2(row_sum)) / log2_e - target_logit)
+    log_sum = (row_max + tl.log2(row_sum)) / log2_e
+    tl.store(losses_ptr + row, log_sum - target_logit)
+    if ENTROPY:
+        tl.store(entropies_ptr + row, log_sum - weighted_sum / row_sum)
     if GRADIENT:
         share = 1.0 / row_sum
         # the target's own is softmax - 1 in fp32, rounded once: it cancels badly in bf16
@@ -88,7 +107,9 @@ def _cross_entropy_kernel(
         tl.store(logits_ptr + target, target_gradient, mask=(target >= 0) & (target < V))
 
 
-def _cross_entropy_triton(logits: Tensor, targets: Tensor, losses: Tensor, gradient: bool) -> None:
+def _cross_entropy_triton(
+    logits: Tensor, targets: Tensor, losses: Tensor, entropies: Tensor | None, gradient: bool
+) -> None:
     # in fp16 the larger block spills on sm_100
     largest = MAX_BLOCK_V // 2 if logits.dtype == torch.float16 else MAX_BLOCK_V
     block = min(triton.next_power_of_2(logits.stride(0)), largest)
@@ -96,10 +117,11 @@ def _cross_entropy_triton(logits: Tensor, targets: Tensor, losses: Tensor, gradi
         "V": logits.shape[1],
         "STRIDE": logits.stride(0),
         "GRADIENT": gradient,
+        "ENTROPY": entropies is not None,
         "BLOCK_V": block,
         "num_warps": max(block // 512, 1),
     }
-    _cross_entropy_kernel[(len(logits),)](logits, targets.contiguous(), losses, **constants)
+    _cross_entropy_kernel[(len(logits),)](logits, targets.contiguous(), losses, entropies, **constants)
 
 
 def _aligned_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -115,10 +137,14 @@ def _aligned_logits(x: Tensor, weight: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- plain PyTorch
 
 
-def _cross_entropy_torch(logits: Tensor, targets: Tensor, losses: Tensor, gradient: bool) -> None:
+def _cross_entropy_torch(
+    logits: Tensor, targets: Tensor, losses: Tensor, entropies: Tensor | None, gradient: bool
+) -> None:
     z = logits.to(losses.dtype, copy=True)
     lse = torch.logsumexp(z, dim=-1)
     torch.sub(lse, z.gather(1, targets[:, None])[:, 0], out=losses)
+    if entropies is not None:
+        torch.sub(lse, torch.linalg.vecdot(z, torch.softmax(z, -1)), out=entropies)
     if gradient:
         z.sub_(lse[:, None]).exp_().scatter_add_(1, targets[:, None], z.new_full((len(z), 1), -1.0))
         logits.copy_(z)
@@ -126,25 +152,36 @@ def _cross_entropy_torch(logits: Tensor, targets: Tensor, losses: Tensor, gradie
 
 # ------------------------------------------------------------------------------------------- operators and autograd
 
-# Both loops take a function that computes a chunk's logits, and one of (logits, targets, losses, gradient) that writes
-# its losses and, if `gradient` is true, overwrites its logits by the gradient of each row's own loss.
+# Both loops take a function that computes a chunk's logits, and one of (logits, targets, losses, entropies, gradient)
+# that writes its losses, its entropies where they are not None, and, if `gradient` is true, overwrites its logits by the
+# gradient of each row's own loss.
 
 
 def _forward(
-    linear, cross_entropy, chunk_rows: int, x: Tensor, weight: Tensor, targets: Tensor, x_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """Losses [M], and the gradient of each row's own loss with respect to its x: [M, H], or [0] where not needed."""
+    linear,
+    cross_entropy,
+    chunk_rows: int,
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    x_gradient: bool,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [M]; the gradient of each row's own loss with respect to its x, [M, H]; and entropies [M]. [0] what is not
+    wanted.
+    """
     losses = x.new_empty(len(x), dtype=accumulate_dtype(x.dtype))
+    entropies = torch.empty_like(losses if entropy else losses[:0])
     dx = torch.empty_like(x) if x_gradient else x.new_empty(0)
     for start in range(0, len(x), chunk_rows):
         rows = slice(start, start + chunk_rows)
         logits = linear(x[rows], weight)
-        cross_entropy(logits, targets[rows], losses[rows], x_gradient)
+        cross_entropy(logits, targets[rows], losses[rows], entropies[rows] if entropy else None, x_gradient)
         if x_gradient:
             torch.mm(logits, weight, out=dx[rows])
         # before the next chunk is allocated
         del logits
-    return losses, dx
+    return losses, dx, entropies
 
 
 def _weight_gradient(
@@ -156,7 +193,7 @@ def _weight_gradient(
     for start in range(0, len(x), chunk_rows):
         rows = slice(start, start + chunk_rows)
         logits = linear(x[rows], weight)
-        cross_entropy(logits, targets[rows], losses[rows], True)
+        cross_entropy(logits, targets[rows], losses[rows], None, True)
         # scales x, not the logits' gradients: H numbers a row, not V
         dweight += logits.t() @ (x[rows] * dlosses[rows, None]).to(x.dtype)
         del logits
@@ -164,12 +201,14 @@ def _weight_gradient(
 
 
 _linear_cross_entropy = operator(
-    "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, bool x_gradient) -> (Tensor, Tensor)",
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor targets, bool x_gradient, bool entropy)"
+    " -> (Tensor, Tensor, Tensor)",
     cuda=lambda *arguments: _forward(_aligned_logits, _cross_entropy_triton, CHUNK_ROWS["cuda"], *arguments),
     cpu=lambda *arguments: _forward(F.linear, _cross_entropy_torch, CHUNK_ROWS["cpu"], *arguments),
-    fake=lambda x, weight, targets, x_gradient: (
+    fake=lambda x, weight, targets, x_gradient, entropy: (
         x.new_empty(x.shape[0], dtype=accumulate_dtype(x.dtype)),
         torch.empty_like(x) if x_gradient else x.new_empty(0),
+        x.new_empty(x.shape[0] if entropy else 0, dtype=accumulate_dtype(x.dtype)),
     ),
 )
 _linear_cross_entropy_weight_gradient = operator(
@@ -184,21 +223,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Keeps the gradient of x from the forward pass, and x itself only for a trained weight."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
-        x_gradient, weight_gradient, _ = ctx.needs_input_grad
-        losses, dx = _linear_cross_entropy(x, weight, targets, x_gradient)
+    def forward(ctx, x, weight, targets, entropy):
+        x_gradient, weight_gradient, *_ = ctx.needs_input_grad
+        losses, dx, entropies = _linear_cross_entropy(x, weight, targets, x_gradient, entropy)
         ctx.save_for_backward(dx, *((x, weight, targets) if weight_gradient else ()))
-        return losses
+        ctx.mark_non_differentiable(entropies)
+        return losses, entropies
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dlosses):
-        x_gradient, weight_gradient, _ = ctx.needs_input_grad
+    def backward(ctx, dlosses, _):
+        x_gradient, weight_gradient, *_ = ctx.needs_input_grad
         dx, *inputs = ctx.saved_tensors
         dweight = _linear_cross_entropy_weight_gradient(dlosses, *inputs) if weight_gradient else None
         # dlosses is fp32: the product is rounded once
         dx = torch.mul(dx, dlosses[:, None], out=torch.empty_like(dx)) if x_gradient else None
-        return dx, dweight, None
+        return dx, dweight, None, None
 
 
 def linear_cross_entropy(x_MH: Tensor, weight_VH: Tensor, targets_M: Tensor) -> Tensor:
@@ -206,4 +246,9 @@ def linear_cross_entropy(x_MH: Tensor, weight_VH: Tensor, targets_M: Tensor) -> 
 
     A trained weight takes one more product in backward, to compute the logits again, and its gradient's sum in fp32.
     """
-    return _LinearCrossEntropy.apply(x_MH, weight_VH, targets_M)
+    return _LinearCrossEntropy.apply(x_MH, weight_VH, targets_M, False)[0]
+
+
+def linear_cross_entropy_and_entropy(x_MH: Tensor, weight_VH: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy`, and by the same pass over the logits `linear_entropy_definition`, without gradient."""
+    return _LinearCrossEntropy.apply(x_MH, weight_VH, targets_M, True)

@@ -20,6 +20,20 @@ class Conversation:
     tools: list[dict] = field(default_factory=list)
 
 
+@dataclass
+class Preference:
+    """Answers to one prompt, and how good they are.
+
+    Attributes:
+        answers: each with the prompt before it, a whole conversation in which only the answer is trained; one, if a
+            label says whether it is desirable, else several.
+        scores: of each; of two, the one with the higher score is preferred. A label is 1 or 0.
+    """
+
+    answers: list[Conversation]
+    scores: list[float]
+
+
 def join_text_parts(parts: list) -> str:
     """The text of a message's content that is a list of parts, one a line, as OpenAI's API has it.
 

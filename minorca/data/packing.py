@@ -6,7 +6,7 @@ number of the step, and what a step holds does not depend on the number of ranks
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -203,30 +203,60 @@ def plan_epoch(
 
 
 @dataclass
+class Answers:
+    """The A answers of a micro-batch, one for each branch, in order.
+
+    Attributes:
+        lengths: [A] int64, how many targets each has; the batch's targets lie in the answers' order.
+        scores: [A] float32, as in the store.
+        pairs: [P, 2] int64, places among the A of two answers of one row, of which the first is preferred; in order of
+            the rows.
+        reference: [M] float32, the log-probability of each target under the reference; None if not computed before.
+    """
+
+    lengths: Tensor
+    scores: Tensor
+    pairs: Tensor
+    reference: Tensor | None = None
+
+
+@dataclass
 class Batch:
     """One micro-batch: documents end to end.
 
     Attributes:
         tokens: [T] int64.
         cu_seqlens: [N+1] int64, where each document starts and the last one ends; always on the CPU.
-        target_rows: [M] int64, the positions in `tokens` whose next token is trained.
+        target_rows: [M] int64, the positions in `tokens` whose next token is trained; for the first token of a branch,
+            that of the prompt's last token.
         targets: [M] int64, those next tokens.
+        branches: of each document where its branches start, counted from its first token; empty if none has any.
+        answers: what the branches are worth; None if there are none.
     """
 
     tokens: Tensor
     cu_seqlens: Tensor
     target_rows: Tensor
     targets: Tensor
+    branches: list[list[int]] = field(default_factory=list)
+    answers: Answers | None = None
 
     def to(self, device: torch.device) -> "Batch":
         def move(t: Tensor) -> Tensor:
-            return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
+            return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
 
-        return Batch(move(self.tokens), self.cu_seqlens, move(self.target_rows), move(self.targets))
+        tensors = {name: move(getattr(self, name)) for name in ("tokens", "target_rows", "targets")}
+        if self.answers is not None:
+            moved = {name: move(t) for name, t in vars(self.answers).items() if t is not None}
+            tensors["answers"] = replace(self.answers, **moved)
+        return replace(self, **tensors)
 
     def without_targets(self) -> "Batch":
         """The same documents without targets: what a rank runs when a step leaves it no micro-batch."""
-        return Batch(self.tokens, self.cu_seqlens, self.target_rows[:0], self.targets[:0])
+        answers = self.answers and Answers(
+            **{name: t if t is None else t[:0] for name, t in vars(self.answers).items()}
+        )
+        return replace(self, target_rows=self.target_rows[:0], targets=self.targets[:0], answers=answers)
 
 
 def make_batch(store: TokenStore, rows: np.ndarray) -> Batch:
@@ -237,4 +267,27 @@ def make_batch(store: TokenStore, rows: np.ndarray) -> Batch:
     # A row's first token is never trained, so the position before a trained token is in the same document.
     targets_at = trained.nonzero()[:, 0]
     cu_seqlens = torch.from_numpy(np.cumsum([0, *(len(ids) for ids, _ in documents)]))
-    return Batch(tokens, cu_seqlens, targets_at - 1, tokens[targets_at])
+    batch = Batch(tokens, cu_seqlens, targets_at - 1, tokens[targets_at])
+    return _with_branches(batch, store, rows, targets_at) if store.has_branches else batch
+
+
+def _with_branches(batch: Batch, store: TokenStore, rows: np.ndarray, targets_at: Tensor) -> Batch:
+    trees = [store.branches(row) for row in rows]
+    documents = batch.cu_seqlens[:-1].tolist()
+    starts = torch.tensor([document + start for document, (begin, _) in zip(documents, trees) for start in begin])
+    sizes = [len(scores) for _, scores in trees]
+    # The last token of each branch's prompt.
+    before = torch.tensor([document + begin[0] - 1 for document, (begin, _) in zip(documents, trees)])
+    before = before.repeat_interleave(torch.tensor(sizes))
+    answer = torch.searchsorted(starts, targets_at, right=True) - 1
+    pairs = [np.argwhere(scores[:, None] > scores) + first for (_, scores), first in zip(trees, np.cumsum([0, *sizes]))]
+    return replace(
+        batch,
+        target_rows=torch.where(targets_at == starts[answer], before[answer], batch.target_rows),
+        branches=[begin.tolist() for begin, _ in trees],
+        answers=Answers(
+            lengths=torch.bincount(answer, minlength=len(starts)),
+            scores=torch.from_numpy(np.concatenate([scores for _, scores in trees])),
+            pairs=torch.from_numpy(np.concatenate(pairs)),
+        ),
+    )

@@ -34,6 +34,8 @@ ARRAY_TYPES = {
     "files": np.int32,
 }
 ARRAYS = ("tokens", *ARRAY_TYPES)
+# Further ones of a store of preferences.
+BRANCH_TYPES = {"branch_offsets": np.int64, "branch_starts": np.int32, "branch_scores": np.float32}
 
 
 class StoredSource(NamedTuple):
@@ -64,6 +66,9 @@ def summarize(counts: dict[str, int], notes: Mapping[str, str] = MappingProxyTyp
 class TokenStore:
     """N rows, selected from R rows that lie end to end in S tokens.
 
+    A row of format preference is a tree: a prompt, then B branches, the answers, end to end. Each goes on where the
+    prompt ends, and only branches have trained tokens.
+
     Attributes:
         tokens: [S] uint16 or uint32.
         trained: [S] bool, True where the token is predicted in the loss.
@@ -71,6 +76,10 @@ class TokenStore:
         numbers: [R] int64, each row's line or row number in its file; empty if the rows are from no file.
         files: [R] int32, the number of that file in its source; empty if the rows are from no file.
         row_trained: [R] int32, how many tokens each row trains; computed if None.
+        branch_offsets: [R+1] int64, which branches each row has; empty if none has any, as the next two.
+        branch_starts: [B] int32, where each branch starts, counted from its row's first token; at least 1.
+        branch_scores: [B] float32: of two branches of a row, the one with the higher score is preferred. A pair has 1
+            and 0 in this order, a row of one branch 1 where it is desirable and 0 where it is not.
         sources: the sources of the rows, in order.
         path: the store's directory; None for rows in memory.
         digest: the checksum that `sha256` returns; computed if None.
@@ -85,6 +94,9 @@ class TokenStore:
     numbers: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     files: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     row_trained: np.ndarray | None = None
+    branch_offsets: np.ndarray = field(default_factory=lambda: np.empty(0, BRANCH_TYPES["branch_offsets"]))
+    branch_starts: np.ndarray = field(default_factory=lambda: np.empty(0, BRANCH_TYPES["branch_starts"]))
+    branch_scores: np.ndarray = field(default_factory=lambda: np.empty(0, BRANCH_TYPES["branch_scores"]))
     sources: list[StoredSource] = field(default_factory=list)
     path: Path | None = None
     digest: str | None = None
@@ -111,6 +123,27 @@ class TokenStore:
         return self.row_trained[self.indices]
 
     @property
+    def has_branches(self) -> bool:
+        """Whether its rows are trees."""
+        return len(self.branch_offsets) > 0
+
+    @cached_property
+    def branch_counts(self) -> np.ndarray:
+        """[N] int64, how many branches each row has."""
+        return np.diff(self.branch_offsets)[self.indices] if self.has_branches else np.zeros(len(self), np.int64)
+
+    @cached_property
+    def pair_counts(self) -> np.ndarray:
+        """[N] int64, how many pairs of branches each row has of which the first is preferred to the second."""
+        counts = np.zeros(len(self), np.int64)
+        for size in set(self.branch_counts.tolist()) - {0}:
+            rows = np.flatnonzero(self.branch_counts == size)
+            starts = self.branch_offsets[self.indices[rows]]
+            scores = self.branch_scores[starts[:, None] + np.arange(size)]
+            counts[rows] = (scores[:, :, None] > scores[:, None, :]).sum((1, 2))
+        return counts
+
+    @property
     def source_ranges(self) -> list[tuple[int, int]]:
         """(start, end) of each source's rows among the N, `end` exclusive."""
         edges = [np.searchsorted(self.indices, [source.start, source.end]) for source in self.sources]
@@ -120,7 +153,8 @@ class TokenStore:
         """The checksum of all N rows, by which a resumed run recognizes them."""
         if self.digest is None:
             digest = hashlib.sha256()
-            for array in (self.tokens, self.trained, self.offsets):
+            trees = (self.branch_offsets, self.branch_starts, self.branch_scores)
+            for array in (self.tokens, self.trained, self.offsets, *trees):
                 digest.update(np.ascontiguousarray(array).data)
             self.digest = digest.hexdigest()
         return self.digest
@@ -130,6 +164,14 @@ class TokenStore:
         row = self.indices[index]
         span = slice(self.offsets[row], self.offsets[row + 1])
         return self.tokens[span], self.trained[span]
+
+    def branches(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where each branch of a row starts, counted from its first token, and the branches' scores."""
+        if not self.has_branches:
+            return self.branch_starts, self.branch_scores
+        row = self.indices[index]
+        span = slice(self.branch_offsets[row], self.branch_offsets[row + 1])
+        return self.branch_starts[span], self.branch_scores[span]
 
     def locate(self, index: int) -> str:
         """The file that a row is from, and its line or row there."""
@@ -184,12 +226,6 @@ def open_store(directory: Path) -> TokenStore | None:
 
 def _map_arrays(directory: Path, token_type: str) -> TokenStore:
     types = {"tokens": token_type} | ARRAY_TYPES
-    arrays = {name: np.memmap(directory / f"{name}.bin", types[name], "r") for name in ARRAYS}
-    return TokenStore(
-        tokens=arrays["tokens"],
-        trained=arrays["trained"],
-        offsets=arrays["offsets"],
-        numbers=arrays["numbers"],
-        files=arrays["files"],
-        row_trained=arrays["row_trained"],
-    )
+    if (directory / "branch_offsets.bin").exists():
+        types |= BRANCH_TYPES
+    return TokenStore(**{name: np.memmap(directory / f"{name}.bin", kind, "r") for name, kind in types.items()})

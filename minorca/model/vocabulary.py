@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minorca_kernels import DenseWeight, linear_cross_entropy
+from minorca_kernels import DenseWeight, linear_cross_entropy, linear_cross_entropy_and_entropy
 from minorca_kernels.dropout import dropout_definition
 
 
@@ -133,9 +133,7 @@ class VocabularyMatrix(DenseWeight):
 
     def linear(self, x_TH: Tensor) -> Tensor:
         """Logits [T, V] of hidden states."""
-        weight_VH = self._current()
-        if self.lora is not None:
-            x_TH, weight_VH = self.lora.extend(x_TH, weight_VH)
+        x_TH, weight_VH = self._with_update(x_TH)
         if self.rows is not None and torch.is_grad_enabled():
             rows = self.rows
             parts = (weight_VH[: rows.first], rows.values_NH.to(weight_VH.dtype), weight_VH[rows.stop :])
@@ -144,8 +142,19 @@ class VocabularyMatrix(DenseWeight):
 
     def losses(self, x_MH: Tensor, targets_M: Tensor) -> Tensor:
         """The cross-entropy [M] of each row of hidden states, in fp32 (`linear_cross_entropy`)."""
+        x_MH, weight_VH = self._with_update(x_MH)
+        return self._of_rows(linear_cross_entropy(x_MH, weight_VH, targets_M), x_MH, weight_VH, targets_M)
+
+    def losses_and_entropies(self, x_MH: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+        """`losses`, and the entropy [M] of each row's distribution, which has no gradient."""
+        x_MH, weight_VH = self._with_update(x_MH)
+        losses_M, entropies_M = linear_cross_entropy_and_entropy(x_MH, weight_VH, targets_M)
+        return self._of_rows(losses_M, x_MH, weight_VH, targets_M), entropies_M
+
+    def _with_update(self, x_MH: Tensor) -> tuple[Tensor, Tensor]:
+        """x and W, whose product are the logits."""
         weight_VH = self._current()
-        if self.lora is not None:
-            x_MH, weight_VH = self.lora.extend(x_MH, weight_VH)
-        losses_M = linear_cross_entropy(x_MH, weight_VH, targets_M)
+        return (x_MH, weight_VH) if self.lora is None else self.lora.extend(x_MH, weight_VH)
+
+    def _of_rows(self, losses_M: Tensor, x_MH: Tensor, weight_VH: Tensor, targets_M: Tensor) -> Tensor:
         return losses_M if self.rows is None else self.rows.losses(losses_M, x_MH, weight_VH, targets_M)

@@ -153,14 +153,14 @@ def run_step(
     learner.model.train()
     # what a first step makes stays: the optimizer's state, and copies of adapters
     clock("first step")
-    forward_backward(learner, first.to(world.device), 1.0, True)
+    forward_backward(learner, first.to(world.device), counts, True)
     learner.optimizer.step()
     if not later:
         learner.optimizer.zero_grad()
     clock("batch")
     batch = batch.to(world.device)
     seed_dropout(learner.model, config.train.seed, 1, 0)
-    forward_backward(learner, batch, float(len(batch.targets)), True, clock)
+    forward_backward(learner, batch, counts, True, clock)
     clock("optimizer")
     learner.trainable.sum_gradients(world)
     learner.trainable.clip_gradients(config.optim.max_grad_norm)

@@ -13,9 +13,11 @@ from minorca.model.layout import MATRICES
 from minorca.model.lora import LoRASettings, add_adapters, init_adapters, pad_for_adapters
 from minorca.model.network import Mistral
 from minorca.train import parallel
-from minorca.train.objectives import OBJECTIVES, Objective
+from minorca.train.objectives import NextToken, Objective
 from minorca.train.optim import Optimizer, adamw
+from minorca.train.preference_objective import preference, stored
 from minorca.train.ranks import World
+from minorca.train.reference import Reference
 from minorca.train.trainable import Adapters, TrainableSet, Weights
 
 
@@ -26,6 +28,7 @@ class Learner:
     Attributes:
         reduce_each: FSDP reduces gradients after every micro-batch, not once a step: until then they are whole on each
             rank, which is little for adapters alone.
+        reference: what preferences are measured against, where the objective needs one.
     """
 
     model: Mistral
@@ -33,20 +36,22 @@ class Learner:
     objective: Objective
     optimizer: Optimizer
     reduce_each: bool = False
+    reference: Reference | None = None
 
 
 def build(config: Config, base: ModelFiles, world: World, resumed: bool = False) -> Learner:
     """Meta device, adapters, activation checkpointing, sharding, then weights into what each rank stores.
 
     Args:
-        resumed: a checkpoint will be loaded, so `lora.init`, or of all weights the base, is not read again.
+        resumed: a checkpoint will be loaded, so `lora.init`, or of all weights the base, is not read again unless a
+            reference needs it.
     """
     full = config.train.full
     dtype = getattr(torch, config.model.dtype)
     settings = lora_settings(config, base.new_ids)
-    init = None if resumed else config.lora.init
-    if init:
-        check_init(init, settings, base.arch.layers)
+    measured = config.has_reference
+    init = config.lora.init if measured or not resumed else None
+    check_adapters(config, settings, base.arch.layers)
     model = build_model(base.arch, torch.float32 if full else dtype, base.quantization)
     if full:
         model.requires_grad_(True)
@@ -59,15 +64,41 @@ def build(config: Config, base: ModelFiles, world: World, resumed: bool = False)
     pad_for_adapters(model, world.device)
     model.to_empty(device="cpu" if config.parallel.cpu_offload else world.device)
     # a checkpoint of all weights needs no others
-    if not (full and resumed):
+    if not (full and resumed) or measured:
         load_weights(model, base)
     init_adapters(model, config.train.seed)
     if init:
         load_adapter(model, init)
     adapters = Adapters(model, settings, config.model.path)
     trainable = TrainableSet([Weights(model)], dtype) if full else TrainableSet([adapters])
+    reference = _reference(config, base, model, trainable) if measured else None
     optimizer = adamw(trainable.parameters.values(), config.optim)
-    return Learner(model, trainable, OBJECTIVES[config.train.objective](), optimizer, reduce_each=full)
+    return Learner(model, trainable, _objective(config, reference), optimizer, full, reference)
+
+
+def _reference(config: Config, base: ModelFiles, model: Mistral, trainable: TrainableSet) -> Reference:
+    """What preferences are measured against; the model is as training starts from it, and is so again after."""
+    other = config.dpo.reference
+    is_start = other == "auto" or (other == "base" and not config.lora.init)
+    # computed before the first step, it needs no values of its own
+    parameters = [] if is_start and config.dpo.precompute else trainable.parameters.values()
+    reference = Reference(model, parameters)
+    if not is_start:
+        if other == "base":
+            load_weights(model, base)
+            init_adapters(model, config.train.seed)
+        else:
+            load_adapter(model, other)
+        reference.exchange()
+    return reference
+
+
+def _objective(config: Config, reference: Reference | None) -> Objective:
+    name = config.train.objective
+    if name == "sft":
+        return NextToken()
+    log_probabilities = reference.log_probabilities if reference and not config.dpo.precompute else stored
+    return preference(name, config.dpo, log_probabilities)
 
 
 def lora_settings(config: Config, new_ids: range = range(0)) -> LoRASettings:
@@ -80,21 +111,27 @@ def lora_settings(config: Config, new_ids: range = range(0)) -> LoRASettings:
     )
 
 
-def check_init(init: str, ours: LoRASettings, layers: int) -> None:
-    """Raises UserError where the adapter to start from is of another shape or scale."""
-    theirs = read_adapter_settings(init)
-    for key in ("rank", "alpha", "targets", "rslora", "modules_to_save"):
-        here, there = getattr(ours, key), getattr(theirs, key)
+def check_adapters(config: Config, ours: LoRASettings, layers: int) -> None:
+    """Raises UserError where an adapter to start from, or to measure against, is of another shape or scale."""
+    for key, directory in config.adapters.items():
+        _check_adapter(directory, key, ours, layers)
+
+
+def _check_adapter(directory: str, key: str, ours: LoRASettings, layers: int) -> None:
+    theirs = read_adapter_settings(directory)
+    for name in ("rank", "alpha", "targets", "rslora", "modules_to_save"):
+        here, there = getattr(ours, name), getattr(theirs, name)
         same = set(here) == set(there) if isinstance(here, tuple) else here == there
         if not same:
-            raise UserError(f"is {here}, and the adapter {init} has {there}; set them equal", field=f"lora.{key}")
+            message = f"is {here}, and the adapter {directory} has {there}; set them equal"
+            raise UserError(message, field=f"lora.{name}")
     if ours.token_ids != theirs.token_ids:
         here, there = list(ours.token_ids), list(theirs.token_ids)
-        message = f"gives rows of the ids {here}, and the adapter {init} has rows of {there}; set them equal"
+        message = f"gives rows of the ids {here}, and the adapter {directory} has rows of {there}; set them equal"
         raise UserError(message, field="train.new_tokens")
     if any(theirs.part(i, target) != ours.part(i, target) for i in range(layers) for target in ours.targets):
         raise UserError(
-            f"is {init}, whose rank or scale is not the same in every layer, or which leaves layers out; training "
-            f"starts from uniform adapters alone: merge it (minorca.export), and train the result",
-            field="lora.init",
+            f"is {directory}, whose rank or scale is not the same in every layer, or which leaves layers out; only "
+            "uniform adapters can be trained or compared with: merge it (minorca.export), and train the result",
+            field=key,
         )

@@ -52,7 +52,7 @@ _UNKNOWN = object()
 _NAME = re.compile(r"step-(\d{8})")
 # settings that no number of a run follows from: where and how often it writes, on what it runs, and what the identity
 # holds by its content
-_FREE = {"model.path", "data.train", "data.eval", "data.store", "lora.init"}
+_FREE = {"model.path", "data.train", "data.eval", "data.store", "lora.init", "dpo.reference", "dpo.precompute"}
 _FREE |= {
     f"train.{key}"
     for key in (
@@ -88,6 +88,9 @@ def identity(
     values["the held-out rows' sha256"] = held_out.sha256() if held_out else None
     init = config.lora.init
     values["the initial adapter's sha256"] = sha256(adapter_file(Path(init))) if init else None
+    if config.has_reference:
+        directory = config.adapters.get("dpo.reference")
+        values["the reference"] = sha256(adapter_file(Path(directory))) if directory else config.dpo.reference
     values |= {f"the base's {key}": value for key, value in dataclasses.asdict(arch).items()}
     with ThreadPoolExecutor() as pool:
         digests = pool.map(sha256, weights)

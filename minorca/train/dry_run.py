@@ -14,7 +14,7 @@ from minorca.data.visible_text import marked_text
 from minorca.model.build import build_model
 from minorca.model.lora import add_adapters
 from minorca.train import metrics
-from minorca.train.build import check_init, lora_settings
+from minorca.train.build import check_adapters, lora_settings
 from minorca.train.forecast import Forecast
 from minorca.train.inputs import Inputs, read_inputs
 from minorca.train.optim import check_optimizer, learning_rate
@@ -36,8 +36,7 @@ def dry_run(config: Config) -> None:
     with contextlib.closing(Forecast(config)) as forecast, tempfile.TemporaryDirectory() as directory:
         data = dataclasses.replace(config.data, store=directory)
         inputs = read_inputs(dataclasses.replace(config, data=data))
-        if config.lora.init:
-            check_init(config.lora.init, lora_settings(config, inputs.base.new_ids), inputs.base.arch.layers)
+        check_adapters(config, lora_settings(config, inputs.base.new_ids), inputs.base.arch.layers)
         found, state = find_earlier(config, inputs.identity)
         schedule = inputs.schedule(config)
         length = run_length(config, schedule)

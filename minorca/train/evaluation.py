@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from minorca.config import Config
 from minorca.data.packing import plan_epoch
 from minorca.data.store import TokenStore
 from minorca.train.build import Learner
+from minorca.train.objectives import Sums
 from minorca.train.ranks import World
-from minorca.train.step import batch_outcome, local_batch
+from minorca.train.step import batch_sums, local_batch
 
 _SUFFIX = re.compile(r"(\.(jsonl?|parquet|csv|tsv|txt|arrow))?(\.(gz|zst))?$")
 
@@ -24,8 +24,8 @@ _SUFFIX = re.compile(r"(\.(jsonl?|parquet|csv|tsv|txt|arrow))?(\.(gz|zst))?$")
 def evaluate(
     learner: Learner, store: TokenStore, config: Config, world: World, noted: Sequence[int] = ()
 ) -> dict[str, float] | None:
-    """The loss of held-out rows, by the objective's normalizer, and its metrics, as `eval_NAME`; of several evaluation
-    sets also the loss of each, as `eval_loss/NAME`. Every rank calls it.
+    """The loss of held-out rows, and the objective's metrics, as `eval_NAME`; of several evaluation sets also the loss
+    of each, as `eval_loss/NAME`. Every rank calls it.
 
     noted: signals of this rank; once any rank has one, the evaluation ends and gives None.
     """
@@ -33,28 +33,31 @@ def evaluate(
     model.eval()
     sets = evaluation_sets(config, store)
     plan = [(name, step) for name, rows in sets.items() for step in _plan(store, rows, config, world)]
-    losses: dict[str, list[Tensor]] = {name: [] for name in sets}
-    outcomes = []
-    for name, micro_batches in plan:
+    done: list[Sums] = []
+    for _, micro_batches in plan:
         batch = local_batch(store, micro_batches, world.rank, world.device)
-        outcomes.append(batch_outcome(model, objective, batch, normalizer=1))
-        losses[name].append(outcomes[-1].loss)
+        done.append(batch_sums(model, objective, batch))
         if world.sum([len(noted)])[0]:
             break
     model.train()
-    shares = [torch.stack(losses[name]).sum().item() if losses[name] else 0.0 for name in sets]
-    names = list(outcomes[0].sums)
-    extra = [torch.stack([outcome.sums[name] for outcome in outcomes]).sum().item() for name in names]
-    finished, *totals = world.sum([len(outcomes) == len(plan), *shares, *extra])
+    names, places = list(done[0]), {name: place for place, name in enumerate(sets)}
+    shares = torch.stack([torch.stack(list(sums.values())) for sums in done]).cpu().double()
+    set_of_batch = torch.tensor([places[name] for name, _ in plan[: len(done)]])
+    by_set = torch.zeros(len(sets), len(names), dtype=torch.float64).index_add_(0, set_of_batch, shares)
+    finished, *flat = world.sum([len(done) == len(plan), *by_set.flatten().tolist()])
     if finished < world.size:
         return None
-    normalizer = objective.normalizer(store, np.arange(len(store)))
-    metrics = objective.metrics(dict(zip(names, totals[len(sets) :])), normalizer)
-    values = {"eval_loss": sum(totals[: len(sets)]) / normalizer}
+    totals = np.reshape(flat, (len(sets), len(names)))
+
+    def loss_and_metrics(rows: np.ndarray, totals: np.ndarray) -> tuple[float, dict[str, float]]:
+        sums, counts = dict(zip(names, totals.tolist())), objective.counts(store, rows)
+        # truncated rows may train nothing
+        return (objective.loss(sums, counts), objective.metrics(sums, counts)) if all(counts.values()) else (math.nan, {})
+
+    loss, metrics = loss_and_metrics(np.arange(len(store)), totals.sum(0))
+    values = {"eval_loss": loss}
     if len(sets) > 1:
-        for (name, rows), total in zip(sets.items(), totals):
-            # truncated rows may train nothing
-            values[f"eval_loss/{name}"] = total / (objective.normalizer(store, rows) or math.nan)
+        values |= {f"eval_loss/{name}": loss_and_metrics(sets[name], totals[place])[0] for name, place in places.items()}
     return values | {f"eval_{name}": value for name, value in metrics.items()}
 
 

@@ -29,11 +29,12 @@ from minorca.train.ranks import World
 log = logging.getLogger(__name__)
 
 # settings that may differ between ranks, where the content of what they name does not
-_PLACES = ("model.path", "data.train", "data.eval", "data.store", "lora.init", "train.output")
+_PLACES = ("model.path", "data.train", "data.eval", "data.store", "lora.init", "dpo.reference", "train.output")
 # what the ranks must have read alike: in words, and the keys of the identity that say so
 _CONTENTS = {
     "the base model": ("the base's",),
     "the initial adapter": ("the initial",),
+    "the reference": ("the reference",),
     "the held-out rows": ("the held-out",),
     "the rows": ("the rows'", "data.train's"),
 }
@@ -75,11 +76,11 @@ def read_inputs(config: Config) -> Inputs:
     base = open_model(config.model.path, parse_quantization(config.model.quantize, config.model.double_quant))
     check_unquantized(config, base.quantization, base.directory)
     check_length(config.data.seq_len, base.arch)
-    if config.lora.init:
+    for directory in config.adapters.values():
         # Before the rows are rendered, which may take minutes.
-        read_adapter_settings(config.lora.init)
-        if other := other_base(config.lora.init, base.quantization):
-            log.warning("%s: it %s", config.lora.init, other)
+        read_adapter_settings(directory)
+        if other := other_base(directory, base.quantization):
+            log.warning("%s: it %s", directory, other)
     tok, template = read_tokenizer(config)
     base = with_vocabulary(base, tok, config)
     store, held_out = read_data(config, tok, template)

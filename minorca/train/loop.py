@@ -26,6 +26,7 @@ from minorca.train.best import Best
 from minorca.train.build import Learner
 from minorca.train.evaluation import evaluate
 from minorca.train.inputs import Inputs
+from minorca.train.objectives import Counts, Sums
 from minorca.train.optim import learning_rate, set_learning_rate
 from minorca.train.ranks import World
 from minorca.train.run_length import RunLength
@@ -98,46 +99,46 @@ class Run:
         started = time.perf_counter()
         self.world.set_status(f"step {self.step}")
         rows = np.concatenate(micro_batches)
-        normalizer = self.learner.objective.normalizer(self.inputs.store, rows)
-        loss, sums = self._gradients(micro_batches, normalizer)
+        objective = self.learner.objective
+        counts = objective.counts(self.inputs.store, rows)
+        sums = self._gradients(micro_batches, counts)
 
         self.clock("optimizer")
         self.learner.trainable.sum_gradients(self.world)
         grad_norm = self.learner.trainable.clip_gradients(self.config.optim.max_grad_norm)
-        shares = [loss.item(), *signal_counts(self.noted), *(value.item() for value in sums.values())]
-        totals = self.world.sum(shares)
-        whole_loss, signals = totals[0], totals[1:3]
-        self.stopped_by = common_signal(signals)
+        # read at once: each reading waits for the device
+        shares = torch.stack(list(sums.values())).tolist()
+        terminated, interrupted, *totals = self.world.sum([*signal_counts(self.noted), *shares])
+        self.stopped_by = common_signal([terminated, interrupted])
+        totals = dict(zip(sums, totals))
+        loss = objective.loss(totals, counts)
         lr = learning_rate(self.step, self.length.steps, self.config.optim)
-        values = {"loss": whole_loss, "grad_norm": grad_norm, "lr": lr}
-        values |= self._update(micro_batches, lr, whole_loss, grad_norm)
+        values = {"loss": loss, "grad_norm": grad_norm, "lr": lr}
+        values |= self._update(micro_batches, lr, loss, grad_norm)
         self.learner.optimizer.zero_grad()
         phases = self.clock.read()
         seconds = time.perf_counter() - started
         self.clock("other")
         if self.record:
-            measured = self._measured(rows, normalizer, dict(zip(sums, totals[3:])), seconds)
+            measured = self._measured(rows, objective.metrics(totals, counts), seconds)
             self.record.step(self.step, values | measured, phases)
 
-    def _gradients(self, micro_batches: Step, normalizer: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Adds the gradients of this rank's micro-batches; returns its share of the step's loss, and of further sums.
+    def _gradients(self, micro_batches: Step, counts: Counts) -> Sums:
+        """Adds the gradients of this rank's micro-batches; returns their sums.
 
-        Both are still on the device: reading them here would have it wait for the host.
+        These are still on the device: reading them here would have it wait for the host.
         """
         world = self.world
-        loss = torch.zeros((), device=world.device)
-        sums: dict[str, Tensor] = {}
+        total: Sums = {}
         for first in range(0, len(micro_batches), world.size):
             index = first + world.rank
             last = first + world.size >= len(micro_batches)
             self.clock("data")
             batch = local_batch(self.inputs.store, micro_batches, index, world.device)
             seed_dropout(self.learner.model, self.config.train.seed, self.step, index)
-            outcome = forward_backward(self.learner, batch, normalizer, last, self.clock)
-            loss += outcome.loss
-            for name, value in outcome.sums.items():
-                sums[name] = sums[name] + value if name in sums else value
-        return loss, sums
+            sums = forward_backward(self.learner, batch, counts, last, self.clock)
+            total = {name: total[name] + value if total else value for name, value in sums.items()}
+        return total
 
     def _update(self, micro_batches: Step, lr: float, loss: float, grad_norm: float) -> dict:
         """Updates the parameters, unless the loss or gradient is NaN or infinite; returns what changes in the step's
@@ -163,7 +164,7 @@ class Run:
         values = {"loss": loss, "grad_norm": grad_norm}
         return {name: value if math.isfinite(value) else None for name, value in values.items()} | {"skipped": True}
 
-    def _measured(self, rows: np.ndarray, normalizer: int, sums: dict[str, float], seconds: float) -> dict:
+    def _measured(self, rows: np.ndarray, metrics_of_objective: dict[str, float], seconds: float) -> dict:
         """What a step's line says besides loss, norm and rate."""
         world, model = self.world, self.learner.model
         store = self.inputs.store
@@ -178,7 +179,7 @@ class Run:
         return {
             "tokens": sum(lengths),
             "trained_tokens": trained,
-            **self.learner.objective.metrics(sums, normalizer),
+            **metrics_of_objective,
             "seconds": seconds,
             "tokens_per_second": sum(lengths) / seconds,
             "mfu": flops / seconds / world.size / peak if peak else None,

@@ -10,20 +10,17 @@ from torch.distributed.fsdp import FSDPModule
 from minorca.config import Config
 from minorca.data.packing import Batch, Step, make_batch
 from minorca.data.store import TokenStore
-from minorca.model.attention import PackedAttention
 from minorca.model.lora import seed_dropout
 from minorca.model.network import Mistral
 from minorca.train.build import Learner
-from minorca.train.objectives import Objective, Outcome
+from minorca.train.forward import forward
+from minorca.train.objectives import Counts, Objective, Sums
 from minorca.train.ranks import World
 
 
-def batch_outcome(model: Mistral, objective: Objective, batch: Batch, normalizer: float) -> Outcome:
+def batch_sums(model: Mistral, objective: Objective, batch: Batch) -> Sums:
     """What a micro-batch is worth, by one forward."""
-    # made here, not from cu_seqlens inside: FSDP moves a forward's tensors to the GPU, and reading them back would
-    # stall it
-    attend = PackedAttention(batch.cu_seqlens, len(batch.tokens), model.arch.window, batch.tokens.device)
-    return model(batch.tokens, attend=attend, head=objective.head(batch, normalizer))
+    return forward(model, batch, objective.head(batch))
 
 
 def local_batch(store: TokenStore, micro_batches: Step, index: int, device: torch.device) -> Batch:
@@ -35,11 +32,11 @@ def local_batch(store: TokenStore, micro_batches: Step, index: int, device: torc
 def forward_backward(
     learner: Learner,
     batch: Batch,
-    normalizer: float,
+    counts: Counts,
     last: bool,
     clock: Callable[[str], None] = lambda phase: None,
-) -> Outcome:
-    """Adds a micro-batch's gradients; returns what it gave, detached.
+) -> Sums:
+    """Adds a micro-batch's gradients; returns its sums, detached.
 
     last: the step's last micro-batch of this rank, with which FSDP reduces gradients over all ranks.
     """
@@ -47,17 +44,17 @@ def forward_backward(
     if isinstance(learner.model, FSDPModule):
         learner.model.set_requires_gradient_sync(last or learner.reduce_each)
         learner.model.set_requires_all_reduce(last)
-    outcome = batch_outcome(learner.model, learner.objective, batch, normalizer)
+    sums = batch_sums(learner.model, learner.objective, batch)
     clock("backward")
-    outcome.loss.backward()
-    return Outcome(outcome.loss.detach(), {name: value.detach() for name, value in outcome.sums.items()})
+    learner.objective.loss(sums, counts).backward()
+    return {name: value.detach() for name, value in sums.items()}
 
 
 def locate_nonfinite(
     learner: Learner, store: TokenStore, micro_batches: Step, step: int, config: Config, world: World
 ) -> str:
     """Where a NaN or infinite loss or gradient came from: runs the step's micro-batches again, each alone."""
-    normalizer = learner.objective.normalizer(store, np.concatenate(micro_batches))
+    counts = learner.objective.counts(store, np.concatenate(micro_batches))
     found = []
     for index, rows in enumerate(micro_batches):
         learner.optimizer.zero_grad()
@@ -65,8 +62,8 @@ def locate_nonfinite(
         rank = index % world.size
         batch = make_batch(store, rows)
         batch = (batch if world.rank == rank else batch.without_targets()).to(world.device)
-        outcome = forward_backward(learner, batch, normalizer, last=True)
-        (loss,) = world.sum([outcome.loss.item()])
+        sums = forward_backward(learner, batch, counts, last=True)
+        (loss,) = world.sum([learner.objective.loss(sums, counts).item()])
         learner.trainable.sum_gradients(world)
         norm = learner.trainable.clip_gradients(config.optim.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -3,6 +3,7 @@
 import bisect
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -210,3 +211,90 @@ def test_targets_are_the_next_tokens_of_the_same_row(seed):
     assert not {start - 1 for start in starts} & set(batch.target_rows.tolist())
     nothing: Batch = batch.without_targets()
     assert nothing.tokens is batch.tokens and len(nothing.target_rows) == len(nothing.targets) == 0
+
+
+def random_trees(seed: int) -> TokenStore:
+    """Rows with one to four branches, of which each has a trained token at its end."""
+    draw = np.random.default_rng(seed)
+    tokens, trained, offsets, starts, scores, counts = [], [], [0], [], [], []
+    for _ in range(20):
+        lengths = draw.integers(1, 8, draw.integers(1, 5))
+        starts += (draw.integers(1, 12) + np.cumsum([0, *lengths[:-1]])).tolist()
+        mask = np.zeros(starts[-len(lengths)], bool)
+        for length in lengths:
+            mask = np.append(mask, [*(draw.random(length - 1) < 0.5), True])
+        tokens.append(draw.integers(0, 1000, len(mask)))
+        trained.append(mask)
+        offsets.append(offsets[-1] + len(mask))
+        scores += draw.integers(0, 3, len(lengths)).tolist()
+        counts.append(len(lengths))
+    return TokenStore(
+        tokens=np.concatenate(tokens).astype(np.uint16),
+        trained=np.concatenate(trained),
+        offsets=np.array(offsets),
+        branch_offsets=np.cumsum([0, *counts]),
+        branch_starts=np.array(starts, np.int32),
+        branch_scores=np.array(scores, np.float32),
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_answers_of_a_batch(seed):
+    """Against a loop over rows, branches and tokens: each branch is a document that starts with the prompt."""
+    store = random_trees(seed)
+    part = store.select([19, 4, 11, 7, 0])
+    rows = np.array([2, 0, 4, 1])
+    batch = make_batch(part, rows)
+    answers = batch.answers
+    assert answers is not None and answers.reference is None
+    target_rows, targets, lengths, scores, pairs = [], [], [], [], []
+    document = 0
+    for row, branches in zip(rows, batch.branches, strict=True):
+        ids, trained = part.row(row)
+        starts, worth = part.branches(row)
+        assert branches == starts.tolist() and not trained[: starts[0]].any()
+        first = len(lengths)
+        for start, end in zip(branches, [*branches[1:], len(ids)]):
+            places = [*range(branches[0]), *range(start, end)]
+            found = [(places[n - 1], place) for n, place in enumerate(places) if n and trained[place]]
+            target_rows += [document + before for before, _ in found]
+            targets += [ids[place] for _, place in found]
+            lengths.append(len(found))
+        scores += worth.tolist()
+        ranked = range(len(worth))
+        better = [[first + i, first + j] for i in ranked for j in ranked if worth[i] > worth[j]]
+        assert part.pair_counts[row] == len(better) and part.branch_counts[row] == len(worth)
+        pairs += better
+        document += len(ids)
+    assert batch.target_rows.tolist() == target_rows and batch.targets.tolist() == targets
+    assert answers.lengths.tolist() == lengths and answers.scores.tolist() == scores and answers.pairs.tolist() == pairs
+    assert answers.pairs.shape[1] == 2 and answers.scores.dtype == torch.float32 and answers.pairs.dtype == torch.int64
+    assert np.array_equal(part.pair_counts, store.pair_counts[[19, 4, 11, 7, 0]])
+
+
+def test_a_batch_of_trees_moved_and_without_targets():
+    batch = make_batch(random_trees(1), np.array([3, 5]))
+    assert batch.answers is not None
+    batch.answers.reference = torch.rand(len(batch.targets))
+    moved = batch.to(torch.device("meta"))
+    assert moved.answers is not None and {t.device.type for t in vars(moved.answers).values()} == {"meta"}
+    assert moved.branches == batch.branches and moved.cu_seqlens.device.type == "cpu"
+    empty = batch.without_targets()
+    assert empty.answers is not None and [tuple(t.shape) for t in vars(empty.answers).values()] == [
+        (0,),
+        (0,),
+        (0, 2),
+        (0,),
+    ]
+    assert empty.branches == batch.branches and torch.equal(empty.tokens, batch.tokens) and len(empty.targets) == 0
+    assert make_batch(random_store(0), np.array([1])).without_targets().answers is None
+
+
+def test_a_checksum_covers_what_branches_are_worth():
+    store = random_trees(0)
+    changed = [
+        replace(store, branch_scores=store.branch_scores + 1),
+        replace(store, branch_starts=np.maximum(store.branch_starts - 1, 1)),
+        replace(store, branch_offsets=store.branch_offsets[::-1].copy()),
+    ]
+    assert len({copy.sha256() for copy in (store, *changed)}) == 4

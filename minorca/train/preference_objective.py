@@ -1,0 +1,132 @@
+"""Preference tuning as an objective: what a micro-batch of answers to common prompts is worth.
+
+The losses are in preference.py. Metrics have TRL's names. Axes: T tokens, M scored tokens, A answers, P pairs.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minorca.config import DPOConfig
+from minorca.data.packing import Batch
+from minorca.data.store import TokenStore
+from minorca.model.vocabulary import VocabularyMatrix
+from minorca.train.objectives import Counts, Head, Sums
+from minorca.train.preference import LOSSES, Pairs, cpo, orpo, simpo
+
+# Log-probabilities [M] of a batch's targets
+LogProbabilities = Callable[[Batch], Tensor]
+OF_PAIRS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+OF_TOKENS = ("kl", "entropy")
+
+
+def rows_of(hidden_TH: Tensor, rows_M: Tensor) -> Tensor:
+    """Rows [M, H], of which one may come several times, with a gradient that repeats to the bit."""
+    # both add such rows up in order on their device, and the other in any
+    return hidden_TH[rows_M] if hidden_TH.is_cuda else hidden_TH.index_select(0, rows_M)
+
+
+def sum_answers(values_M: Tensor, lengths_A: Tensor) -> Tensor:
+    """Sums [A] over the scored tokens of each answer."""
+    return torch.segment_reduce(values_M, "sum", lengths=lengths_A)
+
+
+class PairwisePreference:
+    """Losses of pairs, averaged over them, and optionally the negative log-likelihood of chosen answers, averaged over
+    their tokens.
+
+    Args:
+        loss: log-ratios or log-probabilities of pairs -> [P].
+        reference: what log-ratios are taken to, computed before the policy's forward; None: the loss is one of
+            log-probabilities.
+        beta: rewards are beta times what the loss compares.
+        of_means: that is an average over an answer's tokens, not a sum.
+        sft_weight: of the negative log-likelihood.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Pairs], Tensor],
+        reference: LogProbabilities | None,
+        beta: float,
+        of_means: bool = False,
+        sft_weight: float = 0.0,
+    ):
+        self.pair_loss = loss
+        self.reference = reference
+        self.beta = beta
+        self.of_means = of_means
+        self.sft_weight = sft_weight
+
+    def counts(self, store: TokenStore, rows: np.ndarray) -> Counts:
+        pairs, tokens = int(store.pair_counts[rows].sum()), int(store.trained_counts[rows].sum())
+        chosen = sum(store.chosen_tokens(row) for row in rows) if self.sft_weight else 0
+        return {"pairs": pairs, "tokens": tokens} | ({"chosen tokens": chosen} if self.sft_weight else {})
+
+    def head(self, batch: Batch) -> Head:
+        answers = batch.answers
+        if answers is None:
+            raise ValueError("a batch without answers has no preferences")
+        reference_M = None if self.reference is None else self.reference(batch)
+
+        def sums(hidden_TH: Tensor, weight: VocabularyMatrix) -> Sums:
+            hidden_MH = rows_of(hidden_TH, batch.target_rows)
+            losses_M, entropies_M = weight.losses_and_entropies(hidden_MH, batch.targets)
+            compared_M = -losses_M if reference_M is None else -losses_M - reference_M
+            pairs = Pairs(
+                *(sum_answers(compared_M, answers.lengths)[place_P] for place_P in answers.pairs.unbind(1)),
+                *(answers.lengths[place_P] for place_P in answers.pairs.unbind(1)),
+            )
+            nll_P = sum_answers(losses_M, answers.lengths)[answers.pairs]
+            result = {"loss": self.pair_loss(pairs).sum(), "entropy": entropies_M.sum()}
+            if self.sft_weight:
+                result["sft"] = nll_P[:, 0].sum()
+            if reference_M is not None:
+                away_M = -compared_M.detach()
+                result["kl"] = (away_M.expm1() - away_M).sum()
+            return result | self._rewards(pairs) | dict(zip(("logps/chosen", "logps/rejected"), -nll_P.detach().sum(0)))
+
+        return sums
+
+    def _rewards(self, pairs: Pairs) -> Sums:
+        compared = pairs.means() if self.of_means else (pairs.chosen_P, pairs.rejected_P)
+        chosen_P, rejected_P = (self.beta * each.detach() for each in compared)
+        return {
+            "rewards/chosen": chosen_P.sum(),
+            "rewards/rejected": rejected_P.sum(),
+            "rewards/accuracies": (chosen_P > rejected_P).sum().to(chosen_P.dtype),
+            "rewards/margins": (chosen_P - rejected_P).sum(),
+        }
+
+    def loss(self, sums: Mapping[str, Any], counts: Counts) -> Any:
+        loss = sums["loss"] / counts["pairs"]
+        return loss + self.sft_weight * sums["sft"] / counts["chosen tokens"] if self.sft_weight else loss
+
+    def metrics(self, sums: Mapping[str, float], counts: Counts) -> dict[str, float]:
+        of_pairs = {name: sums[name] / counts["pairs"] for name in OF_PAIRS}
+        return of_pairs | {name: sums[name] / counts["tokens"] for name in OF_TOKENS if name in sums}
+
+
+def stored(batch: Batch) -> Tensor:
+    """The log-probabilities under the reference that lie beside the rows (precompute.py)."""
+    if batch.answers is None or batch.answers.reference is None:
+        raise ValueError("the reference's log-probabilities are not in the batch")
+    return batch.answers.reference
+
+
+def preference(objective: str, settings: DPOConfig, reference: LogProbabilities | None) -> PairwisePreference:
+    """The objective dpo, which takes the reference, orpo, simpo or cpo."""
+    beta, smoothing = settings.beta, settings.label_smoothing
+    if objective == "dpo":
+        loss = partial(LOSSES[settings.loss], beta=beta, smoothing=smoothing)
+        return PairwisePreference(loss, reference, beta, sft_weight=settings.sft_weight)
+    if objective == "simpo":
+        loss = partial(simpo, beta=beta, smoothing=smoothing, gamma=settings.gamma)
+        return PairwisePreference(loss, None, beta, of_means=True, sft_weight=settings.sft_weight)
+    if objective == "cpo":
+        return PairwisePreference(partial(cpo, beta=beta, smoothing=smoothing), None, beta, sft_weight=1.0)
+    return PairwisePreference(lambda pairs: beta * orpo(pairs), None, beta, of_means=True, sft_weight=1.0)

@@ -1,0 +1,51 @@
+"""The reference of preference tuning: the model that the policy is measured against."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from minorca.data.packing import Batch
+from minorca.model.network import Mistral
+from minorca.train.forward import forward
+from minorca_kernels.frozen_weight import local_part
+
+
+class Reference:
+    """The policy's own network with other values of what is trained, on each rank of its part. It runs the same kernels
+    in the same shapes: a policy with equal values has equal log-probabilities, to the bit.
+    """
+
+    def __init__(self, model: Mistral, parameters: Iterable[nn.Parameter]):
+        """Takes the parameters' values of now. Without parameters, the reference is the model as it is."""
+        self.model = model
+        self.parameters = list(parameters)
+        self.values = [local_part(parameter)[0].clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def log_probabilities(self, batch: Batch) -> Tensor:
+        """Of each target of a batch, [M] in fp32 (fp64 for fp64)."""
+        with self._in_place():
+            head = lambda hidden_TH, weight: -weight.losses(hidden_TH[batch.target_rows], batch.targets)
+            return forward(self.model, batch, head)
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        self.exchange()
+        try:
+            yield
+        finally:
+            self.exchange()
+
+    def exchange(self) -> None:
+        """Exchanges the values with the parameters': autograd counts the change, so that rounded copies are made anew."""
+        for parameter, value in zip(self.parameters, self.values):
+            local = local_part(parameter)[0]
+            current = local.clone()
+            local.copy_(value)
+            value.copy_(current)
+        if isinstance(self.model, FSDPModule):
+            # what a forward has gathered stays gathered in the root until its backward
+            self.model.reshard()
