@@ -27,7 +27,7 @@ from minorca.plan.apart import PlanProcess
 from minorca.plan.devices import machine
 from minorca.plan.estimate import Estimator, documents
 from minorca.plan.fake_device import unavailable
-from minorca.plan.fake_step import model_files, run_step, step_batches
+from minorca.plan.fake_step import model_files, run_step, step_rows
 from minorca.train.build import build
 from minorca.train.ranks import World
 
@@ -105,12 +105,12 @@ def planned(config: Config, arch: Architecture) -> int:
 def measured(config: Config, arch: Architecture) -> int:
     """Bytes at the peak of the same step on real tensors, as torch's allocator reports them."""
     world = World(0, 1, torch.device("cpu"))
-    batches = step_batches(documents(config))
+    rows = step_rows(config, documents(config))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         learner = build(config, model_files(arch), world)
         for parameter in learner.model.parameters():
             nn.init.normal_(parameter, std=0.02)
-        run_step(learner, config, world, batches, True, lambda phase: None)
+        run_step(learner, config, world, rows, True, lambda phase: None)
     # torch's annotations lack what its own memory_profiler reads
     recorded: Any = profiler.profiler
     events = recorded.kineto_results.events()

@@ -77,7 +77,8 @@ class Ours:
 
     def __init__(self, store: TokenStore, model: Mistral, directory: Path, adapter: dict[str, Tensor]):
         self.store = store
-        self.trained = int(store.trained.sum())
+        self.objective = NextToken()
+        self.counts = self.objective.counts(store, np.arange(len(store)))
         self.model = model.train()
         self.adapters = list(adapter_parameters(model).values())
         self.optimizer = adamw(self.adapters, OPTIM)
@@ -90,8 +91,8 @@ class Ours:
     def step(self) -> Iterator[str]:
         self.loss = 0.0
         for batch in self.batches:
-            head = NextToken().head(batch, self.trained)
-            loss = self.model(batch.tokens, batch.cu_seqlens, head=head).loss
+            sums = self.model(batch.tokens, batch.cu_seqlens, head=self.objective.head(batch))
+            loss = self.objective.loss(sums, self.counts)
             self.loss += loss.detach()
             yield "forward"
             loss.backward()

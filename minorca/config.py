@@ -47,7 +47,7 @@ class LoRAConfig:
     init: Annotated[str | None, "a PEFT adapter to start from"] = None
 
 
-Format = Literal["openorca", "sharegpt", "messages", "alpaca", "prompt_completion", "text"]
+Format = Literal["openorca", "sharegpt", "messages", "alpaca", "prompt_completion", "text", "preference"]
 
 
 @dataclass
@@ -107,6 +107,10 @@ class DataConfig:
         "what to do with empty answers; drop: leave out their turn, or the row if none is left",
     ] = "drop"
     bad_rows: Annotated[Literal["error", "drop"], "what to do with invalid rows; both list them by reason"] = "error"
+    pairs: Annotated[
+        Literal["extremes", "all"],
+        "of format preference, what a list of scored answers becomes: the best against the worst, or every pair",
+    ] = "extremes"
     columns: Annotated[dict[str, str], "the names of a format's columns in the data, as {instruction: question}"] = (
         field(default_factory=dict)
     )
@@ -180,7 +184,9 @@ def epochs_in(every: int | str) -> float | None:
 class TrainConfig:
     __pydantic_config__ = _STRICT
     objective: Annotated[
-        Literal["sft", "dpo", "orpo", "simpo", "cpo", "kto"], "sft: the rows; the others: preferences among answers"
+        Literal["sft", "dpo", "orpo", "simpo", "cpo", "kto"],
+        "what is minimized: sft, the loss of trained tokens; the others, of format preference, a loss of pairs of "
+        "answers or, kto, of single ones",
     ] = "sft"
     full: Annotated[bool, "train all weights, in fp32 and sharded over the ranks, instead of adapters"] = False
     new_tokens: Annotated[list[str], "control tokens to add to the vocabulary; their rows are trained"] = field(
@@ -221,7 +227,9 @@ class DPOConfig:
         "of objective dpo; sigmoid with label_smoothing is cDPO",
     ] = "sigmoid"
     label_smoothing: Annotated[float, "the share of preferences taken to be the wrong way round"] = 0.0
-    sft_weight: Annotated[float, "of the chosen answers' cross-entropy, which is added; orpo and cpo have their own"] = 0.0
+    sft_weight: Annotated[
+        float, "of the chosen answers' cross-entropy, which is added; orpo and cpo have their own"
+    ] = 0.0
     gamma: Annotated[float, "the margin of objective simpo"] = 0.5
     desirable_weight: Annotated[float, "of desirable answers in objective kto"] = 1.0
     undesirable_weight: Annotated[float, "of undesirable answers in objective kto"] = 1.0

@@ -14,6 +14,7 @@ from minorca.config import (
     OptimConfig,
     Source,
     TrainConfig,
+    choices,
     epochs_in,
 )
 from minorca.data.formats import FORMATS
@@ -66,7 +67,7 @@ _OF_OBJECTIVES = {
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
     "reference": ("dpo", "kto"),
-    "precompute": ("dpo", "kto"),
+    "precompute": ("dpo",),
     "beta": ("dpo", "orpo", "simpo", "cpo", "kto"),
 }
 _SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", "exo")
@@ -98,9 +99,10 @@ def problems(config: Config) -> Iterator[Problem]:
     if not lora.targets or len(set(lora.targets)) < len(lora.targets):
         yield problem(f"is {lora.targets}; expected at least one target, each once", "lora.targets")
     yield from _full_problems(config)
-    yield from _preference_problems(config)
+    yield from _objective_problems(config)
     yield from _vocabulary_problems(lora, train)
     yield from _source_problems(data)
+    yield from _preference_problems(data, train)
     yield from _schedule_problems(config.optim, train)
     yield from _evaluation_problems(train, data)
     if train.micro_batch_tokens < data.seq_len:
@@ -145,7 +147,7 @@ def _full_problems(config: Config) -> Iterator[Problem]:
         yield problem(message, "parallel.shard", "train.full")
 
 
-def _preference_problems(config: Config) -> Iterator[Problem]:
+def _objective_problems(config: Config) -> Iterator[Problem]:
     """Settings of dpo that are out of range, or that the objective does not read."""
     objective, dpo = config.train.objective, config.dpo
     for key in dataclasses.fields(DPOConfig):
@@ -260,13 +262,38 @@ def _source_problems(data: DataConfig) -> Iterator[Problem]:
             if source.format == "text" and data.train_on != "all":
                 message = f"reads {source.path} as plain text, which has no responses; set data.train_on to all"
                 yield problem(message, key, "data.train_on", "data.format")
-            if source.format != "text" and data.too_long == "split":
+            if source.format not in ("text", "preference") and data.too_long == "split":
                 message = (
                     f"is split, but {key} reads {source.path} as {source.format}, and only text can be split; "
                     "choose drop, truncate or error"
                 )
                 yield problem(message, "data.too_long", key, "data.format")
             yield from _name_problems(source, key)
+
+
+def _preference_problems(data: DataConfig, train: TrainConfig) -> Iterator[Problem]:
+    """Settings that contradict format preference, which the objectives other than sft need."""
+    named = [(f"data.{name}", source) for name in ("train", "eval") for source in data.sources(getattr(data, name))]
+    compared = [(key, source) for key, source in named if source.format == "preference"]
+    if data.pairs != "extremes" and not compared:
+        yield problem(f"is {data.pairs}, which needs data.format preference", "data.pairs", "data.format")
+    for key, source in named:
+        reads = f"but {key} reads {source.path} as {source.format}"
+        if source.format != "preference" and train.objective != "sft":
+            message = f"is {train.objective}, {reads}; set data.format to preference, or the objective to sft"
+            yield problem(message, "train.objective", key, "data.format")
+        elif source.format == "preference" and train.objective == "sft":
+            others = ", ".join(choices("train.objective")[1:])
+            message = f"is sft, {reads}; set it to one of {others}, or read another format"
+            yield problem(message, "train.objective", key, "data.format")
+    for key, source in compared:
+        reads = f"but {key} reads {source.path} as preference"
+        if data.train_on == "all":
+            message = f"is all, {reads}, of which answers alone are scored; choose response or last"
+            yield problem(message, "data.train_on", key, "data.format")
+        if data.too_long in ("truncate", "split"):
+            message = f"is {data.too_long}, {reads}, and an answer that is cut would be scored as another; choose drop"
+            yield problem(f"{message} or error", "data.too_long", key, "data.format")
 
 
 def _name_problems(source: Source, key: str) -> Iterator[Problem]:

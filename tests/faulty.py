@@ -61,7 +61,7 @@ def is_existing_directory(path, *_, **__):
 write_tensors = checkpoint.write_tensors
 # name -> (owner and attribute that are replaced, the function to call at the COUNTth call, which calls count)
 POINTS = {
-    "before forward": (step, "batch_outcome", die, always),
+    "before forward": (step, "batch_sums", die, always),
     "after backward": (TrainableSet, "clip_gradients", die, always),
     "in a write": (checkpoint, "write_tensors", half_written, always),
     "before the manifest": (checkpoint, "write_manifest", die, always),
@@ -135,14 +135,14 @@ def other_rows(rank: int) -> None:
 
 
 def out_of_memory(rank: int) -> None:
-    batch_outcome = step.batch_outcome
+    batch_sums = step.batch_sums
 
     def outcome(*arguments):
         if os.environ["RANK"] == str(rank):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return batch_outcome(*arguments)
+        return batch_sums(*arguments)
 
-    step.batch_outcome = outcome
+    step.batch_sums = outcome
 
 
 RANK_FAULTS = {
@@ -156,7 +156,7 @@ RANK_FAULTS = {
 
 def make_nan(point: str, row: int) -> None:
     make_batch = step.make_batch
-    batch_outcome = step.batch_outcome
+    batch_sums = step.batch_sums
     # the tokens of batches that contain the row
     affected = set()
 
@@ -166,16 +166,16 @@ def make_nan(point: str, row: int) -> None:
             affected.add(batch.tokens.numpy().tobytes())
         return batch
 
-    def outcome_with_nan(model, objective, batch):
-        outcome = batch_outcome(model, objective, batch)
-        loss = outcome.loss
+    def sums_with_nan(model, objective, batch):
+        sums = batch_sums(model, objective, batch)
+        loss = sums["loss"]
         if batch.tokens.cpu().numpy().tobytes() in affected and len(batch.targets):
             # the square root is finite at 0, its derivative is not
-            outcome.loss = loss * torch.nan if point == "nan loss" else loss + (loss - loss.detach()).sqrt()
-        return outcome
+            sums["loss"] = loss * torch.nan if point == "nan loss" else loss + (loss - loss.detach()).sqrt()
+        return sums
 
     step.make_batch = recorded_batch
-    step.batch_outcome = outcome_with_nan
+    step.batch_sums = sums_with_nan
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ lora:     {rank: 16, alpha: 32, dropout: 0.0, targets: [q, k, v, o, gate, up, do
            rslora: false, init: null}
 data:     {train: PATH, eval: null, limit: null, format: openorca, template: auto, seq_len: 4096, packing: true,
            store: null, train_on: response, too_long: drop, empty_response: drop, bad_rows: error,
-           columns: {}, roles: {}, parse_control_tokens: true}
+           pairs: extremes, columns: {}, roles: {}, parse_control_tokens: true}
 optim:    {name: adamw, lr: 2.0e-4, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.0, warmup_steps: 0,
            warmup_ratio: null, schedule: cosine, min_lr: 0.0, max_grad_norm: 1.0}
 train:    {objective: sft, full: false, new_tokens: [], steps: null, epochs: 1, batch_tokens: 32768,
@@ -233,7 +233,7 @@ def test_what_was_complained_of_is_no_part_of_a_contradiction(read):
     [
         ("model: {path: DIR, quantize: fp8}\ndata: {train: PATH}", "model.quantize is 'fp8'"),
         ("model: {path: DIR}\ndata: {train: PATH, format: preference}", "data.format is 'preference'"),
-        (MINIMAL + "train: {objective: dpo}", "train.objective is 'dpo'"),
+        (MINIMAL + "train: {objective: ppo}", "train.objective is 'ppo'"),
         (MINIMAL + "dpo: {beta: 0.1}", "dpo is an unknown setting"),
     ],
 )

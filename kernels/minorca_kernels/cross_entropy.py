@@ -153,8 +153,8 @@ def _cross_entropy_torch(
 # ------------------------------------------------------------------------------------------- operators and autograd
 
 # Both loops take a function that computes a chunk's logits, and one of (logits, targets, losses, entropies, gradient)
-# that writes its losses, its entropies where they are not None, and, if `gradient` is true, overwrites its logits by the
-# gradient of each row's own loss.
+# that writes its losses, its entropies where they are not None, and, if `gradient` is true, overwrites its logits by
+# the gradient of each row's own loss.
 
 
 def _forward(

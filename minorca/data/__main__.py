@@ -3,12 +3,13 @@
 import logging
 import sys
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 
 from minorca import cli
 from minorca.config import DataConfig
-from minorca.data.conversation import is_trained_answer
+from minorca.data.conversation import Conversation, is_trained_answer
 from minorca.data.new_tokens import training_tokenizer
 from minorca.data.prepare import prepare_store
 from minorca.data.rendering import Outcome, decide
@@ -63,24 +64,26 @@ def _describe(row: Row | RowError, outcome: Outcome, template: str, data: DataCo
     trained = sum(int(outcome.trained[start + 1 : end].sum()) for start, end in outcome.pieces)
     writer = "plain text" if isinstance(row.content, str) else f"template {template}"
     parts = [writer, f"{count} tokens", f"{trained} trained"]
+    if outcome.branch_starts:
+        parts.append(f"{outcome.branch_starts[0]} in the prompt")
     if len(outcome.pieces) > 1:
         parts.append(f"split into {len(outcome.pieces)} rows")
     elif outcome.pieces[0][1] < count:
         parts.append(f"truncated to data.seq_len, {data.seq_len}")
     if outcome.empty_answers:
         parts.append(f"empty answers dropped with their questions: {outcome.empty_answers}")
-    messages = [] if isinstance(row.content, str) or data.train_on == "all" else row.content.messages
+    messages = row.content.messages if isinstance(row.content, Conversation) and data.train_on != "all" else []
     if excluded := sum(message["role"] == "assistant" and not is_trained_answer(message) for message in messages):
         parts.append(f"answers excluded by weight: {excluded}")
     return ", ".join([*parts, *outcome.notes])
 
 
 def _text_with_cuts(tok: Tokenizer, outcome: Outcome, seq_len: int) -> str:
-    """A row's text with what is trained of it marked, and with the places where it is cut."""
+    """A row's text with what is trained of it marked, headings over its branches, and the places where it is cut."""
     count = len(outcome.ids)
     trained = np.zeros(count, bool)
     # Pieces overlap by a token: what starts at a piece's second token is what follows the cut.
-    cuts = {}
+    cuts = _headings(outcome)
     for start, end in outcome.pieces:
         trained[start + 1 : end] = outcome.trained[start + 1 : end]
         if end < count:
@@ -89,6 +92,21 @@ def _text_with_cuts(tok: Tokenizer, outcome: Outcome, seq_len: int) -> str:
         end = outcome.pieces[-1][1]
         cuts[end] = f"\n[cut here: data.seq_len is {seq_len}, and the {count - end} tokens below are not used]\n"
     return marked_text(tok, outcome.ids, trained, cuts)
+
+
+def _headings(outcome: Outcome) -> dict[int, str]:
+    """What a branch is and how long, by the index at which it starts."""
+    scores = outcome.branch_scores
+    roles = {(1, 0): ("chosen", "rejected"), (1,): ("desirable",), (0,): ("undesirable",)}
+    names = roles.get(tuple(scores), [f"score {score:g}" for score in scores])
+    if outcome.dropped:
+        # Neither of a tie is better, and of identical answers one is shown.
+        names = ["answer"] * len(scores)
+    spans = pairwise([*outcome.branch_starts, len(outcome.ids)])
+    return {
+        start: f"\n-- {name}: {end - start} tokens, {outcome.trained[start:end].sum()} trained\n"
+        for (start, end), name in zip(spans, names, strict=True)
+    }
 
 
 def prepare(argv: list[str]) -> None:

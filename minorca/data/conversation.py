@@ -34,6 +34,10 @@ class Preference:
     scores: list[float]
 
 
+# What a row has.
+Content = Conversation | Preference | str
+
+
 def join_text_parts(parts: list) -> str:
     """The text of a message's content that is a list of parts, one a line, as OpenAI's API has it.
 

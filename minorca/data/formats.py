@@ -8,6 +8,7 @@ alpaca              instruction, input (optional; after the instruction and a bl
 prompt_completion   prompt, completion: both text, or both lists of messages or their JSON, of which the prompt's are
                     not trained
 text                text, which is written as it is, without a template
+preference          answers to compare (preference.py)
 
 messages.py reads the messages. Other columns are counted and not used. `data.columns` maps a format's columns to those
 of the data, `data.roles` the data's role names to ours.
@@ -17,35 +18,39 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from minorca.data.conversation import Conversation
+from minorca.data.conversation import Content, Conversation
 from minorca.data.messages import (
+    add_system,
     check_text,
-    has_message_keys,
+    messages_in,
     read_list,
     read_messages,
     read_text,
     read_tools,
+    straighten_apostrophes,
     type_name,
 )
+from minorca.data.preference import LABELLED, OPTIONAL, PAIR, read_preference
 from minorca.errors import UserError
-from minorca.files.safe_io import parse_json
 
 # A record as its data set has it, further role names, counts.
-Convert = Callable[[dict, Mapping[str, str], Counter], Conversation | str]
+Convert = Callable[[dict, Mapping[str, str], Counter], Content]
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class RowFormat(NamedTuple):
     """A format: the function that converts a record and counts what it changed or ignored, and the columns it reads.
 
-    `convert` raises a UserError whose `field` is the column, and the place in it, that is invalid.
+    `convert` raises a UserError whose `field` is the column, and the place in it, that is invalid. A record needs all
+    columns of `needed`, or of one of `instead`.
     """
 
     convert: Convert
     needed: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    instead: tuple[tuple[str, ...], ...] = ()
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -59,8 +64,8 @@ def convert_record(
     counts: Counter,
     columns: Mapping[str, str] = NOTHING,
     roles: Mapping[str, str] = NOTHING,
-) -> Conversation | str:
-    """A record (a row's values by column) as a conversation or plain text.
+) -> Content:
+    """A record (a row's values by column) as a conversation, answers to compare, or plain text.
 
     Args:
         counts: gets what is ignored or changed.
@@ -82,25 +87,28 @@ def convert_record(
     except UserError as error:
         # A column and the place in it, or two of these.
         places = (error.field or "").split(" and ")
-        error.field = " and ".join(re.sub(r"^\w+", lambda name: columns.get(name[0], name[0]), at) for at in places)
+        error.field = " and ".join(re.sub(r"^[\w-]+", lambda name: columns.get(name[0], name[0]), at) for at in places)
         raise
 
 
 def check_columns(record: dict, format: str, columns: Mapping[str, str] = NOTHING) -> None:
     """Raises UserError where a record lacks a column that its format needs."""
-    needed = FORMATS[format].needed
-    for name in needed:
-        if columns.get(name, name) not in record:
-            wanted = ", ".join(columns.get(name, name) for name in needed)
-            raise UserError(
-                f"is missing; format {format} needs the columns {wanted}, "
-                f"got {', '.join(map(str, record))}; fix the row, data.format or data.columns",
-                field=f"column {columns.get(name, name)}",
-            )
+    row_format = FORMATS[format]
+    sets = [[columns.get(name, name) for name in names] for names in (row_format.needed, *row_format.instead)]
+    # Of which the record has the largest part.
+    closest = min(sets, key=lambda names: sum(name not in record for name in names) / len(names))
+    missing = [name for name in closest if name not in record]
+    if missing:
+        wanted = ", or ".join(", ".join(names) for names in sets)
+        raise UserError(
+            f"is missing; format {format} needs the columns {wanted}, "
+            f"got {', '.join(map(str, record))}; fix the row, data.format or data.columns",
+            field=f"column {missing[0]}",
+        )
 
 
 def _openorca(record: dict, roles: Mapping[str, str], counts: Counter) -> Conversation:
-    system = _straighten_apostrophes(read_text(record, "system_prompt"), counts)
+    system = straighten_apostrophes(read_text(record, "system_prompt"), counts)
     return _conversation(system, read_text(record, "question"), read_text(record, "response"))
 
 
@@ -108,7 +116,7 @@ def _sharegpt(record: dict, roles: Mapping[str, str], counts: Counter) -> Conver
     conversation = _chat(record, roles, counts, "conversations")
     for message in conversation.messages:
         if message["role"] == "system":
-            message["content"] = _straighten_apostrophes(message["content"], counts)
+            message["content"] = straighten_apostrophes(message["content"], counts)
     return conversation
 
 
@@ -116,12 +124,7 @@ def _chat(record: dict, roles: Mapping[str, str], counts: Counter, column: str =
     messages = read_messages(record, column, roles, counts)
     if not messages:
         raise UserError("is empty; expected at least one message", field=column)
-    system = {"role": "system", "content": read_text(record, "system")}
-    if system["content"] and system not in messages:
-        if any(message["role"] == "system" for message in messages):
-            raise UserError(f"differs from the system message in {column}; remove one", field="system")
-        messages = [system, *messages]
-    return Conversation(messages, read_tools(record))
+    return Conversation(add_system(record, messages, column), read_tools(record))
 
 
 def _alpaca(record: dict, roles: Mapping[str, str], counts: Counter) -> Conversation:
@@ -141,7 +144,7 @@ def _alpaca(record: dict, roles: Mapping[str, str], counts: Counter) -> Conversa
 
 def _prompt_completion(record: dict, roles: Mapping[str, str], counts: Counter) -> Conversation:
     columns = ("prompt", "completion")
-    lists = {column: messages for column in columns if (messages := _messages_in(record[column])) is not None}
+    lists = {column: messages for column in columns if (messages := messages_in(record[column])) is not None}
     if not lists:
         return _conversation("", read_text(record, "prompt"), read_text(record, "completion"))
     if len(lists) < 2:
@@ -150,19 +153,6 @@ def _prompt_completion(record: dict, roles: Mapping[str, str], counts: Counter) 
     prompt, completion = (read_messages(lists, column, roles, counts) for column in columns)
     excluded = [m | {"weight": 0} if m["role"] == "assistant" else m for m in prompt]
     return Conversation(excluded + completion, read_tools(record))
-
-
-def _messages_in(value: Any) -> list | None:
-    """A list, or the list of messages that a text is the JSON of; other text only looks like one and stays text."""
-    if not isinstance(value, str):
-        return value if isinstance(value, list) else None
-    if not value.lstrip().startswith("["):
-        return None
-    try:
-        messages = parse_json(value)
-    except (ValueError, RecursionError):
-        return None
-    return messages if messages and all(map(has_message_keys, messages)) else None
 
 
 def _plain_text(record: dict, roles: Mapping[str, str], counts: Counter) -> str:
@@ -176,6 +166,7 @@ FORMATS = {
     "alpaca": RowFormat(_alpaca, ("instruction", "output"), ("input", "system", "history")),
     "prompt_completion": RowFormat(_prompt_completion, ("prompt", "completion"), ("tools",)),
     "text": RowFormat(_plain_text, ("text",)),
+    "preference": RowFormat(read_preference, PAIR, OPTIONAL, (("completions",), LABELLED)),
 }
 
 
@@ -183,9 +174,3 @@ def _conversation(system: str, *texts: str) -> Conversation:
     """Questions and answers in turn, after the system prompt, if it is not empty."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return Conversation([{"role": "system", "content": system}, *messages] if system else messages)
-
-
-def _straighten_apostrophes(system: str, counts: Counter) -> str:
-    """OpenOrca and data sets derived from it have their sixteen system prompts in both spellings."""
-    counts["system prompts with ’ read as '"] += "’" in system
-    return system.replace("’", "'")

@@ -102,7 +102,40 @@ def _read_message(turn: Any, place: str, roles: dict[str, str], counts: Counter)
     return message
 
 
-def has_message_keys(value: Any) -> bool:
+def add_system(record: dict, messages: list[dict], place: str) -> list[dict]:
+    """The messages after the system prompt in the column `system`, if there is one that they lack.
+
+    Raises:
+        UserError: they have another.
+    """
+    system = {"role": "system", "content": read_text(record, "system")}
+    if not system["content"] or system in messages:
+        return messages
+    if any(message["role"] == "system" for message in messages):
+        raise UserError(f"differs from the system message in {place}; remove one", field="system")
+    return [system, *messages]
+
+
+def straighten_apostrophes(system: str, counts: Counter) -> str:
+    """OpenOrca and data sets derived from it have their sixteen system prompts in both spellings."""
+    counts["system prompts with ’ read as '"] += "’" in system
+    return system.replace("’", "'")
+
+
+def messages_in(value: Any) -> list | None:
+    """A list, or the list of messages that a text is the JSON of; other text only looks like one and stays text."""
+    if not isinstance(value, str):
+        return value if isinstance(value, list) else None
+    if not value.lstrip().startswith("["):
+        return None
+    try:
+        messages = parse_json(value)
+    except (ValueError, RecursionError):
+        return None
+    return messages if messages and all(map(_has_message_keys, messages)) else None
+
+
+def _has_message_keys(value: Any) -> bool:
     """Whether a value has a message's role and its content or calls."""
     return isinstance(value, dict) and any(keys <= value.keys() for keys in (*map(set, KEYS), {"role", "tool_calls"}))
 

@@ -6,6 +6,7 @@ number of the step, and what a step holds does not depend on the number of ranks
 
 import math
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -219,6 +220,11 @@ class Answers:
     pairs: Tensor
     reference: Tensor | None = None
 
+    def apply(self, change: Callable[[Tensor], Tensor]) -> "Answers":
+        """The same with every tensor changed."""
+        reference = None if self.reference is None else change(self.reference)
+        return Answers(change(self.lengths), change(self.scores), change(self.pairs), reference)
+
 
 @dataclass
 class Batch:
@@ -245,17 +251,18 @@ class Batch:
         def move(t: Tensor) -> Tensor:
             return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
 
-        tensors = {name: move(getattr(self, name)) for name in ("tokens", "target_rows", "targets")}
-        if self.answers is not None:
-            moved = {name: move(t) for name, t in vars(self.answers).items() if t is not None}
-            tensors["answers"] = replace(self.answers, **moved)
-        return replace(self, **tensors)
+        return Batch(
+            tokens=move(self.tokens),
+            cu_seqlens=self.cu_seqlens,
+            target_rows=move(self.target_rows),
+            targets=move(self.targets),
+            branches=self.branches,
+            answers=self.answers and self.answers.apply(move),
+        )
 
     def without_targets(self) -> "Batch":
         """The same documents without targets: what a rank runs when a step leaves it no micro-batch."""
-        answers = self.answers and Answers(
-            **{name: t if t is None else t[:0] for name, t in vars(self.answers).items()}
-        )
+        answers = self.answers and self.answers.apply(lambda t: t[:0])
         return replace(self, target_rows=self.target_rows[:0], targets=self.targets[:0], answers=answers)
 
 
@@ -289,5 +296,13 @@ def _with_branches(batch: Batch, store: TokenStore, rows: np.ndarray, targets_at
             lengths=torch.bincount(answer, minlength=len(starts)),
             scores=torch.from_numpy(np.concatenate([scores for _, scores in trees])),
             pairs=torch.from_numpy(np.concatenate(pairs)),
+            reference=_reference(store, rows),
         ),
     )
+
+
+def _reference(store: TokenStore, rows: np.ndarray) -> Tensor | None:
+    values = store.reference
+    if values is None:
+        return None
+    return torch.from_numpy(np.concatenate([values[store.trained_span(row)] for row in rows]))

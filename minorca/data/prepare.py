@@ -23,7 +23,7 @@ from tqdm import tqdm
 from minorca.config import DataConfig, Source
 from minorca.data.rendering import RENDERER_VERSION, render_sources
 from minorca.data.sources import SourceReader, open_source
-from minorca.data.store import ARRAYS, FORMAT, TokenStore, finish_store, open_store, summarize
+from minorca.data.store import ARRAYS, BRANCH_TYPES, FORMAT, TokenStore, finish_store, open_store, summarize
 from minorca.data.tally import Tally, raise_errors
 from minorca.data.tokenizer import Tokenizer
 from minorca.errors import UserError
@@ -93,6 +93,8 @@ def _fingerprint(readers: list[SourceReader], tok: Tokenizer, template: str, dat
         "template": template,
         "settings": {name: getattr(data, name) for name in SETTINGS},
     } | ({"new tokens": tok.new_tokens} if tok.new_tokens else {})
+    if readers[0].source.format == "preference":
+        key["pairs"] = data.pairs
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -138,11 +140,15 @@ def _build(directory: Path, readers: list[SourceReader], tok: Tokenizer, templat
 def _write_store(directory: Path, readers: list[SourceReader], tok: Tokenizer, template: str, data: DataConfig) -> None:
     """Renders all rows into a directory."""
     tallies = [Tally() for _ in readers]
-    total = 0
     token_type = ""
     with ExitStack() as stack:
-        files = {name: stack.enter_context((directory / f"{name}.bin").open("wb")) for name in ARRAYS}
-        np.zeros(1, np.int64).tofile(files["offsets"])
+        # Sources are all of format preference or none is.
+        trees = BRANCH_TYPES if readers[0].source.format == "preference" else {}
+        files = {name: stack.enter_context((directory / f"{name}.bin").open("wb")) for name in (*ARRAYS, *trees)}
+        # Where the rows of a chunk go on.
+        ends = {name: 0 for name in ("offsets", "branch_offsets") if name in files}
+        for name in ends:
+            np.zeros(1, np.int64).tofile(files[name])
         counts = [tally.counts for tally in tallies]
         chunks = stack.enter_context(closing(render_sources(readers, tok, template, data, counts)))
         # disable=None: no progress bar unless on a terminal
@@ -151,10 +157,12 @@ def _write_store(directory: Path, readers: list[SourceReader], tok: Tokenizer, t
             tallies[n].update(tally)
             if tally.broken:
                 break
-            (chunk.offsets[1:] + total).tofile(files["offsets"])
-            for name in files.keys() - {"offsets"}:
-                getattr(chunk, name).tofile(files[name])
-            total += len(chunk.tokens)
+            for name in files if len(chunk) else ():
+                array = getattr(chunk, name)
+                if name in ends:
+                    array = array[1:] + ends[name]
+                    ends[name] = int(array[-1])
+                array.tofile(files[name])
             token_type = chunk.tokens.dtype.name
             progress.update(len(chunk))
     raise_errors(tallies)

@@ -19,13 +19,14 @@ import numpy as np
 
 from minorca.config import DataConfig
 from minorca.data.chat_template import render
-from minorca.data.conversation import Conversation, drop_empty_answers, is_trained_answer, only_last_answer
+from minorca.data.conversation import Conversation, Preference, drop_empty_answers, is_trained_answer, only_last_answer
 from minorca.data.rendered import Rendered
 from minorca.data.row_files import RowError
 from minorca.data.sources import Row, SourceReader, read_rows
 from minorca.data.store import TokenStore
 from minorca.data.tally import Tally, reason_of
 from minorca.data.tokenizer import Tokenizer, load_tokenizer
+from minorca.data.tree import LEFT_OUT, join_answers, select_answers
 from minorca.errors import UserError
 
 # Token stores are found again by this number, so raise it with every change that gives any row other ids, another loss
@@ -44,7 +45,7 @@ RenderedChunk = tuple[int, TokenStore, Tally]
 
 
 def render_row(row: Row, tok: Tokenizer, template: str, data: DataConfig) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """A row as it is trained.
+    """A row, but of format preference, as it is trained.
 
     Returns:
         Its ids [n] uint32; its loss mask [n] bool, True for trained tokens, of which the first is never one; and what
@@ -54,7 +55,7 @@ def render_row(row: Row, tok: Tokenizer, template: str, data: DataConfig) -> tup
         UserError: a message that is invalid or cannot be rendered, with the row's file and place.
     """
     try:
-        rendered = _render(row.content, tok, template, data)
+        rendered = _render(cast(Conversation | str, row.content), tok, template, data)
     except UserError as error:
         if error.path is not None:
             # A file of the model is at fault for this row: the message names both.
@@ -102,6 +103,7 @@ class Outcome:
         error: what is wrong with the row; training on it ends with this error unless it is dropped for that.
         empty_answers: how many answers are left out with their questions.
         notes: what else the user should know.
+        branch_starts, branch_scores: of a tree, as a store has them.
     """
 
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
@@ -111,6 +113,8 @@ class Outcome:
     error: UserError | None = None
     empty_answers: int = 0
     notes: list[str] = field(default_factory=list)
+    branch_starts: list[int] = field(default_factory=list)
+    branch_scores: list[float] = field(default_factory=list)
 
 
 def decide(row: Row | RowError, tok: Tokenizer, data: DataConfig, template: str) -> Outcome:
@@ -119,10 +123,11 @@ def decide(row: Row | RowError, tok: Tokenizer, data: DataConfig, template: str)
         return _reject(row, data)
     if row.dropped:
         return Outcome(dropped=row.dropped)
+    if isinstance(row.content, Preference):
+        return _decide_preference(row, row.content, tok, data, template)
     content, empty_answers = _without_empty_answers(row.content)
     if empty_answers and data.empty_response == "error":
-        message = "the response is empty; fix the row, or set data.empty_response to drop"
-        return Outcome(error=UserError(message, path=row.path, where=row.where))
+        return _reject_empty(row)
     if content is None:
         return Outcome(dropped="empty response")
     try:
@@ -137,6 +142,39 @@ def decide(row: Row | RowError, tok: Tokenizer, data: DataConfig, template: str)
         if not outcome.pieces:
             outcome.dropped = "nothing to train on"
     return outcome
+
+
+def _decide_preference(row: Row, preference: Preference, tok: Tokenizer, data: DataConfig, template: str) -> Outcome:
+    selected, notes = select_answers(preference, data.pairs, template)
+    if LEFT_OUT in notes and data.empty_response == "error":
+        return _reject_empty(row)
+    if selected is None:
+        return Outcome(dropped="empty response")
+    try:
+        rendered = [render_row(row._replace(content=answer), tok, template, data) for answer in selected.answers]
+        tree = join_answers([(ids, trained) for ids, trained, _ in rendered], selected.scores)
+    except UserError as error:
+        error.path, error.where = error.path or row.path, row.where
+        return _reject(error, data)
+    notes += dict.fromkeys(note for _, _, more in rendered for note in more)
+    pieces = [] if tree.dropped else [(0, len(tree.ids))]
+    outcome = Outcome(
+        tree.ids,
+        tree.trained,
+        pieces,
+        tree.dropped,
+        notes=notes,
+        branch_starts=tree.starts,
+        branch_scores=tree.scores,
+    )
+    if pieces and len(tree.ids) > data.seq_len:
+        _shorten(outcome, row, data)
+    return outcome
+
+
+def _reject_empty(row: Row) -> Outcome:
+    message = "the response is empty; fix the row, or set data.empty_response to drop"
+    return Outcome(error=UserError(message, path=row.path, where=row.where))
 
 
 def _reject(error: UserError, data: DataConfig) -> Outcome:
@@ -186,6 +224,8 @@ def render_rows(
         The rows that are used, and what became of all.
     """
     kept: list[tuple[Row, np.ndarray, np.ndarray]] = []
+    # The starts and scores of each kept row's branches, if rows are trees.
+    branches: list[tuple[list[int], list[float]]] = []
     tally = Tally()
     for row in rows:
         if isinstance(row, UserError) and not isinstance(row, RowError):
@@ -197,6 +237,8 @@ def render_rows(
             trained = outcome.trained[start:end].copy()
             trained[:1] = False
             kept.append((cast(Row, row), outcome.ids[start:end], trained))
+            if outcome.branch_starts:
+                branches.append((outcome.branch_starts, outcome.branch_scores))
     tokens = np.concatenate([ids for _, ids, _ in kept] or [np.empty(0, np.uint32)])
     store = TokenStore(
         tokens=tokens.astype(np.uint16 if tok.vocab_size <= 65536 else np.uint32),
@@ -206,6 +248,10 @@ def render_rows(
         files=np.array([row.file for row, _, _ in kept], np.int32),
         row_trained=np.array([trained.sum() for _, _, trained in kept], np.int32),
     )
+    if branches:
+        store.branch_offsets = np.cumsum([0, *(len(starts) for starts, _ in branches)])
+        store.branch_starts = np.array([start for starts, _ in branches for start in starts], np.int32)
+        store.branch_scores = np.array([score for _, scores in branches for score in scores], np.float32)
     if kept:
         tally.counts.update({"kept": len(kept), "tokens": len(tokens), "trained tokens": int(store.trained.sum())})
     return store, tally

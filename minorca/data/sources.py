@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from minorca.config import Source
-from minorca.data.conversation import Conversation
+from minorca.data.conversation import Content
 from minorca.data.formats import check_columns, convert_record
 from minorca.data.hub import open_hub
 from minorca.data.row_files import SUFFIXES, RowError, RowFile, open_file, suffix_of
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
     Attributes:
         path, unit, number: the file, what the number counts, and the number.
-        content: a conversation or plain text.
+        content: a conversation, answers to compare, or plain text.
         file: the number of the file in its source.
         dropped: why the row is not used, whatever its content; None if it is.
     """
@@ -57,7 +57,7 @@ class Row(NamedTuple):
     path: str
     unit: str
     number: int
-    content: Conversation | str
+    content: Content
     file: int = 0
     dropped: str | None = None
 

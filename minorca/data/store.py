@@ -83,6 +83,8 @@ class TokenStore:
         sources: the sources of the rows, in order.
         path: the store's directory; None for rows in memory.
         digest: the checksum that `sha256` returns; computed if None.
+        reference: [trained tokens of the N rows] float32, their log-probabilities under the reference of preferences;
+            None if not computed.
         selected: [N] int64, the rows of the R that this store has; None for all.
 
     The arrays of an opened store are memory-mapped.
@@ -100,6 +102,7 @@ class TokenStore:
     sources: list[StoredSource] = field(default_factory=list)
     path: Path | None = None
     digest: str | None = None
+    reference: np.ndarray | None = None
     selected: np.ndarray | None = None
 
     @cached_property
@@ -143,6 +146,15 @@ class TokenStore:
             counts[rows] = (scores[:, :, None] > scores[:, None, :]).sum((1, 2))
         return counts
 
+    @cached_property
+    def _trained_ends(self) -> np.ndarray:
+        return np.cumsum(self.trained_counts)
+
+    def trained_span(self, index: int) -> slice:
+        """The place of a row's trained tokens among those of the N rows."""
+        end = self._trained_ends[index]
+        return slice(end - self.trained_counts[index], end)
+
     @property
     def source_ranges(self) -> list[tuple[int, int]]:
         """(start, end) of each source's rows among the N, `end` exclusive."""
@@ -184,7 +196,7 @@ class TokenStore:
         """The rows at `indices`, without copying tokens. `source_ranges` is correct only for increasing indices."""
         chosen = np.asarray(indices, np.int64)
         digest = hashlib.sha256(self.sha256().encode() + chosen.tobytes()).hexdigest()
-        return replace(self, selected=self.indices[chosen], digest=digest)
+        return replace(self, selected=self.indices[chosen], digest=digest, reference=None)
 
     def report(self) -> None:
         """Logs the outcome of each source's rows, and the percentiles of the rows' lengths."""
@@ -225,7 +237,17 @@ def open_store(directory: Path) -> TokenStore | None:
 
 
 def _map_arrays(directory: Path, token_type: str) -> TokenStore:
-    types = {"tokens": token_type} | ARRAY_TYPES
-    if (directory / "branch_offsets.bin").exists():
-        types |= BRANCH_TYPES
-    return TokenStore(**{name: np.memmap(directory / f"{name}.bin", kind, "r") for name, kind in types.items()})
+    def mapped(types: Mapping[str, type | str]) -> dict[str, np.ndarray]:
+        return {name: np.memmap(directory / f"{name}.bin", kind, "r") for name, kind in types.items()}
+
+    arrays = mapped({"tokens": token_type} | ARRAY_TYPES)
+    store = TokenStore(
+        tokens=arrays["tokens"],
+        trained=arrays["trained"],
+        offsets=arrays["offsets"],
+        numbers=arrays["numbers"],
+        files=arrays["files"],
+        row_trained=arrays["row_trained"],
+    )
+    has_branches = (directory / "branch_offsets.bin").exists()
+    return replace(store, **mapped(BRANCH_TYPES)) if has_branches else store

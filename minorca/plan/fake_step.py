@@ -90,13 +90,28 @@ def _files(config: Config, arch: Architecture) -> ModelFiles:
     return with_vocabulary(model_files(arch, quantization), tok, config)
 
 
-def fake_rows(lengths: Sequence[int], trained: float) -> TokenStore:
-    """Documents of these lengths, of each of which a share, at its end, is trained."""
+def fake_rows(lengths: Sequence[int], trained: float, objective: str = "sft") -> TokenStore:
+    """Documents of these lengths, of each of which a share, at its end, is trained: of preferences, two answers of
+    equal length to a prompt of at least a token.
+    """
     sizes = np.array(lengths)
     offsets = np.concatenate([[0], sizes.cumsum()])
     position = np.concatenate([np.arange(length) for length in lengths])
     mask = position >= np.repeat((1 - trained) * sizes, sizes)
-    return TokenStore(np.zeros(offsets[-1], np.int32), mask, offsets)
+    if objective == "sft":
+        return TokenStore(np.zeros(offsets[-1], np.int32), mask, offsets)
+    mask &= position > 0
+    prompts = np.array([size - size_trained for size, size_trained in zip(sizes, np.add.reduceat(mask, offsets[:-1]))])
+    starts = np.stack([prompts, (prompts + sizes) // 2], 1).flatten().astype(np.int32)
+    scores = np.tile(np.array([1, 0], np.float32), len(sizes))
+    return TokenStore(
+        np.zeros(offsets[-1], np.int32),
+        mask,
+        offsets,
+        branch_offsets=2 * np.arange(len(sizes) + 1),
+        branch_starts=starts,
+        branch_scores=scores,
+    )
 
 
 def fake_step(
@@ -121,7 +136,7 @@ def fake_step(
     """
     # what it would start from is not loaded
     config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init=None))
-    batches = step_batches(lengths, trained)
+    rows = step_rows(config, lengths, trained)
     with _quiet(), fake_device(device, ranks, attention) as (world, recorder):
         learner = build(config, _files(config, arch), world)
 
@@ -130,37 +145,40 @@ def fake_step(
             if phase == "batch":
                 _mark_parts(learner.model, recorder)
 
-        run_step(learner, config, world, batches, later, clock)
+        run_step(learner, config, world, rows, later, clock)
         return Recording(recorder, dict(_kinds(learner, recorder)))
 
 
-def step_batches(lengths: Sequence[int], trained: float = 1.0) -> tuple[Batch, Batch]:
-    """A micro-batch of these documents, after one of two tokens, which makes the optimizer's state."""
-    first, batch = fake_rows([2], 1.0), fake_rows(lengths, trained)
-    return make_batch(first, np.arange(1)), make_batch(batch, np.arange(len(lengths)))
+def step_rows(config: Config, lengths: Sequence[int], trained: float = 1.0) -> list[tuple[TokenStore, Batch]]:
+    """A micro-batch of these documents, after one of the fewest tokens, which makes the optimizer's state."""
+    objective = config.train.objective
+    first = fake_rows([2 if objective == "sft" else 3], 1.0, objective)
+    stores = [first, fake_rows(lengths, trained, objective)]
+    return [(store, make_batch(store, np.arange(len(store)))) for store in stores]
 
 
 def run_step(
     learner: Learner,
     config: Config,
     world: World,
-    batches: tuple[Batch, Batch],
+    rows: list[tuple[TokenStore, Batch]],
     later: bool,
     clock: Callable[[str], None],
 ) -> None:
     """A step of one micro-batch, as in the middle of a run; `clock` is told of its phases. See `fake_step`."""
-    first, batch = batches
+    (first, first_batch), (store, batch) = rows
+    objective = learner.objective
     learner.model.train()
     # what a first step makes stays: the optimizer's state, and copies of adapters
     clock("first step")
-    forward_backward(learner, first.to(world.device), counts, True)
+    forward_backward(learner, first_batch.to(world.device), objective.counts(first, np.arange(1)), True)
     learner.optimizer.step()
     if not later:
         learner.optimizer.zero_grad()
     clock("batch")
     batch = batch.to(world.device)
     seed_dropout(learner.model, config.train.seed, 1, 0)
-    forward_backward(learner, batch, counts, True, clock)
+    forward_backward(learner, batch, objective.counts(store, np.arange(len(store))), True, clock)
     clock("optimizer")
     learner.trainable.sum_gradients(world)
     learner.trainable.clip_gradients(config.optim.max_grad_norm)

@@ -13,6 +13,7 @@ from minorca.model.layout import MATRICES
 from minorca.model.lora import LoRASettings, add_adapters, init_adapters, pad_for_adapters
 from minorca.model.network import Mistral
 from minorca.train import parallel
+from minorca.train.kto import KTO
 from minorca.train.objectives import NextToken, Objective
 from minorca.train.optim import Optimizer, adamw
 from minorca.train.preference_objective import preference, stored
@@ -97,8 +98,9 @@ def _objective(config: Config, reference: Reference | None) -> Objective:
     name = config.train.objective
     if name == "sft":
         return NextToken()
-    log_probabilities = reference.log_probabilities if reference and not config.dpo.precompute else stored
-    return preference(name, config.dpo, log_probabilities)
+    if name == "kto" and reference:
+        return KTO(config.dpo, reference, config.train.micro_batch_tokens)
+    return preference(name, config.dpo, stored if reference is None or config.dpo.precompute else reference.of)
 
 
 def lora_settings(config: Config, new_ids: range = range(0)) -> LoRASettings:

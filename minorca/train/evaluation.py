@@ -31,6 +31,7 @@ def evaluate(
     """
     model, objective = learner.model, learner.objective
     model.eval()
+    objective.prepare(store, np.arange(len(store)), world)
     sets = evaluation_sets(config, store)
     plan = [(name, step) for name, rows in sets.items() for step in _plan(store, rows, config, world)]
     done: list[Sums] = []
@@ -40,7 +41,7 @@ def evaluate(
         if world.sum([len(noted)])[0]:
             break
     model.train()
-    names, places = list(done[0]), {name: place for place, name in enumerate(sets)}
+    names, places = list(done[0]), dict(zip(sets, range(len(sets))))
     shares = torch.stack([torch.stack(list(sums.values())) for sums in done]).cpu().double()
     set_of_batch = torch.tensor([places[name] for name, _ in plan[: len(done)]])
     by_set = torch.zeros(len(sets), len(names), dtype=torch.float64).index_add_(0, set_of_batch, shares)
@@ -51,13 +52,17 @@ def evaluate(
 
     def loss_and_metrics(rows: np.ndarray, totals: np.ndarray) -> tuple[float, dict[str, float]]:
         sums, counts = dict(zip(names, totals.tolist())), objective.counts(store, rows)
-        # truncated rows may train nothing
-        return (objective.loss(sums, counts), objective.metrics(sums, counts)) if all(counts.values()) else (math.nan, {})
+        try:
+            return objective.loss(sums, counts), objective.metrics(sums, counts)
+        except ZeroDivisionError:
+            # truncated rows may train nothing
+            return math.nan, {}
 
     loss, metrics = loss_and_metrics(np.arange(len(store)), totals.sum(0))
     values = {"eval_loss": loss}
     if len(sets) > 1:
-        values |= {f"eval_loss/{name}": loss_and_metrics(sets[name], totals[place])[0] for name, place in places.items()}
+        for (name, rows), of_set in zip(sets.items(), totals):
+            values[f"eval_loss/{name}"], _ = loss_and_metrics(rows, of_set)
     return values | {f"eval_{name}": value for name, value in metrics.items()}
 
 

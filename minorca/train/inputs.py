@@ -153,12 +153,22 @@ def read_data(config: Config, tok: Tokenizer, template: str) -> tuple[TokenStore
     log.info("template: %s", template)
     store = prepare_store(data.sources(data.train), tok, template, data)
     store.report()
+    _check_pairs(store, config.train.objective)
     if isinstance(data.eval, float):
         return _hold_out(store, data.eval, config.train.seed)
     held_out = prepare_store(data.sources(data.eval), tok, template, data) if data.eval else None
     if held_out:
         held_out.report()
+        _check_pairs(held_out, config.train.objective)
     return store, held_out
+
+
+def _check_pairs(store: TokenStore, objective: str) -> None:
+    """Raises UserError: an objective compares answers, and a row has none to compare."""
+    if objective not in ("sft", "kto") and not store.pair_counts.all():
+        place = store.locate(int(np.flatnonzero(store.pair_counts == 0)[0]))
+        message = f"has one answer with a label, and train.objective {objective} compares two"
+        raise UserError(f"{message}; set train.objective to kto, or leave such rows out", path=place)
 
 
 def _hold_out(store: TokenStore, fraction: float, seed: int) -> tuple[TokenStore, TokenStore]:

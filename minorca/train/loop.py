@@ -101,6 +101,7 @@ class Run:
         rows = np.concatenate(micro_batches)
         objective = self.learner.objective
         counts = objective.counts(self.inputs.store, rows)
+        objective.prepare(self.inputs.store, rows, self.world)
         sums = self._gradients(micro_batches, counts)
 
         self.clock("optimizer")
@@ -174,7 +175,8 @@ class Run:
         # a row of the vocabulary is no product of every token
         parameters = self.learner.trainable.parameters.items()
         adapters = 0 if full else sum(p.numel() for name, p in parameters if ".layers." in name)
-        flops = metrics.training_flops(model.arch, adapters, lengths, trained, full)
+        hidden = metrics.hidden_pairs(store, rows, model.arch.window)
+        flops = metrics.training_flops(model.arch, adapters, lengths, trained, full, hidden)
         peak = metrics.peak_flops(world.device, getattr(torch, self.config.model.dtype))
         return {
             "tokens": sum(lengths),

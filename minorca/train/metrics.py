@@ -12,9 +12,11 @@ import time
 import uuid
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from minorca.config import Config
+from minorca.data.store import TokenStore
 from minorca.errors import UserError
 from minorca.model.architecture import Architecture
 from minorca.model.layout import projections
@@ -34,7 +36,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def training_flops(
-    arch: Architecture, adapter_parameters: int, lengths: list[int], trained: int, full: bool = False
+    arch: Architecture, adapter_parameters: int, lengths: list[int], trained: int, full: bool = False, hidden: int = 0
 ) -> float:
     """FLOPs of one forward and backward over documents of these lengths, `trained` tokens of them in the loss;
     recomputation not counted. MFU is this by a step's seconds, its ranks and the device's dense bf16 peak.
@@ -42,12 +44,27 @@ def training_flops(
     A token costs 4 FLOPs a frozen matrix parameter (forward, and the gradient of activations) and 6 a trained one: an
     adapter's, or with `full` every one; attention 4 D a query head and visible key forward, and 2.5 times that
     backward. The head meets trained tokens alone.
+
+    Args:
+        hidden: the pairs of a query and a key that would see each other, were they not of two branches.
     """
     matrix = 6 if full else 4
     block = sum(part.in_features * part.out_features for parts in projections(arch).values() for part in parts)
     products = (matrix * arch.layers * block + 6 * adapter_parameters) * sum(lengths)
-    attention = 3.5 * 4 * arch.heads * arch.head_dim * arch.layers * visible_pairs(lengths, arch.window)
+    attention = 3.5 * 4 * arch.heads * arch.head_dim * arch.layers * (visible_pairs(lengths, arch.window) - hidden)
     return products + matrix * arch.vocab_size * arch.hidden_size * trained + attention
+
+
+def hidden_pairs(store: TokenStore, rows: np.ndarray, window: int | None) -> int:
+    """The pairs of a query and a key that would see each other in rows without branches, and do not."""
+    hidden = 0
+    for row in rows if store.has_branches else ():
+        length, (starts, _) = int(store.lengths[row]), store.branches(row)
+        prompt, *others = starts.tolist()
+        branches = [stop - start for start, stop in zip(starts.tolist(), [*others, length])]
+        seen = visible_pairs([prompt + branch for branch in branches], window)
+        hidden += visible_pairs([length], window) - seen + (len(branches) - 1) * visible_pairs([prompt], window)
+    return hidden
 
 
 def visible_pairs(lengths: list[int], window: int | None) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from minorca.data.packing import Batch
 from minorca.data.store import TokenStore
 from minorca.model.vocabulary import VocabularyMatrix
+from minorca.train.ranks import World
 
 # Scalars by name, which add up over the micro-batches of all ranks: those of the loss differentiable, the others not.
 Sums = dict[str, Tensor]
@@ -23,6 +24,11 @@ Counts = Mapping[str, float]
 
 class Objective(Protocol):
     """What to minimize over the rows of a store."""
+
+    def prepare(self, store: TokenStore, rows: np.ndarray, world: World) -> None:
+        """Before the first micro-batch of a step or an evaluation: what must be known of all its rows, where anything.
+        Every rank calls it.
+        """
 
     def counts(self, store: TokenStore, rows: np.ndarray) -> Counts:
         """What the sums of these rows together are divided by; every rank knows it before anything is computed."""
@@ -45,7 +51,7 @@ class Objective(Protocol):
         ...
 
 
-class NextToken:
+class NextToken(Objective):
     """Cross-entropy of each trained token, averaged over them: supervised fine-tuning. Only their rows meet the
     head.
     """

@@ -4,7 +4,6 @@ The losses are in preference.py. Metrics have TRL's names. Axes: T tokens, M sco
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +14,20 @@ from minorca.config import DPOConfig
 from minorca.data.packing import Batch
 from minorca.data.store import TokenStore
 from minorca.model.vocabulary import VocabularyMatrix
-from minorca.train.objectives import Counts, Head, Sums
+from minorca.train.objectives import Counts, Head, Objective, Sums
 from minorca.train.preference import LOSSES, Pairs, cpo, orpo, simpo
 
 # Log-probabilities [M] of a batch's targets
 LogProbabilities = Callable[[Batch], Tensor]
-OF_PAIRS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+# metrics, by what they are averages over
+OF_PAIRS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
 OF_TOKENS = ("kl", "entropy")
 
 
@@ -35,7 +42,17 @@ def sum_answers(values_M: Tensor, lengths_A: Tensor) -> Tensor:
     return torch.segment_reduce(values_M, "sum", lengths=lengths_A)
 
 
-class PairwisePreference:
+def chosen_tokens(store: TokenStore, rows: np.ndarray) -> int:
+    """The scored tokens of the chosen answers of all pairs."""
+    total = 0
+    for row in rows:
+        starts, scores = store.branches(row)
+        lengths = np.add.reduceat(store.row(row)[1], starts, dtype=np.int64)
+        total += ((scores[:, None] > scores).sum(1) * lengths).sum()
+    return int(total)
+
+
+class PairwisePreference(Objective):
     """Losses of pairs, averaged over them, and optionally the negative log-likelihood of chosen answers, averaged over
     their tokens.
 
@@ -64,8 +81,8 @@ class PairwisePreference:
 
     def counts(self, store: TokenStore, rows: np.ndarray) -> Counts:
         pairs, tokens = int(store.pair_counts[rows].sum()), int(store.trained_counts[rows].sum())
-        chosen = sum(store.chosen_tokens(row) for row in rows) if self.sft_weight else 0
-        return {"pairs": pairs, "tokens": tokens} | ({"chosen tokens": chosen} if self.sft_weight else {})
+        counts = {"pairs": pairs, "tokens": tokens}
+        return counts | ({"chosen tokens": chosen_tokens(store, rows)} if self.sft_weight else {})
 
     def head(self, batch: Batch) -> Head:
         answers = batch.answers
@@ -120,13 +137,13 @@ def stored(batch: Batch) -> Tensor:
 
 def preference(objective: str, settings: DPOConfig, reference: LogProbabilities | None) -> PairwisePreference:
     """The objective dpo, which takes the reference, orpo, simpo or cpo."""
-    beta, smoothing = settings.beta, settings.label_smoothing
+    beta, smoothing, sft_weight = settings.beta, settings.label_smoothing, settings.sft_weight
     if objective == "dpo":
-        loss = partial(LOSSES[settings.loss], beta=beta, smoothing=smoothing)
-        return PairwisePreference(loss, reference, beta, sft_weight=settings.sft_weight)
+        loss = LOSSES[settings.loss]
+        return PairwisePreference(lambda pairs: loss(pairs, beta, smoothing), reference, beta, False, sft_weight)
     if objective == "simpo":
-        loss = partial(simpo, beta=beta, smoothing=smoothing, gamma=settings.gamma)
-        return PairwisePreference(loss, None, beta, of_means=True, sft_weight=settings.sft_weight)
+        gamma = settings.gamma
+        return PairwisePreference(lambda pairs: simpo(pairs, beta, smoothing, gamma), None, beta, True, sft_weight)
     if objective == "cpo":
-        return PairwisePreference(partial(cpo, beta=beta, smoothing=smoothing), None, beta, sft_weight=1.0)
-    return PairwisePreference(lambda pairs: beta * orpo(pairs), None, beta, of_means=True, sft_weight=1.0)
+        return PairwisePreference(lambda pairs: cpo(pairs, beta, smoothing), None, beta, False, 1.0)
+    return PairwisePreference(lambda pairs: beta * orpo(pairs), None, beta, True, 1.0)

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from minorca.data.packing import Batch
 from minorca.model.network import Mistral
+from minorca.model.vocabulary import VocabularyMatrix
 from minorca.train.forward import forward
 from minorca_kernels.frozen_weight import local_part
 
@@ -25,10 +26,15 @@ class Reference:
         self.values = [local_part(parameter)[0].clone() for parameter in self.parameters]
 
     @torch.no_grad()
-    def log_probabilities(self, batch: Batch) -> Tensor:
-        """Of each target of a batch, [M] in fp32 (fp64 for fp64)."""
+    def of(self, batch: Batch) -> Tensor:
+        """The log-probabilities [M] of a batch's targets, in fp32 (fp64 for fp64)."""
+
+        def head(hidden_TH: Tensor, weight: VocabularyMatrix) -> Tensor:
+            # by the operator that the policy's come from
+            losses_M, _ = weight.losses_and_entropies(hidden_TH[batch.target_rows], batch.targets)
+            return -losses_M
+
         with self._in_place():
-            head = lambda hidden_TH, weight: -weight.losses(hidden_TH[batch.target_rows], batch.targets)
             return forward(self.model, batch, head)
 
     @contextmanager
@@ -40,7 +46,7 @@ class Reference:
             self.exchange()
 
     def exchange(self) -> None:
-        """Exchanges the values with the parameters': autograd counts the change, so that rounded copies are made anew."""
+        """Exchanges the values with the parameters'. Autograd counts the change, so rounded copies are made anew."""
         for parameter, value in zip(self.parameters, self.values):
             local = local_part(parameter)[0]
             current = local.clone()

@@ -24,6 +24,7 @@ from minorca.train.inputs import check_ranks_agree, read_inputs
 from minorca.train.loop import Run
 from minorca.train.memory import out_of_memory, weights_do_not_fit
 from minorca.train.optim import check_optimizer
+from minorca.train.precompute import with_reference
 from minorca.train.profiling import profiled
 from minorca.train.ranks import World, init_distributed
 from minorca.train.run_length import RunLength, run_length
@@ -116,6 +117,8 @@ def _train(
     except torch.OutOfMemoryError as error:
         raise weights_do_not_fit(error, config, world.size, bool(inputs.base.quantization)) from error
     world.barrier_without_timeout("with the model loaded")
+    if learner.reference and config.dpo.precompute:
+        inputs = with_reference(inputs, learner.reference, config, world)
     log.info("%s", learner.model.arch)
     log.info("%s; %d steps, %d rows", parallel.describe(learner.model, world), length.steps, len(inputs.store))
     if found and state:

@@ -206,7 +206,7 @@ def test_targets_are_the_next_tokens_of_the_same_row(seed):
     assert batch.tokens.tolist() == tokens and batch.tokens.dtype == torch.int64
     assert batch.cu_seqlens.tolist() == starts
     assert list(zip(batch.target_rows.tolist(), batch.targets.tolist())) == pairs
-    assert NextToken().normalizer(store, rows) == len(pairs)
+    assert NextToken().counts(store, rows) == {"tokens": len(pairs)}
     # A row's last token predicts nothing.
     assert not {start - 1 for start in starts} & set(batch.target_rows.tolist())
     nothing: Batch = batch.without_targets()

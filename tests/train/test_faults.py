@@ -179,7 +179,7 @@ SIGNALLED = {
 }
 # when the signal arrives -> (owner, name, which call), and the step that is saved
 MOMENTS: dict[str, tuple[tuple[Any, str, int], int]] = {
-    "in a forward": ((step, "batch_outcome", 4 * 2 + 2), 3),
+    "in a forward": ((step, "batch_sums", 4 * 2 + 2), 3),
     "in an update": ((TrainableSet, "clip_gradients", 6), 6),
     "in an evaluation": ((loop, "evaluate", 2), 4),
     "in a save": ((checkpoint, "write_tensors", 1), 12),
@@ -377,7 +377,7 @@ def make_nan(monkeypatch):
     def make(kind: str, row: int) -> None:
         # undone after the test
         monkeypatch.setattr(step, "make_batch", step.make_batch)
-        monkeypatch.setattr(step, "batch_outcome", step.batch_outcome)
+        monkeypatch.setattr(step, "batch_sums", step.batch_sums)
         faulty.make_nan(kind, row)
 
     return make

@@ -261,7 +261,7 @@ def test_gradients_are_reduced_after_each_micro_batch(workplace):
         batch = local_batch(store, [np.arange(2)], 0, world.device)
         found = []
         for _ in range(2):
-            forward_backward(learner, batch, 100, last=False)
+            forward_backward(learner, batch, {"tokens": 100}, last=False)
             gradients = gather(gradients_of(learner.trainable.parameters).items(), world)
             found.append({name: gradient.clone() for name, gradient in gradients})
     assert all(torch.equal(2 * gradient, found[1][name]) for name, gradient in found[0].items())
@@ -288,9 +288,10 @@ def test_activation_checkpointing_changes_no_bit(workplace):
             store, _ = read_data(config, *read_tokenizer(config))
             learner.model.train()
             with Products() as products:
-                outcome = forward_backward(learner, local_batch(store, [np.arange(4)], 0, world.device), 100, True)
+                batch = local_batch(store, [np.arange(4)], 0, world.device)
+                sums = forward_backward(learner, batch, {"tokens": 100}, True)
             gradients = dict(gather(gradients_of(learner.trainable.parameters).items(), world))
-        found[kind] = outcome.loss, gradients, products.count
+        found[kind] = sums["loss"], gradients, products.count
     loss, expected, plain = found["none"]
     for kind, again in (("selective", 1), ("full", 3)):
         other_loss, gradients, products = found[kind]

@@ -65,7 +65,7 @@ def raise_out_of_memory(*_, **__):
     ],
 )
 def test_a_step_that_needs_too_much_says_what_to_lower(settings, advice, workplace, monkeypatch, capsys):
-    monkeypatch.setattr(step, "batch_outcome", raise_out_of_memory)
+    monkeypatch.setattr(step, "batch_sums", raise_out_of_memory)
     with pytest.raises(SystemExit) as ended:
         cli.run(train_command.main, workplace(**settings))
     assert ended.value.code == 2

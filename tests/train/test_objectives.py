@@ -18,32 +18,35 @@ from minorca.train.build import Learner, build
 from minorca.train.evaluation import evaluate
 from minorca.train.inputs import read_inputs
 from minorca.train.loop import Run
-from minorca.train.objectives import NextToken, Outcome
+from minorca.train.objectives import Counts, NextToken, Objective, Sums
 from minorca.train.ranks import init_distributed
 from minorca.train.run_length import run_length
 from tests.helpers import lines_of
 
 
-class ByRow:
+class ByRow(Objective):
     """The mean over rows of each row's mean loss, with the mean probability as a metric."""
 
-    def normalizer(self, store: TokenStore, rows: np.ndarray) -> int:
-        return len(rows)
+    def counts(self, store: TokenStore, rows: np.ndarray) -> Counts:
+        return {"rows": len(rows)}
 
-    def head(self, batch: Batch, normalizer: float):
-        def loss(hidden_TH: Tensor, weight: VocabularyMatrix) -> Outcome:
+    def head(self, batch: Batch):
+        def sums(hidden_TH: Tensor, weight: VocabularyMatrix) -> Sums:
             losses_M = weight.losses(hidden_TH[batch.target_rows], batch.targets)
             row_M = torch.bucketize(batch.target_rows, batch.cu_seqlens[1:], right=True)
             row_N = torch.arange(len(batch.cu_seqlens) - 1)
             means_N = torch.stack(
                 [losses_M[row_M == row].mean() for row in row_N if (row_M == row).any()] or [losses_M.sum()]
             )
-            return Outcome(means_N.sum() / normalizer, {"probability": (-means_N.detach()).exp().sum()})
+            return {"mean": means_N.sum(), "probability": (-means_N.detach()).exp().sum()}
 
-        return loss
+        return sums
 
-    def metrics(self, sums: dict[str, float], normalizer: float) -> dict[str, float]:
-        return {"row_probability": sums["probability"] / normalizer}
+    def loss(self, sums, counts: Counts):
+        return sums["mean"] / counts["rows"]
+
+    def metrics(self, sums, counts: Counts) -> dict[str, float]:
+        return {"row_probability": sums["probability"] / counts["rows"]}
 
 
 def run(options: list[str], objective, tmp_path) -> Learner:
@@ -65,7 +68,7 @@ def run(options: list[str], objective, tmp_path) -> Learner:
 
 
 def test_an_objective_from_outside(workplace, tmp_path):
-    """The loop uses its loss, its normalizer and its metrics, in steps and in evaluations; the loss decreases."""
+    """The loop uses its loss, its counts and its metrics, in steps and in evaluations; the loss decreases."""
     run(workplace(**{"train.steps": 6, "data.eval": 0.2}), ByRow(), tmp_path)
     lines = lines_of(tmp_path / "run")
     steps = [line for line in lines if "loss" in line]
@@ -103,18 +106,18 @@ def test_shares_of_micro_batches_add_up_to_the_loss_of_a_step():
     weight = VocabularyMatrix(torch.randn(50, 8, dtype=torch.float64))
     objective = NextToken()
     rows = np.arange(3)
-    normalizer = objective.normalizer(store, rows)
-    assert normalizer == store.trained_counts.sum()
+    counts = objective.counts(store, rows)
+    assert counts == {"tokens": store.trained_counts.sum()}
 
     def share(rows: np.ndarray, first: int, last: int) -> tuple[float, Tensor]:
         part = hidden[first:last].clone().requires_grad_()
-        outcome = objective.head(make_batch(store, rows), normalizer)(part, weight)
-        outcome.loss.backward()
+        loss = objective.loss(objective.head(make_batch(store, rows))(part, weight), counts)
+        loss.backward()
         assert part.grad is not None
-        return float(outcome.loss.detach()), part.grad
+        return float(loss.detach()), part.grad
 
     loss, gradient = share(rows, 0, 40)
     shares = [share(rows[:1], 0, 9), share(rows[1:], 9, 40)]
     assert loss == pytest.approx(sum(one for one, _ in shares)) and math.isfinite(loss)
     assert torch.allclose(gradient, torch.cat([one for _, one in shares]))
-    assert objective.metrics({}, normalizer) == {}
+    assert objective.metrics({}, counts) == {}

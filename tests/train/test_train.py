@@ -180,14 +180,14 @@ def step_gradients(
         torch.nn.init.normal_(local_part(parameter)[0], std=0.05, generator=torch.Generator().manual_seed(0))
     store, _ = read_data(config, *read_tokenizer(config))
     micro_batches = plan_epoch(store.lengths, 128, 4, True, 0, 0)[0]
-    trained = learner.objective.normalizer(store, np.concatenate(micro_batches))
+    counts = learner.objective.counts(store, np.concatenate(micro_batches))
     if not accumulate:
         micro_batches = [np.concatenate(micro_batches)]
     learner.model.train()
     loss = torch.zeros(())
     for n, rows in enumerate(micro_batches):
         seed_dropout(learner.model, 0, 1, n)
-        loss += forward_backward(learner, make_batch(store, rows), trained, last=True).loss
+        loss += learner.objective.loss(forward_backward(learner, make_batch(store, rows), counts, last=True), counts)
     gradients = gradients_of(learner.trainable.parameters)
     return loss, {name: local_part(gradient)[0] for name, gradient in gradients.items()}
 

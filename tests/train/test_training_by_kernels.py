@@ -56,7 +56,8 @@ def train(directory, dtype: torch.dtype, device: str, steps: int) -> tuple[list[
     load_weights(model, source)
     init_adapters(model, seed=0)
     adapters = adapter_parameters(model.train())
-    head = NextToken().head
+    objective, rows = NextToken(), np.arange(len(lengths))
+    counts = objective.counts(store, rows)
     optimizer = adamw(adapters.values(), OptimConfig(lr=1e-3))
     losses = []
     for n in range(steps):
@@ -64,7 +65,7 @@ def train(directory, dtype: torch.dtype, device: str, steps: int) -> tuple[list[
         for index, rows in enumerate(np.array([[0, 1], [2, 3]])):
             seed_dropout(model, 0, n, index)
             batch = make_batch(store, rows).to(torch.device(device))
-            loss = model(batch.tokens, batch.cu_seqlens, head=head(batch, int(store.trained.sum()))).loss
+            loss = objective.loss(model(batch.tokens, batch.cu_seqlens, head=objective.head(batch)), counts)
             loss.backward()
             step += loss.item()
         clip_gradients(adapters.values(), 1.0)
