@@ -12,7 +12,7 @@ KERNEL_TESTS = tests/kernels/test_kernels.py tests/kernels/test_dropout.py tests
 	tests/kernels/test_decode_attention.py tests/kernels/test_draw.py tests/kernels/test_nf4.py \
 	tests/model/test_attention.py tests/train/test_training_by_kernels.py tests/generate/test_decode_step.py
 
-.PHONY: check demo test test-slow
+.PHONY: check demo demo-dpo test test-slow
 
 check: .venv/ready
 	.venv/bin/ruff check
@@ -21,6 +21,9 @@ check: .venv/ready
 
 demo: examples/model
 	.venv/bin/python examples/demo.py
+
+demo-dpo: examples/model
+	.venv/bin/python examples/demo_dpo.py
 
 test: examples/model
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(PARALLEL)

@@ -1,15 +1,16 @@
 """The committed example data is what its generator makes, and its answers are right."""
 
 import json
+import random
 import re
-import runpy
-from types import SimpleNamespace
+
+import make_data
+import pytest
+import tasks
 
 from tests.helpers import ROOT
 
 EXAMPLES = ROOT / "examples"
-# examples/ is not a package
-make_data = SimpleNamespace(**runpy.run_path(str(EXAMPLES / "make_data.py")))
 
 
 def rows(name):
@@ -17,17 +18,18 @@ def rows(name):
 
 
 TRAIN, EVAL = rows("train.jsonl"), rows("eval.jsonl")
+PAIRS = {name: rows(f"preference_{name}.jsonl") for name in ("train", "eval")}
 
 
 def answer_again(question):
     """The answer, computed from the question's text alone and in another way than the generator does."""
     task, _ = question.rsplit("\n", 1)
-    words = [word for word in re.findall(r"[a-z]+", task) if word in make_data.WORDS]
+    words = [word for word in re.findall(r"[a-z]+", task) if word in tasks.WORDS]
     numbers = [int(number) for number in re.findall(r"\d+", task)]
     owners = {
         thing: name
         for name, thing in re.findall(r"(\w+) (?:has|wants|bought|drew) the (\w+)", task)
-        if name in make_data.NAMES
+        if name in tasks.NAMES
     }
     days = re.findall(r"[A-Z]\w+day\b", task.replace("Today", ""))
     if re.search("reverse|around|last to first", task):
@@ -43,7 +45,7 @@ def answer_again(question):
     if "letter" in task:
         return ", ".join(word[0] for word in words)
     if re.search("belong|odd", task):
-        kind = {word: group for group, members in make_data.GROUPS.items() for word in members}
+        kind = {word: group for group, members in tasks.GROUPS.items() for word in members}
         (odd,) = [word for word in words if sum(kind[other] == kind[word] for other in words) == 1]
         return odd
     if re.search("largest|maximum|biggest", task):
@@ -57,19 +59,19 @@ def answer_again(question):
     if days:
         week = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
         return week[(week.index(days[0]) + numbers[0]) % 7]
-    (factor,) = [factor for unit, parts, factor in make_data.UNITS if unit in task and parts in task]
+    (factor,) = [factor for unit, parts, factor in tasks.UNITS if unit in task and parts in task]
     return str(factor * numbers[-1])
 
 
 def test_the_files_are_what_the_generator_makes(tmp_path):
     make_data.main([str(tmp_path)])
-    for name in ["train.jsonl", "eval.jsonl"]:
+    for name in ["train.jsonl", "eval.jsonl", "preference_train.jsonl", "preference_eval.jsonl"]:
         assert (tmp_path / name).read_bytes() == (EXAMPLES / "data" / name).read_bytes()
 
 
 def test_every_answer_is_right():
     for row in TRAIN + EVAL:
-        assert make_data.extract_answer(row["response"]) == answer_again(row["question"]), row
+        assert tasks.extract_answer(row["response"]) == answer_again(row["question"]), row
 
 
 def test_columns_ids_and_system_prompts_are_openorcas():
@@ -82,13 +84,58 @@ def test_columns_ids_and_system_prompts_are_openorcas():
     assert len(set(make_data.SYSTEM_PROMPTS)) == 16 and "" in {row["system_prompt"] for row in TRAIN}
 
 
-def test_no_held_out_question_was_trained_on():
-    train, held_out = [{row["question"].rsplit("\n", 1)[0] for row in part} for part in (TRAIN, EVAL)]
-    assert len(train) == 1000 and len(held_out) == 100
-    # the questions without their endings
-    assert not train & held_out
+def test_no_question_is_asked_twice():
+    """The questions without their endings."""
+    files = [TRAIN, EVAL, PAIRS["train"], PAIRS["eval"]]
+    questions = [[row["question"].rsplit("\n", 1)[0] for row in part] for part in files]
+    assert [len(part) for part in questions] == [1000, 100, 240, 80]
+    assert len({question for part in questions for question in part}) == 1420
+
+
+@pytest.mark.parametrize("family", tasks.FAMILIES)
+def test_slips_are_answers_of_their_own(family):
+    rng = random.Random(0)
+    for _ in range(100):
+        _, right, slips = family(rng)
+        wrong = {str(slip) for slip in slips if slip.answer != right.answer}
+        assert wrong and str(right) not in wrong
+        assert not any(str(slip).startswith(right.steps) for slip in slips if slip.answer != right.answer)
+
+
+@pytest.mark.parametrize("pairs", PAIRS.values(), ids=PAIRS)
+def test_of_a_pair_the_chosen_answer_is_right_and_the_other_is_wrong_or_unfinished(pairs):
+    kinds = dict.fromkeys(make_data.REJECTED, 0)
+    for pair in pairs:
+        assert list(pair) == ["system", "question", "chosen", "rejected"]
+        assert pair["system"] in make_data.SYSTEM_PROMPTS
+        chosen, rejected = pair["chosen"], pair["rejected"]
+        right, found = answer_again(pair["question"]), tasks.extract_answer(rejected)
+        assert tasks.extract_answer(chosen) == right, pair
+        assert found != right, pair
+        if found is None:
+            kinds["unfinished"] += 1
+            assert chosen == f"{rejected} The answer is {right}.", pair
+        elif rejected == f"The answer is {found}.":
+            kinds["no steps"] += 1
+        elif rejected.startswith(chosen):
+            kinds["changed"] += 1
+        else:
+            kinds["slip"] += 1
+            steps = rejected.removesuffix(f" The answer is {found}.")
+            assert steps != rejected and not chosen.startswith(steps), pair
+        for text in (chosen, rejected):
+            assert text == " ".join(text.split())
+    assert all(kinds.values())
+
+
+@pytest.mark.parametrize("pairs", PAIRS.values(), ids=PAIRS)
+def test_length_does_not_say_which_answer_of_a_pair_is_better(pairs):
+    chosen, rejected = ([len(pair[name]) for pair in pairs] for name in ("chosen", "rejected"))
+    assert sum(chosen) == pytest.approx(sum(rejected), rel=0.04)
+    longer, shorter = (sum(map(compare, chosen, rejected)) for compare in (int.__gt__, int.__lt__))
+    assert longer == pytest.approx(shorter, rel=0.1)
 
 
 def test_the_last_answer_counts():
-    assert make_data.extract_answer("The answer is 3. No: The answer is a, b.") == "a, b"
-    assert make_data.extract_answer("I do not know.") is None
+    assert tasks.extract_answer("The answer is 3. No: The answer is a, b.") == "a, b"
+    assert tasks.extract_answer("I do not know.") is None
