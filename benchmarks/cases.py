@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import attention
 
 import minorca_kernels as ours
+from minorca.model.attention import PackedAttention
 
 # bytes of a bf16 element
 BYTES = 2
@@ -425,6 +426,32 @@ def attentions(shape: Shape, lengths: list[int], window: int | None) -> Iterator
     yield Case("attention", "backward", name, inputs, providers, "matmul", backward, 2 * size, 5 * flops // 2)
 
 
+def tree_attentions(shape: Shape, tokens: int) -> Iterator[Case]:
+    """Attention over 16 trees, each of a prompt and two branches of half its length."""
+    lengths = [tokens // 16] * 15 + [tokens - tokens // 16 * 15]
+    branches = [[length // 2, 3 * length // 4] for length in lengths]
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
+    attend = PackedAttention(cu_seqlens, tokens, None, torch.device("cpu"), branches=branches)
+    mask = attend.first, attend.last, attend.tree
+    hidden_begin, hidden_end, _ = attend.tree
+    pairs = int((torch.arange(tokens) - attend.first + 1 - (hidden_end - hidden_begin)).sum())
+
+    def inputs(device, dtype):
+        counts = shape.heads, shape.kv_heads, shape.kv_heads
+        qkv = [_trained(torch.randn(tokens, count, shape.head_dim, device=device, dtype=dtype)) for count in counts]
+        return *qkv, *(t.to(device) for t in mask)
+
+    providers = {
+        "ours": ours.attention,
+        "plain": lambda q, k, v, first, last, tree: ours.attention_definition(q, k, v, first, tree),
+    }
+    name = f"16 trees of {lengths[0] // 2} + 2 x {lengths[0] // 4}"
+    size = BYTES * tokens * shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+    flops = 4 * shape.head_dim * shape.heads * pairs
+    yield Case("attention", "forward", name, inputs, providers, "matmul", {}, size, flops)
+    yield Case("attention", "backward", name, inputs, providers, "matmul", {}, 2 * size, 5 * flops // 2)
+
+
 def decoding(shape: Shape, sequences: int, slots: int) -> Iterator[Case]:
     """One query for each sequence, and a full buffer of `slots` keys and values."""
 
@@ -468,6 +495,7 @@ def cases(
         norm_projections(shape, tokens, 16),
         dropout_projections(shape, tokens, 16),
         projections(shape, tokens, 64),
+        tree_attentions(shape, tokens),
         *(norms(shape, count) for count in small),
     )
     yield from (replace(case, targets={}) for case in others)

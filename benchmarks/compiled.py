@@ -48,6 +48,7 @@ from benchmarks.cases import (
     ropes,
     ropes_into_cache,
     swiglus,
+    tree_attentions,
 )
 from benchmarks.table import grid
 from minorca.plan.fake_device import target
@@ -117,6 +118,7 @@ def selection(ranks: list[int]) -> Iterator[tuple[str, Case, Callable, torch.dty
     for case in itertools.chain(
         ropes(LARGE_HEADS, 8192),
         attentions(LARGE_HEADS, [8192], None),
+        tree_attentions(LARGE_HEADS, 8192),
         decoding(LARGE_HEADS, 8, 4096),
         ropes_into_cache(LARGE_HEADS, 8),
     ):

@@ -1,6 +1,7 @@
 # Triton takes plain numbers for constexpr parameters.
 # pyright: reportArgumentType=false
 """Causal attention over a flat batch. Documents and the window are given as one number a token: the first key it sees.
+In a tree, a document whose beginning is shared by several branches, keys between that one and the query are hidden.
 
 Source: FlashAttention-2 (Dao 2023, arXiv:2307.08691): online softmax, and a backward from the saved log-sum-exp.
 Neither direction uses atomics, so results repeat to the bit: one kernel writes dQ for its queries, another dK and dV
@@ -12,7 +13,7 @@ only.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,14 +29,19 @@ CPU_FORWARD_BLOCK = 256
 CPU_BACKWARD_BLOCK = 64
 
 
-def attention_definition(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, first_T: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over the visible keys. Query i, of token p = S - T + i, sees keys first[i] <= j <= p.
+def attention_definition(
+    q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, first_T: Tensor, tree_3T: Tensor | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over the visible keys. Query i, of token p = S - T + i, sees keys first[i] <= j <= p,
+    without hidden_begin[i] <= j < hidden_end[i].
 
     Args:
         q_THD: queries [T, H, D].
         k_SKD: keys [S, K, D].
         v_SKD: values [S, K, D].
-        first_T: the first key that each query sees, [T] int32, not decreasing, first[i] <= p.
+        first_T: the first key that each query sees, [T] int32, first[i] <= p; without a tree not decreasing.
+        tree_3T: [3, T] int32, where S = T: hidden_begin and hidden_end, both first[i] where all keys are seen; and what
+            only the kernels read, see `attention`.
 
     Returns:
         [T, H, D] in q's dtype; scores and softmax are in fp32 (fp64 for fp64).
@@ -47,6 +53,9 @@ def attention_definition(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, first_T: T
     k_SHD, v_SHD = (t.repeat_interleave(group, 1).to(dtype) for t in (k_SKD, v_SKD))
     scores_HTS = torch.einsum("qhd,khd->hqk", q_THD.to(dtype), k_SHD) * q_THD.shape[-1] ** -0.5
     visible_TS = (first_T[:, None] <= token_S) & (token_S <= token_T[:, None])
+    if tree_3T is not None:
+        hidden_begin_T, hidden_end_T, _ = tree_3T
+        visible_TS &= (token_S < hidden_begin_T[:, None]) | (hidden_end_T[:, None] <= token_S)
     weights_HTS = scores_HTS.masked_fill(~visible_TS, -torch.inf).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights_HTS, v_SHD).to(q_THD.dtype)
 
@@ -57,6 +66,11 @@ def attention_definition(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, first_T: T
 # window's edge), then, after a gap, those at the end (the diagonal). The other loop takes the fully visible tiles of
 # the gap, without a mask. A block of keys visits blocks of queries likewise. Indices past the last token are clamped:
 # what is loaded there is finite, is masked before it is summed, and is never stored.
+#
+# A query sees a key where first[query] <= key <= query <= last[key]. Without a tree one of the outer bounds is enough;
+# the other one's pointer, and the tree's, are then None, and there is no code for them. In a tree each loop has more
+# gaps, for keys that are hidden from every query of the block. `jumps` holds a loop's gaps in order, each as the number
+# of tiles before it and its size.
 #
 # Names are FlashAttention's: m_i is the running maximum of a query's scores in base 2, l_i the running sum of its
 # weights, acc the unnormalised output; lse2 is the log-sum-exp in base 2, delta the row sum of dout * out.
@@ -87,32 +101,68 @@ def _store_rows(ptr, token, T, stride_token, tile, D: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
-def _key_ranges(first_ptr, m0, T, past, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The keys that a block of queries sees, `past` of them before query 0.
-
-    [begin, full) and [diagonal, end) are partially visible, [full, diagonal) fully.
+def _visited_keys(first_ptr, tree_ptr, row, m0, T, past, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The masked and the unmasked loop of a block of queries, `past` keys before query 0: each its first key, number of
+    tiles, and jumps.
     """
-    begin = tl.load(first_ptr + m0) // BLOCK_N * BLOCK_N
-    diagonal = (m0 + past) // BLOCK_N * BLOCK_N
-    stop = tl.minimum(m0 + BLOCK_M, T)
-    full = tl.minimum(tl.cdiv(tl.load(first_ptr + stop - 1), BLOCK_N) * BLOCK_N, diagonal)
-    return begin, full, diagonal, stop + past
+    if tree_ptr is None:
+        # [begin, full) and [diagonal, end) are partially visible, [full, diagonal) fully
+        begin = tl.load(first_ptr + m0) // BLOCK_N * BLOCK_N
+        diagonal = (m0 + past) // BLOCK_N * BLOCK_N
+        stop = tl.minimum(m0 + BLOCK_M, T)
+        full = tl.minimum(tl.cdiv(tl.load(first_ptr + stop - 1), BLOCK_N) * BLOCK_N, diagonal)
+        end = stop + past
+        near = (full - begin) // BLOCK_N
+        middle = (diagonal - full) // BLOCK_N
+        masked = begin, near + tl.cdiv(end - diagonal, BLOCK_N), ((near, diagonal - full),)
+        unmasked = full, middle, ()
+    else:
+        # Likewise of the keys before the hidden ones, [begin, end), and of those behind, [after, stop), where a query
+        # that sees all its keys sees them.
+        first = tl.load(first_ptr + row)
+        hidden_begin = tl.load(tree_ptr + row)
+        hidden_end = tl.load(tree_ptr + T + row)
+        begin = tl.min(first) // BLOCK_N * BLOCK_N
+        before = tl.max(tl.where(hidden_begin < hidden_end, hidden_begin, 0))
+        end = tl.maximum(tl.cdiv(before, BLOCK_N) * BLOCK_N, begin)
+        full = tl.minimum(tl.cdiv(tl.max(first), BLOCK_N) * BLOCK_N, end)
+        edge = tl.maximum(tl.min(hidden_begin) // BLOCK_N * BLOCK_N, full)
+        after = tl.maximum(tl.min(hidden_end) // BLOCK_N * BLOCK_N, end)
+        diagonal = tl.maximum(m0 // BLOCK_N * BLOCK_N, after)
+        full_after = tl.minimum(tl.maximum(tl.cdiv(tl.max(hidden_end), BLOCK_N) * BLOCK_N, after), diagonal)
+        stop = tl.maximum(tl.minimum(m0 + BLOCK_M, T), diagonal)
+        near = (full - begin) // BLOCK_N
+        near_edge = near + (end - edge) // BLOCK_N
+        near_after = near_edge + (full_after - after) // BLOCK_N
+        tiles = near_after + tl.cdiv(stop - diagonal, BLOCK_N)
+        masked = begin, tiles, ((near, edge - full), (near_edge, after - end), (near_after, diagonal - full_after))
+        middle = (edge - full) // BLOCK_N
+        unmasked = full, middle + (diagonal - full_after) // BLOCK_N, ((middle, full_after - edge),)
+    return masked, unmasked
+
+
+@triton.jit
+def _tile_start(begin, tile, jumps, BLOCK: tl.constexpr):
+    n = begin + tile * BLOCK
+    for i in tl.static_range(len(jumps)):  # pyright: ignore[reportGeneralTypeIssues]
+        n += tl.where(tile < jumps[i][0], 0, jumps[i][1])
+    return n
 
 
 @triton.jit
 def _forward_inner(
-    acc, m_i, l_i, q, token, first, k_ptr, v_ptr, begin, tiles, near, gap, S, stride_k_token, stride_v_token,
+    acc, m_i, l_i, q, token, first, last_ptr, k_ptr, v_ptr, loop, S, stride_k_token, stride_v_token,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    begin, tiles, jumps = loop
     for tile in range(0, tiles):
-        n = begin + tile * BLOCK_N
-        if MASKED:
-            n += tl.where(tile < near, 0, gap)
-        key = n + tl.arange(0, BLOCK_N)
+        key = _tile_start(begin, tile, jumps, BLOCK_N) + tl.arange(0, BLOCK_N)
         row = tl.minimum(key, S - 1) if MASKED else key
         scores = dot(q, tl.trans(_load_rows(k_ptr, row, stride_k_token, D, BLOCK_D)), acc.dtype)
         if MASKED:
             visible = (first[:, None] <= key[None, :]) & (key[None, :] <= token[:, None])
+            if last_ptr is not None:
+                visible &= token[:, None] <= tl.load(last_ptr + row)[None, :]
             scores = tl.where(visible, scores, float("-inf"))
         # in base 2 the scale and log2(e) are one factor, which is fused with the subtraction
         m_new = tl.maximum(m_i, tl.max(scores, 1) * (SCALE * _LOG2E))
@@ -128,7 +178,7 @@ def _forward_inner(
 
 @triton.jit
 def _forward_kernel(
-    q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr, T, S,
+    q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, tree_ptr, out_ptr, lse_ptr, T, S,
     stride_q_token, stride_q_head, stride_k_token, stride_k_head, stride_v_token, stride_v_head,
     SCALE: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -147,17 +197,13 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], acc_dtype)
     m_i = tl.full([BLOCK_M], _INITIAL_MAX, acc_dtype)
     l_i = tl.zeros([BLOCK_M], acc_dtype)
-    begin, full, diagonal, end = _key_ranges(first_ptr, m0, T, S - T, BLOCK_M, BLOCK_N)
-    near = (full - begin) // BLOCK_N
-    middle = (diagonal - full) // BLOCK_N
+    masked, unmasked = _visited_keys(first_ptr, tree_ptr, row, m0, T, S - T, BLOCK_M, BLOCK_N)
     acc, m_i, l_i = _forward_inner(
-        acc, m_i, l_i, q, token, first, k_ptr, v_ptr,
-        begin, near + tl.cdiv(end - diagonal, BLOCK_N), near, diagonal - full,
+        acc, m_i, l_i, q, token, first, last_ptr, k_ptr, v_ptr, masked,
         S, stride_k_token, stride_v_token, SCALE, D, BLOCK_D, BLOCK_N, True,
     )  # fmt: skip
     acc, m_i, l_i = _forward_inner(
-        acc, m_i, l_i, q, token, first, k_ptr, v_ptr,
-        full, middle, middle, 0,
+        acc, m_i, l_i, q, token, first, last_ptr, k_ptr, v_ptr, unmasked,
         S, stride_k_token, stride_v_token, SCALE, D, BLOCK_D, BLOCK_N, False,
     )  # fmt: skip
     _store_rows(out_ptr + head * D, query, T, H * D, acc / l_i[:, None], D, BLOCK_D)
@@ -166,14 +212,12 @@ def _forward_kernel(
 
 @triton.jit
 def _dq_inner(
-    dq, q, dout, query, first, lse2, delta, k_ptr, v_ptr, begin, tiles, near, gap, T, stride_k_token, stride_v_token,
+    dq, q, dout, query, first, last_ptr, lse2, delta, k_ptr, v_ptr, loop, T, stride_k_token, stride_v_token,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
+    begin, tiles, jumps = loop
     for tile in range(0, tiles):
-        n = begin + tile * BLOCK_N
-        if MASKED:
-            n += tl.where(tile < near, 0, gap)
-        key = n + tl.arange(0, BLOCK_N)
+        key = _tile_start(begin, tile, jumps, BLOCK_N) + tl.arange(0, BLOCK_N)
         row = tl.minimum(key, T - 1) if MASKED else key
         k = _load_rows(k_ptr, row, stride_k_token, D, BLOCK_D)
         scores = dot(q, tl.trans(k), dq.dtype)
@@ -181,6 +225,8 @@ def _dq_inner(
         p = tl.exp2(scores * (SCALE * _LOG2E) - lse2[:, None])
         if MASKED:
             visible = (first[:, None] <= key[None, :]) & (key[None, :] <= query[:, None])
+            if last_ptr is not None:
+                visible &= query[:, None] <= tl.load(last_ptr + row)[None, :]
             p = tl.where(visible, p, 0.0)
         dq = add_dot(dq, (p * (dp - delta[:, None])).to(k_ptr.dtype.element_ty), k)
     return dq
@@ -188,7 +234,7 @@ def _dq_inner(
 
 @triton.jit
 def _dq_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr, lse2_ptr, delta_ptr, dq_ptr, T,
+    dout_ptr, q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, tree_ptr, out_ptr, lse_ptr, lse2_ptr, delta_ptr, dq_ptr, T,
     stride_dout_token, stride_dout_head, stride_q_token, stride_q_head,
     stride_k_token, stride_k_head, stride_v_token, stride_v_head,
     SCALE: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
@@ -210,17 +256,13 @@ def _dq_kernel(
     k_ptr += head // GROUP * stride_k_head
     v_ptr += head // GROUP * stride_v_head
     dq = tl.zeros([BLOCK_M, BLOCK_D], acc_dtype)
-    begin, full, diagonal, end = _key_ranges(first_ptr, m0, T, 0, BLOCK_M, BLOCK_N)
-    near = (full - begin) // BLOCK_N
-    middle = (diagonal - full) // BLOCK_N
+    masked, unmasked = _visited_keys(first_ptr, tree_ptr, row, m0, T, 0, BLOCK_M, BLOCK_N)
     dq = _dq_inner(
-        dq, q, dout, query, first, lse2, delta, k_ptr, v_ptr,
-        begin, near + tl.cdiv(end - diagonal, BLOCK_N), near, diagonal - full,
+        dq, q, dout, query, first, last_ptr, lse2, delta, k_ptr, v_ptr, masked,
         T, stride_k_token, stride_v_token, SCALE, D, BLOCK_D, BLOCK_N, True,
     )  # fmt: skip
     dq = _dq_inner(
-        dq, q, dout, query, first, lse2, delta, k_ptr, v_ptr,
-        full, middle, middle, 0,
+        dq, q, dout, query, first, last_ptr, lse2, delta, k_ptr, v_ptr, unmasked,
         T, stride_k_token, stride_v_token, SCALE, D, BLOCK_D, BLOCK_N, False,
     )  # fmt: skip
     _store_rows(dq_ptr + head * D, query, T, H * D, dq * SCALE, D, BLOCK_D)
@@ -228,27 +270,27 @@ def _dq_kernel(
 
 @triton.jit
 def _dkdv_inner(
-    dk, dv, k, v, key, last, q_ptr, dout_ptr, lse2_ptr, delta_ptr, begin, tiles, near, gap, T,
+    dk, dv, k, v, key, last, first_ptr, q_ptr, dout_ptr, lse2_ptr, delta_ptr, loop, T,
     stride_dout_token, stride_dout_head, stride_q_token, stride_q_head,
     SCALE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     # One loop over the group's heads and their queries, so that loads are prefetched across heads too. Scores are keys
     # by queries, so that the products that sum over queries find their left operand in registers.
+    begin, tiles, jumps = loop
     tiles_per_head = tl.maximum(tiles, 1)  # a prefetch may divide by it even if the loop is empty
     for index in range(0, tiles * GROUP):
         head = (index // tiles_per_head).to(tl.int64)
         tile = index % tiles_per_head
-        m = begin + tile * BLOCK_M
-        if MASKED:
-            m += tl.where(tile < near, 0, gap)
-        query = tl.multiple_of(m, BLOCK_M) + tl.arange(0, BLOCK_M)
+        query = tl.multiple_of(_tile_start(begin, tile, jumps, BLOCK_M), BLOCK_M) + tl.arange(0, BLOCK_M)
         row = tl.minimum(query, T - 1) if MASKED else query
         q = _load_rows(q_ptr + head * stride_q_head, row, stride_q_token, D, BLOCK_D)
         scores = dot(k, tl.trans(q), dk.dtype)
         p = tl.exp2(scores * (SCALE * _LOG2E) - tl.load(lse2_ptr + head * T + row)[None, :])
         if MASKED:
             visible = (key[:, None] <= query[None, :]) & (query[None, :] <= last[:, None])
+            if first_ptr is not None:
+                visible &= tl.load(first_ptr + row)[None, :] <= key[:, None]
             p = tl.where(visible, p, 0.0)
         dout = _load_rows(dout_ptr + head * stride_dout_head, row, stride_dout_token, D, BLOCK_D)
         dv = add_dot(dv, p.to(dout_ptr.dtype.element_ty), dout)
@@ -260,7 +302,7 @@ def _dkdv_inner(
 
 @triton.jit
 def _dkdv_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, last_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, T,
+    dout_ptr, q_ptr, k_ptr, v_ptr, first_ptr, last_ptr, tree_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr, T,
     stride_dout_token, stride_dout_head, stride_q_token, stride_q_head,
     stride_k_token, stride_k_head, stride_v_token, stride_v_head,
     SCALE: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
@@ -284,20 +326,24 @@ def _dkdv_kernel(
     # Queries in [begin, full) and [edge, end) see the block of keys partially, those in [full, edge) fully.
     begin = n0 // BLOCK_M * BLOCK_M
     full = tl.cdiv(n0 + BLOCK_N, BLOCK_M) * BLOCK_M
-    edge = tl.maximum((tl.load(last_ptr + n0) + 1) // BLOCK_M * BLOCK_M, full)
-    end = tl.load(last_ptr + tl.minimum(n0 + BLOCK_N, T) - 1) + 1
+    if tree_ptr is None:
+        edge = tl.maximum((tl.load(last_ptr + n0) + 1) // BLOCK_M * BLOCK_M, full)
+        end = tl.load(last_ptr + tl.minimum(n0 + BLOCK_N, T) - 1) + 1
+    else:
+        edge = tl.maximum(tl.min(tl.load(tree_ptr + 2 * T + row) + 1) // BLOCK_M * BLOCK_M, full)
+        end = tl.max(last + 1)
     near = tl.cdiv(tl.minimum(full, end) - begin, BLOCK_M)
     middle = (edge - full) // BLOCK_M
+    masked = begin, near + tl.cdiv(tl.maximum(end, edge) - edge, BLOCK_M), ((near, edge - full),)
+    unmasked = full, middle, ()
     dk, dv = _dkdv_inner(
-        dk, dv, k, v, key, last, q_ptr, dout_ptr, lse2_ptr, delta_ptr,
-        begin, near + tl.cdiv(tl.maximum(end, edge) - edge, BLOCK_M), near, edge - full,
-        T, stride_dout_token, stride_dout_head, stride_q_token, stride_q_head,
+        dk, dv, k, v, key, last, first_ptr, q_ptr, dout_ptr, lse2_ptr, delta_ptr, masked, T,
+        stride_dout_token, stride_dout_head, stride_q_token, stride_q_head,
         SCALE, GROUP, D, BLOCK_D, BLOCK_M, True,
     )  # fmt: skip
     dk, dv = _dkdv_inner(
-        dk, dv, k, v, key, last, q_ptr, dout_ptr, lse2_ptr, delta_ptr,
-        full, middle, middle, 0,
-        T, stride_dout_token, stride_dout_head, stride_q_token, stride_q_head,
+        dk, dv, k, v, key, last, first_ptr, q_ptr, dout_ptr, lse2_ptr, delta_ptr, unmasked, T,
+        stride_dout_token, stride_dout_head, stride_q_token, stride_q_head,
         SCALE, GROUP, D, BLOCK_D, BLOCK_M, False,
     )  # fmt: skip
     _store_rows(dk_ptr + kv_head * D, key, T, K * D, dk * SCALE, D, BLOCK_D)
@@ -306,8 +352,9 @@ def _dkdv_kernel(
 
 # of each kernel: BLOCK_M, BLOCK_N, warps, stages
 Tiles = dict[str, tuple[int, int, int, int]]
+_AMPERE: Tiles = {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 2), "dkdv": (64, 64, 8, 2)}
 # Tiles by GPU and the largest head size, for 16-bit dtypes; "wide" is for fp32, and for fp64 of half the size. None
-# spills registers, and all fit in shared memory.
+# spills registers, and all fit in shared memory. "of trees" is for those where the kernel's own would spill.
 _TILES: dict[str, dict[int, Tiles]] = {
     "wide": {
         128: {"forward": (32, 32, 8, 1), "dq": (32, 32, 8, 2), "dkdv": (32, 32, 8, 1)},
@@ -315,12 +362,14 @@ _TILES: dict[str, dict[int, Tiles]] = {
     },
     # 99 KiB of shared memory: all from sm_80 that are not below
     "sm_86": {
-        128: {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 2), "dkdv": (64, 64, 8, 2)},
+        64: {**_AMPERE, "dkdv of trees": (64, 128, 8, 2)},
+        128: _AMPERE,
         256: {"forward": (64, 32, 8, 2), "dq": (32, 32, 4, 2), "dkdv": (32, 32, 8, 2)},
     },
     # 163 KiB
     "sm_80": {
-        128: {"forward": (128, 64, 8, 3), "dq": (128, 32, 8, 2), "dkdv": (64, 64, 8, 2)},
+        64: {**_AMPERE, "dkdv of trees": (64, 128, 8, 2)},
+        128: _AMPERE,
         256: {"forward": (64, 64, 8, 2), "dq": (64, 32, 8, 2), "dkdv": (32, 32, 8, 2)},
     },
     # 227 KiB, products of 64 rows and more from shared memory. The fastest on an H200 (benchmarks.attention_tiles):
@@ -354,12 +403,14 @@ def _tiles(dtype: torch.dtype, block_d: int) -> Tiles:
     return _TILES[gpu][min((size for size in _TILES[gpu] if size >= block_d), default=256)]
 
 
-def _constants(kernel: str, q_THD: Tensor, k_SKD: Tensor) -> dict[str, Any]:
+def _constants(kernel: str, q_THD: Tensor, k_SKD: Tensor, tree: Tensor | None) -> dict[str, Any]:
     heads, head_dim = q_THD.shape[1:]
     kv_heads = k_SKD.shape[1]
     # a product takes at least 16 columns
     block_d = max(triton.next_power_of_2(head_dim), 16)
-    block_m, block_n, warps, stages = _tiles(q_THD.dtype, block_d)[kernel]
+    tiles = _tiles(q_THD.dtype, block_d)
+    own = tiles[kernel]
+    block_m, block_n, warps, stages = own if tree is None else tiles.get(f"{kernel} of trees", own)
     return {
         "SCALE": head_dim**-0.5,
         "K" if kernel == "dkdv" else "H": kv_heads if kernel == "dkdv" else heads,
@@ -378,15 +429,22 @@ def unit_stride(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
-def _attention_triton(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+def _of_tree(bound: Tensor, tree: Tensor | None) -> Tensor | None:
+    """The bound of the mask that a kernel reads of trees alone."""
+    return None if tree is None else bound
+
+
+def _attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, tree: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     q, k, v = unit_stride(q, k, v)
     tokens, heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty(heads, tokens, dtype=accumulate_dtype(q.dtype))
     strides = [stride for t in (q, k, v) for stride in t.stride()[:2]]
-    constants = _constants("forward", q, k)
+    constants = _constants("forward", q, k, tree)
     grid = (triton.cdiv(tokens, constants["BLOCK_M"]) * heads,)
-    _forward_kernel[grid](q, k, v, first, out, lse, tokens, len(k), *strides, **constants)
+    _forward_kernel[grid](q, k, v, first, _of_tree(last, tree), tree, out, lse, tokens, len(k), *strides, **constants)
     return out, lse
 
 
@@ -399,28 +457,68 @@ def _attention_backward_triton(
     lse: Tensor,
     first: Tensor,
     last: Tensor,
+    tree: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, q, k, v = unit_stride(dout, q, k, v)
     tokens, heads, _ = q.shape
     dq, dk, dv, lse2, delta = (t.new_empty(t.shape) for t in (q, k, v, lse, lse))
     strides = [stride for t in (dout, q, k, v) for stride in t.stride()[:2]]
-    constants = _constants("dq", q, k)
+    constants = _constants("dq", q, k, tree)
     grid = (triton.cdiv(tokens, constants["BLOCK_M"]) * heads,)
-    _dq_kernel[grid](dout, q, k, v, first, out, lse, lse2, delta, dq, tokens, *strides, **constants)
-    constants = _constants("dkdv", q, k)
+    _dq_kernel[grid](
+        dout, q, k, v, first, _of_tree(last, tree), tree, out, lse, lse2, delta, dq, tokens, *strides, **constants
+    )
+    constants = _constants("dkdv", q, k, tree)
     grid = (triton.cdiv(tokens, constants["BLOCK_N"]) * k.shape[1],)
-    _dkdv_kernel[grid](dout, q, k, v, last, lse2, delta, dk, dv, tokens, *strides, **constants)
+    _dkdv_kernel[grid](
+        dout, q, k, v, _of_tree(first, tree), last, tree, lse2, delta, dk, dv, tokens, *strides, **constants
+    )
     return dq, dk, dv
 
 
 # ----------------------------------------------------------------------------------------------------- plain PyTorch
 
 
-def _documents(first: Tensor) -> Iterator[tuple[int, int, bool]]:
-    """(start, stop, whether no query is limited by the window) of each document. Its first token sees itself first."""
-    starts = (first == torch.arange(len(first), dtype=first.dtype)).nonzero()[:, 0]
+class _Piece(NamedTuple):
+    """Queries that see keys of their own and, where they are a branch of a tree after the first, keys of its prompt. A
+    document is one piece; so are a prompt and its first branch.
+
+    Attributes:
+        keys: all these keys, in order.
+        past: how many of them come before the queries.
+        first: the first key that each query sees, counted from the first of the keys.
+        causal: whether no query is limited by the window.
+    """
+
+    queries: slice
+    keys: slice | Tensor
+    past: int
+    first: Tensor
+    causal: bool
+
+
+def _pieces(first: Tensor, tree: Tensor | None) -> Iterator[_Piece]:
+    token = torch.arange(len(first), dtype=first.dtype)
+    # the first token of a document sees itself first, that of a branch sees the prompt and then itself
+    begins = first == token
+    if tree is not None:
+        hidden_begin, hidden_end, _ = tree
+        begins |= (hidden_begin < hidden_end) & (hidden_end == token)
+    starts = begins.nonzero()[:, 0]
     stops = torch.cat([starts[1:], starts.new_tensor([len(first)])])
-    return zip(starts.tolist(), stops.tolist(), (first[stops - 1] == starts).tolist())
+    causal = first[stops - 1] == first[starts]
+    lows = first[starts].tolist()
+    for start, stop, low, whole in zip(starts.tolist(), stops.tolist(), lows, causal.tolist()):
+        queries = slice(start, stop)
+        if low == start:
+            yield _Piece(queries, queries, 0, first[queries] - start, whole)
+        else:
+            high = int(hidden_begin[start])
+            past = high - low
+            keys = torch.cat([torch.arange(low, high), torch.arange(start, stop)])
+            # those that have come out of the window's reach see keys of their own alone
+            own = first[queries] - torch.where(first[queries] < high, low, start - past)
+            yield _Piece(queries, keys, past, own, whole)
 
 
 def _grouped(t_THD: Tensor, kv_heads: int) -> Tensor:
@@ -428,7 +526,9 @@ def _grouped(t_THD: Tensor, kv_heads: int) -> Tensor:
     return t_THD.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
 
 
-def _attention_torch(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+def _attention_torch(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, tree: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Torch's flash kernel for the CPU, which returns the log-sum-exp too."""
     # the kernel assumes it without a check
     q, k, v = unit_stride(q, k, v)
@@ -439,67 +539,77 @@ def _attention_torch(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tenso
     lse = q.new_empty(heads, tokens, dtype=accumulate_dtype(q.dtype))
     q_KGTD, k_K1SD, v_K1SD, out_KGTD = (_grouped(t, kv_heads) for t in (q, k, v, out))
     lse_KGT = lse.unflatten(0, (kv_heads, -1))
-    k_KGSD, v_KGSD = (t.expand(-1, heads // kv_heads, -1, -1) for t in (k_K1SD, v_K1SD))
     token = torch.arange(tokens + past, dtype=first.dtype)
+    chunk = _Piece(slice(0, tokens), slice(0, len(k)), past, first, False)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
-    def attend(queries: slice, keys: slice, mask: Tensor | None) -> None:
-        out_KGTD[:, :, queries], lse_KGT[:, :, queries] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_KGTD[:, :, queries], k_KGSD[:, :, keys], v_KGSD[:, :, keys], is_causal=mask is None, attn_mask=mask
-        )
-
-    for start, stop, causal in [(0, tokens, False)] if past else _documents(first):
-        if causal:
-            attend(slice(start, stop), slice(start, stop), None)
+    for piece in [chunk] if past else _pieces(first, tree):
+        q_p, out_p, lse_p = (t[:, :, piece.queries] for t in (q_KGTD, out_KGTD, lse_KGT))
+        k_p, v_p = (t[:, :, piece.keys].expand(-1, heads // kv_heads, -1, -1) for t in (k_K1SD, v_K1SD))
+        if piece.causal and not piece.past:
+            out_p[:], lse_p[:] = flash(q_p, k_p, v_p, is_causal=True)
             continue
-        for begin in range(start, stop, CPU_FORWARD_BLOCK):
-            queries = slice(begin, min(begin + CPU_FORWARD_BLOCK, stop))
-            keys = slice(int(first[begin]), past + queries.stop)
-            visible = (first[queries, None] <= token[keys]) & (token[keys] <= past + token[queries, None])
-            attend(queries, keys, visible.to(q.dtype).log())
+        for begin in range(0, len(piece.first), CPU_FORWARD_BLOCK):
+            queries = slice(begin, min(begin + CPU_FORWARD_BLOCK, len(piece.first)))
+            keys = slice(int(piece.first[begin]), piece.past + queries.stop)
+            visible = (piece.first[queries, None] <= token[keys]) & (token[keys] <= piece.past + token[queries, None])
+            out_p[:, :, queries], lse_p[:, :, queries] = flash(
+                q_p[:, :, queries], k_p[:, :, keys], v_p[:, :, keys], attn_mask=visible.to(q.dtype).log()
+            )
     return out, lse
 
 
 def _attention_backward_torch(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, first: Tensor, last: Tensor
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    first: Tensor,
+    last: Tensor,
+    tree: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Multiplies blocks of queries by the keys that they see, all query heads of a key head in one matrix product.
 
-    Torch's backward takes 1.4 to 3.5 times as long in bf16 (64 to 1024 tokens), and supports no window. Names end in _d
-    for a document's part of a tensor, in _b for a block's.
+    Torch's backward takes 1.4 to 3.5 times as long in bf16 (64 to 1024 tokens), and supports no window. Names end in _p
+    for a piece's part of a tensor, in _b for a block's.
     """
     _, kv_heads, head_dim = k.shape
     scale = head_dim**-0.5
     dq = q.new_empty(q.shape)
     dk_KTD, dv_KTD = torch.zeros(2, kv_heads, len(k), head_dim, dtype=lse.dtype)
     lse_KGT = lse.unflatten(0, (kv_heads, -1))
-    for begin, end, causal in _documents(first):
-        document = slice(begin, end)
-        q_d, dout_d, out_d, dq_d = (_grouped(t[document], kv_heads) for t in (q, dout, out, dq))
-        k_d, v_d = (t[document].transpose(0, 1).contiguous() for t in (k, v))
-        dk_d = dk_KTD[:, document]
-        dv_d = dv_KTD[:, document]
-        lse_d = lse_KGT[:, :, document, None]
-        delta_d = torch.linalg.vecdot(out_d.to(lse.dtype), dout_d.to(lse.dtype))[..., None]
-        scaled_q = q_d * scale
-        scaled_k = k_d * scale
-        first_d = first[document] - begin
-        for start in range(0, end - begin, CPU_BACKWARD_BLOCK):
-            stop = min(start + CPU_BACKWARD_BLOCK, end - begin)
+    for piece in _pieces(first, tree):
+        q_p, dout_p, out_p, dq_p = (_grouped(t[piece.queries], kv_heads) for t in (q, dout, out, dq))
+        k_p, v_p = (t[piece.keys].transpose(0, 1).contiguous() for t in (k, v))
+        # views where the piece is a document
+        dk_p = dk_KTD[:, piece.keys]
+        dv_p = dv_KTD[:, piece.keys]
+        lse_p = lse_KGT[:, :, piece.queries, None]
+        delta_p = torch.linalg.vecdot(out_p.to(lse.dtype), dout_p.to(lse.dtype))[..., None]
+        scaled_q = q_p * scale
+        scaled_k = k_p * scale
+        for start in range(0, len(piece.first), CPU_BACKWARD_BLOCK):
+            stop = min(start + CPU_BACKWARD_BLOCK, len(piece.first))
             queries = slice(start, stop)
             # the first keys seen by the block's first and last query: keys in [low, high) are masked query by query
-            low, high = (0, 0) if causal else first_d[[start, stop - 1]].tolist()
-            keys = slice(low, stop)
-            shape = (kv_heads, -1, stop - start, stop - low)
-            q_b, dout_b = (t[:, :, queries].reshape(kv_heads, -1, head_dim) for t in (scaled_q, dout_d))
-            p = torch.sub((q_b @ k_d[:, keys].mT).view(shape), lse_d[:, :, queries]).exp_()
-            p[..., start - low :].tril_()
+            low, high = (0, 0) if piece.causal else piece.first[[start, stop - 1]].tolist()
+            keys = slice(low, piece.past + stop)
+            shape = (kv_heads, -1, stop - start, keys.stop - low)
+            q_b, dout_b = (t[:, :, queries].reshape(kv_heads, -1, head_dim) for t in (scaled_q, dout_p))
+            p = torch.sub((q_b @ k_p[:, keys].mT).view(shape), lse_p[:, :, queries]).exp_()
+            p[..., piece.past + start - low :].tril_()
             if high > low:
-                p[..., : high - low].masked_fill_(torch.arange(low, high) < first_d[queries, None], 0)
-            ds = torch.sub((dout_b @ v_d[:, keys].mT).view(shape), delta_d[:, :, queries]).mul_(p)
-            p, ds = (t.to(q.dtype).view(kv_heads, -1, stop - low) for t in (p, ds))
-            dv_d[:, keys] += p.mT @ dout_b
-            dk_d[:, keys] += ds.mT @ q_b
-            dq_d[:, :, queries] = (ds @ scaled_k[:, keys]).view(kv_heads, -1, stop - start, head_dim)
+                p[..., : high - low].masked_fill_(torch.arange(low, high) < piece.first[queries, None], 0)
+            ds = torch.sub((dout_b @ v_p[:, keys].mT).view(shape), delta_p[:, :, queries]).mul_(p)
+            p, ds = (t.to(q.dtype).view(kv_heads, -1, keys.stop - low) for t in (p, ds))
+            dv_p[:, keys] += p.mT @ dout_b
+            dk_p[:, keys] += ds.mT @ q_b
+            dq_p[:, :, queries] = (ds @ scaled_k[:, keys]).view(kv_heads, -1, stop - start, head_dim)
+        if piece.past:
+            dk_KTD[:, piece.keys] = dk_p
+            dv_KTD[:, piece.keys] = dv_p
     dk = k.new_empty(k.shape).copy_(dk_KTD.transpose(0, 1))
     dv = v.new_empty(v.shape).copy_(dv_KTD.transpose(0, 1))
     return dq, dk, dv
@@ -509,20 +619,20 @@ def _attention_backward_torch(
 
 
 _attention = operator(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor first, Tensor last) -> (Tensor, Tensor)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor first, Tensor last, Tensor? tree=None) -> (Tensor, Tensor)",
     cuda=_attention_triton,
     cpu=_attention_torch,
-    fake=lambda q, k, v, first, last: (
+    fake=lambda q, k, v, first, last, tree=None: (
         q.new_empty(q.shape),
         q.new_empty(q.shape[1], q.shape[0], dtype=accumulate_dtype(q.dtype)),
     ),
 )
 _attention_backward = operator(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor first, Tensor last)"
-    " -> (Tensor, Tensor, Tensor)",
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor first, Tensor last,"
+    " Tensor? tree=None) -> (Tensor, Tensor, Tensor)",
     cuda=_attention_backward_triton,
     cpu=_attention_backward_torch,
-    fake=lambda dout, q, k, v, out, lse, first, last: tuple(t.new_empty(t.shape) for t in (q, k, v)),
+    fake=lambda dout, q, k, v, out, lse, first, last, tree=None: tuple(t.new_empty(t.shape) for t in (q, k, v)),
 )
 
 
@@ -530,27 +640,34 @@ class _Attention(torch.autograd.Function):
     """Keeps its inputs, its output and the log-sum-exp of each query and head; backward computes the weights again."""
 
     @staticmethod
-    def forward(ctx, q, k, v, first, last):
-        out, lse = _attention(q, k, v, first, last)
-        ctx.save_for_backward(q, k, v, out, lse, first, last)
+    def forward(ctx, q, k, v, first, last, tree):
+        out, lse = _attention(q, k, v, first, last, tree)
+        ctx.save_for_backward(q, k, v, out, lse, first, last, tree)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        return *_attention_backward(dout, *ctx.saved_tensors), None, None
+        return *_attention_backward(dout, *ctx.saved_tensors), None, None, None
 
 
-def attention(q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, first_T: Tensor, last_T: Tensor) -> Tensor:
+def attention(
+    q_THD: Tensor, k_SKD: Tensor, v_SKD: Tensor, first_T: Tensor, last_T: Tensor, tree_3T: Tensor | None = None
+) -> Tensor:
     """`attention_definition`, in tiles: the matrix of scores never exists. S > T takes one document, forward only.
 
     Args:
         last_T: the last query that sees each key, [T] int32, for backward; not read where S > T.
+        tree_3T: as in the definition; the last row is for backward: of each key the last query of the unbroken range of
+            queries, from the key itself on, that see it. The keys that branches after the first see are keys of their
+            prompt, from first[i] to hidden_begin[i], and their own, from hidden_end[i].
 
     Raises:
-        ValueError: S > T, and an input requires a gradient.
+        ValueError: S > T, and an input requires a gradient, or there is a tree.
     """
     tokens, keys = len(q_THD), len(k_SKD)
+    if tokens != keys and tree_3T is not None:
+        raise ValueError(f"attention takes a tree as a whole: got {tokens} queries, {keys} keys")
     if tokens != keys and torch.is_grad_enabled() and any(t.requires_grad for t in (q_THD, k_SKD, v_SKD)):
         raise ValueError(f"attention has no backward for keys without a query: got {tokens} queries, {keys} keys")
-    return _Attention.apply(q_THD, k_SKD, v_SKD, first_T, last_T)
+    return _Attention.apply(q_THD, k_SKD, v_SKD, first_T, last_T, tree_3T)

@@ -1,7 +1,9 @@
 """Which keys a query sees, and the back ends that compute attention.
 
 One sentence defines the mask: position i sees j with 0 <= i - j < window, inside its own document. `visible` is that
-sentence; every back end is tested against it. Axes: T tokens, H query heads, K key/value heads, D head size.
+sentence; every back end is tested against it. A tree is a document whose beginning, the prompt, is shared by branches:
+the prompt and each branch are one document, and have its positions. Axes: T tokens, H query heads, K key/value heads,
+D head size.
 
 The network calls an *attend* object, `attend(layer, q_THD, k_TKD, v_TKD)`, that also knows the tokens' positions:
 `PackedAttention` here, and those of the key/value cache in generate/kv_cache.py.
@@ -196,14 +198,26 @@ class PackedAttention:
         tokens: T.
         window: keys that a query sees, itself included; None: all.
         past: the number of tokens of the one document that came before; they have keys and values, and no queries.
+        branches: of each document where its branches start, counted from its first token; the first of them ends the
+            prompt. None, or empty for a document: it has none.
 
     Attributes:
-        positions: [T] int64, the position of each token in its document.
+        positions: [T] int64, the position of each token in its document. In a tree those of each branch go on from the
+            prompt's.
         first, last: [T] int32, the mask as our kernels take it: the first token that each one sees, and the last one
             that sees it, counted through the batch.
+        tree: [3, T] int32, the rest of it where a document has several branches, see `attention`; else None.
     """
 
-    def __init__(self, cu_seqlens: Tensor | None, tokens: int, window: int | None, device: torch.device, past: int = 0):
+    def __init__(
+        self,
+        cu_seqlens: Tensor | None,
+        tokens: int,
+        window: int | None,
+        device: torch.device,
+        past: int = 0,
+        branches: list[list[int]] | None = None,
+    ):
         self.past = past
         starts = [0, past + tokens] if cu_seqlens is None else cu_seqlens.tolist()
         self.lengths = [stop - start for start, stop in itertools.pairwise(starts)]
@@ -214,14 +228,21 @@ class PackedAttention:
         self.window = None if window is None or window >= self.longest else window
         bounds = [t[past:] for t in _mask_bounds(self.lengths, self.window)]
         vectors = [torch.tensor(starts, dtype=torch.int32), *bounds]
+        if branches:
+            _check_branches(branches, self.lengths)
+            # one branch only continues its prompt
+            if max(map(len, branches)) > 1:
+                vectors[1:] = _tree_bounds(self.lengths, branches, self.window)
         # copies from pinned memory do not block
         if torch.device(device).type == "cuda":
             vectors = [t.pin_memory() for t in vectors]
-        self.cu_seqlens, self.positions, self.first, self.last = (t.to(device, non_blocking=True) for t in vectors)
+        vectors = [t.to(device, non_blocking=True) for t in vectors]
+        self.cu_seqlens, self.positions, self.first, self.last, *tree = vectors
+        self.tree = tree[0] if tree else None
 
     def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        # tracing cannot measure
-        if not q_THD.is_cuda or torch.compiler.is_compiling():
+        # the others know no trees, and tracing cannot measure
+        if self.tree is not None or not q_THD.is_cuda or torch.compiler.is_compiling():
             return self.run("own", q_THD, k_TKD, v_TKD)
         device = q_THD.device
         # cuDNN plans anew for every length, and only round ones are likely to come again
@@ -244,7 +265,7 @@ class PackedAttention:
     def run(self, backend: str, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         """Attention by the back end of this name."""
         if backend == "own":
-            return attention(q_THD, k_TKD, v_TKD, self.first, self.last)
+            return attention(q_THD, k_TKD, v_TKD, self.first, self.last, self.tree)
         if backend == "cudnn":
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 qkv = _sdpa_arguments(q_THD, k_TKD, v_TKD)[:-1]
@@ -261,6 +282,61 @@ def _mask_bounds(lengths: list[int], window: int | None) -> tuple[Tensor, Tensor
     after = torch.cat([torch.arange(length - 1, -1, -1) for length in lengths])
     near = sum(lengths) if window is None else window - 1
     return before, (token - before.clamp(max=near)).int(), (token + after.clamp(max=near)).int()
+
+
+def _check_branches(branches: list[list[int]], lengths: list[int]) -> None:
+    if len(branches) != len(lengths):
+        raise ValueError(f"expected branches of each of {len(lengths)} documents, got those of {len(branches)}")
+    for index, (starts, length) in enumerate(zip(branches, lengths)):
+        edges = [0, *starts, length]
+        if any(stop <= start for start, stop in itertools.pairwise(edges)):
+            message = f"expected the branches of document {index} to start at rising numbers from 1 to {length - 1}"
+            raise ValueError(f"{message}, got {starts}")
+
+
+def _tree_bounds(
+    lengths: list[int], branches: list[list[int]], window: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_mask_bounds` of documents some of which are trees, and what our kernels take of a tree, [3, T]."""
+    near = sum(lengths) if window is None else window - 1
+    begins = [0, *itertools.accumulate(lengths)]
+    bounds = [
+        _document_bounds(length, starts, near) + torch.tensor([[0], *[[begin]] * 5])
+        for begin, length, starts in zip(begins, lengths, branches)
+    ]
+    positions, *others = torch.cat(bounds, 1)
+    first, last, *tree = (t.int() for t in others)
+    return positions, first, last, torch.stack(tree)
+
+
+def _document_bounds(length: int, starts: list[int], near: int) -> Tensor:
+    """Of each token of a document [6, length], counted from its first one: position, first, last, hidden_begin,
+    hidden_end, reach. A token sees `near` positions before its own.
+    """
+    # a document without branches is a prompt with an empty one
+    edges = [*(starts or [length]), length]
+    prompt = edges[0]
+    sizes = torch.tensor([prompt, *(stop - start for start, stop in itertools.pairwise(edges))])
+    token = torch.arange(length)
+    # of each token where its branch starts and ends; the prompt's tokens are in the first
+    start = torch.tensor([prompt, *edges[:-1]]).repeat_interleave(sizes)
+    stop = torch.tensor([edges[1], *edges[1:]]).repeat_interleave(sizes)
+    shift = start - prompt
+    position = token - shift
+    earliest = (position - near).clamp(min=0)
+    first = torch.where(earliest < prompt, earliest, earliest + shift)
+    hides = (shift > 0) & (earliest < prompt)
+    hidden_begin = torch.where(hides, prompt, first)
+    hidden_end = torch.where(hides, start, first)
+    reach = torch.minimum(token + near, stop - 1)
+    last = reach.clone()
+    # of each of the prompt's tokens the last position that sees it, counted from the prompt's end
+    end = token[:prompt] + near - prompt
+    last[:prompt] = torch.where(end < 0, reach[:prompt], (edges[-2] + end).clamp(max=length - 1))
+    reach[:prompt] = length - 1
+    for begin, stop in reversed(list(itertools.pairwise(edges))):
+        reach[:prompt] = torch.where(begin + end < stop - 1, begin + end, reach[:prompt])
+    return torch.stack([position, first, last, hidden_begin, hidden_end, reach])
 
 
 def _varlen(
