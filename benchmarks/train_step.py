@@ -111,7 +111,9 @@ def draw_pairs(vocabulary: int, tokens: int) -> TokenStore:
 class Ours:
     """minorca. `step` is one training step, and yields the name of each part when the part ends."""
 
-    def __init__(self, store: TokenStore, model: Mistral, directory: Path, adapter: dict[str, Tensor], objective: str):
+    def __init__(
+        self, store: TokenStore, model: Mistral, directory: Path, adapter: dict[str, Tensor], objective: str = "sft"
+    ):
         self.store = store
         self.model = model.train()
         self.adapters = list(adapter_parameters(model).values())
@@ -143,7 +145,9 @@ class Ours:
 class Theirs:
     """transformers + PEFT, with the methods of `Ours`."""
 
-    def __init__(self, store: TokenStore, model: Mistral, directory: Path, adapter: dict[str, Tensor], objective: str):
+    def __init__(
+        self, store: TokenStore, model: Mistral, directory: Path, adapter: dict[str, Tensor], objective: str = "sft"
+    ):
         from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
         self.store = store
@@ -249,8 +253,10 @@ class TRL(Theirs):
         yield "optimizer"
 
 
-SIDES = ("ours", "theirs")
-CLASSES = {"sft": (Ours, Theirs), "dpo": (Ours, TRL)}
+SIDES: dict[str, dict[str, type[Ours | Theirs]]] = {
+    "sft": {"ours": Ours, "theirs": Theirs},
+    "dpo": {"ours": Ours, "theirs": TRL},
+}
 
 
 def whole_step(side: Ours | Theirs) -> float:
@@ -314,8 +320,7 @@ def measure(args, names: list[str]) -> dict:
         for name in names:
             # what the previous side keeps
             others = torch.cuda.memory_allocated() - weights if sides else 0
-            kind = dict(zip(SIDES, CLASSES[args.objective]))[name]
-            side = sides[name] = kind(store, model, directory, adapter, args.objective)
+            side = sides[name] = SIDES[args.objective][name](store, model, directory, adapter, args.objective)
             tokens, sizes = warm_up(side, args.tokens)
             results[name] = {
                 "micro_batch_tokens": tokens,
@@ -359,7 +364,7 @@ def measure(args, names: list[str]) -> dict:
 
 def main() -> None:
     options = parser("benchmarks.train_step", "One LoRA training step, minorca beside transformers + PEFT.")
-    options.add_argument("--objective", choices=CLASSES, default="sft", help="dpo: random pairs, beside TRL")
+    options.add_argument("--objective", choices=SIDES, default="sft", help="dpo: random pairs, beside TRL")
     options.add_argument("--rows", choices=LENGTHS, default="full", help="512 to 1024 tokens each, or short: 16 to 200")
     options.add_argument(
         "--steps", type=int, default=5, metavar="N", help="timed steps of each side, after a warm-up step; default: 5"
@@ -367,7 +372,7 @@ def main() -> None:
     options.add_argument(
         "--tokens", type=int, default=2048, metavar="N", help="maximum size of a micro-batch; default: 2048"
     )
-    options.add_argument("--only", choices=SIDES, help="run one side alone and print its peak memory in bytes")
+    options.add_argument("--only", choices=SIDES["sft"], help="run one side alone and print its peak memory in bytes")
     args = options.parse_args()
     if args.tokens < LENGTHS[args.rows][1]:
         options.error(f"--tokens is {args.tokens}; rows have up to {LENGTHS[args.rows][1]}")
@@ -378,10 +383,10 @@ def main() -> None:
     alone = {}
     # the peak of a process includes both sides, so each runs in a process of its own
     if DEVICE.type == "cpu":
-        for name in SIDES:
+        for name in SIDES[args.objective]:
             command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--only", name]
             alone[name] = int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
-    result = measure(args, list(SIDES))
+    result = measure(args, list(SIDES[args.objective]))
     for name, peak in alone.items():
         result[name]["peak_memory_bytes"] = peak
     settings = {"model": args.shape or args.model.name, "rows": args.rows, "dtype": args.dtype, "tokens": args.tokens}
@@ -389,7 +394,7 @@ def main() -> None:
     settings |= {"objective": args.objective, "layers": args.layers}
     name = "train-dpo" if args.objective == "dpo" else f"train-{args.rows}"
     report({**settings, **result, "ratio": ratio}, name, args.output)
-    for ours, theirs in zip(*(result[name]["losses"][:2] for name in SIDES)):
+    for ours, theirs in zip(*(result[name]["losses"][:2] for name in SIDES[args.objective])):
         print(f"loss: ours {ours:.6f}, theirs {theirs:.6f}")
         if not abs(ours - theirs) <= TOLERANCE[args.dtype] * theirs:
             limit = f"{TOLERANCE[args.dtype]:g}, relative"
