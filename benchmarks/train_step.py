@@ -128,7 +128,7 @@ class Ours:
         return [len(batch.tokens) for batch in self.batches]
 
     def step(self) -> Iterator[str]:
-        self.loss = 0.0
+        self.loss = torch.zeros((), device=DEVICE)
         for batch in self.batches:
             sums = forward(self.model, batch, self.objective.head(batch))
             loss = self.objective.loss(sums, self.counts)
@@ -187,7 +187,7 @@ class Theirs:
         return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
 
     def step(self) -> Iterator[str]:
-        self.loss = 0.0
+        self.loss = torch.zeros((), device=DEVICE)
         for batch in self.batches:
             with self.precision:
                 loss = self.model(**batch, num_items_in_batch=self.trained, use_cache=False).loss
@@ -238,7 +238,7 @@ class TRL(Theirs):
         return [batch["input_ids"].numel() for batch in self.batches]
 
     def step(self) -> Iterator[str]:
-        self.loss = 0.0
+        self.loss = torch.zeros((), device=DEVICE)
         for batch in self.batches:
             with self.precision:
                 share = len(batch["input_ids"]) / 2 / len(self.store)
