@@ -432,9 +432,10 @@ def tree_attentions(shape: Shape, tokens: int) -> Iterator[Case]:
     branches = [[length // 2, 3 * length // 4] for length in lengths]
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)])
     attend = PackedAttention(cu_seqlens, tokens, None, torch.device("cpu"), branches=branches)
+    assert attend.tree is not None
     mask = attend.first, attend.last, attend.tree
-    hidden_begin, hidden_end, _ = attend.tree
-    pairs = int((torch.arange(tokens) - attend.first + 1 - (hidden_end - hidden_begin)).sum())
+    hidden = attend.tree[1] - attend.tree[0]
+    pairs = int((torch.arange(tokens) - attend.first + 1 - hidden).sum())
 
     def inputs(device, dtype):
         counts = shape.heads, shape.kv_heads, shape.kv_heads

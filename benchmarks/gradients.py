@@ -62,7 +62,7 @@ def main() -> None:
                 if "lora_B" in name:
                     parameter.copy_(1e-3 * torch.randn(parameter.shape, generator=generator))
         adapter = {name: p.detach().cpu().clone() for name, p in adapter_parameters(model).items()}
-        sides = {name: side(store, model, Path(directory), adapter) for name, side in SIDES.items()}
+        sides = {name: side(store, model, Path(directory), adapter) for name, side in SIDES["sft"].items()}
         found = {}
         for name, side in sides.items():
             side.arrange(args.tokens)

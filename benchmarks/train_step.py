@@ -1,9 +1,11 @@
-"""One training step of LoRA, minorca beside transformers + PEFT: python -m benchmarks.train_step
+"""One training step of LoRA, minorca beside transformers + PEFT, or with --objective dpo beside TRL:
+python -m benchmarks.train_step
 
 A step is forward, backward, clipping and AdamW over the same synthetic rows, which minorca packs into two micro-batches
 of at most --tokens tokens. The other side is what a careful user of transformers would write: SDPA, PEFT's fp32
 adapters, autocast in bf16 as in its Trainer, fused AdamW, and rows sorted by length and padded to the longest of their
-micro-batch, which has at most --tokens tokens, padding included. Both share one copy of the frozen weights and start
+micro-batch, which has at most --tokens tokens, padding included. TRL's DPOTrainer takes four pairs at a time, as in the
+known recipe (mlabonne's), and pads them. Both share one copy of the frozen weights and start
 from the same adapter; their losses must agree in the first two steps. A side whose micro-batches do not fit into the
 GPU's memory halves them.
 
@@ -18,6 +20,7 @@ import functools
 import itertools
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,15 +30,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.common import DEVICE, clock, kernel_times, model_under_test, parser, peer, report, spread
-from minorca.config import OptimConfig
+from benchmarks.common import DEVICE, ROOT, clock, kernel_times, model_under_test, parser, peer, report, spread
+from minorca.config import DPOConfig, OptimConfig
 from minorca.data.packing import make_batch, plan_epoch
 from minorca.data.store import TokenStore
 from minorca.model.lora import LoRASettings, adapter_parameters, add_adapters, init_adapters, pad_for_adapters
 from minorca.model.network import Mistral
-from minorca.train.metrics import peak_flops, peak_memory_bytes, training_flops
+from minorca.train.forward import forward
+from minorca.train.metrics import hidden_pairs, peak_flops, peak_memory_bytes, training_flops
 from minorca.train.objectives import NextToken
 from minorca.train.optim import adamw, clip_gradients
+from minorca.train.preference_objective import preference
+from minorca.train.reference import Reference
 
 SETTINGS = LoRASettings(rank=16, alpha=32)
 OPTIM = OptimConfig()
@@ -44,6 +50,10 @@ LENGTHS = {
     "full": (512, 1024, 720, 0.3),
     "short": (16, 200, 60, 0.7),
 }
+# the same of the prompts and the answers of pairs
+PROMPTS, ANSWERS = (32, 400, 160, 0.7), (16, 300, 120, 0.7)
+# pairs in a batch of TRL's
+PAIRS = 4
 # of the losses, relative
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 
@@ -72,15 +82,44 @@ def draw_rows(kind: str, vocabulary: int, tokens: int) -> TokenStore:
         store = longer
 
 
+def draw_pairs(vocabulary: int, tokens: int) -> TokenStore:
+    """Random prompts, each with two random answers, that fill two micro-batches."""
+    random = np.random.default_rng(0)
+
+    def length(shortest: int, longest: int, median: int, sigma: float) -> int:
+        return int(np.clip(random.lognormal(np.log(median), sigma), shortest, longest))
+
+    def store_of(sizes: list[tuple[int, int, int]]) -> TokenStore:
+        lengths = [sum(parts) for parts in sizes]
+        return TokenStore(
+            np.random.default_rng(1).integers(vocabulary, size=sum(lengths), dtype=np.int32),
+            np.concatenate([np.arange(sum(parts)) >= parts[0] for parts in sizes]),
+            np.cumsum([0, *lengths]),
+            branch_offsets=2 * np.arange(len(sizes) + 1),
+            branch_starts=np.array([(parts[0], sum(parts[:2])) for parts in sizes], np.int32).flatten(),
+            branch_scores=np.tile(np.array([1, 0], np.float32), len(sizes)),
+        )
+
+    sizes: list[tuple[int, int, int]] = []
+    while True:
+        longer = [*sizes, (length(*PROMPTS), length(*ANSWERS), length(*ANSWERS))]
+        if len(plan(store_of(longer), tokens)) > 2:
+            return store_of(sizes)
+        sizes = longer
+
+
 class Ours:
     """minorca. `step` is one training step, and yields the name of each part when the part ends."""
 
-    def __init__(self, store: TokenStore, model: Mistral, directory: Path, adapter: dict[str, Tensor]):
+    def __init__(
+        self, store: TokenStore, model: Mistral, directory: Path, adapter: dict[str, Tensor], objective: str = "sft"
+    ):
         self.store = store
-        self.objective = NextToken()
-        self.counts = self.objective.counts(store, np.arange(len(store)))
         self.model = model.train()
         self.adapters = list(adapter_parameters(model).values())
+        reference = Reference(model, self.adapters if objective == "dpo" else [])
+        self.objective = preference("dpo", DPOConfig(), reference.of) if objective == "dpo" else NextToken()
+        self.counts = self.objective.counts(store, np.arange(len(store)))
         self.optimizer = adamw(self.adapters, OPTIM)
 
     def arrange(self, tokens: int) -> list[int]:
@@ -89,9 +128,9 @@ class Ours:
         return [len(batch.tokens) for batch in self.batches]
 
     def step(self) -> Iterator[str]:
-        self.loss = 0.0
+        self.loss = torch.zeros((), device=DEVICE)
         for batch in self.batches:
-            sums = self.model(batch.tokens, batch.cu_seqlens, head=self.objective.head(batch))
+            sums = forward(self.model, batch, self.objective.head(batch))
             loss = self.objective.loss(sums, self.counts)
             self.loss += loss.detach()
             yield "forward"
@@ -106,7 +145,9 @@ class Ours:
 class Theirs:
     """transformers + PEFT, with the methods of `Ours`."""
 
-    def __init__(self, store: TokenStore, model: Mistral, directory: Path, adapter: dict[str, Tensor]):
+    def __init__(
+        self, store: TokenStore, model: Mistral, directory: Path, adapter: dict[str, Tensor], objective: str = "sft"
+    ):
         from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
         self.store = store
@@ -146,7 +187,7 @@ class Theirs:
         return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
 
     def step(self) -> Iterator[str]:
-        self.loss = 0.0
+        self.loss = torch.zeros((), device=DEVICE)
         for batch in self.batches:
             with self.precision:
                 loss = self.model(**batch, num_items_in_batch=self.trained, use_cache=False).loss
@@ -160,7 +201,62 @@ class Theirs:
         yield "optimizer"
 
 
-SIDES = {"ours": Ours, "theirs": Theirs}
+class TRL(Theirs):
+    """TRL's DPOTrainer on the model of `Theirs`; its reference is the model without the adapter."""
+
+    def __init__(self, *arguments):
+        from datasets import Dataset
+        from transformers import AutoTokenizer
+        from trl.trainer.dpo_config import DPOConfig as Settings
+        from trl.trainer.dpo_trainer import DPOTrainer
+
+        super().__init__(*arguments)
+        settings = Settings(
+            output_dir=tempfile.mkdtemp(),
+            per_device_train_batch_size=PAIRS,
+            max_length=None,
+            bf16=False,
+            gradient_checkpointing=False,
+            use_cpu=DEVICE.type == "cpu",
+            report_to="none",
+        )
+        # its own tokens are not used, and a trainer needs a row and a tokenizer
+        row = Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
+        tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples" / "model")
+        self.trainer = DPOTrainer(model=self.model, args=settings, train_dataset=row, processing_class=tokenizer)
+
+    def arrange(self, tokens: int) -> list[int]:
+        self.batches = []
+        for first in range(0, len(self.store), PAIRS):
+            pairs = []
+            for row in range(first, min(first + PAIRS, len(self.store))):
+                parts = np.split(self.store.row(row)[0], self.store.branches(row)[0])
+                names = ("prompt_ids", "chosen_ids", "rejected_ids")
+                pairs.append({name: part.tolist() for name, part in zip(names, parts)})
+            batch = self.trainer.data_collator(pairs)
+            self.batches.append({name: tensor.to(DEVICE) for name, tensor in batch.items()})
+        return [batch["input_ids"].numel() for batch in self.batches]
+
+    def step(self) -> Iterator[str]:
+        self.loss = torch.zeros((), device=DEVICE)
+        for batch in self.batches:
+            with self.precision:
+                share = len(batch["input_ids"]) / 2 / len(self.store)
+                loss = self.trainer.compute_loss(self.model, batch) * share
+            self.loss += loss.detach()
+            yield "forward"
+            loss.backward()
+            yield "backward"
+        torch.nn.utils.clip_grad_norm_(self.adapters, OPTIM.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        yield "optimizer"
+
+
+SIDES: dict[str, dict[str, type[Ours | Theirs]]] = {
+    "sft": {"ours": Ours, "theirs": Theirs},
+    "dpo": {"ours": Ours, "theirs": TRL},
+}
 
 
 def whole_step(side: Ours | Theirs) -> float:
@@ -212,7 +308,9 @@ def warm_up(side: Ours | Theirs, tokens: int) -> tuple[int, list[int]]:
 
 def measure(args, names: list[str]) -> dict:
     with model_under_test(args) as (directory, model):
-        store = draw_rows(args.rows, model.arch.vocab_size, args.tokens)
+        vocabulary = model.arch.vocab_size
+        is_dpo = args.objective == "dpo"
+        store = draw_pairs(vocabulary, args.tokens) if is_dpo else draw_rows(args.rows, vocabulary, args.tokens)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         add_adapters(model, SETTINGS)
         pad_for_adapters(model)
@@ -222,7 +320,7 @@ def measure(args, names: list[str]) -> dict:
         for name in names:
             # what the previous side keeps
             others = torch.cuda.memory_allocated() - weights if sides else 0
-            side = sides[name] = SIDES[name](store, model, directory, adapter)
+            side = sides[name] = SIDES[args.objective][name](store, model, directory, adapter, args.objective)
             tokens, sizes = warm_up(side, args.tokens)
             results[name] = {
                 "micro_batch_tokens": tokens,
@@ -241,15 +339,16 @@ def measure(args, names: list[str]) -> dict:
             for name, side in sides.items():
                 results[name]["kernels"] = kernel_times(functools.partial(whole_step, side))
             results["ours"]["host"] = host_time(sides["ours"])
-        flops = training_flops(
-            model.arch, sum(map(torch.numel, adapter.values())), store.lengths.tolist(), int(store.trained.sum())
-        )
+        hidden = hidden_pairs(store, np.arange(len(store)), model.arch.window)
+        counts = sum(map(torch.numel, adapter.values())), store.lengths.tolist(), int(store.trained.sum())
+        flops = training_flops(model.arch, *counts, hidden=hidden)
     for name, result in results.items():
         seconds = spread(steps[name])
         peak = peak_flops(DEVICE, getattr(torch, args.dtype))
         result |= {
             "seconds": seconds,
             "parts_seconds": {part: spread([step[part] for step in parts[name]])["median"] for part in parts[name][0]},
+            "rows_per_second": len(store) / seconds["median"],
             "tokens_per_second": len(store.tokens) / seconds["median"],
             "trained_tokens_per_second": int(store.trained.sum()) / seconds["median"],
             "mfu": flops / seconds["median"] / peak if peak else None,
@@ -265,6 +364,7 @@ def measure(args, names: list[str]) -> dict:
 
 def main() -> None:
     options = parser("benchmarks.train_step", "One LoRA training step, minorca beside transformers + PEFT.")
+    options.add_argument("--objective", choices=SIDES, default="sft", help="dpo: random pairs, beside TRL")
     options.add_argument("--rows", choices=LENGTHS, default="full", help="512 to 1024 tokens each, or short: 16 to 200")
     options.add_argument(
         "--steps", type=int, default=5, metavar="N", help="timed steps of each side, after a warm-up step; default: 5"
@@ -272,7 +372,7 @@ def main() -> None:
     options.add_argument(
         "--tokens", type=int, default=2048, metavar="N", help="maximum size of a micro-batch; default: 2048"
     )
-    options.add_argument("--only", choices=SIDES, help="run one side alone and print its peak memory in bytes")
+    options.add_argument("--only", choices=SIDES["sft"], help="run one side alone and print its peak memory in bytes")
     args = options.parse_args()
     if args.tokens < LENGTHS[args.rows][1]:
         options.error(f"--tokens is {args.tokens}; rows have up to {LENGTHS[args.rows][1]}")
@@ -283,16 +383,18 @@ def main() -> None:
     alone = {}
     # the peak of a process includes both sides, so each runs in a process of its own
     if DEVICE.type == "cpu":
-        for name in SIDES:
+        for name in SIDES[args.objective]:
             command = [sys.executable, "-m", "benchmarks.train_step", *sys.argv[1:], "--only", name]
             alone[name] = int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
-    result = measure(args, list(SIDES))
+    result = measure(args, list(SIDES[args.objective]))
     for name, peak in alone.items():
         result[name]["peak_memory_bytes"] = peak
     settings = {"model": args.shape or args.model.name, "rows": args.rows, "dtype": args.dtype, "tokens": args.tokens}
     ratio = result["ours"]["tokens_per_second"] / result["theirs"]["tokens_per_second"]
-    report({**settings, "layers": args.layers, **result, "ratio": ratio}, f"train-{args.rows}", args.output)
-    for ours, theirs in zip(*(result[name]["losses"][:2] for name in SIDES)):
+    settings |= {"objective": args.objective, "layers": args.layers}
+    name = "train-dpo" if args.objective == "dpo" else f"train-{args.rows}"
+    report({**settings, **result, "ratio": ratio}, name, args.output)
+    for ours, theirs in zip(*(result[name]["losses"][:2] for name in SIDES[args.objective])):
         print(f"loss: ours {ours:.6f}, theirs {theirs:.6f}")
         if not abs(ours - theirs) <= TOLERANCE[args.dtype] * theirs:
             limit = f"{TOLERANCE[args.dtype]:g}, relative"

@@ -162,7 +162,8 @@ def _forward_inner(
         if MASKED:
             visible = (first[:, None] <= key[None, :]) & (key[None, :] <= token[:, None])
             if last_ptr is not None:
-                visible &= token[:, None] <= tl.load(last_ptr + row)[None, :]
+                # a query past the last token is as the last one: one that sees nothing would divide by zero
+                visible &= tl.minimum(token, S - 1)[:, None] <= tl.load(last_ptr + row)[None, :]
             scores = tl.where(visible, scores, float("-inf"))
         # in base 2 the scale and log2(e) are one factor, which is fused with the subtraction
         m_new = tl.maximum(m_i, tl.max(scores, 1) * (SCALE * _LOG2E))

@@ -21,7 +21,7 @@ from tests.model.test_attention import W, qkv, small_blocks, with_gradients
 
 CPU = torch.device("cpu")
 # one, two and five branches, prompts and branches of one token and across tiles of 16, plain documents between them
-TREES = [[5, 7], [W - 1, 9, W + 1], [1, 1, 1], [20], [3 * W, 2, 1, 20, 6, W], [1, 30, 4], [2]]
+TREES = [[5, 7], [W - 1, 9, W + 1], [1, 1, 1], [20], [2 * W, 2, 1, W, 3, 6], [1, 18, 4], [2]]
 SHORT_TREES = [[3, 4], [5], [9, 6, 11, 2]]
 WINDOWS = [None, 1, 2, W - 1, W, W + 1, 3 * W]
 __all__ = ["small_blocks"]
@@ -70,6 +70,7 @@ def test_the_mask_is_that_of_separate_documents(window):
         position = torch.arange(len(places))
         expected[places[:, None], places] |= visible(position, position, window)
         assert torch.equal(attend.positions[places], position)
+    assert attend.tree is not None
     hidden_begin, hidden_end, reach = attend.tree
     hidden = (hidden_begin[:, None] <= token) & (token < hidden_end[:, None])
     assert torch.equal((attend.first[:, None] <= token) & (token <= token[:, None]) & ~hidden, expected)
@@ -85,7 +86,11 @@ def test_the_mask_is_that_of_separate_documents(window):
     assert all(t.dtype == torch.int32 for t in (attend.first, attend.last, attend.tree))
 
 
-@pytest.mark.parametrize("window, heads, kv_heads, size", [(w, 2, 1, 16) for w in WINDOWS] + [(None, 4, 2, 24)])
+@pytest.mark.parametrize(
+    "window, heads, kv_heads, size, small_blocks",
+    [*((window, 2, 1, 16, "even") for window in WINDOWS), (None, 4, 2, 24, "uneven"), (W + 1, 3, 1, 8, "uneven")],
+    indirect=["small_blocks"],
+)
 def test_trees_equal_documents(window, heads, kv_heads, size, small_blocks, poisoned):
     """Values and gradients, of our operation and of the definition; a prompt's gradients are the documents' sum."""
     attend = packed(TREES, window)

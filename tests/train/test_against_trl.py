@@ -38,12 +38,12 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-SHAPE = {"vocab_size": 260, "num_hidden_layers": 3, "sliding_window": 128, "initializer_range": 0.05}
+SHAPE = {"vocab_size": 260, "num_hidden_layers": 3, "sliding_window": 24, "initializer_range": 0.05}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Workplace:
-    """A random model of three layers with a window that no row fills, an adapter, and pairs of unequal lengths, with
+    """A random model of three layers with a window shorter than the rows, an adapter, pairs of unequal lengths, and
     labelled answers and scored ones to the same prompts.
     """
     path: Path = tmp_path_factory.mktemp("trl")
