@@ -31,6 +31,7 @@ from tests.helpers import (
     relative_error,
     torchrun,
 )
+from tests.train import test_faults
 from tests.train.test_resume import stop_in
 from tests.train.test_train import config_of
 
@@ -187,6 +188,11 @@ def test_it_resumes_to_the_same_bits(objective, place, adapter, monkeypatch):
     stop_in(4, place("stopped", **settings), monkeypatch)
     train_command.main(place("stopped", **settings))
     assert_same_bits(place.path / "whole", place.path / "stopped")
+
+
+@pytest.mark.slow
+def test_a_kill_at_every_point_of_a_step_and_a_save(place, tmp_path):
+    test_faults.test_a_kill_at_every_point_of_a_step_and_a_save(0, place, tmp_path)
 
 
 def test_another_objective_is_another_run(place, adapter):
