@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from torch import Tensor
 
 from benchmarks.sharing import separated
@@ -97,6 +98,8 @@ def test_the_first_step_measures_no_difference(start, place, adapter):
     for line, prefix in ((first, ""), (evaluated, "eval_")):
         assert all(line[f"{prefix}{name}"] == 0 for name in METRICS if name.startswith("rewards") or name == "kl")
     assert second["rewards/margins"] > 0 and second["kl"] > 0 and 0 < first["entropy"] < np.log(260)
+    # a second row of curves
+    assert imread(place.path / "run" / "curves.png").shape[0] == 770
 
 
 # --------------------------------------------------------------------------------------------------------- invariance
