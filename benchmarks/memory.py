@@ -81,6 +81,7 @@ CASES = [
     Case("one row a micro-batch", {"data.packing": False}),
     Case("tied, 16,384 tokens", arch={"tied": True, "vocab_size": 16384}),
     Case("a window of 128", arch={"window": 128}),
+    Case("preferences", {"train.objective": "dpo", "data.format": "preference"}),
     Case("bf16", {"model.dtype": "bfloat16"}),
 ]
 
@@ -90,6 +91,7 @@ LARGE: list[tuple[dict[str, object], int, float]] = [
     ({CHECKPOINTING: "selective"}, 8192, 26.0),
     ({CHECKPOINTING: "full"}, 8192, 19.0),
     ({CHECKPOINTING: "offload"}, 8192, 17.0),
+    ({CHECKPOINTING: "selective", "train.objective": "dpo", "data.format": "preference"}, 8192, 28.6),
     ({"model.quantize": "nf4", CHECKPOINTING: "full"}, 4096, 7.0),
     ({"model.quantize": "nf4", CHECKPOINTING: "offload"}, 4096, 6.0),
 ]

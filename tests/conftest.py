@@ -1,5 +1,6 @@
 """The environment of all tests, and their fixtures."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -21,6 +22,15 @@ from tests.helpers import ROOT, Workplace, random_mistral, save_tokenizer
 torch.set_num_threads(1)
 # A shell starts background processes with SIGINT ignored, which would be inherited by the commands under test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """Commands set the level of the log, which is that of the next test too."""
+    log = logging.getLogger("minorca")
+    level = log.level
+    yield
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -99,8 +99,8 @@ def _split_kernel(
         last = tl.full([BLOCK_M], end - 1, tl.int32)
         tiles = tl.cdiv(end - begin, BLOCK_N)
         acc, m_i, l_i = _forward_inner(
-            acc, m_i, l_i, q, last, first, k_ptr + n * stride_k_row, v_ptr + n * stride_v_row,
-            begin, tiles, tiles, 0,
+            acc, m_i, l_i, q, last, first, None, k_ptr + n * stride_k_row, v_ptr + n * stride_v_row,
+            (begin, tiles, ()),
             end, stride_k_slot, stride_v_slot, SCALE, D, BLOCK_D, BLOCK_N, True,
         )  # fmt: skip
         offset = (n * K + kv_head) * GROUP * max_splits + split

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -300,43 +301,44 @@ def _tree_bounds(
     """`_mask_bounds` of documents some of which are trees, and what our kernels take of a tree, [3, T]."""
     near = sum(lengths) if window is None else window - 1
     begins = [0, *itertools.accumulate(lengths)]
+    # by numpy, whose arrays have values where tensors are fake
     bounds = [
-        _document_bounds(length, starts, near) + torch.tensor([[0], *[[begin]] * 5])
+        _document_bounds(length, starts, near) + np.array([[0], *[[begin]] * 5])
         for begin, length, starts in zip(begins, lengths, branches)
     ]
-    positions, *others = torch.cat(bounds, 1)
+    positions, *others = torch.from_numpy(np.concatenate(bounds, 1))
     first, last, *tree = (t.int() for t in others)
     return positions, first, last, torch.stack(tree)
 
 
-def _document_bounds(length: int, starts: list[int], near: int) -> Tensor:
+def _document_bounds(length: int, starts: list[int], near: int) -> np.ndarray:
     """Of each token of a document [6, length], counted from its first one: position, first, last, hidden_begin,
     hidden_end, reach. A token sees `near` positions before its own.
     """
     # a document without branches is a prompt with an empty one
     edges = [*(starts or [length]), length]
     prompt = edges[0]
-    sizes = torch.tensor([prompt, *(stop - start for start, stop in itertools.pairwise(edges))])
-    token = torch.arange(length)
+    sizes = np.diff([0, *edges])
+    token = np.arange(length)
     # of each token where its branch starts and ends; the prompt's tokens are in the first
-    start = torch.tensor([prompt, *edges[:-1]]).repeat_interleave(sizes)
-    stop = torch.tensor([edges[1], *edges[1:]]).repeat_interleave(sizes)
+    start = np.repeat([prompt, *edges[:-1]], sizes)
+    stop = np.repeat([edges[1], *edges[1:]], sizes)
     shift = start - prompt
     position = token - shift
-    earliest = (position - near).clamp(min=0)
-    first = torch.where(earliest < prompt, earliest, earliest + shift)
+    earliest = np.maximum(position - near, 0)
+    first = np.where(earliest < prompt, earliest, earliest + shift)
     hides = (shift > 0) & (earliest < prompt)
-    hidden_begin = torch.where(hides, prompt, first)
-    hidden_end = torch.where(hides, start, first)
-    reach = torch.minimum(token + near, stop - 1)
-    last = reach.clone()
+    hidden_begin = np.where(hides, prompt, first)
+    hidden_end = np.where(hides, start, first)
+    reach = np.minimum(token + near, stop - 1)
+    last = reach.copy()
     # of each of the prompt's tokens the last position that sees it, counted from the prompt's end
     end = token[:prompt] + near - prompt
-    last[:prompt] = torch.where(end < 0, reach[:prompt], (edges[-2] + end).clamp(max=length - 1))
+    last[:prompt] = np.where(end < 0, reach[:prompt], np.minimum(edges[-2] + end, length - 1))
     reach[:prompt] = length - 1
     for begin, stop in reversed(list(itertools.pairwise(edges))):
-        reach[:prompt] = torch.where(begin + end < stop - 1, begin + end, reach[:prompt])
-    return torch.stack([position, first, last, hidden_begin, hidden_end, reach])
+        reach[:prompt] = np.where(begin + end < stop - 1, begin + end, reach[:prompt])
+    return np.stack([position, first, last, hidden_begin, hidden_end, reach])
 
 
 def _varlen(

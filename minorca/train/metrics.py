@@ -21,6 +21,7 @@ from minorca.errors import UserError
 from minorca.model.architecture import Architecture
 from minorca.model.layout import projections
 from minorca.plan.devices import GPUS
+from minorca.train.curves import draw_curves
 
 log = logging.getLogger(__name__)
 
@@ -245,39 +246,3 @@ def _drop_lines_past(path: Path, step: int) -> float | None:
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
     return evaluated
-
-
-def draw_curves(metrics: Path, picture: Path) -> None:
-    """Loss (training, smoothed, held-out), learning rate and tokens/s over the steps of a metrics.jsonl."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    train, held_out = ([line for line in lines if line.get(key) is not None] for key in ("loss", "eval_loss"))
-    steps = [line["step"] for line in train]
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    loss, rate, speed = figure.subplots(1, 3)
-    # an exponential average over about a tenth of the run
-    decay = max(0, 1 - 10 / max(1, len(train)))
-    smoothed = []
-    for line in train:
-        smoothed.append(decay * smoothed[-1] + (1 - decay) * line["loss"] if smoothed else line["loss"])
-    loss.plot(steps, [line["loss"] for line in train], color="tab:blue", alpha=0.35, label="training")
-    loss.plot(steps, smoothed, color="tab:blue", label="training, smoothed")
-    if held_out:
-        loss.plot(
-            [line["step"] for line in held_out],
-            [line["eval_loss"] for line in held_out],
-            "o-",
-            color="tab:orange",
-            label="held out",
-        )
-    loss.legend()
-    rate.plot(steps, [line["lr"] for line in train])
-    speed.plot(steps, [line["tokens_per_second"] for line in train])
-    for axis, title in ((loss, "loss (nats per trained token)"), (rate, "learning rate"), (speed, "tokens per second")):
-        axis.set(title=title, xlabel="step")
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    figure.savefig(picture, dpi=110)

@@ -203,6 +203,15 @@ def test_what_collectives_cost():
     assert copies[1] == communication_seconds(gather, gpu, NODE) < copies[0]
 
 
+def test_preferences_need_little_more_than_fine_tuning():
+    """At equal tokens a tenth more at most: the reference's values, and no logits but those of a chunk of rows."""
+    fine_tuning = Case("").config
+    preferences = changed(fine_tuning, {"train.objective": "dpo", "data.format": "preference"})
+    estimator = Estimator(SMALL, machine("cpu", 1), 1)
+    less, more = (estimator(config).memory["total"] for config in (fine_tuning, preferences))
+    assert less < more < 1.1 * less
+
+
 @pytest.mark.parametrize("case", CASES[:1] + CASES[-1:], ids=lambda case: case.name)
 def test_memory_beside_what_is_allocated(case):
     assert abs(compare(case)["error"]) <= NEAR

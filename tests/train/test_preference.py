@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from torch import Tensor
 
 from benchmarks.sharing import separated
@@ -31,6 +32,7 @@ from tests.helpers import (
     relative_error,
     torchrun,
 )
+from tests.train import test_faults
 from tests.train.test_resume import stop_in
 from tests.train.test_train import config_of
 
@@ -96,6 +98,8 @@ def test_the_first_step_measures_no_difference(start, place, adapter):
     for line, prefix in ((first, ""), (evaluated, "eval_")):
         assert all(line[f"{prefix}{name}"] == 0 for name in METRICS if name.startswith("rewards") or name == "kl")
     assert second["rewards/margins"] > 0 and second["kl"] > 0 and 0 < first["entropy"] < np.log(260)
+    # a second row of curves
+    assert imread(place.path / "run" / "curves.png").shape[0] == 770
 
 
 # --------------------------------------------------------------------------------------------------------- invariance
@@ -187,6 +191,11 @@ def test_it_resumes_to_the_same_bits(objective, place, adapter, monkeypatch):
     stop_in(4, place("stopped", **settings), monkeypatch)
     train_command.main(place("stopped", **settings))
     assert_same_bits(place.path / "whole", place.path / "stopped")
+
+
+@pytest.mark.slow
+def test_a_kill_at_every_point_of_a_step_and_a_save(place, tmp_path):
+    test_faults.test_a_kill_at_every_point_of_a_step_and_a_save(0, place, tmp_path)
 
 
 def test_another_objective_is_another_run(place, adapter):
