@@ -35,7 +35,7 @@ def evaluate_adapter(adapter: Path, config: Path, **settings) -> dict[str, float
 
 def measure(adapter: Path) -> dict[str, float]:
     """Preferences by the adapter's own log-probabilities, which are cpo's rewards, and the loss of fine-tuning."""
-    preferences = evaluate_adapter(adapter, CONFIG, **{"train.objective": "cpo"})
+    preferences = evaluate_adapter(adapter, CONFIG, **{"train.objective": "cpo", "dpo.sft_weight": 0.0})
     return {
         "preferred": preferences["eval_rewards/accuracies"],
         "loss": evaluate_adapter(adapter, demo.CONFIG)["eval_loss"],
