@@ -28,7 +28,7 @@ OF_PAIRS = (
     "logps/chosen",
     "logps/rejected",
 )
-OF_TOKENS = ("kl", "entropy")
+OF_TOKENS = {"kl": "chosen tokens", "entropy": "tokens"}
 
 
 def rows_of(hidden_TH: Tensor, rows_M: Tensor) -> Tensor:
@@ -81,8 +81,7 @@ class PairwisePreference(Objective):
 
     def counts(self, store: TokenStore, rows: np.ndarray) -> Counts:
         pairs, tokens = int(store.pair_counts[rows].sum()), int(store.trained_counts[rows].sum())
-        counts = {"pairs": pairs, "tokens": tokens}
-        return counts | ({"chosen tokens": chosen_tokens(store, rows)} if self.sft_weight else {})
+        return {"pairs": pairs, "tokens": tokens, "chosen tokens": chosen_tokens(store, rows)}
 
     def head(self, batch: Batch) -> Head:
         answers = batch.answers
@@ -103,8 +102,11 @@ class PairwisePreference(Objective):
             if self.sft_weight:
                 result["sft"] = nll_P[:, 0].sum()
             if reference_M is not None:
+                # GRPO's estimator (arXiv:2402.03300, equation 4), of chosen answers alone: they are nearer to what the
+                # policy writes, and it grows without bound where the policy leaves an answer
                 away_M = -compared_M.detach()
-                result["kl"] = (away_M.expm1() - away_M).sum()
+                kl_A = sum_answers(away_M.expm1() - away_M, answers.lengths)
+                result["kl"] = kl_A[answers.pairs[:, 0]].sum()
             return result | self._rewards(pairs) | dict(zip(("logps/chosen", "logps/rejected"), -nll_P.detach().sum(0)))
 
         return sums
@@ -125,7 +127,7 @@ class PairwisePreference(Objective):
 
     def metrics(self, sums: Mapping[str, float], counts: Counts) -> dict[str, float]:
         of_pairs = {name: sums[name] / counts["pairs"] for name in OF_PAIRS}
-        return of_pairs | {name: sums[name] / counts["tokens"] for name in OF_TOKENS if name in sums}
+        return of_pairs | {name: sums[name] / counts[kind] for name, kind in OF_TOKENS.items() if name in sums}
 
 
 def stored(batch: Batch) -> Tensor:
