@@ -39,7 +39,8 @@ def rows_of(hidden_TH: Tensor, rows_M: Tensor) -> Tensor:
 
 def sum_answers(values_M: Tensor, lengths_A: Tensor) -> Tensor:
     """Sums [A] over the scored tokens of each answer."""
-    return torch.segment_reduce(values_M, "sum", lengths=lengths_A)
+    # torch refuses no segments, which a rank without a micro-batch has
+    return torch.segment_reduce(values_M, "sum", lengths=lengths_A) if len(lengths_A) else values_M
 
 
 def chosen_tokens(store: TokenStore, rows: np.ndarray) -> int:
