@@ -226,10 +226,13 @@ class TRL(Theirs):
         self.trainer = DPOTrainer(model=self.model, args=settings, train_dataset=row, processing_class=tokenizer)
 
     def arrange(self, tokens: int) -> list[int]:
+        # fewer pairs at a time where the first micro-batches did not fit
+        self.tokens = getattr(self, "tokens", tokens)
+        size = max(PAIRS * tokens // self.tokens, 1)
         self.batches = []
-        for first in range(0, len(self.store), PAIRS):
+        for first in range(0, len(self.store), size):
             pairs = []
-            for row in range(first, min(first + PAIRS, len(self.store))):
+            for row in range(first, min(first + size, len(self.store))):
                 parts = np.split(self.store.row(row)[0], self.store.branches(row)[0])
                 names = ("prompt_ids", "chosen_ids", "rejected_ids")
                 pairs.append({name: part.tolist() for name, part in zip(names, parts)})

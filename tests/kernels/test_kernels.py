@@ -99,7 +99,10 @@ def frozen_weight(strategy: str, x: Tensor, of_swiglu: bool) -> DenseWeight:
 def lora_case(strategy: str, dropout: float, of_swiglu: bool) -> Case:
     def shapes(size: int) -> list[tuple[int, ...]]:
         k, first, second = HIDDEN[size], (2, 3, 3)[size], (1, 5, 16)[size]
-        return [(TOKENS[size], 2 * k if of_swiglu else k), (first, k), (3, first), (second, k), (k - 7, second)]
+        # on CUDA the largest of nine errors in fp32 was luck
+        rows = (3, 3, 19)[size]
+        x = TOKENS[size], 2 * k if of_swiglu else k
+        return [x, (first, k), (rows, first), (second, k), (k - 4 - rows, second)]
 
     def operation(x: Tensor, *ab: Tensor) -> Tensor:
         weight = frozen_weight(strategy, x, of_swiglu)
