@@ -5,9 +5,10 @@ A step is forward, backward, clipping and AdamW over the same synthetic rows, wh
 of at most --tokens tokens. The other side is what a careful user of transformers would write: SDPA, PEFT's fp32
 adapters, autocast in bf16 as in its Trainer, fused AdamW, and rows sorted by length and padded to the longest of their
 micro-batch, which has at most --tokens tokens, padding included. TRL's DPOTrainer takes four pairs at a time, as in the
-known recipe (mlabonne's), and pads them. Both share one copy of the frozen weights and start
-from the same adapter; their losses must agree in the first two steps. A side whose micro-batches do not fit into the
-GPU's memory halves them.
+known recipe (mlabonne's), and pads them. Both share one copy of the frozen weights and start from the same adapter.
+Their first losses must agree, and in fp32 the second. In bf16 these differ: PEFT adds an adapter's output to one that
+is rounded already, which loses most of an update as small as the first; on CUDA minorca adds before it rounds. A side
+whose micro-batches do not fit into the GPU's memory halves them.
 
 The sides alternate step by step, and only whole steps are timed: on CUDA the host runs ahead within one. The parts are
 those of two more steps, in which the host waits after each. Tokens per second do not count padding. Peak memory is what
@@ -397,9 +398,10 @@ def main() -> None:
     settings |= {"objective": args.objective, "layers": args.layers}
     name = "train-dpo" if args.objective == "dpo" else f"train-{args.rows}"
     report({**settings, **result, "ratio": ratio}, name, args.output)
-    for ours, theirs in zip(*(result[name]["losses"][:2] for name in SIDES[args.objective])):
+    must_agree = 2 if args.dtype == "float32" else 1
+    for step, (ours, theirs) in enumerate(zip(*(result[name]["losses"][:2] for name in SIDES[args.objective]))):
         print(f"loss: ours {ours:.6f}, theirs {theirs:.6f}")
-        if not abs(ours - theirs) <= TOLERANCE[args.dtype] * theirs:
+        if step < must_agree and not abs(ours - theirs) <= TOLERANCE[args.dtype] * theirs:
             limit = f"{TOLERANCE[args.dtype]:g}, relative"
             sys.exit(f"benchmarks.train_step: error: the losses differ by more than {limit}")
 

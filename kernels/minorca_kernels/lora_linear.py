@@ -402,7 +402,7 @@ def _choose_strategy(x: Tensor, weight: FrozenWeight, adapters: list[Adapter], i
         pays = weight.makes_rows and padding_pays(weight.out_features, weight.in_features, ranks, in_place)
         if weight.kind == "padded" or (pays and uses_triton(x)):
             return "augmented"
-    return "accumulated" if uses_triton(x) else "added"
+    return "accumulated"
 
 
 def _call(

@@ -60,7 +60,8 @@ class Rates:
         rates = cls()
         if host := (read_result(folder, "train-full") or {"ours": {}})["ours"].get("host"):
             rates = replace(rates, host=host["seconds"] / host["launches"])
-        if (device := read_result(folder, "device")) is not None:
+        # benchmarks.kernels measures both rates too
+        if device := read_result(folder, "device") or read_result(folder, "kernels"):
             matmul = device["matmul_bf16"]["flops_per_second"]
             rates = replace(rates, copy=device["copy_bytes_per_second"], matmul=matmul)
         found: dict[tuple[str, str], float] = {}

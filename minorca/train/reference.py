@@ -1,5 +1,7 @@
 """The reference of preference tuning: the model that the policy is measured against."""
 
+import itertools
+import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -13,6 +15,9 @@ from minorca.model.vocabulary import VocabularyMatrix
 from minorca.train.forward import forward
 from minorca_kernels.frozen_weight import local_part
 
+# of tensors that are exchanged by the same launches, while a copy of them exists
+GROUP_BYTES = 2**28
+
 
 class Reference:
     """The policy's own network with other values of what is trained, on each rank of its part. It runs the same kernels
@@ -22,8 +27,10 @@ class Reference:
     def __init__(self, model: Mistral, parameters: Iterable[nn.Parameter]):
         """Takes the parameters' values of now. Without parameters, the reference is the model as it is."""
         self.model = model
-        self.parameters = list(parameters)
-        self.values = [local_part(parameter)[0].clone() for parameter in self.parameters]
+        self.stored = [local_part(parameter)[0] for parameter in parameters]
+        self.values = [stored.clone() for stored in self.stored]
+        sizes = itertools.accumulate(stored.nbytes for stored in self.stored)
+        self.groups = [size // GROUP_BYTES for size in sizes]
 
     @torch.no_grad()
     def of(self, batch: Batch) -> Tensor:
@@ -47,11 +54,12 @@ class Reference:
 
     def exchange(self) -> None:
         """Exchanges the values with the parameters'. Autograd counts the change, so rounded copies are made anew."""
-        for parameter, value in zip(self.parameters, self.values):
-            local = local_part(parameter)[0]
-            current = local.clone()
-            local.copy_(value)
-            value.copy_(current)
+        pairs = zip(self.groups, self.stored, self.values)
+        for _, group in itertools.groupby(pairs, key=operator.itemgetter(0)):
+            _, stored, values = zip(*group)
+            current = [torch.empty_like(t) for t in stored]
+            for to, source in ((current, stored), (stored, values), (values, current)):
+                torch._foreach_copy_(to, source)  # pyright: ignore[reportPrivateImportUsage]
         if isinstance(self.model, FSDPModule):
             # what a forward has gathered stays gathered in the root until its backward
             self.model.reshard()

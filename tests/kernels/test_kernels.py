@@ -519,6 +519,31 @@ class ReadsWrittenMemory(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.skipif(INTERPRETED, reason="bf16 is wrong in the interpreter")
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("tokens", [40, 300])
+def test_an_update_is_added_before_the_output_is_rounded(tokens, padded, device):
+    """Of updates of a tenth of an output's last place, all is kept on average, in the input's gradient too."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, std: float) -> Tensor:
+        return (std * torch.randn(shape, generator=generator)).to(device, torch.bfloat16)
+
+    w, a, b = draw(512, 512, std=0.05), draw(8, 512, std=0.05), draw(512, 8, std=1e-4)
+    weight = PaddedWeight(w, 8) if padded else DenseWeight(w)
+    x, dy = draw(tokens, 512, std=1.0).requires_grad_(), draw(tokens, 512, std=1.0)
+    results = []
+    for adapters in ([Adapter(0, 512, a, b)], []):
+        y = lora_linear(x, weight, adapters, 2.0) if adapters else weight.linear(x)
+        results.append([y, *torch.autograd.grad(y, x, dy)])
+    update = 2 * b.double() @ a.double()
+    expected = x.detach().double() @ update.t(), dy.double() @ update
+    for with_update, without, exact in zip(*results, expected):
+        difference = (with_update.double() - without.double()).detach()
+        assert (difference * exact).sum() / exact.square().sum() == pytest.approx(1, abs=0.15)
+
+
 @pytest.mark.parametrize("of_swiglu", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("strategy", ["added", "accumulated", "augmented"])
