@@ -7,8 +7,8 @@ adapters, autocast in bf16 as in its Trainer, fused AdamW, and rows sorted by le
 micro-batch, which has at most --tokens tokens, padding included. TRL's DPOTrainer takes four pairs at a time, as in the
 known recipe (mlabonne's), and pads them. Both share one copy of the frozen weights and start from the same adapter.
 Their first losses must agree, and in fp32 the second. In bf16 these differ: PEFT adds an adapter's output to one that
-is rounded already, which loses most of an update as small as the first; on CUDA minorca adds before it rounds. A side
-whose micro-batches do not fit into the GPU's memory halves them.
+is rounded already, which loses most of an update as small as the first; minorca adds before it rounds. A side whose
+micro-batches do not fit into the GPU's memory halves them.
 
 The sides alternate step by step, and only whole steps are timed: on CUDA the host runs ahead within one. The parts are
 those of two more steps, in which the host waits after each. Tokens per second do not count padding. Peak memory is what
@@ -212,8 +212,9 @@ class TRL(Theirs):
         from trl.trainer.dpo_trainer import DPOTrainer
 
         super().__init__(*arguments)
+        self.directory = tempfile.TemporaryDirectory()
         settings = Settings(
-            output_dir=tempfile.mkdtemp(),
+            output_dir=self.directory.name,
             per_device_train_batch_size=PAIRS,
             max_length=None,
             bf16=False,
@@ -378,8 +379,9 @@ def main() -> None:
     )
     options.add_argument("--only", choices=SIDES["sft"], help="run one side alone and print its peak memory in bytes")
     args = options.parse_args()
-    if args.tokens < LENGTHS[args.rows][1]:
-        options.error(f"--tokens is {args.tokens}; rows have up to {LENGTHS[args.rows][1]}")
+    longest = PROMPTS[1] + 2 * ANSWERS[1] if args.objective == "dpo" else LENGTHS[args.rows][1]
+    if args.tokens < longest:
+        options.error(f"--tokens is {args.tokens}; rows have up to {longest}")
     if args.only:
         args.steps = 1
         print(measure(args, [args.only])[args.only]["peak_memory_bytes"])
@@ -393,7 +395,8 @@ def main() -> None:
     result = measure(args, list(SIDES[args.objective]))
     for name, peak in alone.items():
         result[name]["peak_memory_bytes"] = peak
-    settings = {"model": args.shape or args.model.name, "rows": args.rows, "dtype": args.dtype, "tokens": args.tokens}
+    rows = "pairs" if args.objective == "dpo" else args.rows
+    settings = {"model": args.shape or args.model.name, "rows": rows, "dtype": args.dtype, "tokens": args.tokens}
     ratio = result["ours"]["tokens_per_second"] / result["theirs"]["tokens_per_second"]
     settings |= {"objective": args.objective, "layers": args.layers}
     name = "train-dpo" if args.objective == "dpo" else f"train-{args.rows}"

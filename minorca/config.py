@@ -221,10 +221,12 @@ class TrainConfig:
 @dataclass
 class DPOConfig:
     __pydantic_config__ = _STRICT
-    beta: Annotated[float, "weighs how far the policy may leave the reference; of orpo, the odds ratio's weight"] = 0.1
+    beta: Annotated[
+        float, "of dpo and kto: how near the policy stays to the reference; of simpo and cpo a scale, of orpo a weight"
+    ] = 0.1
     loss: Annotated[
         Literal["sigmoid", "hinge", "ipo", "robust", "exo", "apo_zero", "apo_down", "sigmoid_norm"],
-        "of objective dpo; sigmoid with label_smoothing is cDPO",
+        "the loss of objective dpo; sigmoid with label_smoothing is cDPO",
     ] = "sigmoid"
     label_smoothing: Annotated[float, "the share of preferences taken to be the wrong way round"] = 0.0
     sft_weight: Annotated[

@@ -3,7 +3,6 @@
 import logging
 import sys
 from collections import Counter
-from itertools import pairwise
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from minorca.data.row_files import RowError
 from minorca.data.sources import Row, open_source, read_rows
 from minorca.data.tally import Tally, raise_errors
 from minorca.data.tokenizer import Tokenizer
-from minorca.data.visible_text import marked_text
+from minorca.data.visible_text import branch_headings, marked_text
 from minorca.errors import UserError
 
 
@@ -83,7 +82,9 @@ def _text_with_cuts(tok: Tokenizer, outcome: Outcome, seq_len: int) -> str:
     count = len(outcome.ids)
     trained = np.zeros(count, bool)
     # Pieces overlap by a token: what starts at a piece's second token is what follows the cut.
-    cuts = _headings(outcome)
+    # Neither of a tie is better, and of identical answers one is shown.
+    scores = None if outcome.dropped else outcome.branch_scores
+    cuts = branch_headings(outcome.branch_starts, scores, outcome.trained)
     for start, end in outcome.pieces:
         trained[start + 1 : end] = outcome.trained[start + 1 : end]
         if end < count:
@@ -92,21 +93,6 @@ def _text_with_cuts(tok: Tokenizer, outcome: Outcome, seq_len: int) -> str:
         end = outcome.pieces[-1][1]
         cuts[end] = f"\n[cut here: data.seq_len is {seq_len}, and the {count - end} tokens below are not used]\n"
     return marked_text(tok, outcome.ids, trained, cuts)
-
-
-def _headings(outcome: Outcome) -> dict[int, str]:
-    """What a branch is and how long, by the index at which it starts."""
-    scores = outcome.branch_scores
-    roles = {(1, 0): ("chosen", "rejected"), (1,): ("desirable",), (0,): ("undesirable",)}
-    names = roles.get(tuple(scores), [f"score {score:g}" for score in scores])
-    if outcome.dropped:
-        # Neither of a tie is better, and of identical answers one is shown.
-        names = ["answer"] * len(scores)
-    spans = pairwise([*outcome.branch_starts, len(outcome.ids)])
-    return {
-        start: f"\n-- {name}: {end - start} tokens, {outcome.trained[start:end].sum()} trained\n"
-        for (start, end), name in zip(spans, names, strict=True)
-    }
 
 
 def prepare(argv: list[str]) -> None:

@@ -32,7 +32,7 @@ from minorca.data.messages import (
     straighten_apostrophes,
     type_name,
 )
-from minorca.data.preference import LABELLED, OPTIONAL, PAIR, read_preference
+from minorca.data.preference import LABELLED, LIST, OPTIONAL, PAIR, read_preference
 from minorca.errors import UserError
 
 # A record as its data set has it, further role names, counts.
@@ -166,7 +166,7 @@ FORMATS = {
     "alpaca": RowFormat(_alpaca, ("instruction", "output"), ("input", "system", "history")),
     "prompt_completion": RowFormat(_prompt_completion, ("prompt", "completion"), ("tools",)),
     "text": RowFormat(_plain_text, ("text",)),
-    "preference": RowFormat(read_preference, PAIR, OPTIONAL, (("completions",), LABELLED)),
+    "preference": RowFormat(read_preference, PAIR, OPTIONAL, (LIST, LABELLED)),
 }
 
 

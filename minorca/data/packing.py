@@ -237,7 +237,7 @@ class Batch:
             that of the prompt's last token.
         targets: [M] int64, those next tokens.
         branches: of each document where its branches start, counted from its first token; empty if none has any.
-        answers: what the branches are worth; None if there are none.
+        answers: of the branches, which are compared and how; None if there are none.
     """
 
     tokens: Tensor

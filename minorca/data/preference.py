@@ -33,6 +33,7 @@ from minorca.files.safe_io import quote
 
 PROMPTS = ("prompt", "question", "instruction")
 PAIR = ("chosen", "rejected")
+LIST = ("completions",)
 LABELLED = ("completion", "label")
 SCORES = tuple(
     (name.format("chosen"), name.format("rejected")) for name in ("{}_score", "score_{}", "{}_rating", "{}-rating")
@@ -40,7 +41,7 @@ SCORES = tuple(
 # All that the format reads besides PAIR.
 OPTIONAL = (
     *PROMPTS,
-    "completions",
+    *LIST,
     *LABELLED,
     "system",
     "tools",
@@ -62,10 +63,11 @@ def read_preference(record: dict, roles: Mapping[str, str], counts: Counter) -> 
         UserError: an invalid value, or columns that contradict each other.
     """
     prompt = _read_prompt(record, roles, counts)
-    if set(PAIR) <= record.keys():
+    kind = _kind(record, counts)
+    if kind == PAIR:
         prompt, answers = _read_pair(record, prompt, roles, counts)
         names, scores = PAIR, [0.0, 0.0] if _is_tie(record) else [1.0, 0.0]
-    elif "completions" in record:
+    elif kind == LIST:
         names, answers, scores = _read_completions(record, roles, counts)
     else:
         names, scores = LABELLED[:1], [_read_label(record["label"])]
@@ -83,6 +85,15 @@ def read_preference(record: dict, roles: Mapping[str, str], counts: Counter) -> 
                 message["content"] = straighten_apostrophes(message["content"], counts)
     tools = read_tools(record)
     return Preference([Conversation([*prompt, *answer], tools) for answer in answers], scores)
+
+
+def _kind(record: dict, counts: Counter) -> tuple[str, ...]:
+    """The columns that have the answers: PAIR, LIST or LABELLED. In a table of several kinds, others are null."""
+    present = [columns for columns in (PAIR, LIST, LABELLED) if set(columns) <= record.keys()]
+    filled = [columns for columns in present if all(record[name] is not None for name in columns)]
+    for columns in filled[1:]:
+        counts[f"with {' and '.join(columns)} beside {' and '.join(filled[0])}, not used"] += 1
+    return (filled or present)[0]
 
 
 def _read(value: Any, place: str, role: str, roles: Mapping[str, str], counts: Counter) -> list[dict]:

@@ -45,7 +45,7 @@ RenderedChunk = tuple[int, TokenStore, Tally]
 
 
 def render_row(row: Row, tok: Tokenizer, template: str, data: DataConfig) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """A row, but of format preference, as it is trained.
+    """A row of any format but preference, as it is trained.
 
     Returns:
         Its ids [n] uint32; its loss mask [n] bool, True for trained tokens, of which the first is never one; and what
@@ -156,7 +156,7 @@ def _decide_preference(row: Row, preference: Preference, tok: Tokenizer, data: D
     except UserError as error:
         error.path, error.where = error.path or row.path, row.where
         return _reject(error, data)
-    notes += dict.fromkeys(note for _, _, more in rendered for note in more)
+    notes += [*dict.fromkeys(note for _, _, more in rendered for note in more), *tree.notes]
     pieces = [] if tree.dropped else [(0, len(tree.ids))]
     outcome = Outcome(
         tree.ids,

@@ -1,6 +1,6 @@
 """Answers to one prompt, rendered apart, to the ids of a tree: the prompt once, then every answer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -9,6 +9,8 @@ from minorca.errors import UserError
 
 STRIPPED = "with white space around answers removed"
 LEFT_OUT = "with empty answers left out"
+REPEATED = "with repeated answers left out"
+EQUAL = "with equal scores, which make no pairs"
 
 
 @dataclass
@@ -21,6 +23,7 @@ class Tree:
         starts: where each branch starts.
         scores: of each branch.
         dropped: why it cannot be trained on; None if it can.
+        notes: what the user should know of it, to be counted.
     """
 
     ids: np.ndarray
@@ -28,6 +31,7 @@ class Tree:
     starts: list[int]
     scores: list[float]
     dropped: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def select_answers(preference: Preference, pairs: str, template: str) -> tuple[Preference | None, list[str]]:
@@ -80,12 +84,12 @@ def join_answers(rendered: list[tuple[np.ndarray, np.ndarray]], scores: list[flo
         UserError: they have no beginning in common.
     """
     ends = [int(np.flatnonzero(trained)[-1]) + 1 if trained.any() else 0 for _, trained in rendered]
-    longest = rendered[0][0]
+    ids_of_first = rendered[0][0]
     if not all(ends):
-        return Tree(longest, np.zeros(len(longest), bool), [], [], "nothing to train on")
+        return Tree(ids_of_first, np.zeros(len(ids_of_first), bool), [], [], "nothing to train on")
     border = min(int(trained.argmax()) for _, trained in rendered)
     for ids, _ in rendered[1:]:
-        different = np.flatnonzero(ids[:border] != longest[:border])
+        different = np.flatnonzero(ids[:border] != ids_of_first[:border])
         border = int(different[0]) if len(different) else border
     if border == 0:
         raise UserError("has answers without a prompt: their first tokens differ; fix or remove the row")
@@ -100,10 +104,16 @@ def join_answers(rendered: list[tuple[np.ndarray, np.ndarray]], scores: list[flo
         dropped = "identical answers"
     elif len(kept) > 1 and len(set(scores_of_kept)) == 1:
         dropped = "tie"
+    notes = []
+    if dropped is None and len(kept) < len(rendered):
+        notes.append(REPEATED)
+    if dropped is None and len(set(scores_of_kept)) < len(kept):
+        notes.append(EQUAL)
     return Tree(
-        ids=np.concatenate([longest[:border], *(ids for ids, _, _ in kept)]),
+        ids=np.concatenate([ids_of_first[:border], *(ids for ids, _, _ in kept)]),
         trained=np.concatenate([np.zeros(border, bool), *(trained for _, trained, _ in kept)]),
         starts=np.cumsum([border, *(len(ids) for ids, _, _ in kept[:-1])]).tolist(),
         scores=scores_of_kept,
         dropped=dropped,
+        notes=notes,
     )

@@ -1,11 +1,29 @@
 """Ids as text that a person can read, with control tokens spelled out and trained tokens marked."""
 
 import sys
+from collections.abc import Sequence
 from itertools import groupby, pairwise
 
 import numpy as np
 
 from minorca.data.tokenizer import Tokenizer
+
+
+def branch_headings(starts: Sequence[int], scores: Sequence[float] | None, trained: np.ndarray) -> dict[int, str]:
+    """What each branch of a tree [L] is and how long, by the index at which it starts: notes for `marked_text`.
+
+    scores: of the branches; None: none is better than another.
+    """
+    if scores is None:
+        names = ["answer"] * len(starts)
+    else:
+        roles = {(1, 0): ("chosen", "rejected"), (1,): ("desirable",), (0,): ("undesirable",)}
+        names = roles.get(tuple(scores), [f"score {score:g}" for score in scores])
+    spans = pairwise([*starts, len(trained)])
+    return {
+        start: f"\n-- {name}: {end - start} tokens, {trained[start:end].sum()} trained\n"
+        for (start, end), name in zip(spans, names, strict=True)
+    }
 
 
 def marked_text(tok: Tokenizer, ids: np.ndarray, trained: np.ndarray, notes: dict[int, str] | None = None) -> str:

@@ -336,8 +336,8 @@ def _document_bounds(length: int, starts: list[int], near: int) -> np.ndarray:
     end = token[:prompt] + near - prompt
     last[:prompt] = np.where(end < 0, reach[:prompt], np.minimum(edges[-2] + end, length - 1))
     reach[:prompt] = length - 1
-    for begin, stop in reversed(list(itertools.pairwise(edges))):
-        reach[:prompt] = np.where(begin + end < stop - 1, begin + end, reach[:prompt])
+    for begin, after in reversed(list(itertools.pairwise(edges))):
+        reach[:prompt] = np.where(begin + end < after - 1, begin + end, reach[:prompt])
     return np.stack([position, first, last, hidden_begin, hidden_end, reach])
 
 

@@ -95,9 +95,11 @@ def shortest(objective: str) -> int:
     return 2 if objective == "sft" else 3
 
 
-def fake_rows(lengths: Sequence[int], trained: float, objective: str = "sft") -> TokenStore:
+def fake_rows(lengths: Sequence[int], trained: float, objective: str = "sft", precomputed: bool = False) -> TokenStore:
     """Documents of these lengths, of each of which a share, at its end, is trained: of preferences, two answers of
     equal length to a prompt of at least a token.
+
+    precomputed: with the log-probabilities of a reference.
     """
     sizes = np.array(lengths)
     offsets = np.concatenate([[0], sizes.cumsum()])
@@ -116,6 +118,7 @@ def fake_rows(lengths: Sequence[int], trained: float, objective: str = "sft") ->
         branch_offsets=2 * np.arange(len(sizes) + 1),
         branch_starts=starts,
         branch_scores=scores,
+        reference=np.zeros(mask.sum(), np.float32) if precomputed else None,
     )
 
 
@@ -141,8 +144,9 @@ def fake_step(
         attention: its back end on a GPU, "own" or "varlen".
         arrange: what is made of the micro-batch before the step.
     """
-    # what it would start from is not loaded
-    config = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init=None))
+    # adapters are not loaded: neither what it would start from nor a reference
+    lora, dpo = dataclasses.replace(config.lora, init=None), dataclasses.replace(config.dpo, reference="auto")
+    config = dataclasses.replace(config, lora=lora, dpo=dpo)
     first, (store, batch) = step_rows(config, lengths, trained)
     rows = [first, (store, arrange(batch))]
     with _quiet(), fake_device(device, ranks, attention) as (world, recorder):
@@ -159,9 +163,9 @@ def fake_step(
 
 def step_rows(config: Config, lengths: Sequence[int], trained: float = 1.0) -> list[tuple[TokenStore, Batch]]:
     """A micro-batch of these documents, after one of the fewest tokens, which makes the optimizer's state."""
-    objective = config.train.objective
-    first = fake_rows([shortest(objective)], 1.0, objective)
-    stores = [first, fake_rows(lengths, trained, objective)]
+    objective, precomputed = config.train.objective, config.dpo.precompute
+    first = fake_rows([shortest(objective)], 1.0, objective, precomputed)
+    stores = [first, fake_rows(lengths, trained, objective, precomputed)]
     return [(store, make_batch(store, np.arange(len(store)))) for store in stores]
 
 
@@ -186,7 +190,10 @@ def run_step(
     clock("batch")
     batch = batch.to(world.device)
     seed_dropout(learner.model, config.train.seed, 1, 0)
-    forward_backward(learner, batch, objective.counts(store, np.arange(len(store))), True, clock)
+    documents = np.arange(len(store))
+    clock("forward")
+    objective.prepare(store, documents, world)
+    forward_backward(learner, batch, objective.counts(store, documents), True, clock)
     clock("optimizer")
     learner.trainable.sum_gradients(world)
     learner.trainable.clip_gradients(config.optim.max_grad_norm)

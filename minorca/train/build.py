@@ -78,7 +78,9 @@ def build(config: Config, base: ModelFiles, world: World, resumed: bool = False)
 
 
 def _reference(config: Config, base: ModelFiles, model: Mistral, trainable: TrainableSet) -> Reference:
-    """What preferences are measured against; the model is as training starts from it, and is so again after."""
+    """What preferences are measured against. The model holds the values that training starts from, and does again when
+    this returns.
+    """
     other = config.dpo.reference
     is_start = other == "auto" or (other == "base" and not config.lora.init)
     # computed before the first step, it needs no values of its own
@@ -125,11 +127,11 @@ def _check_adapter(directory: str, key: str, ours: LoRASettings, layers: int) ->
         here, there = getattr(ours, name), getattr(theirs, name)
         same = set(here) == set(there) if isinstance(here, tuple) else here == there
         if not same:
-            message = f"is {here}, and the adapter {directory} has {there}; set them equal"
+            message = f"is {here}, and the adapter of {key}, {directory}, has {there}; they must be equal"
             raise UserError(message, field=f"lora.{name}")
     if ours.token_ids != theirs.token_ids:
         here, there = list(ours.token_ids), list(theirs.token_ids)
-        message = f"gives rows of the ids {here}, and the adapter {directory} has rows of {there}; set them equal"
+        message = f"gives rows of the ids {here}, and the adapter of {key}, {directory}, has rows of {there}"
         raise UserError(message, field="train.new_tokens")
     if any(theirs.part(i, target) != ours.part(i, target) for i in range(layers) for target in ours.targets):
         raise UserError(

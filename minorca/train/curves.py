@@ -51,7 +51,9 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     of_loss = "loss" if shown else "loss (nats per trained token)"
     for axis, title in ((loss, of_loss), (rate, "learning rate"), (speed, "tokens per second")):
         axis.set(title=title, xlabel="step")
-        axis.set_ylim(bottom=0)
+        # the loss `robust` may be negative
+        if axis.dataLim.y0 >= 0:
+            axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     if shown:
         for axis, (title, group) in zip(second[0].subplots(1, len(shown), squeeze=False)[0], shown.items()):

@@ -10,7 +10,7 @@ import torch
 
 from minorca.config import Config, warmup_steps
 from minorca.data.packing import BatchSchedule
-from minorca.data.visible_text import marked_text
+from minorca.data.visible_text import branch_headings, marked_text
 from minorca.model.build import build_model
 from minorca.model.lora import add_adapters
 from minorca.train import metrics
@@ -98,7 +98,8 @@ def _print_step(inputs: Inputs, schedule: BatchSchedule, number: int) -> None:
     rows = step[0].tolist()
     ids, trained = store.row(rows[0])
     print(f"--- {store.locate(rows[0])}: {len(ids)} tokens, {trained.sum()} trained")
-    print(marked_text(inputs.tok, ids, trained))
+    starts, scores = store.branches(rows[0])
+    print(marked_text(inputs.tok, ids, trained, branch_headings(starts.tolist(), scores.tolist(), trained)))
     lengths = store.lengths[rows]
     print(f"--- step {number}, micro-batch 1 of {len(step)}: {len(rows)} rows, {lengths.sum()} tokens")
     for row, start, length in zip(rows, np.cumsum(lengths) - lengths, lengths):

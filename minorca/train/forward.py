@@ -9,7 +9,7 @@ from minorca.train.objectives import Head
 
 
 def forward(model: Mistral, batch: Batch, head: Head | Any) -> Any:
-    """What a head makes of the batch's last hidden states and the model's head."""
+    """What `head` returns of the model's last hidden states over the batch and the weight of its head."""
     # made here, not from cu_seqlens inside: FSDP moves a forward's tensors to the GPU, and reading them back would
     # stall it
     attend = PackedAttention(

@@ -29,7 +29,7 @@ class KTO(Objective):
 
     Args:
         reference: what log-ratios are taken to.
-        capacity: tokens of a micro-batch, of those that estimate z0.
+        capacity: at most so many tokens, or one row, are in a micro-batch that estimates z0.
     """
 
     def __init__(self, settings: DPOConfig, reference: Reference, capacity: int):
@@ -53,7 +53,9 @@ class KTO(Objective):
             batch = batch.to(world.device)
             total += (self.policy.of(batch) - self.reference.of(batch)).sum()
         (whole,) = world.sum([total.item()])
-        self.kl = max(0.0, whole / int(store.branch_counts[rows].sum()))
+        mean = whole / int(store.branch_counts[rows].sum())
+        # a NaN stays one
+        self.kl = 0.0 if mean < 0 else mean
 
     def counts(self, store: TokenStore, rows: np.ndarray) -> Counts:
         scores = np.concatenate([store.branches(row)[1] for row in rows])
@@ -78,7 +80,8 @@ class KTO(Objective):
             rewards_A = settings.beta * ratios_A.detach()
             result = {"loss": losses_A.sum(), "entropy": entropies_M.sum()}
             for name, of_kind_A in (("chosen", is_desirable_A), ("rejected", ~is_desirable_A)):
-                result |= {f"rewards/{name}": rewards_A[of_kind_A].sum(), f"logps/{name}": logps_A[of_kind_A].sum()}
+                result |= {f"rewards/{name}": rewards_A.where(of_kind_A, 0).sum()}
+                result |= {f"logps/{name}": logps_A.where(of_kind_A, 0).sum()}
             return result
 
         return sums
@@ -99,7 +102,7 @@ class KTO(Objective):
 def mismatched_batches(store: TokenStore, rows: np.ndarray, capacity: int) -> list[Batch]:
     """Micro-batches in which each row's prompt has the answers of the row before it, the first one's those of the last.
 
-    capacity: tokens of a micro-batch; a longer row has one of its own.
+    capacity: tokens of a micro-batch; a longer row, of up to twice `data.seq_len`, has one of its own.
     """
     rendered = [(*store.row(row), *store.branches(row)) for row in rows]
     tokens, trained, starts, scores = [], [], [], []

@@ -101,6 +101,7 @@ class Run:
         rows = np.concatenate(micro_batches)
         objective = self.learner.objective
         counts = objective.counts(self.inputs.store, rows)
+        self.clock("forward")
         objective.prepare(self.inputs.store, rows, self.world)
         sums = self._gradients(micro_batches, counts)
 

@@ -47,7 +47,7 @@ def training_flops(
     backward. The head meets trained tokens alone.
 
     Args:
-        hidden: the pairs of a query and a key that would see each other, were they not of two branches.
+        hidden: the pairs of a query and an earlier key within the window that are hidden, being of two branches.
     """
     matrix = 6 if full else 4
     block = sum(part.in_features * part.out_features for parts in projections(arch).values() for part in parts)
@@ -57,7 +57,9 @@ def training_flops(
 
 
 def hidden_pairs(store: TokenStore, rows: np.ndarray, window: int | None) -> int:
-    """The pairs of a query and a key that would see each other in rows without branches, and do not."""
+    """The pairs of a query and an earlier key within the window of which the query does not see the key, since they
+    are of two branches.
+    """
     hidden = 0
     for row in rows if store.has_branches else ():
         length, (starts, _) = int(store.lengths[row]), store.branches(row)
@@ -156,7 +158,7 @@ class Record:
             self.wandb.log(known, step=step)
 
     def step(self, step: int, values: dict, phases: dict[str, float]) -> None:
-        """A step of all ranks together: its loss per trained token, its own tokens, its wall-clock seconds; and of
+        """A step of all ranks together: its loss, its own tokens, its wall-clock seconds; and of
         those on rank 0 the seconds of each phase: data, forward, backward and optimizer are its own, evaluation,
         checkpoint and other are what came between the step before and this one.
         """

@@ -1,4 +1,4 @@
-"""What a run minimizes: the only code that knows what a batch is worth.
+"""What a run minimizes: the only code that knows losses and metrics.
 
 The loop asks an objective for what a step's loss is divided by, for a head that turns the last hidden states of a
 micro-batch into sums, for the loss that these sums make, and for the metrics that a step's or an evaluation's line gets
@@ -26,8 +26,8 @@ class Objective(Protocol):
     """What to minimize over the rows of a store."""
 
     def prepare(self, store: TokenStore, rows: np.ndarray, world: World) -> None:
-        """Before the first micro-batch of a step or an evaluation: what must be known of all its rows, where anything.
-        Every rank calls it.
+        """Computes what the loss needs of all rows of a step or an evaluation, if anything, before its first
+        micro-batch. Every rank calls it.
         """
 
     def counts(self, store: TokenStore, rows: np.ndarray) -> Counts:

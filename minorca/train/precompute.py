@@ -1,7 +1,7 @@
 """The reference's log-probabilities of all rows: computed once, before the first step, and kept beside the rows.
 
 They lie in STORE.reference-KEY/, complete or absent. KEY is a hash of everything that they follow from: the rows, the
-base, the adapter, the arithmetic. What belongs to another reference is thereby never read.
+base, the adapter, dtype, torch and device. What belongs to another reference is thereby never read.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ def with_reference(inputs: Inputs, reference: Reference, config: Config, world: 
 
 def _measured(store: TokenStore, reference: Reference, config: Config, identity: dict, world: World) -> TokenStore:
     directory = _directory(store, identity, world)
-    values = _read(directory, store) if directory else None
+    values = _read(directory) if directory else None
     if world.sum([values is not None])[0] < world.size:
         log.info("computing the reference's log-probabilities of %d rows", len(store))
         values = _compute(store, reference, config, world)
@@ -64,7 +64,7 @@ def _directory(store: TokenStore, identity: dict, world: World) -> Path | None:
     return store.path.with_name(f"{store.path.name}.reference-{digest}")
 
 
-def _read(directory: Path, store: TokenStore) -> np.ndarray | None:
+def _read(directory: Path) -> np.ndarray | None:
     if not directory.is_dir():
         return None
     try:
@@ -74,7 +74,7 @@ def _read(directory: Path, store: TokenStore) -> np.ndarray | None:
         log.warning("%s; the reference's log-probabilities are computed again", error)
         return None
     log.info("the reference's log-probabilities are those of %s", directory)
-    return values if len(values) == store.trained_counts.sum() else None
+    return values
 
 
 def _compute(store: TokenStore, reference: Reference, config: Config, world: World) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Preference tuning as an objective: what a micro-batch of answers to common prompts is worth.
+"""Preference tuning as an objective: losses and metrics of pairs of answers to common prompts.
 
 The losses are in preference.py. Metrics have TRL's names. Axes: T tokens, M scored tokens, A answers, P pairs.
 """
@@ -33,18 +33,18 @@ OF_TOKENS = {"kl": "chosen tokens", "entropy": "tokens"}
 
 def rows_of(hidden_TH: Tensor, rows_M: Tensor) -> Tensor:
     """Rows [M, H], of which one may come several times, with a gradient that repeats to the bit."""
-    # both add such rows up in order on their device, and the other in any
+    # each has a deterministic gradient on its device, and neither on the other
     return hidden_TH[rows_M] if hidden_TH.is_cuda else hidden_TH.index_select(0, rows_M)
 
 
 def sum_answers(values_M: Tensor, lengths_A: Tensor) -> Tensor:
     """Sums [A] over the scored tokens of each answer."""
-    # torch refuses no segments, which a rank without a micro-batch has
-    return torch.segment_reduce(values_M, "sum", lengths=lengths_A) if len(lengths_A) else values_M
+    # torch refuses no segments, which a rank without a micro-batch has; its checks of lengths would wait for a GPU
+    return torch.segment_reduce(values_M, "sum", lengths=lengths_A, unsafe=True) if len(lengths_A) else values_M
 
 
 def chosen_tokens(store: TokenStore, rows: np.ndarray) -> int:
-    """The scored tokens of the chosen answers of all pairs."""
+    """The scored tokens of the chosen answers of all pairs: an answer counts in each pair in which it is chosen."""
     total = 0
     for row in rows:
         starts, scores = store.branches(row)
@@ -58,11 +58,11 @@ class PairwisePreference(Objective):
     their tokens.
 
     Args:
-        loss: log-ratios or log-probabilities of pairs -> [P].
+        loss: log-ratios or log-probabilities of pairs, in nats -> their losses [P].
         reference: what log-ratios are taken to, computed before the policy's forward; None: the loss is one of
             log-probabilities.
-        beta: rewards are beta times what the loss compares.
-        of_means: that is an average over an answer's tokens, not a sum.
+        beta: rewards are beta times the log-ratios or log-probabilities of answers.
+        of_means: of these, rewards take the average over an answer's tokens, not the sum.
         sft_weight: of the negative log-likelihood.
     """
 
@@ -94,10 +94,10 @@ class PairwisePreference(Objective):
             hidden_MH = rows_of(hidden_TH, batch.target_rows)
             losses_M, entropies_M = weight.losses_and_entropies(hidden_MH, batch.targets)
             compared_M = -losses_M if reference_M is None else -losses_M - reference_M
-            pairs = Pairs(
-                *(sum_answers(compared_M, answers.lengths)[place_P] for place_P in answers.pairs.unbind(1)),
-                *(answers.lengths[place_P] for place_P in answers.pairs.unbind(1)),
-            )
+            compared_A = sum_answers(compared_M, answers.lengths)
+            chosen_P, rejected_P = answers.pairs.unbind(1)
+            lengths = answers.lengths[chosen_P], answers.lengths[rejected_P]
+            pairs = Pairs(compared_A[chosen_P], compared_A[rejected_P], *lengths)
             nll_P = sum_answers(losses_M, answers.lengths)[answers.pairs]
             result = {"loss": self.pair_loss(pairs).sum(), "entropy": entropies_M.sum()}
             if self.sft_weight:

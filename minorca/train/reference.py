@@ -15,7 +15,7 @@ from minorca.model.vocabulary import VocabularyMatrix
 from minorca.train.forward import forward
 from minorca_kernels.frozen_weight import local_part
 
-# of tensors that are exchanged by the same launches, while a copy of them exists
+# how much is exchanged by the same launches, which need a copy of it
 GROUP_BYTES = 2**28
 
 

@@ -119,6 +119,8 @@ def _train(
     world.barrier_without_timeout("with the model loaded")
     if learner.reference and config.dpo.precompute:
         inputs = with_reference(inputs, learner.reference, config, world)
+        # the values that it has exchanged are not needed again
+        learner.reference = None
     log.info("%s", learner.model.arch)
     log.info("%s; %d steps, %d rows", parallel.describe(learner.model, world), length.steps, len(inputs.store))
     if found and state:

@@ -19,7 +19,7 @@ from minorca.train.ranks import World
 
 
 def batch_sums(model: Mistral, objective: Objective, batch: Batch) -> Sums:
-    """What a micro-batch is worth, by one forward."""
+    """The objective's sums over a micro-batch, by one forward."""
     return forward(model, batch, objective.head(batch))
 
 

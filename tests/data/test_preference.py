@@ -157,6 +157,18 @@ def test_tools_and_answers_of_several_messages():
     assert [[m.get("weight") for m in answer.messages] for answer in found.answers] == [[None, 0, None, None]] * 2
 
 
+def test_a_table_of_several_kinds():
+    """A row is what its columns with values say; what it has besides is counted."""
+    none: dict = {"chosen": None, "rejected": None, "completions": None, "completion": None, "label": None}
+    counts = Counter()
+    for name, scores in (("UltraFeedback", [1.5, 4.5, 3]), ("desirable", [1]), ("one score", [1, 0])):
+        found = convert_record(none | ACCEPTED[name][0], "preference", counts)
+        assert isinstance(found, Preference) and found.scores == scores
+    found = convert_record(TEXTS | PAIR | {"completions": LIST}, "preference", counts)
+    assert isinstance(found, Preference) and found.scores == [1, 0]
+    assert counts["with completions beside chosen and rejected, not used"] == 1
+
+
 def test_columns_and_roles_of_other_names():
     """Errors name the data's."""
     names = {"question": "input", "chosen": "better", "rejected": "worse"}
@@ -426,7 +438,8 @@ def test_scored_lists(tokenizers):
     store, counts = rendered(tok, "chatml", preference)
     assert [tok.decode([i for i, one in zip(*path) if one]) for path in paths(store, 0)] == ["a", "d"]
     assert store.branches(0)[1].tolist() == [1, 0] and counts["with empty answers left out"] == 1
-    store, _ = rendered(tok, "chatml", preference, pairs="all")
+    store, counts = rendered(tok, "chatml", preference, pairs="all")
+    assert counts["with repeated answers left out"] == 1 and counts["with equal scores, which make no pairs"] == 1
     assert [tok.decode([i for i, one in zip(*path) if one]) for path in paths(store, 0)] == ["a", "b", "c", "d"]
     assert store.branches(0)[1].tolist() == [4.5, 3, 3, -1] and store.pair_counts.tolist() == [5]
     batch = make_batch(store, np.array([0]))

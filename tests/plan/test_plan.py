@@ -212,6 +212,25 @@ def test_preferences_need_little_more_than_fine_tuning():
     assert less < more < 1.1 * less
 
 
+PREFERENCES = {
+    "dpo": [],
+    "with values computed before": ["--dpo.precompute=true"],
+    "another reference": ["--dpo.reference=adapters/other", "--lora.init=adapters/start"],
+    "kto": ["--train.objective=kto"],
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_plans_of_preferences(name, options, capsys):
+    """No adapter is read; a reference needs a copy of what is trained, and values computed before none."""
+    dpo = [*options, "--gpu=cpu", "--data.format=preference", "--train.objective=dpo"]
+    plan, usual = (planned(settings, capsys)["memory_bytes"] for settings in ([*dpo, *PREFERENCES[name]], dpo))
+    if "before" in name:
+        assert plan["total"] <= usual["total"] - usual["adapters"] / 2
+    else:
+        assert plan["total"] >= 0.999 * usual["total"]
+
+
 @pytest.mark.parametrize("case", CASES[:1] + CASES[-1:], ids=lambda case: case.name)
 def test_memory_beside_what_is_allocated(case):
     assert abs(compare(case)["error"]) <= NEAR

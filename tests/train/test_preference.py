@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from minorca.data.store import TokenStore
 from minorca.files.weights import open_model
 from minorca.train import __main__ as train_command
 from minorca.train import build, precompute
+from minorca.train.curves import draw_curves
 from minorca.train.inputs import read_data, read_tokenizer
 from minorca.train.kto import mismatched_batches
 from minorca.train.ranks import init_distributed
@@ -30,6 +32,7 @@ from tests.helpers import (
     lines_of,
     random_adapter,
     relative_error,
+    save_tokenizer,
     torchrun,
 )
 from tests.train import test_faults
@@ -94,10 +97,26 @@ def labelled(place: PreferencePlace) -> dict:
 # -------------------------------------------------------------------------------------------------------- first step
 
 
-@pytest.mark.parametrize("start", ["base", "adapter", "full"])
-def test_the_first_step_measures_no_difference(start, place, adapter):
+STARTS: dict[str, dict[str, object]] = {
+    "base": {},
+    "adapter": {},
+    "full": {"train.full": "true", "lora.rank": 16},
+    "bfloat16": {"model.dtype": "bfloat16"},
+    "nf4": {"model.quantize": "nf4"},
+    "new tokens": {"train.new_tokens": '["<|think|>"]'},
+    "whole matrices": {"lora.modules_to_save": '["embed", "head"]'},
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_first_step_measures_no_difference(start, place, adapter, save_mistral):
     """The policy is the reference: the loss is ln 2, and rewards, margins and KL are exactly 0."""
-    settings = {"adapter": {"lora.init": adapter}, "full": {"train.full": "true", "lora.rank": 16}}.get(start, {})
+    settings = {"lora.init": adapter} if start == "adapter" else STARTS[start]
+    if start == "nf4":
+        # rows of whole blocks of 64
+        wide, _ = save_mistral(vocab_size=260, intermediate_size=128, initializer_range=0.08)
+        save_tokenizer(wide)
+        settings = settings | {"model.path": wide}
     train_command.main(place(**{"train.steps": 2, "optim.lr": 1e-3, "data.eval": 0.2} | settings))
     evaluated, first, second, _ = lines_of(place.path / "run")
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-6) and second["loss"] < first["loss"]
@@ -240,7 +259,7 @@ def test_references(place, adapter):
 
 
 def test_a_reference_of_another_shape_is_refused(place, adapter):
-    with pytest.raises(UserError, match="lora.rank is 8, and the adapter .*start has 4; set them equal"):
+    with pytest.raises(UserError, match="lora.rank is 8, and the adapter of dpo.reference, .*start, has 4"):
         train_command.main(place(**{"dpo.reference": adapter, "lora.rank": 8}))
     with pytest.raises(UserError, match="nowhere"):
         train_command.main(place(**{"dpo.reference": place.path / "nowhere"}))
@@ -269,6 +288,27 @@ def test_a_reference_computed_once_is_the_same(place, adapter, caplog, monkeypat
     train_command.main(place("damaged", **computed, **{"lora.init": adapter}))
     assert "the reference's log-probabilities are computed again" in caplog.text
     assert_same_bits(place.path / "once", place.path / "damaged")
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def test_curves_show_negative_losses(tmp_path, monkeypatch):
+    """Those of robust; without one the axis starts at 0."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    for losses in ([0.7, 0.4, -1.5], [0.7, 0.4, 0.1]):
+        lines = [{"step": step, "loss": loss, "lr": 1e-4, "tokens_per_second": 9} for step, loss in enumerate(losses)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    lowest = [figure.subfigs[0].axes[0].get_ylim()[0] for figure in drawn]
+    assert lowest[0] < -1.5 and lowest[1] == 0
+
+
+def test_a_dry_run_shows_the_answers(place, capsys):
+    train_command.main([*place(), "--dry-run"])
+    printed = capsys.readouterr().out
+    assert printed.index("-- chosen: ") < printed.index("-- rejected: ") < printed.index("--- step 1, micro-batch 1")
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
