@@ -1,0 +1,235 @@
+"""Suites: the tasks behind the scores that model cards quote, with the cards' own shots, metrics and averages.
+
+leaderboard-v1  the first Hugging Face leaderboard (lm_eval at b281b092, June 2023). The OpenOrca card averages four of
+                its six tasks. MMLU is the unweighted mean of its 57 subjects, as there; lm_eval's group weights by
+                size.
+agieval         the eight English tasks of AGIEval that Nous chose, zero-shot: unweighted mean of acc_norm. lm_eval's
+                group `agieval_nous` weights by size.
+bigbench-hard   the 18 tasks of bigbench.py, zero-shot
+gpt4all         seven tasks, zero-shot: mean of acc_norm where lm_eval defines it, else of acc
+mt-bench        mt_bench.py
+seed            all five: what the card of Mistral-7B-OpenOrca quotes
+
+A mean's standard error takes its tasks as independent: sqrt(sum of squared standard errors) / number of tasks.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from minorca.errors import UserError, raise_problems
+from minorca.evaluate import bigbench
+from minorca.evaluate.task_data import task_configs
+
+# A task as lm_eval's TaskManager.load and simple_evaluate take it, with its number of shots and its data.
+TaskSpec = dict[str, Any]
+# Where the data of tasks is looked for.
+DATA = Path("evaluation-data")
+
+
+@dataclass(frozen=True)
+class Member:
+    """What a card lists as one number: a task, or several of which it takes the mean.
+
+    Attributes:
+        configure: gives the tasks, their data in a directory.
+        metric: as lm_eval's results name it, with the filter.
+    """
+
+    name: str
+    configure: Callable[[Path], list[TaskSpec]]
+    metric: str
+    shots: int
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Attributes:
+    averages: the names of the members of each average; the first average is the card's.
+    """
+
+    title: str
+    members: tuple[Member, ...]
+    averages: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A task's score or an average, in percent; of MT-Bench from 1 to 10.
+
+    Attributes:
+        stderr: the standard error, None where it is unknown.
+        detail: metric and shots, or what the average is of.
+        rows: how many rows were evaluated.
+        available: how many rows there are, more than `rows` where a limit was set.
+    """
+
+    name: str
+    value: float
+    stderr: float | None
+    detail: str
+    rows: int
+    available: int
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """Attributes:
+    suite: its name on the command line.
+    averages: the first is the one that the card quotes.
+    """
+
+    suite: str
+    title: str
+    averages: list[Score]
+    members: list[Score]
+
+
+def _member(name: str, file: str, metric: str, shots: int = 0) -> Member:
+    return Member(name, partial(task_configs, file, shots), metric, shots)
+
+
+def _suite(title: str, members: Sequence[Member], average: str) -> Suite:
+    return Suite(title, tuple(members), {average: tuple(member.name for member in members)})
+
+
+AGIEVAL = ("aqua-rat", "logiqa-en", "lsat-ar", "lsat-lr", "lsat-rc", "sat-en", "sat-en-without-passage", "sat-math")
+_LEADERBOARD = (
+    _member("ARC", "arc/arc_challenge.yaml", "acc_norm,none", 25),
+    _member("HellaSwag", "hellaswag/hellaswag.yaml", "acc_norm,none", 10),
+    _member("MMLU", "mmlu/default/mmlu_*.yaml", "acc,none", 5),
+    _member("TruthfulQA", "truthfulqa/truthfulqa_mc2.yaml", "acc,none"),
+    _member("Winogrande", "winogrande/default.yaml", "acc,none", 5),
+    _member("GSM8K", "gsm8k/gsm8k.yaml", "exact_match,strict-match", 5),
+)
+_GPT4ALL = (
+    _member("hellaswag", "hellaswag/hellaswag.yaml", "acc_norm,none"),
+    _member("openbookqa", "openbookqa/openbookqa.yaml", "acc_norm,none"),
+    _member("winogrande", "winogrande/default.yaml", "acc,none"),
+    _member("arc_easy", "arc/arc_easy.yaml", "acc_norm,none"),
+    _member("arc_challenge", "arc/arc_challenge.yaml", "acc_norm,none"),
+    _member("boolq", "super_glue/boolq/default.yaml", "acc,none"),
+    _member("piqa", "piqa/piqa.yaml", "acc_norm,none"),
+)
+SUITES = {
+    "leaderboard-v1": Suite(
+        "HF leaderboard v1",
+        _LEADERBOARD,
+        {
+            "mean of ARC, HellaSwag, MMLU and TruthfulQA": ("ARC", "HellaSwag", "MMLU", "TruthfulQA"),
+            "mean of all six": tuple(member.name for member in _LEADERBOARD),
+        },
+    ),
+    "agieval": _suite(
+        "AGIEval", [_member(name, f"agieval/{name}.yaml", "acc_norm,none") for name in AGIEVAL], "mean of acc_norm"
+    ),
+    "bigbench-hard": _suite(
+        "BigBench-Hard",
+        [
+            Member(name, lambda data, name=name: [bigbench.task_config(name, data)], f"{bigbench.METRIC},none", 0)
+            for name in bigbench.TASKS
+        ],
+        "mean of multiple_choice_grade",
+    ),
+    "gpt4all": _suite("GPT4ALL", _GPT4ALL, "mean of acc_norm, else acc"),
+}
+MT_BENCH = "mt-bench"
+SEED = "seed"
+NAMES = (*SUITES, MT_BENCH, SEED)
+
+
+def run(
+    name: str,
+    evaluate_tasks: Callable[[list[TaskSpec]], dict],
+    data: Path = DATA,
+    mt_bench: Callable[[], SuiteResult] | None = None,
+) -> list[SuiteResult]:
+    """Evaluates one suite, or all five for `seed`.
+
+    Args:
+        evaluate_tasks: gives lm_eval's results of tasks; called once a suite, because two suites have the same task
+            with other shots.
+        data: the directory with the tasks' data.
+        mt_bench: evaluates MT-Bench; None where no judge was named.
+
+    Raises:
+        UserError: before anything is evaluated: an unknown suite, no judge where the suite has MT-Bench, and every data
+            set that is missing.
+    """
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"is {name}; expected one of {', '.join(NAMES)}{hint}", field="--suite")
+    if name in (MT_BENCH, SEED) and mt_bench is None:
+        raise UserError(
+            f"{name} has MT-Bench: name --questions FILE, --judge URL, --judge-prompts FILE and --judge-model NAME",
+            field="--suite",
+        )
+    suites = {key: suite for key, suite in SUITES.items() if name in (key, SEED)}
+    specs = _configure(suites, data)
+    results = []
+    for key, suite in suites.items():
+        evaluated = evaluate_tasks([spec for member in specs[key].values() for spec in member])
+        results.append(score(key, suite, specs[key], evaluated))
+    if mt_bench and name in (MT_BENCH, SEED):
+        results.append(mt_bench())
+    return results
+
+
+def _configure(suites: dict[str, Suite], data: Path) -> dict[str, dict[str, list[TaskSpec]]]:
+    """The tasks of each member of each suite."""
+    problems: dict[str, UserError] = {}
+    specs: dict[str, dict[str, list[TaskSpec]]] = {}
+    for key, suite in suites.items():
+        specs[key] = {}
+        for member in suite.members:
+            try:
+                specs[key][member.name] = member.configure(data)
+            # two suites may miss the same data
+            except UserError as error:
+                problems |= {str(problem): problem for problem in error.problems}
+    raise_problems(problems.values())
+    return specs
+
+
+def score(key: str, suite: Suite, specs: dict[str, list[TaskSpec]], evaluated: dict) -> SuiteResult:
+    """A suite's scores from lm_eval's results of its tasks.
+
+    Args:
+        specs: the tasks of each member.
+        evaluated: what lm_eval returned; its `results` and `n-samples` are read.
+    """
+    members = {}
+    for member in suite.members:
+        tasks = [_task_score(spec["task"], member.metric, evaluated) for spec in specs[member.name]]
+        shots = f"{member.shots} shots" if member.shots else "zero-shot"
+        of = f"mean of {len(tasks)} tasks, " if len(tasks) > 1 else ""
+        members[member.name] = mean(member.name, tasks, f"{of}{member.metric.partition(',')[0]}, {shots}")
+    averages = [
+        mean(name, [members[member] for member in averaged], f"unweighted, {len(averaged)} tasks")
+        for name, averaged in suite.averages.items()
+    ]
+    return SuiteResult(key, suite.title, averages, list(members.values()))
+
+
+def _task_score(task: str, metric: str, evaluated: dict) -> Score:
+    result, rows = evaluated["results"][task], evaluated["n-samples"][task]
+    name, _, filter = metric.partition(",")
+    # "N/A" of a single row
+    stderr = result.get(f"{name}_stderr,{filter}")
+    percent = 100 * stderr if isinstance(stderr, float) else None
+    return Score(task, 100 * result[metric], percent, metric, rows["effective"], rows["original"])
+
+
+def mean(name: str, scores: Sequence[Score], detail: str) -> Score:
+    """The unweighted mean of independent scores."""
+    value = math.fsum(score.value for score in scores) / len(scores)
+    squares = [score.stderr**2 for score in scores if score.stderr is not None]
+    stderr = math.sqrt(math.fsum(squares)) / len(scores) if len(squares) == len(scores) else None
+    return Score(
+        name, value, stderr, detail, sum(score.rows for score in scores), sum(score.available for score in scores)
+    )
