@@ -12,7 +12,7 @@ import math
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -311,39 +311,31 @@ def summarize(questions: Sequence[Question], judgments: Sequence[dict[str, Any]]
     Raises:
         UserError: no judgment has a rating.
     """
-    if all(judgment["score"] == NO_RATING for judgment in judgments):
-        raise UserError("no judgment has a rating in the form [[rating]]; choose another model", field="--judge-model")
     categories = {question.id: question.category for question in questions}
-
-    def part(name: str, chosen: Callable[[dict[str, Any]], bool]) -> Score | None:
-        asked = [judgment for judgment in judgments if chosen(judgment)]
-        ratings = defaultdict(list)
-        for judgment in asked:
-            if judgment["score"] != NO_RATING:
-                ratings[judgment["question_id"]].append(judgment["score"])
-        count = sum(map(len, ratings.values()))
-        unrated = f", {len(asked) - count} without a rating" if count < len(asked) else ""
-        detail = f"{count} judgments of {len(ratings)} questions{unrated}"
-        return Score(name, *_mean_by_question(ratings), detail, count, len(asked)) if count else None
-
-    parts = [
-        *(part(f"turn {turn}", lambda judgment, turn=turn: judgment["turn"] == turn) for turn in (1, 2)),
-        *(
-            part(name, lambda judgment, name=name: categories[judgment["question_id"]] == name)
-            for name in dict.fromkeys(categories.values())
-        ),
-    ]
-    average = part(MT_BENCH_MEAN, lambda _: True)
-    members = [score for score in parts if score]
-    return SuiteResult(MT_BENCH, "MT-Bench", [average] if average else [], members)
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for turn in (1, 2):
+        groups[f"turn {turn}"] = [judgment for judgment in judgments if judgment["turn"] == turn]
+    for judgment in judgments:
+        groups[categories[judgment["question_id"]]].append(judgment)
+    average = _score(MT_BENCH_MEAN, judgments)
+    if average is None:
+        raise UserError("no judgment has a rating in the form [[rating]]; choose another model", field="--judge-model")
+    members = [_score(name, group) for name, group in groups.items()]
+    return SuiteResult(MT_BENCH, "MT-Bench", [average], [score for score in members if score])
 
 
-def _mean_by_question(ratings: dict[int, list[float]]) -> tuple[float, float | None]:
-    """The mean of all ratings, and its standard error with each question as one cluster."""
+def _score(name: str, judgments: Sequence[dict[str, Any]]) -> Score | None:
+    """The mean rating, with each question as one cluster for the standard error; None where nothing was rated."""
+    ratings: dict[int, list[float]] = defaultdict(list)
+    for judgment in judgments:
+        if judgment["score"] != NO_RATING:
+            ratings[judgment["question_id"]].append(judgment["score"])
     count = sum(map(len, ratings.values()))
+    if not count:
+        return None
     mean = math.fsum(rating for group in ratings.values() for rating in group) / count
-    groups = len(ratings)
-    if groups < 2:
-        return mean, None
     squares = math.fsum(math.fsum(rating - mean for rating in group) ** 2 for group in ratings.values())
-    return mean, math.sqrt(squares * groups / (groups - 1)) / count
+    clusters = len(ratings)
+    stderr = math.sqrt(squares * clusters / (clusters - 1)) / count if clusters > 1 else None
+    unrated = f", {len(judgments) - count} without a rating" if count < len(judgments) else ""
+    return Score(name, mean, stderr, f"{count} judgments of {clusters} questions{unrated}", count, count)

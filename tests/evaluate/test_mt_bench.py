@@ -190,12 +190,8 @@ def test_answers_and_judgments_are_fastchats(bench, talker, tmp_path):
         request = sent[line["user_prompt"]]
         assert request["path"] == "/v1/chat/completions"
         assert request["messages"][0] == {"role": "system", "content": f"You judge by {name}."}
-        assert (request["model"], request["temperature"], request["max_tokens"], request["n"]) == (
-            "judge/1",
-            0,
-            2048,
-            1,
-        )
+        settings = {key: request[key] for key in ("model", "temperature", "max_tokens", "n")}
+        assert settings == {"model": "judge/1", "temperature": 0, "max_tokens": 2048, "n": 1}
     assert result.averages[0].value == pytest.approx(sum(line["score"] for line in judgments) / 6)
 
 
