@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from minorca import load_model
-from minorca.evaluate.scoring import Request, Scored, Scorer, Sizes, build_trie, plan_chunks
+from minorca.evaluate.scoring import Request, Scorer, Sizes, build_trie, plan_chunks
 from minorca.evaluate.tiled_attention import Tiles
-from minorca.model.build import load_adapters
 from minorca.model.network import Mistral
 from tests.helpers import random_adapter
 
@@ -31,7 +30,11 @@ def draw_requests(seed: int = 0) -> list[Request]:
         context = beginning + ids(length)
         requests += [(context, ids(count)) for count in (1, 1, 1, 4)]
     context, continuation = requests[-1]
-    requests += [(context, continuation), (context + continuation[:2], continuation[2:]), (context[:-1], context[-1:])]
+    requests += [
+        (context, continuation),
+        ([*context, *continuation[:2]], continuation[2:]),
+        (context[:-1], context[-1:]),
+    ]
     draw.shuffle(requests)
     return requests
 
