@@ -109,12 +109,16 @@ class Scorer:
 
     Args:
         sizes: what bits depend on; None: what suits the device.
+
+    Attributes:
+        computed: the tokens that went through the model so far.
     """
 
     def __init__(self, model: Mistral, sizes: Sizes | None = None):
         self.model = model
         self.device = model.embedding.weight.device
         self.sizes = sizes or SIZES[self.device.type]
+        self.computed = 0
 
     def arithmetic(self) -> dict[str, object]:
         """All that bits follow from beside the model, its adapter and a request's ids."""
@@ -141,6 +145,7 @@ class Scorer:
         """Of each request, as it is finished: its index, its tokens' log-probabilities, and whether each token is the
         likeliest.
         """
+        self.computed += len(trie.tokens)
         arch = self.model.arch
         longest = int(trie.depths.max(initial=0)) + 1
         size = self.sizes.nodes
