@@ -13,20 +13,26 @@ seed            all five: what the card of Mistral-7B-OpenOrca quotes
 A mean's standard error takes its tasks as independent: sqrt(sum of squared standard errors) / number of tasks.
 """
 
-import difflib
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minorca.errors import UserError, raise_problems
 from minorca.evaluate import bigbench
-from minorca.evaluate.task_data import task_configs
+from minorca.evaluate.task_data import local_files, task_configs
 
-# A task as lm_eval's TaskManager.load and simple_evaluate take it, with its number of shots and its data.
-TaskSpec = dict[str, Any]
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+# A task in the form of lm_eval's YAML files, with its number of shots and its data.
+TaskConfig = dict[str, Any]
+# The tasks of each member of each suite.
+Prepared = dict[str, dict[str, list["Task"]]]
 # Where the data of tasks is looked for.
 DATA = Path("evaluation-data")
 
@@ -36,12 +42,12 @@ class Member:
     """What a card lists as one number: a task, or several of which it takes the mean.
 
     Attributes:
-        configure: gives the tasks, their data in a directory.
+        configure: gives the tasks, with their data from a directory.
         metric: as lm_eval's results name it, with the filter.
     """
 
     name: str
-    configure: Callable[[Path], list[TaskSpec]]
+    configure: Callable[[Path], list[TaskConfig]]
     metric: str
     shots: int
 
@@ -142,70 +148,97 @@ SEED = "seed"
 NAMES = (*SUITES, MT_BENCH, SEED)
 
 
-def run(
-    name: str,
-    evaluate_tasks: Callable[[list[TaskSpec]], dict],
-    data: Path = DATA,
-    mt_bench: Callable[[], SuiteResult] | None = None,
-) -> list[SuiteResult]:
-    """Evaluates one suite, or all five for `seed`.
+def has_mt_bench(name: str) -> bool:
+    return name in (MT_BENCH, SEED)
+
+
+def prepare(name: str, data: Path = DATA) -> Prepared:
+    """Loads the tasks of a suite with their data; of `seed` all but MT-Bench, and of `mt-bench` none.
 
     Args:
-        evaluate_tasks: gives lm_eval's results of tasks; called once a suite, because two suites have the same task
-            with other shots.
+        name: one of NAMES.
         data: the directory with the tasks' data.
-        mt_bench: evaluates MT-Bench; None where no judge was named.
 
     Raises:
-        UserError: before anything is evaluated: an unknown suite, no judge where the suite has MT-Bench, and every data
-            set that is missing.
+        UserError: every data set that is missing (what to download, and where to put it) or has another schema.
     """
-    if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"is {name}; expected one of {', '.join(NAMES)}{hint}", field="--suite")
-    if name in (MT_BENCH, SEED) and mt_bench is None:
-        raise UserError(
-            f"{name} has MT-Bench: name --questions FILE, --judge URL, --judge-prompts FILE and --judge-model NAME",
-            field="--suite",
-        )
-    suites = {key: suite for key, suite in SUITES.items() if name in (key, SEED)}
-    specs = _configure(suites, data)
-    results = []
-    for key, suite in suites.items():
-        evaluated = evaluate_tasks([spec for member in specs[key].values() for spec in member])
-        results.append(score(key, suite, specs[key], evaluated))
-    if mt_bench and name in (MT_BENCH, SEED):
-        results.append(mt_bench())
-    return results
+    from lm_eval.tasks import TaskManager
 
-
-def _configure(suites: dict[str, Suite], data: Path) -> dict[str, dict[str, list[TaskSpec]]]:
-    """The tasks of each member of each suite."""
+    manager = TaskManager(include_defaults=False)
     problems: dict[str, UserError] = {}
-    specs: dict[str, dict[str, list[TaskSpec]]] = {}
-    for key, suite in suites.items():
-        specs[key] = {}
+    prepared: Prepared = {}
+    for key, suite in SUITES.items():
+        if name not in (key, SEED):
+            continue
+        prepared[key] = {}
         for member in suite.members:
             try:
-                specs[key][member.name] = member.configure(data)
+                prepared[key][member.name] = [_load(config, manager) for config in member.configure(data)]
             # two suites may miss the same data
             except UserError as error:
                 problems |= {str(problem): problem for problem in error.problems}
     raise_problems(problems.values())
-    return specs
+    return prepared
 
 
-def score(key: str, suite: Suite, specs: dict[str, list[TaskSpec]], evaluated: dict) -> SuiteResult:
+def _load(config: TaskConfig, manager: "TaskManager") -> "Task":
+    log = logging.getLogger("lm_eval.api.task")
+    level = log.level
+    # it warns of what its own files leave to defaults
+    log.setLevel(logging.ERROR)
+    try:
+        return manager.load([config])["tasks"][config["task"]]
+    # whatever it raises where a file cannot be read, or its rows lack a column
+    except Exception as error:
+        raise_problems(_schema_problems(config))
+        raise UserError(f"cannot be loaded ({type(error).__name__}: {error})", field=config["task"]) from error
+    finally:
+        log.setLevel(level)
+
+
+def _schema_problems(config: TaskConfig) -> Iterator[UserError]:
+    """What is wrong with a task's local files."""
+    import datasets
+
+    from minorca.evaluate.task_files import template_problems
+
+    for file in (path for paths in local_files(config).values() for path in paths):
+        try:
+            rows = datasets.load_dataset(config["dataset_path"], data_files=file, split="train")
+        except Exception as error:
+            yield UserError(f"cannot be read as {config['dataset_path']} ({error})", path=file)
+            continue
+        if "process_docs" not in config:
+            yield from template_problems(config, list(rows.features or ()), Path(file))
+
+
+def run(prepared: Prepared, evaluate_tasks: Callable[[list["Task"]], dict | None]) -> list[SuiteResult]:
+    """Evaluates suites.
+
+    Args:
+        evaluate_tasks: gives lm_eval's results of tasks, or None on a rank that has none; called once a suite, because
+            two suites have the same task with other shots.
+    """
+    results = []
+    for key, members in prepared.items():
+        evaluated = evaluate_tasks([task for tasks in members.values() for task in tasks])
+        if evaluated is not None:
+            names = {member: [task.task_name for task in tasks] for member, tasks in members.items()}
+            results.append(score(key, names, evaluated))
+    return results
+
+
+def score(key: str, names: Mapping[str, Sequence[str]], evaluated: dict) -> SuiteResult:
     """A suite's scores from lm_eval's results of its tasks.
 
     Args:
-        specs: the tasks of each member.
+        names: those of the tasks of each member.
         evaluated: what lm_eval returned; its `results` and `n-samples` are read.
     """
+    suite = SUITES[key]
     members = {}
     for member in suite.members:
-        tasks = [_task_score(spec["task"], member.metric, evaluated) for spec in specs[member.name]]
+        tasks = [_task_score(task, member.metric, evaluated) for task in names[member.name]]
         shots = f"{member.shots} shots" if member.shots else "zero-shot"
         of = f"mean of {len(tasks)} tasks, " if len(tasks) > 1 else ""
         members[member.name] = mean(member.name, tasks, f"{of}{member.metric.partition(',')[0]}, {shots}")

@@ -35,6 +35,11 @@ def task_configs(pattern: str, shots: int, data: Path) -> list[dict[str, Any]]:
     return configs
 
 
+def local_files(config: dict[str, Any]) -> dict[str, list[str]]:
+    """The files of a task by split; none of a data set of the hub."""
+    return (config.get("dataset_kwargs") or {}).get("data_files", {})
+
+
 def _splits(config: dict) -> dict[str, str]:
     """The splits that a task needs, by their keys in its configuration."""
     key = "test_split" if config.get("test_split") else "validation_split"

@@ -203,7 +203,7 @@ def _say(error: Exception) -> str:
 # --------------------------------------------------------------------------------------------------------------- rows
 
 
-def _template_problems(config: Mapping, columns: list[str], path: Path | None) -> Iterator[UserError]:
+def template_problems(config: Mapping, columns: list[str], path: Path | None) -> Iterator[UserError]:
     """The columns that a task's templates name and its data lack."""
     for field in TEMPLATES:
         template = config.get(field)
@@ -232,7 +232,7 @@ def _check_rows(task: ConfigurableTask, leaf: Entry, limit: int | None) -> None:
         UserError: the first row that they cannot write.
     """
     config = task.config
-    raise_problems(_template_problems({field: config[field] for field in TEMPLATES}, task.features, leaf.yaml_path))
+    raise_problems(template_problems({field: config[field] for field in TEMPLATES}, task.features, leaf.yaml_path))
     split = config.test_split if task.has_test_docs() else config.validation_split
     files = _data_files(leaf.cfg or {}, split)
     place = files[0] if len(files) == 1 else leaf.yaml_path

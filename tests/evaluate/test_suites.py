@@ -1,5 +1,6 @@
 """Suites: the cards' averages, tasks from local data, and what is said where data is missing."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -9,6 +10,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -51,11 +53,11 @@ def digest(context: str, continuation: str) -> float:
     return -random.Random(f"{context}|{continuation}").random() * 30
 
 
-def evaluate(lm: LM, specs: list[suites.TaskSpec], **options) -> dict:
+def evaluate(lm: LM, tasks: list, **options) -> dict:
     # whose decorator hides its arguments from type checkers
     simple_evaluate: Any = lm_eval.simple_evaluate
     return simple_evaluate(
-        lm, tasks=specs, task_manager=TaskManager(include_defaults=False), bootstrap_iters=0, **options
+        lm, tasks=tasks, task_manager=TaskManager(include_defaults=False), bootstrap_iters=0, **options
     )
 
 
@@ -70,14 +72,13 @@ def evaluated(values: dict[str, tuple[str, float, float]], rows: int = 100) -> d
 
 def score(name: str, values: Mapping[str, float | list[float]], stderr: float = 0.01) -> suites.SuiteResult:
     """A suite's scores, where each member's tasks have these values (in percent)."""
-    suite = suites.SUITES[name]
-    specs, results = {}, {}
-    for member in suite.members:
+    names, results = {}, {}
+    for member in suites.SUITES[name].members:
         value = values[member.name]
         of_tasks = value if isinstance(value, list) else [value]
-        specs[member.name] = [{"task": f"{member.name}{i}"} for i in range(len(of_tasks))]
+        names[member.name] = [f"{member.name}{i}" for i in range(len(of_tasks))]
         results |= {f"{member.name}{i}": (member.metric, v / 100, stderr) for i, v in enumerate(of_tasks)}
-    return suites.score(name, suite, specs, evaluated(results))
+    return suites.score(name, names, evaluated(results))
 
 
 # ------------------------------------------------------------------------------------------------------------- averages
@@ -129,13 +130,13 @@ def test_mmlu_is_the_mean_of_its_subjects_and_one_of_four():
 
 
 def test_an_unknown_standard_error_makes_that_of_the_mean_unknown():
-    results = evaluated({"a": ("acc,none", 0.5, 0.1), "b": ("acc,none", 0.7, 0.1)})
-    results["results"]["b"]["acc_stderr,none"] = "N/A"
-    member = suites.Member("both", lambda _: [], "acc,none", 0)
-    suite = suites.Suite("", (member,), {"mean": ("both",)})
-    result = suites.score("s", suite, {"both": [{"task": "a"}, {"task": "b"}]}, results)
-    assert result.averages[0].value == pytest.approx(60.0)
+    results = evaluated(dict.fromkeys(suites.AGIEVAL, ("acc_norm,none", 0.5, 0.1)))
+    # what lm_eval writes for a single row
+    results["results"]["sat-en"]["acc_norm_stderr,none"] = "N/A"
+    result = suites.score("agieval", {name: [name] for name in suites.AGIEVAL}, results)
+    assert result.averages[0].value == pytest.approx(50.0)
     assert result.averages[0].stderr is None
+    assert [member.stderr is None for member in result.members] == [name == "sat-en" for name in suites.AGIEVAL]
 
 
 # ----------------------------------------------------------------------------------------------------------- local data
@@ -177,11 +178,11 @@ def test_a_suite_from_local_files(tmp_path):
     write_rows(tmp_path, ROWS)
     seen = {}
 
-    def run(specs):
-        seen.update(evaluate(Recorded(digest), specs))
+    def evaluate_tasks(tasks):
+        seen.update(evaluate(Recorded(digest), tasks))
         return seen
 
-    (result,) = suites.run("gpt4all", run, tmp_path)
+    (result,) = suites.run(suites.prepare("gpt4all", tmp_path), evaluate_tasks)
     assert len(result.members) == 7
     metrics = {"boolq": "acc,none", "winogrande": "acc,none"}
     values = [seen["results"][m.name][metrics.get(m.name, "acc_norm,none")] for m in result.members]
@@ -203,13 +204,9 @@ def test_shots_come_from_the_training_split(tmp_path):
     assert all(context.count("thanked Eve because") == 6 for context in contexts)
 
 
-def never(specs: list[suites.TaskSpec]) -> dict:
-    raise AssertionError("nothing may be evaluated")
-
-
 def test_missing_data_says_what_to_download_and_where(tmp_path):
     with pytest.raises(UserError) as caught:
-        suites.run("leaderboard-v1", never, tmp_path)
+        suites.prepare("leaderboard-v1", tmp_path)
     messages = [str(problem) for problem in caught.value.problems]
     assert len(messages) == 6
     directory = tmp_path / "allenai" / "ai2_arc"
@@ -221,7 +218,7 @@ def test_missing_data_says_what_to_download_and_where(tmp_path):
     # all subjects of MMLU in one
     assert f"hf download cais/mmlu --repo-type dataset --local-dir {tmp_path / 'cais' / 'mmlu'};" in messages[2]
     with pytest.raises(UserError, match="pip download .* bigbench==1.0.0") as caught:
-        suites.run("bigbench-hard", never, tmp_path)
+        suites.prepare("bigbench-hard", tmp_path)
     assert len(caught.value.problems) == 1
 
 
@@ -236,31 +233,42 @@ def test_all_57_subjects_of_mmlu_are_found_in_one_directory(tmp_path):
     assert all(config["dataset_path"] == "json" and config["num_fewshot"] == 5 for config in configs)
 
 
-def test_unknown_suites_and_a_missing_judge(tmp_path):
-    with pytest.raises(UserError, match="did you mean gpt4all"):
-        suites.run("gpt4al", never, tmp_path)
-    with pytest.raises(UserError, match="--judge-prompts FILE"):
-        suites.run("seed", never, tmp_path)
+def test_wrong_local_files_name_file_and_field(tmp_path):
+    rows = dict(ROWS)
+    rows["baber/piqa/plain_text/validation"] = {"goal": "Open a door", "sol1": "push", "label": 0}
+    write_rows(tmp_path, rows)
+    broken = tmp_path / "allenai" / "openbookqa" / "main" / "test-00000-of-00001.jsonl"
+    broken.write_text('{"question_stem": ')
+    with pytest.raises(UserError) as caught:
+        suites.prepare("gpt4all", tmp_path)
+    file = tmp_path / "baber" / "piqa" / "plain_text" / "validation-00000-of-00001.jsonl"
+    messages = [str(problem) for problem in caught.value.problems]
+    assert len(messages) == 2
+    assert messages[0].startswith(f"{broken}: cannot be read as json")
+    assert messages[1].startswith(f"{file}: doc_to_choice names the column sol2, which the data lack")
 
 
 def test_seed_is_all_five(monkeypatch, tmp_path):
     """Each suite is evaluated by itself, since two of them have the same task with other shots."""
     calls = []
     for name, suite in suites.SUITES.items():
-        members = [
-            suites.Member(m.name, lambda _, m=m: [{"task": m.name, "metric": m.metric}], m.metric, m.shots)
-            for m in suite.members
-        ]
-        monkeypatch.setitem(suites.SUITES, name, suites.Suite(suite.title, tuple(members), suite.averages))
+        members = tuple(dataclasses.replace(m, configure=lambda _, m=m: [{"task": m.name}]) for m in suite.members)
+        monkeypatch.setitem(suites.SUITES, name, dataclasses.replace(suite, members=members))
+    monkeypatch.setattr(suites, "_load", lambda config, _: SimpleNamespace(task_name=config["task"]))
+    metrics = {m.name: m.metric for suite in suites.SUITES.values() for m in suite.members}
 
-    def run(specs):
-        calls.append(len(specs))
-        return evaluated({spec["task"]: (spec["metric"], 0.25, 0.01) for spec in specs})
+    def evaluate_tasks(tasks):
+        calls.append(len(tasks))
+        return evaluated({task.task_name: (metrics[task.task_name], 0.25, 0.01) for task in tasks})
 
-    fifth = suites.SuiteResult("mt-bench", "MT-Bench", [], [])
-    results = suites.run("seed", run, tmp_path, mt_bench=lambda: fifth)
-    assert [result.suite for result in results] == [*suites.SUITES, "mt-bench"]
+    prepared = suites.prepare("seed", tmp_path)
+    results = suites.run(prepared, evaluate_tasks)
+    assert [*(result.suite for result in results), "mt-bench", "seed"] == list(suites.NAMES)
     assert calls == [6, 8, 18, 7]
+    # a rank without results
+    assert suites.run(prepared, lambda _: None) == []
+    assert suites.prepare("mt-bench", tmp_path) == {}
+    assert [name for name in suites.NAMES if suites.has_mt_bench(name)] == ["mt-bench", "seed"]
 
 
 # ------------------------------------------------------------------------------------------------------------- bigbench
