@@ -85,6 +85,7 @@ class MTBench:
     judge: the URL of an OpenAI-compatible endpoint.
     judge_prompts: FastChat's judge_prompts.jsonl.
     judge_model: what the endpoint calls the judge.
+    limit: only the first questions, as many.
 
     Raises:
         UserError: a file is missing or has another schema, with the line and field; an invalid URL.
@@ -94,8 +95,11 @@ class MTBench:
     judge: Judge
 
     @classmethod
-    def read(cls, questions: Path, judge: str, judge_prompts: Path, judge_model: str) -> "MTBench":
-        return cls(read_questions(questions, judge_model), Judge(judge, judge_model, read_prompts(judge_prompts)))
+    def read(
+        cls, questions: Path, judge: str, judge_prompts: Path, judge_model: str, limit: int | None = None
+    ) -> "MTBench":
+        read = read_questions(questions, judge_model)[:limit]
+        return cls(read, Judge(judge, judge_model, read_prompts(judge_prompts)))
 
     def evaluate(
         self,

@@ -15,14 +15,11 @@ if TYPE_CHECKING:
 MARKS = {"": "", "derived": " (d)", "unconfirmed": " (u)"}
 
 
-def write(results: Sequence[SuiteResult], model: str, file: Path) -> dict:
+def write(results: Sequence[SuiteResult], model: str, file: Path) -> None:
     """Writes the table and the picture beside `file`, with the suffixes .md and .png.
 
     Args:
         model: what to call the model that was evaluated.
-
-    Returns:
-        The scores for the JSON `file`: a list with an object a suite.
 
     Raises:
         UserError: a file cannot be written.
@@ -32,7 +29,6 @@ def write(results: Sequence[SuiteResult], model: str, file: Path) -> dict:
         draw(results, model, file.with_suffix(".png"))
     except OSError as error:
         raise UserError(f"cannot be written ({error})", path=file.parent) from None
-    return to_json(results)
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON

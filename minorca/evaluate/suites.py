@@ -16,7 +16,7 @@ A mean's standard error takes its tasks as independent: sqrt(sum of squared stan
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,12 +87,14 @@ class SuiteResult:
     """Attributes:
     suite: its name on the command line.
     averages: the first is the one that the card quotes.
+    evaluated: what lm_eval returned.
     """
 
     suite: str
     title: str
     averages: list[Score]
     members: list[Score]
+    evaluated: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 def _member(name: str, file: str, metric: str, shots: int = 0) -> Member:
@@ -148,7 +150,7 @@ SEED = "seed"
 NAMES = (*SUITES, MT_BENCH, SEED)
 
 
-def has_mt_bench(name: str) -> bool:
+def has_mt_bench(name: str | None) -> bool:
     return name in (MT_BENCH, SEED)
 
 
@@ -246,7 +248,7 @@ def score(key: str, names: Mapping[str, Sequence[str]], evaluated: dict) -> Suit
         mean(name, [members[member] for member in averaged], f"unweighted, {len(averaged)} tasks")
         for name, averaged in suite.averages.items()
     ]
-    return SuiteResult(key, suite.title, averages, list(members.values()))
+    return SuiteResult(key, suite.title, averages, list(members.values()), evaluated)
 
 
 def _task_score(task: str, metric: str, evaluated: dict) -> Score:

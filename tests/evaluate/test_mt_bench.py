@@ -6,10 +6,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,83 +18,12 @@ from minorca.evaluate.judge import Judge, rating_of
 from minorca.evaluate.mt_bench import MTBench, Question, summarize
 from minorca.generate import generate
 from minorca.generate.engine import Engine
+from tests.evaluate.suite_files import PROMPTS, QUESTIONS, Endpoint, prompt_lines, write_lines
 from tests.helpers import ROOT, random_mistral, save_tokenizer
-
-PROMPTS = {
-    "single-v1": "Q {question} A {answer}",
-    "single-math-v1": "Q {question} R {ref_answer_1} A {answer}",
-    "single-v1-multi-turn": "Q {question_1} A {answer_1} Q {question_2} A {answer_2}",
-    "single-math-v1-multi-turn": "R {ref_answer_1} {ref_answer_2} Q {question_1} A {answer_1} {question_2} {answer_2}",
-}
-QUESTIONS = [
-    {"question_id": 81, "category": "writing", "turns": ["Write {a} line.", "Shorter."]},
-    {"question_id": 111, "category": "math", "turns": ["2 + 2?", "Times 3?"], "reference": ["It is 4.", "It is 12."]},
-    {"question_id": 131, "category": "extraction", "turns": ["Name the dog: Rex barks.", "And in capitals?"]},
-]
-
-
-def write_lines(file: Path, lines: list) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    return file
-
-
-def prompt_lines(**changes) -> list[dict]:
-    """The judge's prompts as FastChat writes them, beside one of another type."""
-    lines: list[dict] = [{"name": "pair-v2", "type": "pairwise", "output_format": "[[A]]"}]
-    for name, template in PROMPTS.items():
-        line = {"name": name, "type": "single", "system_prompt": f"You judge by {name}.", "prompt_template": template}
-        lines.append(line | {"output_format": "[[rating]]", "category": "general", "description": "text"} | changes)
-    return lines
 
 
 def lines_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-class Endpoint(ThreadingHTTPServer):
-    """An OpenAI-compatible endpoint that rates by the prompt's length, and fails as `plan` says, request by request."""
-
-    daemon_threads = True
-
-    def __init__(self, plan: Iterator[str]):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.plan = plan
-        self.lock = threading.Lock()
-        self.requests: list[dict[str, Any]] = []
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Endpoint
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.requests.append(body | {"path": self.path, "key": self.headers.get("Authorization")})
-            fault = next(self.server.plan, "")
-        if fault == "closed":
-            self.close_connection = True
-            return
-        if fault.isdigit():
-            self.answer(int(fault), {"error": {"message": f"not now: {fault}"}})
-            return
-        rating = len(body["messages"][1]["content"]) % 10 + 1
-        content = f"Good. Rating: [[{rating}]]" if fault != "unrated" else "Good."
-        choices = [{"index": 0, "message": {"role": "assistant", "content": content}}]
-        self.answer(200, {"object": "chat.completion", "choices": choices if fault != "empty" else []})
-
-    def answer(self, status: int, value: dict) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Retry-After", "0")
-        self.send_header("Location", "http://127.0.0.1:1/")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture

@@ -70,7 +70,8 @@ def test_what_was_limited_or_has_no_standard_error_says_so():
 @pytest.mark.parametrize("results", [ALL, [result("bigbench-hard")]], ids=["all", "one"])
 def test_the_files(results, tmp_path):
     file = tmp_path / "scores.json"
-    written = report.write(results, "model", file)
+    report.write(results, "model", file)
+    written = report.to_json(results)
     assert written == json.loads(json.dumps(written))
     for found in results:
         scores = written[found.suite]["averages"] + written[found.suite]["members"]

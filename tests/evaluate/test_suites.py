@@ -26,6 +26,7 @@ from lm_eval.tasks import TaskManager
 from minorca.errors import UserError
 from minorca.evaluate import bigbench, suites
 from minorca.evaluate.published import PUBLISHED
+from tests.evaluate.suite_files import ROWS, write_rows
 from tests.helpers import random_mistral
 
 DIRECTORIES = set(bigbench.TASKS.values())
@@ -140,37 +141,6 @@ def test_an_unknown_standard_error_makes_that_of_the_mean_unknown():
 
 
 # ----------------------------------------------------------------------------------------------------------- local data
-
-CHOICES = {"text": ["one", "two", "three", "four"], "label": ["A", "B", "C", "D"]}
-# A row of each data set of gpt4all, in the hub's schema.
-ROWS = {
-    "allenai/ai2_arc/ARC-Easy/test": {"question": "Which?", "choices": CHOICES, "answerKey": "B"},
-    "allenai/ai2_arc/ARC-Challenge/test": {"question": "Which one?", "choices": CHOICES, "answerKey": "C"},
-    "Rowan/hellaswag/data/validation": {
-        "activity_label": "Cooking",
-        "ctx_a": "A man stirs.",
-        "ctx_b": "he",
-        "endings": ["eats.", "runs [title] away.", "sings.", "sleeps."],
-        "label": "2",
-    },
-    "allenai/openbookqa/main/test": {"question_stem": "The sun is", "choices": CHOICES, "answerKey": "A"},
-    "allenai/winogrande/winogrande_xl/validation": {
-        "sentence": "Ann thanked Eve because _ had helped.",
-        "option1": "Ann",
-        "option2": "Eve",
-        "answer": "2",
-    },
-    "aps/super_glue/boolq/validation": {"passage": "Snow is cold.", "question": "is snow cold", "label": 1},
-    "baber/piqa/plain_text/validation": {"goal": "Open a door", "sol1": "push", "sol2": "sing", "label": 0},
-}
-
-
-def write_rows(data: Path, rows: dict, count: int = 6) -> None:
-    for path, row in rows.items():
-        file = data / f"{path}-00000-of-00001.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        text = next(key for key, value in row.items() if isinstance(value, str))
-        file.write_text("".join(json.dumps(row | {text: f"{row[text]} {i}"}) + "\n" for i in range(count)))
 
 
 def test_a_suite_from_local_files(tmp_path):
