@@ -54,6 +54,9 @@ def load_tasks(names: Collection[str], include_path: Path | None = None, limit: 
     """
     if include_path is not None and not include_path.is_dir():
         raise UserError("is not a directory; expected one with the YAML files of tasks", field="--include-path")
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise UserError("names no task", field="--tasks")
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if not all(_matches(name, manager) for name in names):
         raise_problems(_unreadable(include_path))
