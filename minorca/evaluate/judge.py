@@ -114,7 +114,6 @@ class Judge:
         """
         judged = self._read(matches, model_id, file)
         missing = [match for match in matches if (match.question_id, match.turn) not in judged]
-        file.parent.mkdir(parents=True, exist_ok=True)
         failures: list[tuple[Match, Failure]] = []
         stop = threading.Event()
         lock = threading.Lock()
@@ -314,12 +313,15 @@ def read_lines(file: Path) -> Iterator[tuple[int, dict]]:
 
     The last line is dropped where a run was killed within it.
     """
-    if not file.exists():
+    try:
+        with file.open("r+b") as stream:
+            complete = stream.read().rfind(b"\n") + 1
+            stream.truncate(complete)
+    except FileNotFoundError:
         return
-    with file.open("r+b") as stream:
-        content = stream.read()
-        stream.truncate(content.rfind(b"\n") + 1)
-    if b"\n" in content:
+    except OSError as error:
+        raise UserError(f"cannot be read and written ({error})", path=file) from None
+    if complete:
         yield from read_records(file)
 
 
@@ -330,7 +332,9 @@ def append_line(file: Path, value: dict) -> None:
         UserError: the file cannot be written.
     """
     try:
-        with file.open("a", encoding="utf-8") as stream:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # what is no Unicode becomes one of JSON's escapes
+        with file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(json.dumps(value, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"cannot be written ({error})", path=file) from None

@@ -222,7 +222,6 @@ def read_answers(file: Path, questions: Sequence[Question], identity: str) -> di
     """
     turns = {question.id: len(question.turns) for question in questions}
     answers = {}
-    file.parent.mkdir(parents=True, exist_ok=True)
     for number, line in read_lines(file):
         where = f"line {number}"
         if line.get("identity") != identity:

@@ -178,6 +178,16 @@ def test_answers_of_another_model_are_refused(bench, talker, tmp_path):
     assert len(server.requests) == 6
 
 
+def test_a_place_that_cannot_be_written(bench, talker, tmp_path):
+    made, _ = bench()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="tiny.jsonl: cannot be"):
+        evaluate(made, talker, tmp_path / "file")
+    (tmp_path / "model_answer" / "tiny.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match="tiny.jsonl: cannot be read and written"):
+        evaluate(made, talker, tmp_path)
+
+
 def test_a_conversation_longer_than_the_model(talker):
     model, tok = talker
     long = Question(7, "math", ["x" * 5000], ["y"])
