@@ -10,8 +10,11 @@ import pytest
 
 from minorca import UserError
 from minorca.evaluate import __main__ as command
+from minorca.evaluate.scoring import Scorer
 from tests.evaluate.harness_oracle import rows_of, save_bpe, write_tasks
 from tests.helpers import ROOT, random_adapter
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -19,7 +22,8 @@ def evaluate(save_mistral, tmp_path, capsys, monkeypatch):
     """evaluate(*options): the command's output and what it wrote, of a small model on local tasks."""
     # what lm_eval collects of the machine takes a second, and is not written
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-    directory, model = save_mistral(vocab_size=400, max_position_embeddings=448, bos_token_id=0, eos_token_id=1)
+    sizes = {"vocab_size": 400, "intermediate_size": 128, "max_position_embeddings": 448}
+    directory, model = save_mistral(**sizes, bos_token_id=0, eos_token_id=1)
     save_bpe(directory, True)
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -73,6 +77,7 @@ def test_options_reach_the_model(evaluate):
     adapted = random_adapter(evaluate.base, adapters[0], ("q", "v"))
     random_adapter(adapted.unload(), adapters[1], ("q", "v"), lora_alpha=9)
     variants = [(), ("--no-bos",), ("--chat",), ("--adapter", adapters[0]), ("--adapter", adapters[1])]
+    variants += [("--quantize", "nf4"), ("--quantize", "nf4", "--adapter", adapters[0]), ("--dtype", "bfloat16")]
     found = []
     for options in variants:
         _, written = evaluate("--limit", 2, "--log-samples", *options)
@@ -138,9 +143,42 @@ def test_bad_input_is_named(evaluate, monkeypatch):
 
 @pytest.mark.slow
 def test_an_unknown_task_is_answered_with_the_nearest(evaluate):
-    """lm_eval's own tasks are looked through, which takes half a minute."""
+    """lm_eval's own tasks are looked through, which takes seconds."""
     with pytest.raises(UserError, match=r"--tasks arc_chalenge is an unknown task; did you mean arc_challenge"):
         evaluate(tasks="arc_local,arc_chalenge")
+
+
+KILLED = """
+import os, signal, sys
+from minorca.evaluate import __main__ as command, result_cache, scoring
+result_cache.PERIOD = 0
+stream = scoring.Scorer.stream
+
+def stream_until_killed(self, requests):
+    for done, scored in enumerate(stream(self, requests)):
+        if done == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield scored
+
+scoring.Scorer.stream = stream_until_killed
+command.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(evaluate, monkeypatch):
+    options = ["--model", evaluate.model, "--include-path", evaluate.folder, "--tasks", "local_tasks"]
+    options += ["--dtype", "float32", "--cache", evaluate.path / "killed"]
+    run = [sys.executable, "-c", KILLED, *map(str, options)]
+    assert subprocess.run(run, env=ENVIRONMENT, capture_output=True, timeout=300, check=False).returncode == -9
+    _, whole = evaluate(tasks="local_tasks")
+    scored = []
+    stream = Scorer.stream
+    monkeypatch.setattr(Scorer, "stream", lambda self, requests: scored.append(len(requests)) or stream(self, requests))
+    _, resumed = evaluate("--cache", evaluate.path / "killed", tasks="local_tasks")
+    assert resumed["results"] == whole["results"]
+    assert 0 < sum(scored) <= whole["minorca"]["requests"] - 20
+    assert resumed["minorca"]["tokens_computed"] < whole["minorca"]["tokens_computed"]
 
 
 @pytest.mark.slow
@@ -151,10 +189,9 @@ def test_two_ranks_give_one_ranks_results(evaluate):
     options = ["--model", evaluate.model, "--include-path", evaluate.folder, "--tasks", "local_tasks", "--log-samples"]
     options += ["--dtype", "float32", "--cache", evaluate.path / "two", "--output", output]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "minorca.evaluate"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     for computes in (True, False):
         run = [sys.executable, *launcher, *map(str, options)]
-        done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         two = json.loads(output.read_text())
         assert two["results"] == one["results"] and two["samples"] == one["samples"]
