@@ -36,6 +36,7 @@ def _table(column: str, source: str, note: str = "", /, **values: float) -> dict
     return {(column, name): Published(value, source, note) for name, value in values.items()}
 
 
+# The names of averages.
 FOUR = "mean of ARC, HellaSwag, MMLU and TruthfulQA"
 SIX = "mean of all six"
 AGIEVAL_MEAN = "mean of acc_norm"

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from minorca.errors import UserError, raise_problems
 from minorca.evaluate import bigbench
+from minorca.evaluate.published import AGIEVAL_MEAN, BIGBENCH_MEAN, FOUR, GPT4ALL_MEAN, SIX
 from minorca.evaluate.task_data import local_files, task_configs
 
 if TYPE_CHECKING:
@@ -128,12 +129,12 @@ SUITES = {
         "HF leaderboard v1",
         _LEADERBOARD,
         {
-            "mean of ARC, HellaSwag, MMLU and TruthfulQA": ("ARC", "HellaSwag", "MMLU", "TruthfulQA"),
-            "mean of all six": tuple(member.name for member in _LEADERBOARD),
+            FOUR: ("ARC", "HellaSwag", "MMLU", "TruthfulQA"),
+            SIX: tuple(member.name for member in _LEADERBOARD),
         },
     ),
     "agieval": _suite(
-        "AGIEval", [_member(name, f"agieval/{name}.yaml", "acc_norm,none") for name in AGIEVAL], "mean of acc_norm"
+        "AGIEval", [_member(name, f"agieval/{name}.yaml", "acc_norm,none") for name in AGIEVAL], AGIEVAL_MEAN
     ),
     "bigbench-hard": _suite(
         "BigBench-Hard",
@@ -141,9 +142,9 @@ SUITES = {
             Member(name, lambda data, name=name: [bigbench.task_config(name, data)], f"{bigbench.METRIC},none", 0)
             for name in bigbench.TASKS
         ],
-        "mean of multiple_choice_grade",
+        BIGBENCH_MEAN,
     ),
-    "gpt4all": _suite("GPT4ALL", _GPT4ALL, "mean of acc_norm, else acc"),
+    "gpt4all": _suite("GPT4ALL", _GPT4ALL, GPT4ALL_MEAN),
 }
 MT_BENCH = "mt-bench"
 SEED = "seed"

@@ -29,14 +29,34 @@ ROWS = {
     "aps/super_glue/boolq/validation": {"passage": "Snow is cold.", "question": "is snow cold", "label": 1},
     "baber/piqa/plain_text/validation": {"goal": "Open a door", "sol1": "push", "sol2": "sing", "label": 0},
 }
+# Of the other suites: one subject of MMLU and one task of AGIEval.
+MORE_ROWS = {
+    "truthfulqa/truthful_qa/multiple_choice/validation": {
+        "question": "Who flew first?",
+        "mc1_targets": {"choices": ["Ann", "Eve", "Bob"], "labels": [1, 0, 0]},
+        "mc2_targets": {"choices": ["Ann", "Eve", "Bob"], "labels": [1, 1, 0]},
+    },
+    "openai/gsm8k/main/train": {"question": "2 + 2?", "answer": "It is 4. #### 4"},
+    "openai/gsm8k/main/test": {"question": "2 + 3?", "answer": "It is 5. #### 5"},
+    "cais/mmlu/anatomy/dev": {"question": "Which bone?", "choices": ["a", "b", "c", "d"], "answer": 1},
+    "cais/mmlu/anatomy/test": {"question": "Which one?", "choices": ["a", "b", "c", "d"], "answer": 3},
+    "hails/agieval-sat-math/data/test": {"query": "Q: 1 + 1? A:", "choices": ["(A) 1", "(B) 2"], "gold": [1]},
+}
 
 
 def write_rows(data: Path, rows: dict, count: int = 6) -> None:
+    """Writes several of each row, as the hub's files lie; those of AI2 as parquet."""
+    import datasets
+
     for path, row in rows.items():
-        file = data / f"{path}-00000-of-00001.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
         text = next(key for key, value in row.items() if isinstance(value, str))
-        file.write_text("".join(json.dumps(row | {text: f"{row[text]} {i}"}) + "\n" for i in range(count)))
+        table = datasets.Dataset.from_list([row | {text: f"{row[text]} {i}"} for i in range(count)])
+        file = data / f"{path}-00000-of-00001"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if "ai2_arc" in path:
+            table.to_parquet(file.with_suffix(".parquet"))
+        else:
+            table.to_json(file.with_suffix(".jsonl"))
 
 
 # MT-Bench's prompts of the judge, in short, and questions

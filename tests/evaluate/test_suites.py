@@ -26,7 +26,8 @@ from lm_eval.tasks import TaskManager
 from minorca.errors import UserError
 from minorca.evaluate import bigbench, suites
 from minorca.evaluate.published import PUBLISHED
-from tests.evaluate.suite_files import ROWS, write_rows
+from minorca.evaluate.task_data import task_configs
+from tests.evaluate.suite_files import MORE_ROWS, ROWS, write_rows
 from tests.helpers import random_mistral
 
 DIRECTORIES = set(bigbench.TASKS.values())
@@ -46,7 +47,7 @@ class Recorded(LM):
         raise NotImplementedError
 
     def generate_until(self, requests, disable_tqdm=False):
-        return ["no answer" for _ in requests]
+        return ["It is 5. #### 5" for _ in requests]
 
 
 def digest(context: str, continuation: str) -> float:
@@ -143,26 +144,6 @@ def test_an_unknown_standard_error_makes_that_of_the_mean_unknown():
 # ----------------------------------------------------------------------------------------------------------- local data
 
 
-def test_a_suite_from_local_files(tmp_path):
-    """Offline: six rows of each data set, laid out as the hub's files are; averaged from lm_eval's own results."""
-    write_rows(tmp_path, ROWS)
-    seen = {}
-
-    def evaluate_tasks(tasks):
-        seen.update(evaluate(Recorded(digest), tasks))
-        return seen
-
-    (result,) = suites.run(suites.prepare("gpt4all", tmp_path), evaluate_tasks)
-    assert len(result.members) == 7
-    metrics = {"boolq": "acc,none", "winogrande": "acc,none"}
-    values = [seen["results"][m.name][metrics.get(m.name, "acc_norm,none")] for m in result.members]
-    assert [member.value / 100 for member in result.members] == pytest.approx(values)
-    assert len(set(values)) > 1
-    assert result.averages[0].value == pytest.approx(100 * sum(values) / 7)
-    assert result.averages[0].rows == 42
-    assert all(seen["n-shot"][task] == 0 for task in seen["results"])
-
-
 def test_shots_come_from_the_training_split(tmp_path):
     rows = {path: row for path, row in ROWS.items() if "winogrande" in path}
     rows |= {path.replace("validation", "train"): row for path, row in rows.items()}
@@ -172,6 +153,29 @@ def test_shots_come_from_the_training_split(tmp_path):
     results = evaluate(Recorded(lambda *texts: contexts.append(texts[0]) or digest(*texts)), [spec])
     assert results["n-shot"] == {"winogrande": 5}
     assert all(context.count("thanked Eve because") == 6 for context in contexts)
+
+
+def test_the_other_suites_tasks_from_local_files(tmp_path):
+    write_rows(tmp_path, MORE_ROWS)
+    members = {member.name: member for suite in suites.SUITES.values() for member in suite.members}
+    configs = [config for name in ("TruthfulQA", "GSM8K", "sat-math") for config in members[name].configure(tmp_path)]
+    configs += task_configs("mmlu/default/mmlu_anatomy.yaml", members["MMLU"].shots, tmp_path)
+    contexts = {}
+
+    def logp(context, continuation):
+        contexts[continuation] = context
+        return digest(context, continuation)
+
+    results = evaluate(Recorded(logp), configs)
+    scores = results["results"]
+    # the probability of the two true answers among three
+    assert 0 < scores["truthfulqa_mc2"]["acc,none"] < 1
+    assert scores["gsm8k"]["exact_match,strict-match"] == 1
+    assert {"acc_norm,none", "acc,none"} < scores["agieval_sat_math"].keys()
+    assert results["n-shot"] == {"truthfulqa_mc2": 0, "gsm8k": 5, "agieval_sat_math": 0, "mmlu_anatomy": 5}
+    # the first five of dev, after the subject's line
+    assert contexts[" D"].startswith("The following are multiple choice questions (with answers) about anatomy.\n\n")
+    assert [contexts[" D"].count(f"Which bone? {i}\n") for i in range(6)] == [1, 1, 1, 1, 1, 0]
 
 
 def test_missing_data_says_what_to_download_and_where(tmp_path):
@@ -193,8 +197,6 @@ def test_missing_data_says_what_to_download_and_where(tmp_path):
 
 
 def test_all_57_subjects_of_mmlu_are_found_in_one_directory(tmp_path):
-    from minorca.evaluate.task_data import task_configs
-
     root = Path(sys.modules["lm_eval"].__file__ or "").parent / "tasks" / "mmlu" / "default"
     for file in root.glob("mmlu_*.yaml"):
         write_rows(tmp_path, {f"cais/mmlu/{file.stem[5:]}/{split}": {"question": "q"} for split in ("dev", "test")}, 1)
