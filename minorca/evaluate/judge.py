@@ -63,14 +63,12 @@ class Match:
     Attributes:
         prompt: the name of the judge's prompt.
         fields: what its template takes.
-        answer_id: of the answer that is judged.
     """
 
     question_id: int
     turn: int
     prompt: str
     fields: dict[str, str]
-    answer_id: str
 
 
 class Failure(Exception):
@@ -110,7 +108,7 @@ class Judge:
 
         Raises:
             UserError: some did not come after all attempts (how many, and why), or the endpoint refuses requests; those
-                that came are in `file`, and another call asks for the rest. `file` judges other answers.
+                that came are in `file`, and another call asks for the rest. `file` has judgments of other answers.
         """
         judged = self._read(matches, model_id, file)
         missing = [match for match in matches if (match.question_id, match.turn) not in judged]
@@ -120,6 +118,8 @@ class Judge:
         progress = tqdm(total=len(matches), initial=len(judged), desc="judging", unit=" answers", disable=None)
 
         def judge_one(match: Match) -> None:
+            if stop.is_set():
+                return
             try:
                 judgment = self._judge(match, model_id, stop)
             except Failure as failure:
@@ -157,16 +157,18 @@ class Judge:
             key = (line.get("question_id", 0), line.get("turn", 0))
             match = wanted.get(key)
             if match and line.get("model") == model_id and line.get("judge") == [self.model, match.prompt]:
-                if line.get("answer_id") != match.answer_id:
-                    message = f"judges another answer of {model_id}; move the file away to judge the present one"
-                    raise UserError(message, path=file, where=f"line {number}", field="answer_id")
+                if line.get("user_prompt") != self._user_prompt(match):
+                    message = f"is of another answer of {model_id}, or prompt; move the file away to judge again"
+                    raise UserError(message, path=file, where=f"line {number}", field="user_prompt")
                 judged[key] = line
         return judged
 
+    def _user_prompt(self, match: Match) -> str:
+        return self.prompts[match.prompt]["prompt_template"].format(**match.fields)
+
     def _judge(self, match: Match, model_id: str, stop: threading.Event) -> dict[str, Any]:
-        prompt = self.prompts[match.prompt]
-        user_prompt = prompt["prompt_template"].format(**match.fields)
-        messages = [{"role": "system", "content": prompt["system_prompt"]}, {"role": "user", "content": user_prompt}]
+        system_prompt, user_prompt = self.prompts[match.prompt]["system_prompt"], self._user_prompt(match)
+        messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": user_prompt}]
         judgment = self._ask(messages, stop)
         return {
             "question_id": match.question_id,
@@ -177,22 +179,19 @@ class Judge:
             "score": rating_of(judgment),
             "turn": match.turn,
             "tstamp": time.time(),
-            "answer_id": match.answer_id,
         }
 
     def _ask(self, messages: list[dict[str, str]], stop: threading.Event) -> str:
         """Raises Failure after the last attempt."""
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS, "n": 1}
-        for delay in (*self.delays, None):
-            if stop.is_set():
-                raise Failure("the run ended before it was asked for")
+        url = f"{self.url.rstrip('/')}/chat/completions"
+        for delay in self.delays:
             try:
-                return _post(f"{self.url.rstrip('/')}/chat/completions", body)
+                return _post(url, body)
             except Failure as failure:
-                if failure.wait is None or delay is None:
+                if failure.wait is None or stop.wait(max(delay, failure.wait)):
                     raise
-                stop.wait(max(delay, failure.wait))
-        raise AssertionError("unreachable")
+        return _post(url, body)
 
 
 def rating_of(judgment: str) -> float:

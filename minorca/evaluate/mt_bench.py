@@ -8,6 +8,8 @@ Temperatures, number of tokens and which prompt judges what are FastChat's. Wher
 so that an answer does not depend on the others.
 """
 
+import hashlib
+import json
 import math
 import time
 import uuid
@@ -62,6 +64,10 @@ class Question:
     turns: list[str]
     references: list[str]
 
+    def identify(self, model: str) -> str:
+        """What the answers of a model to this question are found by."""
+        return hashlib.sha256(json.dumps([model, self.category, self.turns]).encode()).hexdigest()
+
     def matches(self, answer: dict[str, Any]) -> Iterator[Match]:
         """What the judge is asked about an answer: its first turn, and the second with the first."""
         turns = answer["choices"][0]["turns"]
@@ -70,26 +76,16 @@ class Question:
         first = {"question": self.turns[0], "answer": turns[0]}
         if self.references:
             first["ref_answer_1"] = self.references[0]
-        yield Match(self.id, 1, kind, first, answer["answer_id"])
+        yield Match(self.id, 1, kind, first)
         if len(self.turns) == 2:
             both = {f"question_{turn}": text for turn, text in enumerate(self.turns, 1)}
             both |= {f"answer_{turn}": text for turn, text in enumerate(turns, 1)}
-            yield Match(self.id, 2, f"{kind}-multi-turn", both | references, answer["answer_id"])
+            yield Match(self.id, 2, f"{kind}-multi-turn", both | references)
 
 
 @dataclass(frozen=True)
 class MTBench:
-    """Args:
-    questions: FastChat's question.jsonl. Reference answers are read from the directory reference_answer beside it
-        (JUDGE.jsonl, or gpt-4.jsonl), as FastChat does, else from the questions' `reference`.
-    judge: the URL of an OpenAI-compatible endpoint.
-    judge_prompts: FastChat's judge_prompts.jsonl.
-    judge_model: what the endpoint calls the judge.
-    limit: only the first questions, as many.
-
-    Raises:
-        UserError: a file is missing or has another schema, with the line and field; an invalid URL.
-    """
+    """The questions, and who judges the answers."""
 
     questions: list[Question]
     judge: Judge
@@ -98,6 +94,19 @@ class MTBench:
     def read(
         cls, questions: Path, judge: str, judge_prompts: Path, judge_model: str, limit: int | None = None
     ) -> "MTBench":
+        """Reads FastChat's files.
+
+        Args:
+            questions: question.jsonl. Reference answers are read from the directory reference_answer beside it
+                (JUDGE.jsonl, or gpt-4.jsonl), as FastChat does, else from the questions' `reference`.
+            judge: the URL of an OpenAI-compatible endpoint.
+            judge_prompts: judge_prompts.jsonl.
+            judge_model: what the endpoint calls the judge.
+            limit: how many of the questions; None: all.
+
+        Raises:
+            UserError: a file is missing or has another schema, with the line and field; an invalid URL.
+        """
         read = read_questions(questions, judge_model)[:limit]
         return cls(read, Judge(judge, judge_model, read_prompts(judge_prompts)))
 
@@ -117,7 +126,7 @@ class MTBench:
         Args:
             directory: where model_answer and model_judgment are, or will be.
             name: the model's, in the names of files and in them.
-            identity: what the answers follow from beside the questions; those of another identity are refused.
+            identity: what the answers follow from beside the question; those of another identity are refused.
             system: the system prompt, if any.
 
         Raises:
@@ -135,7 +144,7 @@ class MTBench:
                     "model_id": name,
                     "choices": [{"index": 0, "turns": turns}],
                     "tstamp": time.time(),
-                    "identity": identity,
+                    "identity": question.identify(identity),
                 }
                 append_line(file, answers[question.id])
         matches = [match for question in self.questions for match in question.matches(answers[question.id])]
@@ -220,19 +229,20 @@ def read_answers(file: Path, questions: Sequence[Question], identity: str) -> di
     Raises:
         UserError: one is another model's, or has not as many turns as its question.
     """
-    turns = {question.id: len(question.turns) for question in questions}
+    asked = {question.id: question for question in questions}
     answers = {}
     for number, line in read_lines(file):
         where = f"line {number}"
-        if line.get("identity") != identity:
+        question = asked.get(line.get("question_id", 0))
+        if question is None:
+            continue
+        if line.get("identity") != question.identify(identity):
             message = "is another model's, or of other settings; move the file away, or choose another name"
             raise UserError(message, path=file, where=where)
-        question = line.get("question_id")
-        if question in turns:
-            if len(_turns_of(file, number, line)) != turns[question]:
-                message = f"has not {turns[question]} turns, as its question has"
-                raise UserError(message, path=file, where=where, field="choices")
-            answers[question] = line
+        if len(_turns_of(file, number, line)) != len(question.turns):
+            message = f"has not {len(question.turns)} turns, as its question has"
+            raise UserError(message, path=file, where=where, field="choices")
+        answers[question.id] = line
     return answers
 
 

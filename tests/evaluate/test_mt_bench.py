@@ -172,9 +172,19 @@ def test_answers_of_another_model_are_refused(bench, talker, tmp_path):
     evaluate(made, talker, tmp_path)
     with pytest.raises(UserError, match="line 1: is another model's"):
         evaluate(made, talker, tmp_path, identity="model B")
-    (tmp_path / "model_answer" / "tiny.jsonl").unlink()
-    with pytest.raises(UserError, match="answer_id judges another answer"):
+    file = tmp_path / "model_answer" / "tiny.jsonl"
+    other = Question(81, "writing", ["Write two lines.", "Shorter."], [])
+    with pytest.raises(UserError, match="is another model's, or of other settings"):
+        evaluate(MTBench([other], made.judge), talker, tmp_path)
+    # judgments are of the answers that were judged
+    answers = lines_of(file)
+    answers[0]["choices"][0]["turns"][0] += "!"
+    write_lines(file, answers)
+    with pytest.raises(UserError, match="user_prompt is of another answer"):
         evaluate(made, talker, tmp_path)
+    # and the same answers, made again, are not judged again
+    file.unlink()
+    evaluate(made, talker, tmp_path)
     assert len(server.requests) == 6
 
 
