@@ -167,7 +167,9 @@ def _evaluate(args: argparse.Namespace, world: World | None) -> None:
     if suites.has_mt_bench(args.suite):
         bench = MTBench.read(args.questions, args.judge, args.judge_prompts, args.judge_model, args.limit)
     tok, template = _read_tokenizer(args, bool(args.chat or bench))
-    chosen = load_tasks(args.tasks.split(","), args.include_path, args.limit) if args.tasks else None
+    chosen = None
+    if args.tasks:
+        chosen = load_tasks(args.tasks.split(","), args.include_path, args.limit, args.num_fewshot)
     prepared = suites.prepare(args.suite, args.data) if args.suite else {}
     of_model: dict[str, object] = {}
     if bench or not args.no_cache:
