@@ -71,6 +71,15 @@ def test_results_are_printed_written_and_kept(evaluate):
     assert "samples" not in again
 
 
+def test_cut_requests_are_counted(evaluate):
+    """The prompt of TruthfulQA is longer than the model."""
+    printed, written = evaluate("--limit", 2, tasks="truthfulqa_mc1_local")
+    count = written["minorca"]["truncated"]
+    assert count == written["minorca"]["requests"] > 0
+    assert f"{count} requests were cut on the left, to the model's 448 positions" in printed
+    assert "were cut" not in evaluate("--limit", 2)[0]
+
+
 def test_options_reach_the_model(evaluate):
     """BOS, chat, the adapter and quantization each change what is computed; two adapters share nothing."""
     adapters = [evaluate.path / name for name in "ab"]
