@@ -11,8 +11,11 @@ from lm_eval.tasks import TaskManager
 from tokenizers import processors
 
 from minorca import UserError, load_model, load_tokenizer
+from minorca.evaluate.generation import generate_texts, read_options
 from minorca.evaluate.harness import MinorcaLM
 from minorca.evaluate.result_cache import ResultCache
+from minorca.generate import generate
+from minorca.generate.engine import Engine
 from tests.evaluate.harness_oracle import CHATML, FACTS, hugging_face, save_bpe, write_tasks
 from tests.helpers import random_adapter
 
@@ -95,6 +98,18 @@ def test_generations_are_lm_evals(models):
     stopped = ours.generate_until(requests)
     assert stopped == reference.generate_until(requests, disable_tqdm=True)
     assert all(len(short) < len(text) for short, text in zip(stopped, whole * 2) if text)
+
+
+def test_a_generation_that_stops_at_once_ends_once(models):
+    """A prompt's first token and the next come in one step of the engine."""
+    directory, model, _ = models()
+    tok = load_tokenizer(directory)
+    prompt = tok.encode("Question: What")
+    text = tok.decode(generate(model, [prompt], 1)[0])
+    options = read_options({"until": [text], "max_gen_toks": 9}, tok, 9, 96)
+    jobs = [options.of(prompt, 0, tok) for _ in range(3)]
+    ended = list(generate_texts(Engine(model, 2, 96), tok, jobs))
+    assert text and sorted(ended) == [(place, "", len(prompt) + 1) for place in range(3)]
 
 
 def test_sampled_generations_repeat_and_differ_by_request(models):
