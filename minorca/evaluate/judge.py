@@ -144,8 +144,8 @@ class Judge:
             match, failure = next((pair for pair in failures if pair[1].refused), failures[0])
             raise UserError(
                 f"{len(matches) - len(judged)} of {len(matches)} judgments did not come; question {match.question_id}, "
-                f"turn {match.turn}: {failure}; the others are in {file}, and the same command goes on with the rest",
-                field="--judge",
+                f"turn {match.turn}: {failure}; the others are in it, and the same command goes on with the rest",
+                path=file,
             )
         return [judged[match.question_id, match.turn] for match in matches]
 

@@ -332,7 +332,9 @@ def summarize(questions: Sequence[Question], judgments: Sequence[dict[str, Any]]
         groups[categories[judgment["question_id"]]].append(judgment)
     average = _score(MT_BENCH_MEAN, judgments)
     if average is None:
-        raise UserError("no judgment has a rating in the form [[rating]]; choose another model", field="--judge-model")
+        raise UserError(
+            "gave no rating in the form [[rating]] in any judgment; choose another model", field="--judge-model"
+        )
     members = [_score(name, group) for name, group in groups.items()]
     return SuiteResult(MT_BENCH, "MT-Bench", [average], [score for score in members if score])
 

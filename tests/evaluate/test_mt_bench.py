@@ -302,7 +302,7 @@ def test_the_standard_error_is_that_of_means_of_questions():
 
 def test_a_judge_that_never_rates(bench, talker, tmp_path):
     made, _ = bench(*["unrated"] * 6)
-    with pytest.raises(UserError, match=r"--judge-model no judgment has a rating"):
+    with pytest.raises(UserError, match="--judge-model gave no rating"):
         evaluate(made, talker, tmp_path)
     assert [line["score"] for line in lines_of(tmp_path / "model_judgment" / "judge--1_single.jsonl")] == [-1] * 6
 
@@ -385,7 +385,7 @@ def test_our_own_server_judges(bench, talker, tmp_path):
             assert address
             made, _ = bench()
             ours = MTBench(made.questions, Judge(f"{address[0]}/v1", "judge", made.judge.prompts))
-            with pytest.raises(UserError, match="no judgment has a rating"):
+            with pytest.raises(UserError, match="gave no rating"):
                 evaluate(ours, talker, tmp_path)
         finally:
             process.terminate()
