@@ -9,6 +9,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from tokenizers import processors
+from transformers import AutoModelForCausalLM
 
 from minorca import UserError, load_model, load_tokenizer
 from minorca.evaluate.generation import generate_texts, read_options
@@ -195,24 +196,25 @@ def test_tasks_give_lm_evals_metrics(options, models, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options, add_bos", [({"num_fewshot": 3}, None), ({"num_fewshot": 1}, True), (TURNS, None)])
+@pytest.mark.parametrize("options, add_bos", [({"num_fewshot": 2}, True), (TURNS, None)], ids=["text", "chat"])
 def test_smollm2_gives_lm_evals_answers(options, add_bos, smollm2, tmp_path):
-    """Log-likelihoods to 1e-4 in fp32 and equal texts, request by request, and so the same metrics.
+    """Request by request, log-likelihoods in fp32 to 1e-4 of its in fp64 (its own in fp32 are up to 1.4e-4 off), and
+    equal texts; and so the same metrics.
 
     SmolLM2's tokenizer adds no BOS by itself.
     """
     write_tasks(tmp_path)
     tok = load_tokenizer(smollm2)
     ours = evaluated(
-        MinorcaLM(load_model(smollm2, torch.float32, "cpu"), tok, add_bos=add_bos), tmp_path, limit=2, **options
+        MinorcaLM(load_model(smollm2, torch.float32, "cpu"), tok, add_bos=add_bos), tmp_path, limit=1, **options
     )
-    theirs = hugging_face(smollm2)
+    theirs = hugging_face(smollm2, AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float64))
     if add_bos:
         single = f"{theirs.tokenizer.bos_token} $A"
         theirs.tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
             single=single, special_tokens=[(theirs.tokenizer.bos_token, tok.bos_id)]
         )
-    theirs = evaluated(theirs, tmp_path, limit=2, **options)
+    theirs = evaluated(theirs, tmp_path, limit=1, **options)
     assert_same_metrics(ours, theirs)
     for task, rows in theirs["answers"].items():
         for mine, row in zip(ours["answers"][task], rows, strict=True):
