@@ -37,10 +37,12 @@ setup(
         "prometheus-client",
     ],
     extras_require={
+        "eval": ["lm_eval==0.4.13"],
         "test": [
             "basedpyright==1.40.2",
             "gguf",
             "httpx",
+            "lm_eval==0.4.13",
             "mistral-common",
             "openai",
             "peft",

@@ -1,0 +1,100 @@
+"""Generation until stop strings, as lm_eval's tasks ask for it: the tasks' options, and the texts."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+
+from minorca.data.shipped_template import name_of
+from minorca.data.tokenizer import Tokenizer
+from minorca.errors import UserError
+from minorca.generate.engine import Engine
+from minorca.generate.request import Request
+from minorca.generate.sampling import Sampling
+
+# what a task's generation_kwargs may set of sampling
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+ALIASES = ("max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+class Generation(NamedTuple):
+    """What to generate, and the strings before which its text ends."""
+
+    request: Request
+    stop: list[str]
+
+    @property
+    def options(self) -> list:
+        """All that the text follows from beside the prompt, the model and its arithmetic."""
+        request = self.request
+        sampling = [getattr(request.sampling, name) for name in (*SAMPLING, "seed")]
+        return [request.max_new_tokens, sampling, request.sample, sorted(request.stop_ids), self.stop]
+
+
+class GenerationOptions(NamedTuple):
+    """A task's generation_kwargs, read.
+
+    Attributes:
+        sampling: the arguments of `Sampling`; empty for greedy decoding.
+    """
+
+    new_tokens: int
+    stop: list[str]
+    sampling: dict[str, Any]
+
+    def of(self, prompt: list[int], sample: int, tok: Tokenizer) -> Generation:
+        """One generation with these options. What it draws is a function of its prompt and of `sample`, the number of
+        equal ones before it.
+        """
+        sampling = Sampling()
+        if self.sampling:
+            digest = hashlib.sha256(np.array(prompt, np.int64).tobytes()).digest()
+            sampling = Sampling(**self.sampling, seed=int.from_bytes(digest[:4], "big"))
+        ends = {tok.control_ids[term] for term in self.stop if term in tok.control_ids}
+        request = Request(prompt, self.new_tokens, sampling, tok.stop_ids | ends, sample=sample if self.sampling else 0)
+        return Generation(request, self.stop)
+
+
+def read_options(kwargs: dict, tok: Tokenizer, default_tokens: int, max_length: int) -> GenerationOptions:
+    """A task's generation_kwargs, as lm_eval understands them.
+
+    Raises:
+        UserError: what is unknown or out of range.
+    """
+    options: dict[str, Any] = {**normalize_gen_kwargs(kwargs, default_tokens)}
+    eos = None if tok.eos_id is None else name_of(tok, tok.eos_id)
+    stop = [term for term in handle_stop_sequences(options.pop("until"), eos) if term]
+    new_tokens = options.pop("max_gen_toks")
+    is_sampled = options.pop("do_sample")
+    options = {key: value for key, value in options.items() if key not in ALIASES}
+    if options.pop("num_beams", 1) != 1:
+        raise UserError("is not 1; beam search is not implemented", field="generation_kwargs.num_beams")
+    if unknown := sorted(options.keys() - set(SAMPLING)):
+        expected = ", ".join(("until", "max_gen_toks", "do_sample", *SAMPLING))
+        raise UserError(f"has the unknown {unknown[0]}; expected {expected}", field="generation_kwargs")
+    if not 1 <= new_tokens < max_length:
+        message = f"is {new_tokens}; expected 1 to {max_length - 1}: the model has {max_length} positions"
+        raise UserError(message, field="generation_kwargs.max_gen_toks")
+    return GenerationOptions(new_tokens, stop, options if is_sampled else {})
+
+
+def generate_texts(engine: Engine, tok: Tokenizer, jobs: list[Generation]) -> Iterator[tuple[int, str, int]]:
+    """Of each job, as they end: its index, its text, and how many tokens it took, with those of the prompt."""
+    # A stop string ends in the last tokens; two more, as in lm_eval, for one that is divided in another way.
+    reach = [max((len(tok.encode(term)) for term in job.stop), default=0) + 2 for job in jobs]
+    places = {job.request: place for place, job in enumerate(jobs)}
+    written: list[list[int]] = [[] for _ in jobs]
+    for job in jobs:
+        engine.add(job.request)
+    while engine.busy:
+        for token in engine.step():
+            place = places[token.request]
+            ids, stop = written[place], jobs[place].stop
+            ids.append(token.id)
+            end = tok.decode(ids[-reach[place] :])
+            if token.finish_reason or any(term in end for term in stop):
+                engine.cancel(token.request)
+                text = postprocess_generated_text(tok.decode(ids), stop, None)
+                yield place, text, len(token.request.prompt) + len(ids)

@@ -1,0 +1,154 @@
+"""What `python -m minorca.evaluate` prints and writes, and what it says of what it cannot do."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from minorca import UserError
+from minorca.evaluate import __main__ as command
+from tests.evaluate.harness_oracle import rows_of, save_bpe, write_tasks
+from tests.helpers import ROOT, random_adapter
+
+
+@pytest.fixture
+def evaluate(save_mistral, tmp_path, capsys):
+    """evaluate(*options): the command's output and what it wrote, of a small model on local tasks."""
+    directory, model = save_mistral(vocab_size=400, max_position_embeddings=448, bos_token_id=0, eos_token_id=1)
+    save_bpe(directory, True)
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    write_tasks(folder)
+
+    def run(*options, tasks="arc_local"):
+        given = ["--model", directory, "--include-path", folder, "--tasks", tasks, "--output", tmp_path / "out.json"]
+        given += ["--dtype", "float32", "--cache", tmp_path / "results"]
+        capsys.readouterr()
+        command.main([str(word) for word in (*given, *options)])
+        return capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+
+    run.folder, run.model, run.base, run.path = folder, directory, model, tmp_path
+    return run
+
+
+def write_task(folder, rows=None, **changes) -> None:
+    """A task of its own, mended or broken by `changes`."""
+    data = folder / "mine.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows or rows_of("arc")))
+    config = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices.text}}",
+        "doc_to_target": "{{choices.label.index(answerKey)}}",
+    } | changes
+    (folder / "mine.yaml").write_text(json.dumps(config))
+
+
+def test_results_are_printed_written_and_kept(evaluate):
+    printed, written = evaluate("--limit", 4, "--num-fewshot", 1, "--log-samples")
+    assert "|arc_local|" in printed.replace(" ", "") and "with BOS (as the tokenizer does)" in printed
+    assert written["results"]["arc_local"]["acc,none"] in (0, 0.25, 0.5, 0.75, 1)
+    assert written["n-shot"] == {"arc_local": 1} and len(written["samples"]["arc_local"]) == 4
+    assert written["configs"]["arc_local"]["dataset_path"] == "json"
+    ours = written["minorca"]
+    assert ours["bos"] is True and ours["template"] is None and ours["truncated"] == 0
+    assert ours["requests"] > 12 and 0 < ours["tokens_computed"] < ours["tokens_shared"]
+    _, again = evaluate("--limit", 4, "--num-fewshot", 1)
+    assert again["results"] == written["results"] and again["minorca"]["tokens_computed"] == 0
+    assert "samples" not in again
+
+
+def test_options_reach_the_model(evaluate):
+    """BOS, chat, the adapter and quantization each change what is computed; two adapters share nothing."""
+    adapters = [evaluate.path / name for name in "ab"]
+    adapted = random_adapter(evaluate.base, adapters[0], ("q", "v"))
+    random_adapter(adapted.unload(), adapters[1], ("q", "v"), lora_alpha=9)
+    variants = [(), ("--no-bos",), ("--chat",), ("--adapter", adapters[0]), ("--adapter", adapters[1])]
+    found = []
+    for options in variants:
+        _, written = evaluate("--limit", 2, "--log-samples", *options)
+        assert written["minorca"]["tokens_computed"] > 0, options
+        found.append([sample["resps"] for sample in written["samples"]["arc_local"]])
+        assert written["minorca"]["template"] == ("chatml" if options == ("--chat",) else None)
+    assert all(found.count(each) == 1 for each in found)
+
+
+def test_bad_input_is_named(evaluate, monkeypatch):
+    """Unknown tasks with the nearest names, what a task's file and its data lack, options that contradict."""
+
+    def says(message, *options, **changes):
+        with pytest.raises(UserError, match=message):
+            evaluate(*options, **changes)
+
+    write_task(evaluate.folder)
+    printed, _ = evaluate(tasks="mine,arc_*")
+    assert "mine" in printed
+    for changes, message in (
+        ({"doc_to_txt": "a"}, r"mine\.yaml: doc_to_txt is an unknown key; did you mean doc_to_text\?"),
+        ({"output_type": "choice"}, r"mine\.yaml: output_type is 'choice'; expected one of loglikelihood,"),
+        (
+            {"doc_to_text": "{{questoin}}"},
+            r"mine\.yaml: doc_to_text names the column questoin.*mean question\?",
+        ),
+        ({"doc_to_target": "answerkey"}, r"mine\.yaml: doc_to_target names the column answerkey.*mean answerKey\?"),
+        ({"doc_to_text": "{{question"}, r"mine\.yaml: doc_to_text is not a valid template"),
+        ({"dataset_kwargs": {"data_files": "gone.jsonl"}}, r"mine\.yaml: dataset_kwargs.data_files names gone\.jsonl"),
+        ({"doc_to_choice": "{{choices.txet}}"}, r"mine\.jsonl, row 1: doc_to_choice cannot be made .*'txet'"),
+        ({"test_split": "tset"}, r"mine\.yaml: task mine cannot be loaded: KeyError"),
+        ({"metric_list": [{"metric": "acuracy"}]}, r"mine\.yaml: metric_list has .*acuracy; did you mean acc"),
+        ({"process_docs": "no"}, r"mine\.yaml: task mine cannot be loaded: TypeError"),
+    ):
+        write_task(evaluate.folder, **changes)
+        says(message, tasks="mine")
+    rows = rows_of("arc")
+    rows[2]["answerKey"] = "F"
+    write_task(evaluate.folder, rows)
+    says(r"mine\.jsonl, row 3: doc_to_target cannot be made of it \(.*'F' is not in list", tasks="mine")
+    write_task(evaluate.folder, rows, doc_to_target=7)
+    says(r"mine\.jsonl, row 1: doc_to_target is 7, with 4 choices; expected 0 to 3", tasks="mine")
+    (evaluate.folder / "mine.yaml").write_text("task: [")
+    says(r"mine\.yaml: cannot be read as a task", tasks="mine")
+    (evaluate.folder / "mine.yaml").unlink()
+    says("--tasks has arc_local twice", tasks="local_tasks,arc_local")
+    for options, message in (
+        (("--limit", 0), "--limit must be at least 1"),
+        (("--num-fewshot", -1), "--num-fewshot must be 0 or more"),
+        (("--fewshot-in-one-turn",), "--fewshot-in-one-turn needs --chat"),
+        (("--include-path", "nowhere"), "--include-path is not a directory"),
+        (("--output", "no/where.json"), "--output is in no, which is not a directory"),
+    ):
+        says(message, *options)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    says("lm_eval is not installed; pip install")
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_answered_with_the_nearest(evaluate):
+    """lm_eval's own tasks are looked through, which takes half a minute."""
+    with pytest.raises(UserError, match=r"--tasks arc_chalenge is an unknown task; did you mean arc_challenge"):
+        evaluate(tasks="arc_local,arc_chalenge")
+
+
+@pytest.mark.slow
+def test_two_ranks_give_one_ranks_results(evaluate):
+    """To the bit, generations too; a second run computes nothing on either rank."""
+    _, one = evaluate("--log-samples", "--no-cache", tasks="local_tasks")
+    output = evaluate.path / "two.json"
+    options = ["--model", evaluate.model, "--include-path", evaluate.folder, "--tasks", "local_tasks", "--log-samples"]
+    options += ["--dtype", "float32", "--cache", evaluate.path / "two", "--output", output]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "minorca.evaluate"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    for computes in (True, False):
+        run = [sys.executable, *launcher, *map(str, options)]
+        done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        two = json.loads(output.read_text())
+        assert two["results"] == one["results"] and two["samples"] == one["samples"]
+        assert (two["minorca"]["tokens_computed"] > 0) == computes
