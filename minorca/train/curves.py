@@ -25,6 +25,11 @@ class Curve(NamedTuple):
     points: list[tuple[int, float]]
 
 
+def is_of_tasks(line: dict) -> bool:
+    """Whether a line of metrics.jsonl is one of evaluation tasks, neither of a step nor of held-out rows."""
+    return line.keys().isdisjoint(("loss", "eval_loss"))
+
+
 def draw_curves(metrics: Path, picture: Path) -> None:
     """Loss (training, smoothed, held-out), learning rate and tokens/s over the steps of a metrics.jsonl; in a second
     row perplexity, evaluation tasks, and of preferences rewards, log-probabilities, KL and entropy.
@@ -83,7 +88,7 @@ def _second_row(lines: list[dict]) -> dict[str, list[Curve]]:
     names = (name for line in lines for name in line)
     perplexities = {name: name.removeprefix("eval_") for name in names if name.startswith("eval_perplexity")}
     panels["perplexity of held-out rows"] = _curves(lines, perplexities, "o-")
-    of_tasks = (line for line in lines if line.keys().isdisjoint(("loss", "eval_loss")))
+    of_tasks = filter(is_of_tasks, lines)
     tasks = {name: name.removeprefix("eval_") for line in of_tasks for name in line if name != "step"}
     panels["evaluation tasks"] = _curves(lines, tasks, "o-")
     return {title: curves for title, curves in panels.items() if curves}
