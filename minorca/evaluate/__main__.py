@@ -20,7 +20,7 @@ from minorca.data.tokenizer import check_vocabulary, load_tokenizer
 from minorca.errors import UserError, raise_problems
 from minorca.files.vocabulary import adapted_architecture
 from minorca.model.architecture import read_architecture
-from minorca.model.build import fast_dtype, load_model
+from minorca.model.build import fast_dtype, load_model, prepack
 from minorca.model.quantization import parse_quantization
 from minorca.train.ranks import World, init_distributed
 
@@ -131,7 +131,7 @@ def _evaluate(args: argparse.Namespace, world: World | None) -> None:
         cache = ResultCache(args.cache or default_directory(), of_model)
     dtype = DTYPES[args.dtype] if args.dtype else fast_dtype()
     device = world.device if world else None
-    model = load_model(args.model, dtype, device, args.adapter, args.quantize, args.double_quant)
+    model = prepack(load_model(args.model, dtype, device, args.adapter, args.quantize, args.double_quant))
     lm = MinorcaLM(model, tok, template or "auto", add_bos=args.bos, cache=cache, world=world, slots=args.slots)
     started = time.perf_counter()
     # its decorator hides its parameters from type checkers

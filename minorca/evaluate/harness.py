@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 # sequences that are generated at once, by type of device
 SLOTS = {"cuda": 32, "cpu": 8}
+# numbers the times that this process has given its answers to other ranks, by any model
+_exchanges = itertools.count()
 # Marks where the last message ends, as in transformers (utils/chat_template_utils.py).
 END_OF_MESSAGE = "\ue000END_OF_MESSAGE "
 
@@ -117,7 +119,6 @@ class MinorcaLM(TemplateLM):
         self._arithmetic = json.dumps(self.scorer.arithmetic() | generation, sort_keys=True).encode()
         # the choices of a question share their context
         self._encode = lru_cache(maxsize=4)(tok.encode_template)
-        self._exchanges = itertools.count()
         self._drops_system = False
         # None: unless standard error is no terminal
         self._no_progress = True if world and world.rank else None
@@ -351,7 +352,7 @@ class MinorcaLM(TemplateLM):
     def _from_all_ranks(self, mine: dict) -> dict:
         if not self.world or self.world.size == 1:
             return mine
-        self.world.barrier_without_timeout(f"with answers {next(self._exchanges)}")
+        self.world.barrier_without_timeout(f"with answers {next(_exchanges)}")
         parts: list[dict] = [{}] * self.world.size
         dist.all_gather_object(parts, mine)
         return {key: value for part in parts for key, value in part.items()}

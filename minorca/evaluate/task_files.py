@@ -54,6 +54,9 @@ def load_tasks(names: Collection[str], include_path: Path | None = None, limit: 
     """
     if include_path is not None and not include_path.is_dir():
         raise UserError("is not a directory; expected one with the YAML files of tasks", field="--include-path")
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise UserError("names no task", field="--tasks")
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if not all(_matches(name, manager) for name in names):
         raise_problems(_unreadable(include_path))
@@ -203,7 +206,7 @@ def _say(error: Exception) -> str:
 # --------------------------------------------------------------------------------------------------------------- rows
 
 
-def _template_problems(config: Mapping, columns: list[str], path: Path | None) -> Iterator[UserError]:
+def template_problems(config: Mapping, columns: list[str], path: Path | None) -> Iterator[UserError]:
     """The columns that a task's templates name and its data lack."""
     for field in TEMPLATES:
         template = config.get(field)
@@ -232,7 +235,7 @@ def _check_rows(task: ConfigurableTask, leaf: Entry, limit: int | None) -> None:
         UserError: the first row that they cannot write.
     """
     config = task.config
-    raise_problems(_template_problems({field: config[field] for field in TEMPLATES}, task.features, leaf.yaml_path))
+    raise_problems(template_problems({field: config[field] for field in TEMPLATES}, task.features, leaf.yaml_path))
     split = config.test_split if task.has_test_docs() else config.validation_split
     files = _data_files(leaf.cfg or {}, split)
     place = files[0] if len(files) == 1 else leaf.yaml_path

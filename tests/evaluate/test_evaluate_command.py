@@ -10,14 +10,20 @@ import pytest
 
 from minorca import UserError
 from minorca.evaluate import __main__ as command
+from minorca.evaluate.scoring import Scorer
 from tests.evaluate.harness_oracle import rows_of, save_bpe, write_tasks
 from tests.helpers import ROOT, random_adapter
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+
 
 @pytest.fixture
-def evaluate(save_mistral, tmp_path, capsys):
+def evaluate(save_mistral, tmp_path, capsys, monkeypatch):
     """evaluate(*options): the command's output and what it wrote, of a small model on local tasks."""
-    directory, model = save_mistral(vocab_size=400, max_position_embeddings=448, bos_token_id=0, eos_token_id=1)
+    # what lm_eval collects of the machine takes a second, and is not written
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    sizes = {"vocab_size": 400, "intermediate_size": 128, "max_position_embeddings": 448}
+    directory, model = save_mistral(**sizes, bos_token_id=0, eos_token_id=1)
     save_bpe(directory, True)
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -71,6 +77,7 @@ def test_options_reach_the_model(evaluate):
     adapted = random_adapter(evaluate.base, adapters[0], ("q", "v"))
     random_adapter(adapted.unload(), adapters[1], ("q", "v"), lora_alpha=9)
     variants = [(), ("--no-bos",), ("--chat",), ("--adapter", adapters[0]), ("--adapter", adapters[1])]
+    variants += [("--quantize", "nf4"), ("--quantize", "nf4", "--adapter", adapters[0]), ("--dtype", "bfloat16")]
     found = []
     for options in variants:
         _, written = evaluate("--limit", 2, "--log-samples", *options)
@@ -88,7 +95,7 @@ def test_bad_input_is_named(evaluate, monkeypatch):
             evaluate(*options, **changes)
 
     write_task(evaluate.folder)
-    printed, _ = evaluate(tasks="mine,arc_*")
+    printed, _ = evaluate(tasks="mine, arc_*,")
     assert "mine" in printed
     for changes, message in (
         ({"doc_to_txt": "a"}, r"mine\.yaml: doc_to_txt is an unknown key; did you mean doc_to_text\?"),
@@ -101,6 +108,10 @@ def test_bad_input_is_named(evaluate, monkeypatch):
         ({"doc_to_text": "{{question"}, r"mine\.yaml: doc_to_text is not a valid template"),
         ({"dataset_kwargs": {"data_files": "gone.jsonl"}}, r"mine\.yaml: dataset_kwargs.data_files names gone\.jsonl"),
         ({"doc_to_choice": "{{choices.txet}}"}, r"mine\.jsonl, row 1: doc_to_choice cannot be made .*'txet'"),
+        (
+            {"dataset_path": "nobody/nothing", "dataset_kwargs": None},
+            r"mine\.yaml: dataset_path names nobody/nothing, which cannot be loaded .*--include-path",
+        ),
         ({"test_split": "tset"}, r"mine\.yaml: task mine cannot be loaded: KeyError"),
         ({"metric_list": [{"metric": "acuracy"}]}, r"mine\.yaml: metric_list has .*acuracy; did you mean acc"),
         ({"process_docs": "no"}, r"mine\.yaml: task mine cannot be loaded: TypeError"),
@@ -117,6 +128,7 @@ def test_bad_input_is_named(evaluate, monkeypatch):
     says(r"mine\.yaml: cannot be read as a task", tasks="mine")
     (evaluate.folder / "mine.yaml").unlink()
     says("--tasks has arc_local twice", tasks="local_tasks,arc_local")
+    says("--tasks names no task", tasks=",")
     for options, message in (
         (("--limit", 0), "--limit must be at least 1"),
         (("--num-fewshot", -1), "--num-fewshot must be 0 or more"),
@@ -131,23 +143,55 @@ def test_bad_input_is_named(evaluate, monkeypatch):
 
 @pytest.mark.slow
 def test_an_unknown_task_is_answered_with_the_nearest(evaluate):
-    """lm_eval's own tasks are looked through, which takes half a minute."""
+    """lm_eval's own tasks are looked through, which takes seconds."""
     with pytest.raises(UserError, match=r"--tasks arc_chalenge is an unknown task; did you mean arc_challenge"):
         evaluate(tasks="arc_local,arc_chalenge")
+
+
+KILLED = """
+import os, signal, sys
+from minorca.evaluate import __main__ as command, result_cache, scoring
+result_cache.PERIOD = 0
+stream = scoring.Scorer.stream
+
+def stream_until_killed(self, requests):
+    for done, scored in enumerate(stream(self, requests)):
+        if done == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield scored
+
+scoring.Scorer.stream = stream_until_killed
+command.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(evaluate, monkeypatch):
+    options = ["--model", evaluate.model, "--include-path", evaluate.folder, "--tasks", "local_tasks"]
+    options += ["--dtype", "float32", "--cache", evaluate.path / "killed"]
+    run = [sys.executable, "-c", KILLED, *map(str, options)]
+    assert subprocess.run(run, env=ENVIRONMENT, capture_output=True, timeout=300, check=False).returncode == -9
+    _, whole = evaluate(tasks="local_tasks")
+    scored = []
+    stream = Scorer.stream
+    monkeypatch.setattr(Scorer, "stream", lambda self, requests: scored.append(len(requests)) or stream(self, requests))
+    _, resumed = evaluate("--cache", evaluate.path / "killed", tasks="local_tasks")
+    assert resumed["results"] == whole["results"]
+    assert 0 < sum(scored) <= whole["minorca"]["requests"] - 20
+    assert resumed["minorca"]["tokens_computed"] < whole["minorca"]["tokens_computed"]
 
 
 @pytest.mark.slow
 def test_two_ranks_give_one_ranks_results(evaluate):
     """To the bit, generations too; a second run computes nothing on either rank."""
-    _, one = evaluate("--log-samples", "--no-cache", tasks="local_tasks")
+    _, one = evaluate("--log-samples", tasks="local_tasks")
     output = evaluate.path / "two.json"
     options = ["--model", evaluate.model, "--include-path", evaluate.folder, "--tasks", "local_tasks", "--log-samples"]
     options += ["--dtype", "float32", "--cache", evaluate.path / "two", "--output", output]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "minorca.evaluate"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     for computes in (True, False):
         run = [sys.executable, *launcher, *map(str, options)]
-        done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         two = json.loads(output.read_text())
         assert two["results"] == one["results"] and two["samples"] == one["samples"]

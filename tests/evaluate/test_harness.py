@@ -7,6 +7,7 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
+from tokenizers import processors
 
 from minorca import UserError, load_model, load_tokenizer
 from minorca.evaluate.harness import MinorcaLM
@@ -35,6 +36,12 @@ def models(save_mistral):
         return directory, load_model(directory, torch.float32, "cpu"), theirs
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Leaves out what lm_eval collects of the machine, which takes a second."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
 def assert_same_logps(ours, theirs) -> None:
@@ -122,7 +129,8 @@ def evaluated(lm, folder, **options) -> dict:
     )
     assert results
     asked = {task: [sample["arguments"] for sample in samples] for task, samples in results["samples"].items()}
-    return {"results": results["results"], "asked": asked}
+    answers = {task: [sample["resps"] for sample in samples] for task, samples in results["samples"].items()}
+    return {"results": results["results"], "asked": asked, "answers": answers}
 
 
 def assert_same_metrics(ours: dict, theirs: dict) -> None:
@@ -156,6 +164,37 @@ def test_tasks_give_lm_evals_metrics(options, models, tmp_path):
     write_tasks(folder)
     ours = evaluated(MinorcaLM(model, load_tokenizer(directory)), folder, **options)
     assert_same_metrics(ours, evaluated(hugging_face(directory, theirs), folder, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options, add_bos", [({"num_fewshot": 3}, None), ({"num_fewshot": 1}, True), (TURNS, None)])
+def test_smollm2_gives_lm_evals_answers(options, add_bos, smollm2, tmp_path):
+    """Log-likelihoods to 1e-4 in fp32 and equal texts, request by request, and so the same metrics.
+
+    SmolLM2's tokenizer adds no BOS by itself.
+    """
+    write_tasks(tmp_path)
+    tok = load_tokenizer(smollm2)
+    ours = evaluated(
+        MinorcaLM(load_model(smollm2, torch.float32, "cpu"), tok, add_bos=add_bos), tmp_path, limit=2, **options
+    )
+    theirs = hugging_face(smollm2)
+    if add_bos:
+        single = f"{theirs.tokenizer.bos_token} $A"
+        theirs.tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[(theirs.tokenizer.bos_token, tok.bos_id)]
+        )
+    theirs = evaluated(theirs, tmp_path, limit=2, **options)
+    assert_same_metrics(ours, theirs)
+    for task, rows in theirs["answers"].items():
+        for mine, row in zip(ours["answers"][task], rows, strict=True):
+            for (answer,), (reference,) in zip(mine, row, strict=True):
+                if isinstance(reference, tuple):
+                    assert answer[1] == reference[1] and answer[0] == pytest.approx(reference[0], abs=1e-4), task
+                elif isinstance(reference, float):
+                    assert answer == pytest.approx(reference, abs=1e-3), task
+                else:
+                    assert answer == reference, task
 
 
 def test_an_adapter_is_used(models, tmp_path):
