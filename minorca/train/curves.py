@@ -31,8 +31,8 @@ def is_of_tasks(line: dict) -> bool:
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
-    """Loss (training, smoothed, held-out), learning rate and tokens/s over the steps of a metrics.jsonl; in a second
-    row perplexity, evaluation tasks, and of preferences rewards, log-probabilities, KL and entropy.
+    """Loss (training, smoothed, held-out), learning rate, tokens/s and perplexity over the steps of a metrics.jsonl; in
+    a second row evaluation tasks, and of preferences rewards, log-probabilities, KL and entropy.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -40,11 +40,11 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     train, held_out = ([line for line in lines if line.get(key) is not None] for key in ("loss", "eval_loss"))
     steps = [line["step"] for line in train]
-    panels = _second_row(lines)
-    figure = Figure(figsize=(12, 7 if panels else 3.5), layout="constrained")
+    panels, perplexity = _second_row(lines), _perplexity(lines)
+    figure = Figure(figsize=(15 if perplexity else 12, 7 if panels else 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     first, *second = figure.subfigures(2 if panels else 1, 1, squeeze=False)[:, 0]
-    loss, rate, speed = first.subplots(1, 3)
+    loss, rate, speed, *rest = first.subplots(1, 4 if perplexity else 3)
     # an exponential average over about a tenth of the run
     decay = max(0, 1 - 10 / max(1, len(train)))
     smoothed = []
@@ -70,6 +70,8 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         if axis.dataLim.y0 >= 0:
             axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
+    for axis in rest:
+        _draw_panel(axis, "perplexity of held-out rows", perplexity)
     if panels:
         for axis, (title, curves) in zip(second[0].subplots(1, len(panels), squeeze=False)[0], panels.items()):
             _draw_panel(axis, title, curves)
@@ -85,13 +87,15 @@ def _second_row(lines: list[dict]) -> dict[str, list[Curve]]:
             *_curves(lines, labels, "-"),
             *_curves(lines, {f"eval_{name}": f"{label}, held out" for name, label in labels.items()}, "o"),
         ]
-    names = (name for line in lines for name in line)
-    perplexities = {name: name.removeprefix("eval_") for name in names if name.startswith("eval_perplexity")}
-    panels["perplexity of held-out rows"] = _curves(lines, perplexities, "o-")
     of_tasks = filter(is_of_tasks, lines)
     tasks = {name: name.removeprefix("eval_") for line in of_tasks for name in line if name != "step"}
     panels["evaluation tasks"] = _curves(lines, tasks, "o-")
     return {title: curves for title, curves in panels.items() if curves}
+
+
+def _perplexity(lines: list[dict]) -> list[Curve]:
+    names = (name for line in lines for name in line)
+    return _curves(lines, {n: n.removeprefix("eval_") for n in names if n.startswith("eval_perplexity")}, "o-")
 
 
 def _curves(lines: list[dict], labels: dict[str, str], style: str) -> list[Curve]:

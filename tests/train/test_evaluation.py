@@ -90,7 +90,7 @@ def test_perplexity_is_drawn_and_in_tensorboard(sets, workplace, tmp_path, monke
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     train_command.main(workplace(**{"data.eval": sets(short=3, other=9), "train.steps": 2, "train.eval_every": 1}))
-    (axis,) = drawn[0].subfigs[1].axes
+    *_, axis = drawn[0].subfigs[0].axes
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     for name in ("perplexity", "perplexity/short", "perplexity/other"):

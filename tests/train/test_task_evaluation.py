@@ -180,8 +180,8 @@ def check_lines(output) -> None:
         ("step", 4, 2, [0, 2], [4, 6]),
         # the evaluation itself is lost
         ("tasks", 4, 2, [0, 2, 4], [4, 6]),
-        ("step", 4, 3, [0, 2], [4, 6]),
-        ("step", 3, 5, [0, 2], [0, 2, 4, 6]),
+        pytest.param("step", 4, 3, [0, 2], [4, 6], marks=pytest.mark.slow),
+        pytest.param("step", 3, 5, [0, 2], [0, 2, 4, 6], marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_repeats_no_evaluation(name, stop, checkpoint_every, before, after, made, workplace, tmp_path):
