@@ -65,7 +65,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     cli.add_quantization(parser, "nf4: quantize the models while they load, as QLoRA adapters were trained on them")
     parser.add_argument(
-        "--dtype", choices=choices("model.dtype"), help="of weights and computation; default: what this machine is for"
+        "--dtype",
+        choices=choices("model.dtype"),
+        help="of weights and computation; default: bfloat16 where this machine multiplies it in hardware",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="where to write; files there are overwritten")
     args = parser.parse_args(argv)

@@ -50,17 +50,10 @@ def compare(
     ]
     size = sum(len(prompts[n].reference.encode()) for n in scored)
     test = paired([rows[n]["difference"] for n in scored])
+    overall = [_perplexities([scores[n][name] for n in scored], size) for name in ("logp_a", "logp_b")]
     return {
-        **{
-            side.name.lower(): {
-                "path": side.path,
-                "model": str(side.model),
-                "adapter": side.adapter and str(side.adapter),
-                "template": side.template,
-                **_perplexities([scores[n][f"logp_{side.name.lower()}"] for n in scored], size),
-            }
-            for side in (a, b)
-        },
+        "a": a.described() | overall[0],
+        "b": b.described() | overall[1],
         "difference": test._asdict() | {"test": TEST} if scored else None,
         "kl": _divergences([scores[n] for n in scored]) if scored and refused is None else None,
         "kl_refused": refused,

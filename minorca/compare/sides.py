@@ -52,6 +52,10 @@ class Side:
     tok: Tokenizer
     template: str
 
+    def described(self) -> dict[str, str | None]:
+        adapter = None if self.adapter is None else str(self.adapter)
+        return {"path": self.path, "model": str(self.model), "adapter": adapter, "template": self.template}
+
 
 def open_side(name: str, path: str, model: str | None, template: str | None) -> Side:
     """Reads everything but the weights.
@@ -80,19 +84,19 @@ def _base(adapter: Path, model: str | None) -> Path:
     field = "base_model_name_or_path"
     named = config.values.get(field)
     if not isinstance(named, str) or not Path(named).expanduser().is_dir():
-        config.refuse(field, "which is no directory here; give the adapter's base with --model DIR")
+        config.refuse(field, "expected a directory that is here; give the adapter's base with --model DIR")
     return model_directory(named)
 
 
 def why_not_comparable(a: Side, b: Side, rendered: Sequence[tuple[Rendered, Rendered]]) -> str | None:
-    """Why the divergence of the two distributions over the next token is not defined; None where it is."""
+    """Why the models' distributions over the next token cannot be compared; None where they can."""
     if a.tok is not b.tok and _vocabulary(a.tok) != _vocabulary(b.tok):
         return "the tokenizers differ: an id of A is another text in B"
     if a.arch.vocab_size != b.arch.vocab_size:
         return f"A has {a.arch.vocab_size} ids and B {b.arch.vocab_size}"
     if any((one.ids, one.scored) != (two.ids, two.scored) for one, two in rendered):
-        templates = f"{a.template} of A and {b.template} of B"
-        return f"the templates, {templates}, write rows differently; --template gives both the same"
+        templates = f"A (template {a.template}) and B (template {b.template})"
+        return f"rows become other ids for {templates}; --template may give both the same"
     return None
 
 
@@ -104,7 +108,7 @@ class FlatRows(NamedTuple):
     """Rows end to end, and what is scored of them.
 
     Attributes:
-        tokens_T, cu_seqlens: as `Mistral.forward` takes them.
+        tokens_T, cu_seqlens: a flat batch.
         positions_M: the token before each scored one, whose logits predict it.
         targets_M: the scored tokens.
         counts: of the rows' scored tokens.
@@ -127,10 +131,11 @@ def flatten(rows: Sequence[Rendered], device: torch.device) -> FlatRows:
 
 
 class Runner:
-    """A side's model on its device.
+    """A side with its model on a device.
 
     Attributes:
-        adapters, adapter: the adapters of the model, which the other side may share, and the name of this side's.
+        model: which the other side may share.
+        adapters, adapter: those beside the model, and the name of this side's, or None.
     """
 
     def __init__(self, side: Side, model: Mistral, adapters: AdapterChoice):

@@ -225,7 +225,8 @@ def test_other_templates(base, run, tmp_path):
     )
     result = run(base[0], tmp_path / "other")
     assert (
-        "the templates, chatml of A and jinja of B, write" in result["kl_refused"] and result["difference"]["rows"] == 3
+        "other ids for A (template chatml) and B (template jinja); --template" in result["kl_refused"]
+        and result["difference"]["rows"] == 3
     )
     assert run(base[0], tmp_path / "other", template="chatml")["kl"]
 
@@ -319,7 +320,9 @@ def test_an_adapter_whose_base_is_not_here(adapter, run, base):
     directory, _ = adapter("one", 8)
     path = directory / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "somebody/else"}))
-    with pytest.raises(UserError, match="base_model_name_or_path is 'somebody/else'; which is no directory here; give"):
+    with pytest.raises(
+        UserError, match="base_model_name_or_path is 'somebody/else'; expected a directory that is here; give"
+    ):
         run(base[0], directory)
     assert run(base[0], directory, model=base[0])["b"]["adapter"] == str(directory)
 
