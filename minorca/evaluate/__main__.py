@@ -123,7 +123,7 @@ def _evaluate(args: argparse.Namespace, world: World | None) -> None:
     arch = adapted_architecture(arch, args.adapter)
     tok, recorded = load_chat(tok, arch.vocab_size, args.adapter)
     template = resolve_template(tok, args.template or recorded or "auto") if args.chat else None
-    tasks, manager = load_tasks(args.tasks.split(","), args.include_path, args.limit)
+    tasks, manager = load_tasks(args.tasks.split(","), args.include_path, args.limit, args.num_fewshot)
     cache = None
     if not args.no_cache:
         quantization = parse_quantization(args.quantize, args.double_quant)

@@ -90,11 +90,15 @@ def generate_texts(engine: Engine, tok: Tokenizer, jobs: list[Generation]) -> It
         engine.add(job.request)
     while engine.busy:
         for token in engine.step():
+            # ended at the token before, which came in the same step
+            if token.request not in places:
+                continue
             place = places[token.request]
             ids, stop = written[place], jobs[place].stop
             ids.append(token.id)
             end = tok.decode(ids[-reach[place] :])
             if token.finish_reason or any(term in end for term in stop):
                 engine.cancel(token.request)
+                del places[token.request]
                 text = postprocess_generated_text(tok.decode(ids), stop, None)
                 yield place, text, len(token.request.prompt) + len(ids)

@@ -41,16 +41,20 @@ class Tasks(NamedTuple):
     manager: TaskManager
 
 
-def load_tasks(names: Collection[str], include_path: Path | None = None, limit: int | None = None) -> Tasks:
+def load_tasks(
+    names: Collection[str], include_path: Path | None = None, limit: int | None = None, num_fewshot: int | None = None
+) -> Tasks:
     """The tasks and groups of these names, which may be patterns such as mmlu_*, with their data.
 
     Args:
         include_path: a folder of the user's task files, which are checked. lm_eval's own take long to find, and are
             looked for only where this folder lacks a name.
         limit: of rows that are evaluated, and so are checked.
+        num_fewshot: the examples before each question; None: what each task says.
 
     Raises:
-        UserError: unknown names; task files that are invalid; data that is missing, or lacks what its task names.
+        UserError: unknown names; task files that are invalid; data that is missing, or lacks what its task names; too
+            few examples.
     """
     if include_path is not None and not include_path.is_dir():
         raise UserError("is not a directory; expected one with the YAML files of tasks", field="--include-path")
@@ -69,6 +73,7 @@ def load_tasks(names: Collection[str], include_path: Path | None = None, limit: 
     raise_problems(problem for leaf in own for problem in _file_problems(leaf))
     tasks = [task for name in chosen for task in _load(name, manager)]
     loaded = manager.load(tasks)["tasks"]
+    raise_problems(problem for task in loaded.values() for problem in _example_problems(task, num_fewshot))
     for leaf in own:
         task = loaded[leaf.name]
         if isinstance(task, ConfigurableTask):
@@ -128,6 +133,9 @@ def _twice(leaves: list[Entry]) -> Iterator[UserError]:
 def _file_problems(leaf: Entry) -> Iterator[UserError]:
     """What is wrong with a task's file, before its data are read."""
     config = leaf.cfg or {}
+    # whose class reads it
+    if leaf.kind is Kind.PY_TASK:
+        return
     known = {field.name for field in fields(TaskConfig)} | STRUCTURE
     for key in sorted(config.keys() - known, key=str):
         near = difflib.get_close_matches(str(key), known, n=1)
@@ -226,6 +234,19 @@ def template_problems(config: Mapping, columns: list[str], path: Path | None) ->
             hint = f"; did you mean {near[0]}?" if near else ""
             message = f"names the column {name}, which the data lack (they have {', '.join(columns)}){hint}"
             yield UserError(message, path=path, field=field)
+
+
+def _example_problems(task: Task, num_fewshot: int | None) -> Iterator[UserError]:
+    """Whether a task has enough examples to draw from, of which a question is none of its own."""
+    says = task.get_config("num_fewshot")
+    # as in lm_eval, a task that says 0 stays at 0
+    shots = (says if num_fewshot is None or says == 0 else num_fewshot) or 0
+    if not isinstance(task, ConfigurableTask) or shots == 0:
+        return
+    there = len(task.sampler.fewshot_docs()) if task.fewshot_docs() is not None else 0
+    if shots + (task.fewshot_cfg.split == task.config.test_split) > there:
+        message = f"is {shots}, and {task.task_name} has {there} rows to take examples from, which a question is not"
+        yield UserError(message, field="--num-fewshot")
 
 
 def _check_rows(task: ConfigurableTask, leaf: Entry, limit: int | None) -> None:

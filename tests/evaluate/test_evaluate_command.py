@@ -129,9 +129,12 @@ def test_bad_input_is_named(evaluate, monkeypatch):
     (evaluate.folder / "mine.yaml").unlink()
     says("--tasks has arc_local twice", tasks="local_tasks,arc_local")
     says("--tasks names no task", tasks=",")
+    # without a test split, questions are taken from the same rows
+    says("--num-fewshot is 8, and hellaswag_local has 8 rows", "--num-fewshot", 8, tasks="hellaswag_local")
     for options, message in (
         (("--limit", 0), "--limit must be at least 1"),
         (("--num-fewshot", -1), "--num-fewshot must be 0 or more"),
+        (("--num-fewshot", 9), "--num-fewshot is 9, and arc_local has 8 rows to take examples from"),
         (("--fewshot-in-one-turn",), "--fewshot-in-one-turn needs --chat"),
         (("--include-path", "nowhere"), "--include-path is not a directory"),
         (("--output", "no/where.json"), "--output is in no, which is not a directory"),

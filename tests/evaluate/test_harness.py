@@ -1,5 +1,6 @@
 """MinorcaLM against lm_eval's own class for transformers: ids, log-likelihoods, generations, and metrics of tasks."""
 
+import json
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ from lm_eval.tasks import TaskManager
 from tokenizers import processors
 
 from minorca import UserError, load_model, load_tokenizer
+from minorca.evaluate.generation import generate_texts, read_options
 from minorca.evaluate.harness import MinorcaLM
 from minorca.evaluate.result_cache import ResultCache
-from tests.evaluate.harness_oracle import FACTS, hugging_face, save_bpe, write_tasks
+from minorca.generate import generate
+from minorca.generate.engine import Engine
+from tests.evaluate.harness_oracle import CHATML, FACTS, hugging_face, save_bpe, write_tasks
 from tests.helpers import random_adapter
 
 CONTEXTS = ["", " ", "Question: What do bees make?\nAnswer:", "Question: What do bees ", "a\n\n", "<s>What", "é" * 9]
@@ -96,6 +100,18 @@ def test_generations_are_lm_evals(models):
     assert all(len(short) < len(text) for short, text in zip(stopped, whole * 2) if text)
 
 
+def test_a_generation_that_stops_at_once_ends_once(models):
+    """A prompt's first token and the next come in one step of the engine."""
+    directory, model, _ = models()
+    tok = load_tokenizer(directory)
+    prompt = tok.encode("Question: What")
+    text = tok.decode(generate(model, [prompt], 1)[0])
+    options = read_options({"until": [text], "max_gen_toks": 9}, tok, 9, 96)
+    jobs = [options.of(prompt, 0, tok) for _ in range(3)]
+    ended = list(generate_texts(Engine(model, 2, 96), tok, jobs))
+    assert text and sorted(ended) == [(place, "", len(prompt) + 1) for place in range(3)]
+
+
 def test_sampled_generations_repeat_and_differ_by_request(models):
     directory, model, _ = models()
     tok = load_tokenizer(directory)
@@ -106,15 +122,27 @@ def test_sampled_generations_repeat_and_differ_by_request(models):
 
 
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
-def test_conversations_are_written_as_transformers_does(add_generation_prompt, models):
+@pytest.mark.parametrize(
+    "source",
+    [
+        CHATML,
+        CHATML.replace("message['content']", "message['content'] | trim"),
+        "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}" + CHATML,
+    ],
+    ids=["as it is", "strips contents", "takes no system message"],
+)
+def test_conversations_are_written_as_transformers_does(source, add_generation_prompt, models, caplog):
+    """With the header of an answer, or up to the end of an answer's beginning."""
     directory, model, theirs = models(False)
-    ours = MinorcaLM(model, load_tokenizer(directory))
+    settings = json.loads((directory / "tokenizer_config.json").read_text()) | {"chat_template": source}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = MinorcaLM(model, load_tokenizer(directory), "jinja")
     reference = hugging_face(directory, theirs)
     history = [{"role": role, "content": f" {role} says\n"} for role in ("system", "user", "assistant")]
     history = history[:2] if add_generation_prompt else history
-    assert ours.apply_chat_template(history, add_generation_prompt) == reference.apply_chat_template(
-        history, add_generation_prompt
-    )
+    expected = reference.apply_chat_template(history, add_generation_prompt)
+    assert [ours.apply_chat_template(history, add_generation_prompt) for _ in range(2)] == [expected, expected]
+    assert caplog.text.count("written without their system message") == ("raise_exception" in source)
 
 
 def evaluated(lm, folder, **options) -> dict:
