@@ -99,7 +99,7 @@ def test_text_is_not_html(page):
 
 
 def test_tokens_are_shaded_and_have_their_numbers(page):
-    tokens = page.locator("article").nth(1).locator("[data-note]")
+    tokens = page.locator("article").nth(1).locator("[data-n]")
     assert [tokens.nth(n).get_attribute("class") for n in range(2)] == ["k3", "k5"]
     tokens.nth(1).click()
     note = page.locator("article").nth(1).get_by_role("status")
