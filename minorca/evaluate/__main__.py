@@ -1,7 +1,10 @@
-"""`python -m minorca.evaluate`: evaluates a model on tasks of lm_eval (EleutherAI's lm-evaluation-harness)."""
+"""`python -m minorca.evaluate`: evaluates a model on tasks of lm_eval (EleutherAI's lm-evaluation-harness), or on the
+suites that model cards quote.
+"""
 
 import argparse
 import contextlib
+import hashlib
 import importlib.util
 import json
 import logging
@@ -9,20 +12,27 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from minorca import cli
 from minorca.data.chat_template import TEMPLATES, resolve_template
 from minorca.data.portable_files import load_chat
-from minorca.data.tokenizer import check_vocabulary, load_tokenizer
+from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.errors import UserError, raise_problems
+from minorca.evaluate import suites
 from minorca.files.vocabulary import adapted_architecture
 from minorca.model.architecture import read_architecture
 from minorca.model.build import fast_dtype, load_model, prepack
 from minorca.model.quantization import parse_quantization
 from minorca.train.ranks import World, init_distributed
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+    from minorca.evaluate.harness import MinorcaLM
+    from minorca.evaluate.mt_bench import MTBench
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # of lm_eval's results, what is written
@@ -52,9 +62,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of weights and computation; default: bfloat16 where the machine multiplies it"
     )
-    parser.add_argument(
-        "--tasks", required=True, metavar="A,B", help="names of tasks, groups or tags, or patterns such as 'mmlu_*'"
-    )
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--tasks", metavar="A,B", help="names of tasks, groups or tags, or patterns such as 'mmlu_*'")
+    chosen.add_argument("--suite", choices=suites.NAMES, help="what model cards quote; seed is all of them")
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with YAML files of your own tasks")
     parser.add_argument(
         "--num-fewshot", type=int, metavar="N", help="examples before each question; default: what each task says"
@@ -75,6 +85,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--log-samples", action="store_true", help="write every question and answer to --output too")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results to FILE, as JSON")
+    _add_suite_options(parser)
     cache = parser.add_mutually_exclusive_group()
     cache.add_argument(
         "--cache", type=Path, metavar="DIR", help="keep results there; default: ~/.cache/minorca/results"
@@ -85,13 +96,49 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def _add_suite_options(parser: cli.Parser) -> None:
+    group = parser.add_argument_group("suites")
+    group.add_argument(
+        "--data", type=Path, default=suites.DATA, metavar="DIR", help=f"the tasks' data; default: {suites.DATA}"
+    )
+    group.add_argument("--name", metavar="NAME", help="the model's in tables and files; default: by its directory")
+    group.add_argument("--questions", type=Path, metavar="FILE", help="of MT-Bench: FastChat's question.jsonl")
+    group.add_argument(
+        "--judge", metavar="URL", help="an OpenAI-compatible endpoint, such as https://api.openai.com/v1"
+    )
+    group.add_argument("--judge-prompts", type=Path, metavar="FILE", help="FastChat's judge_prompts.jsonl")
+    group.add_argument("--judge-model", metavar="NAME", help="what the endpoint calls the judge")
+    group.add_argument("--system", metavar="TEXT", help="the system prompt of MT-Bench")
+
+
+def _suite_problems(args: argparse.Namespace) -> Iterator[UserError]:
+    for option in ("num_fewshot", "include_path") if args.suite else ("name",):
+        if getattr(args, option) is not None:
+            needed = "cannot be combined with --suite" if args.suite else "needs --suite"
+            yield UserError(needed, field=f"--{option.replace('_', '-')}")
+    judged = suites.has_mt_bench(args.suite)
+    for option in ("questions", "judge", "judge_prompts", "judge_model"):
+        if judged != (getattr(args, option) is not None):
+            message = f"is missing; {args.suite} has MT-Bench" if judged else "needs --suite mt-bench"
+            yield UserError(message, field=f"--{option.replace('_', '-')}")
+    if args.system is not None and not judged:
+        yield UserError("needs --suite mt-bench", field="--system")
+    if args.suite and args.output and args.output.suffix in (".md", ".png"):
+        yield UserError("is where the table or the picture goes; expected another suffix", field="--output")
+    if args.name and Path(args.name).name != args.name:
+        yield UserError(f"is {args.name}; expected a name without a path", field="--name")
+
+
 def _problems(args: argparse.Namespace) -> Iterator[UserError]:
+    yield from _suite_problems(args)
     if args.num_fewshot is not None and args.num_fewshot < 0:
         yield UserError("must be 0 or more", field="--num-fewshot")
     for option in ("limit", "slots"):
         if (value := getattr(args, option)) is not None and value < 1:
             yield UserError("must be at least 1", field=f"--{option}")
-    for option, needed in (("fewshot_in_one_turn", "chat"), ("template", "chat"), ("log_samples", "output")):
+    if args.template and not (args.chat or suites.has_mt_bench(args.suite)):
+        yield UserError("needs --chat", field="--template")
+    for option, needed in (("fewshot_in_one_turn", "chat"), ("log_samples", "output")):
         if getattr(args, option) and not getattr(args, needed):
             yield UserError(f"needs --{needed}", field=f"--{option.replace('_', '-')}")
     if args.output and not args.output.parent.is_dir():
@@ -110,47 +157,35 @@ def _ranks() -> Iterator[World | None]:
 
 def _evaluate(args: argparse.Namespace, world: World | None) -> None:
     # lm_eval takes seconds to import, and may be missing where only the options are read
-    import lm_eval
-    from lm_eval.utils import handle_non_serializable, make_table
+    from lm_eval.utils import handle_non_serializable
 
-    from minorca.evaluate.harness import MinorcaLM
-    from minorca.evaluate.result_cache import ResultCache, default_directory, identity
+    from minorca.evaluate.mt_bench import MTBench
+    from minorca.evaluate.result_cache import identity
     from minorca.evaluate.task_files import load_tasks
 
-    tok = load_tokenizer(args.model)
-    arch = read_architecture(args.model)
-    check_vocabulary(tok, arch.vocab_size, args.model)
-    arch = adapted_architecture(arch, args.adapter)
-    tok, recorded = load_chat(tok, arch.vocab_size, args.adapter)
-    template = resolve_template(tok, args.template or recorded or "auto") if args.chat else None
-    tasks, manager = load_tasks(args.tasks.split(","), args.include_path, args.limit, args.num_fewshot)
-    cache = None
-    if not args.no_cache:
+    bench = None
+    if suites.has_mt_bench(args.suite):
+        bench = MTBench.read(args.questions, args.judge, args.judge_prompts, args.judge_model, args.limit)
+    tok, template = _read_tokenizer(args, bool(args.chat or bench))
+    chosen = None
+    if args.tasks:
+        chosen = load_tasks(args.tasks.split(","), args.include_path, args.limit, args.num_fewshot)
+    prepared = suites.prepare(args.suite, args.data) if args.suite else {}
+    of_model: dict[str, object] = {}
+    if bench or not args.no_cache:
         quantization = parse_quantization(args.quantize, args.double_quant)
         of_model = identity(args.model, args.adapter, quantization, tok)
-        cache = ResultCache(args.cache or default_directory(), of_model)
-    dtype = DTYPES[args.dtype] if args.dtype else fast_dtype()
-    device = world.device if world else None
-    model = prepack(load_model(args.model, dtype, device, args.adapter, args.quantize, args.double_quant))
-    lm = MinorcaLM(model, tok, template or "auto", add_bos=args.bos, cache=cache, world=world, slots=args.slots)
+    lm = _load(args, world, tok, template, of_model)
     started = time.perf_counter()
-    # its decorator hides its parameters from type checkers
-    simple_evaluate: Any = lm_eval.simple_evaluate
-    results: dict[str, Any] | None = simple_evaluate(
-        lm,
-        tasks=tasks,
-        task_manager=manager,
-        num_fewshot=args.num_fewshot,
-        limit=args.limit,
-        log_samples=args.log_samples,
-        apply_chat_template=args.chat,
-        fewshot_as_multiturn=args.chat and not args.fewshot_in_one_turn,
-    )
+    results = _evaluate_tasks(args, lm, *chosen) if chosen else None
+    scores = suites.run(prepared, lambda tasks: _evaluate_tasks(args, lm, tasks))
+    if bench:
+        scores += _evaluate_mt_bench(args, world, lm, bench, of_model)
     seconds = time.perf_counter() - started
     computed, tokens = lm.counts.computed, lm.counts.tokens
     if world:
         computed, tokens = map(int, world.sum([computed, tokens]))
-    if results is None or (world and world.rank):
+    if world and world.rank:
         return
     ours = {
         "bos": lm.add_bos,
@@ -161,13 +196,100 @@ def _evaluate(args: argparse.Namespace, world: World | None) -> None:
         "tokens_shared": tokens - computed,
         "seconds": seconds,
     }
+    written = _show_tasks(results) if results else _show_suites(args, scores)
+    print(_summary(ours, args, lm.max_length))
+    if args.output:
+        text = json.dumps(written | {"minorca": ours}, indent=2, default=handle_non_serializable, ensure_ascii=False)
+        _write(args.output, text + "\n")
+
+
+def _read_tokenizer(args: argparse.Namespace, chat: bool) -> tuple[Tokenizer, str | None]:
+    """The tokenizer, and the name of the chat template if it is needed."""
+    tok = load_tokenizer(args.model)
+    arch = read_architecture(args.model)
+    check_vocabulary(tok, arch.vocab_size, args.model)
+    arch = adapted_architecture(arch, args.adapter)
+    tok, recorded = load_chat(tok, arch.vocab_size, args.adapter)
+    return tok, resolve_template(tok, args.template or recorded or "auto") if chat else None
+
+
+def _load(
+    args: argparse.Namespace, world: World | None, tok: Tokenizer, template: str | None, of_model: dict[str, object]
+) -> "MinorcaLM":
+    from minorca.evaluate.harness import MinorcaLM
+    from minorca.evaluate.result_cache import ResultCache, default_directory
+
+    cache = None if args.no_cache else ResultCache(args.cache or default_directory(), of_model)
+    dtype = DTYPES[args.dtype] if args.dtype else fast_dtype()
+    device = world.device if world else None
+    model = prepack(load_model(args.model, dtype, device, args.adapter, args.quantize, args.double_quant))
+    return MinorcaLM(model, tok, template or "auto", add_bos=args.bos, cache=cache, world=world, slots=args.slots)
+
+
+def _evaluate_tasks(
+    args: argparse.Namespace, lm: "MinorcaLM", tasks: list, manager: "TaskManager | None" = None
+) -> dict[str, Any] | None:
+    """lm_eval's results; None on ranks that have none."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    # its decorator hides its parameters from type checkers
+    simple_evaluate: Any = lm_eval.simple_evaluate
+    return simple_evaluate(
+        lm,
+        tasks=tasks,
+        task_manager=manager or TaskManager(include_defaults=False),
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        log_samples=args.log_samples,
+        apply_chat_template=args.chat,
+        fewshot_as_multiturn=args.chat and not args.fewshot_in_one_turn,
+    )
+
+
+def _evaluate_mt_bench(
+    args: argparse.Namespace, world: World | None, lm: "MinorcaLM", bench: "MTBench", of_model: dict[str, object]
+) -> list[suites.SuiteResult]:
+    """Its scores on the first rank, for which the others wait."""
+    results = []
+    if not (world and world.rank):
+        settings = [of_model, lm.template, args.system, str(lm.model.embedding.weight.dtype)]
+        of_answers = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        directory = args.questions.parent
+        results.append(bench.evaluate(lm.model, lm.tok, lm.template, directory, _name(args), of_answers, args.system))
+    if world:
+        world.barrier_without_timeout("MT-Bench")
+    return results
+
+
+def _show_tasks(results: dict[str, Any]) -> dict[str, Any]:
+    """Prints the results of tasks; returns what is written of them."""
+    from lm_eval.utils import make_table
+
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
-    print(_summary(ours, args, lm.max_length))
+    return {key: results[key] for key in (*WRITTEN, "samples") if key in results}
+
+
+def _show_suites(args: argparse.Namespace, scores: list[suites.SuiteResult]) -> dict[str, Any]:
+    """Prints suites' scores beside the published ones, and writes them beside --output; returns what goes there."""
+    from minorca.evaluate import report
+
+    print(report.to_markdown(scores, _name(args)))
     if args.output:
-        written = {key: results[key] for key in (*WRITTEN, "samples") if key in results} | {"minorca": ours}
-        _write(args.output, json.dumps(written, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
+        report.write(scores, _name(args), args.output)
+    written = report.to_json(scores)
+    for result in scores:
+        evaluated = result.evaluated
+        written[result.suite] |= {key: evaluated[key] for key in (*WRITTEN, "samples") if key in evaluated}
+    return {"suites": written}
+
+
+def _name(args: argparse.Namespace) -> str:
+    """What tables and files call the model."""
+    adapter = Path(args.adapter).resolve().parts[-2:] if args.adapter else ()
+    return args.name or "-".join((Path(args.model).resolve().name, *adapter))
 
 
 def _summary(ours: dict, args: argparse.Namespace, max_length: int) -> str:

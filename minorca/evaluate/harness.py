@@ -207,7 +207,7 @@ class MinorcaLM(TemplateLM):
         for request in requests:
             context, continuation = cast(tuple[str, str], request.args)
             if not continuation:
-                raise UserError(f"the continuation of {context[-40:]!r} is empty")
+                raise UserError(f"the continuation of {context[-40:]!r} is empty", path=request.task_name)
         return super().loglikelihood(requests, disable_tqdm=cast(bool, self._no_progress))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -276,7 +276,11 @@ class MinorcaLM(TemplateLM):
             context, kwargs = cast(tuple[str, dict], request.args)
             name = json.dumps(request.args, sort_keys=True)
             seen[name] = seen.get(name, -1) + 1
-            options = read_options(kwargs, self.tok, self.max_gen_toks, self.max_length)
+            try:
+                options = read_options(kwargs, self.tok, self.max_gen_toks, self.max_length)
+            except UserError as error:
+                error.path = request.task_name
+                raise
             room = self.max_length - options.new_tokens
             ids = self.tok_encode(context) or [self.prefix_token_id]
             self.counts.truncated += len(ids) > room

@@ -71,6 +71,15 @@ def test_results_are_printed_written_and_kept(evaluate):
     assert "samples" not in again
 
 
+def test_cut_requests_are_counted(evaluate):
+    """The prompt of TruthfulQA is longer than the model."""
+    printed, written = evaluate("--limit", 2, tasks="truthfulqa_mc1_local")
+    count = written["minorca"]["truncated"]
+    assert count == written["minorca"]["requests"] > 0
+    assert f"{count} requests were cut on the left, to the model's 448 positions" in printed
+    assert "were cut" not in evaluate("--limit", 2)[0]
+
+
 def test_options_reach_the_model(evaluate):
     """BOS, chat, the adapter and quantization each change what is computed; two adapters share nothing."""
     adapters = [evaluate.path / name for name in "ab"]
@@ -124,6 +133,9 @@ def test_bad_input_is_named(evaluate, monkeypatch):
     says(r"mine\.jsonl, row 3: doc_to_target cannot be made of it \(.*'F' is not in list", tasks="mine")
     write_task(evaluate.folder, rows, doc_to_target=7)
     says(r"mine\.jsonl, row 1: doc_to_target is 7, with 4 choices; expected 0 to 3", tasks="mine")
+    options = {"output_type": "generate_until", "doc_to_choice": None, "generation_kwargs": {"until": [], "beams": 2}}
+    write_task(evaluate.folder, **options)
+    says("mine: generation_kwargs has the unknown beams; expected until, max_gen_toks", tasks="mine")
     (evaluate.folder / "mine.yaml").write_text("task: [")
     says(r"mine\.yaml: cannot be read as a task", tasks="mine")
     (evaluate.folder / "mine.yaml").unlink()
