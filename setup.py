@@ -15,7 +15,7 @@ setup(
     # `kernels` is a package root of its own: its import name, minorca_kernels, collides with no other package
     packages=find_packages(include=["minorca", "minorca.*"]) + find_packages("kernels"),
     package_dir={"minorca_kernels": "kernels/minorca_kernels"},
-    package_data={"minorca.serve": ["page.html"], "minorca.plan": ["fake_cuda.cpp"]},
+    package_data={"minorca.serve": ["page.html"], "minorca.compare": ["page.html"], "minorca.plan": ["fake_cuda.cpp"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6",

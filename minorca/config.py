@@ -219,6 +219,18 @@ class TrainConfig:
 
 
 @dataclass
+class EvalConfig:
+    __pydantic_config__ = _STRICT
+    tasks: Annotated[
+        list[str], "tasks and groups of lm_eval to evaluate the model on while it is trained; needs pip install lm_eval"
+    ] = field(default_factory=list)
+    every: Annotated[int | str, f"{_EVERY}; 0: only before the first and after the last step"] = 0
+    limit: Annotated[int | None, "rows of each task to evaluate; all by default"] = None
+    include_path: Annotated[str | None, "a directory with YAML files of your own tasks"] = None
+    num_fewshot: Annotated[int | None, "examples before each question; what each task says by default"] = None
+
+
+@dataclass
 class DPOConfig:
     __pydantic_config__ = _STRICT
     beta: Annotated[
@@ -266,6 +278,7 @@ class Config:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 

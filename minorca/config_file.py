@@ -309,7 +309,7 @@ def _type_errors(details: list, values: dict[str, dict]) -> Iterator[UserError]:
             message = "is missing"
         elif detail["type"] == "unexpected_keyword_argument":
             message = f"is an unknown setting{suggestion(name)}"
-        elif name in ("train.checkpoint_every", "train.eval_every"):
+        elif name in ("train.checkpoint_every", "train.eval_every", "eval.every"):
             message = f"is {detail['input']!r}; {EXPECTED_EVERY}"
         elif detail["type"] == "list_type":
             message = f"is {detail['input']!r}; expected a list, as in {json.dumps([detail['input']])}"

@@ -9,12 +9,15 @@ from minorca.config import (
     Config,
     DataConfig,
     DPOConfig,
+    EvalConfig,
     Format,
     LoRAConfig,
     OptimConfig,
+    ParallelConfig,
     Source,
     TrainConfig,
     choices,
+    default_of,
     epochs_in,
 )
 from minorca.data.formats import FORMATS
@@ -45,6 +48,7 @@ _POSITIVE = (
     "train.keep",
     "train.log_every",
     "train.early_stopping",
+    "eval.limit",
     "parallel.replicate",
     "dpo.beta",
 )
@@ -53,6 +57,7 @@ _NOT_NEGATIVE = (
     "optim.warmup_steps",
     "optim.min_lr",
     "train.seed",
+    "eval.num_fewshot",
     "dpo.sft_weight",
     "dpo.gamma",
     "dpo.desirable_weight",
@@ -89,7 +94,7 @@ def problems(config: Config) -> Iterator[Problem]:
         if value_of(key) is not None and value_of(key) <= 0:
             yield problem(f"is {value_of(key)}; expected a positive number", key)
     for key in _NOT_NEGATIVE:
-        if value_of(key) < 0:
+        if value_of(key) is not None and value_of(key) < 0:
             yield problem(f"is {value_of(key)}; expected 0 or more", key)
     data, lora, train, parallel = config.data, config.lora, config.train, config.parallel
     if data.seq_len == 1 and data.too_long == "split":
@@ -105,6 +110,7 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _preference_problems(data, train)
     yield from _schedule_problems(config.optim, train)
     yield from _evaluation_problems(train, data)
+    yield from _task_problems(config.eval, parallel)
     if train.micro_batch_tokens < data.seq_len:
         yield problem(
             f"is {train.micro_batch_tokens} and data.seq_len {data.seq_len}; a micro-batch must hold the longest row",
@@ -226,15 +232,31 @@ def _schedule_problems(optim: OptimConfig, train: TrainConfig) -> Iterator[Probl
         yield problem(message, "optim.min_lr", "optim.schedule")
 
 
+def _every_problems(every: int | str, key: str) -> Iterator[Problem]:
+    try:
+        wrong = epochs_in(every) is None and int(every) < 0
+    except ValueError:
+        wrong = True
+    if wrong:
+        yield problem(f"is {every!r}; {EXPECTED_EVERY}", key)
+
+
+def _task_problems(tasks: EvalConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    yield from _every_problems(tasks.every, "eval.every")
+    if len(set(tasks.tasks)) < len(tasks.tasks):
+        yield problem(f"is {tasks.tasks}; expected each once", "eval.tasks")
+    if tasks.tasks and parallel.cpu_offload:
+        message = "needs the model on its device, and parallel.cpu_offload keeps it in host memory; leave one out"
+        yield problem(message, "eval.tasks", "parallel.cpu_offload")
+    for key in dataclasses.fields(EvalConfig):
+        value = getattr(tasks, key.name)
+        if value != default_of(key) and not tasks.tasks:
+            yield problem(f"is {value}, which needs eval.tasks; name the tasks", f"eval.{key.name}", "eval.tasks")
+
+
 def _evaluation_problems(train: TrainConfig, data: DataConfig) -> Iterator[Problem]:
     for key in ("checkpoint_every", "eval_every"):
-        every = getattr(train, key)
-        try:
-            wrong = epochs_in(every) is None and every < 0
-        except ValueError:
-            wrong = True
-        if wrong:
-            yield problem(f"is {every!r}; {EXPECTED_EVERY}", f"train.{key}")
+        yield from _every_problems(getattr(train, key), f"train.{key}")
     if train.eval_every and data.eval is None:
         yield problem("is set but data.eval is not; give held-out rows or a fraction", "train.eval_every", "data.eval")
     for key, is_set in (("keep_best", train.keep_best), ("early_stopping", train.early_stopping is not None)):

@@ -26,6 +26,7 @@ train:    {objective: sft, full: false, new_tokens: [], steps: null, epochs: 1, 
            micro_batch_tokens: 4096, seed: 0,
            output: runs/run, checkpoint_every: 100, keep: 2, keep_best: false, eval_every: 0, early_stopping: null,
            log_every: 1, resume: auto, nonfinite: stop, deterministic: false, wandb: null}
+eval:     {tasks: [], every: 0, limit: null, include_path: null, num_fewshot: null}
 dpo:      {beta: 0.1, loss: sigmoid, label_smoothing: 0.0, sft_weight: 0.0, gamma: 0.5, desirable_weight: 1.0,
            undesirable_weight: 1.0, reference: auto, precompute: false}
 parallel: {shard: auto, replicate: 1, activation_checkpointing: none, cpu_offload: false, timeout: 300}
@@ -221,6 +222,24 @@ extra: {key: 1}
         (MINIMAL + "lora: {targets: [q, q]}", ["lora.targets is ['q', 'q']"]),
         (MINIMAL + "optim: {betas: [0.9]}", ["optim.betas is"]),
         (MINIMAL + "train: {eval_every: 5}", ["train.eval_every is set but data.eval is not"]),
+        (
+            MINIMAL + "eval: {every: 5, limit: 0, num_fewshot: -1}",
+            [
+                "eval.limit is 0; expected a positive number",
+                "eval.num_fewshot is -1; expected 0 or more",
+                "eval.every is 5, which needs eval.tasks; name the tasks",
+                "eval.limit is 0, which needs eval.tasks",
+                "eval.num_fewshot is -1, which needs eval.tasks",
+            ],
+        ),
+        (
+            MINIMAL + "eval: {tasks: [a, a], every: often}\nparallel: {cpu_offload: true}",
+            [
+                "eval.every is 'often'; expected a number of steps",
+                "eval.tasks is ['a', 'a']; expected each once",
+                "eval.tasks needs the model on its device, and parallel.cpu_offload",
+            ],
+        ),
         (MINIMAL + "train: {eval_every: 1 epoch}", ["train.eval_every is set but data.eval is not"]),
         (MINIMAL + "train: {checkpoint_every: 0.5}", ["train.checkpoint_every is 0.5; expected a number of steps, at"]),
         (MINIMAL + "train: {checkpoint_every: true}", ["train.checkpoint_every is True; expected a number of steps"]),
@@ -425,7 +444,10 @@ def flat(config: Config) -> dict:
         ("seq_len: 8", "seq_len is outside of a section; .*; here it is data.seq_len"),
         ("batch_tokns: 8", "batch_tokns is outside of a section; .*; did you mean train.batch_tokens?"),
         ("train: 5", "train is 5; expected a section with keys"),
-        ("strange: 8", "strange is outside of a section; expected model, data, lora, optim, train, dpo, parallel"),
+        (
+            "strange: 8",
+            "strange is outside of a section; expected model, data, lora, optim, train, eval, dpo, parallel",
+        ),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest(addition, expected, read):

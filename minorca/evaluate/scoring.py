@@ -140,7 +140,8 @@ class Scorer:
         ((_, logps, _),) = self._values(build_trie([request]), [request])
         return logps
 
-    @torch.inference_mode()
+    # not inference_mode, which a sharded model cannot compute in
+    @torch.no_grad()
     def _values(self, trie: Trie, requests: Sequence[Request]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Of each request, as it is finished: its index, its tokens' log-probabilities, and whether each token is the
         likeliest.

@@ -7,6 +7,7 @@ import logging
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from minorca.errors import one_line
 from minorca.generate.kv_cache import KVCache
@@ -37,7 +38,8 @@ class DecodeStep:
         self._sampler = sampler
         self._adapters = adapters
         self.tokens_N = torch.zeros(len(cache.lengths), dtype=torch.int64, device=cache.device)
-        self._uses_graphs = cache.device.type == "cuda"
+        # the collectives of a sharded model are not captured
+        self._uses_graphs = cache.device.type == "cuda" and not isinstance(model.embedding.weight, DTensor)
         self._warmed_up: set[tuple[SamplingOps, bool]] = set()
         self._graphs: dict[tuple[SamplingOps, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._captured_capacity = 0

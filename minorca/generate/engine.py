@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from minorca.generate.decode_step import DecodeStep
 from minorca.generate.kv_cache import KVCache, check_memory
@@ -72,7 +73,7 @@ class Engine:
         self.chunk = chunk or CHUNK[self.device.type]
         self.vocab_size = model.arch.vocab_size
         self.max_length = max_length or default_max_length(model.arch)
-        self.cache = KVCache(model.arch, slots, self.max_length, weight.dtype, self.device)
+        self.cache = KVCache(model.arch, slots, self.max_length, model.dtype, self.device)
         check_memory(self.cache, model)
         self._adapters = adapters or AdapterChoice([], self.device)
         self._sampler = Sampler(slots, self.vocab_size, self.device)
@@ -150,13 +151,18 @@ class Engine:
 
     # --------------------------------------------------------------------------------------------------- steps
 
-    @torch.inference_mode()
     def step(self) -> list[Token]:
         """Prefills up to one chunk, then adds a token to every running sequence.
 
         Returns:
             The tokens that have reached the host. On CUDA the newest ones follow with the next call.
         """
+        # FSDP reads the versions of tensors, which inference mode does not count
+        is_sharded = isinstance(self.model.embedding.weight, DTensor)
+        with torch.no_grad() if is_sharded else torch.inference_mode():
+            return self._step()
+
+    def _step(self) -> list[Token]:
         self._consistent = False
         self._admit()
         self._prefill()

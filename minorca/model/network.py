@@ -71,6 +71,7 @@ class Mistral(nn.Module):
 
     Attributes:
         head: the weight that makes logits of the last hidden states; None where it is the embedding's.
+        gathered_dtype: what a sharded model gathers its weights in; None: it is whole.
     """
 
     def __init__(self, arch: Architecture):
@@ -79,14 +80,15 @@ class Mistral(nn.Module):
         self.embedding = VocabularyMatrix(torch.empty(arch.vocab_size, arch.hidden_size))
         self.layers = nn.ModuleList(Block(arch, layer) for layer in range(arch.layers))
         self.norm = RMSNorm(arch.hidden_size, arch.norm_eps)
+        self.gathered_dtype: torch.dtype | None = None
         self.head: FrozenWeight | None = None
         if not arch.tied:
             self.head = VocabularyMatrix(torch.empty(arch.vocab_size, arch.hidden_size))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of frozen weights and of computation."""
-        return self.norm.weight.dtype
+        """Of computation, and of frozen weights."""
+        return self.gathered_dtype or self.norm.weight.dtype
 
     def projections(self) -> Iterator[tuple[int, Projection]]:
         """The layer and every projection of it, in order."""

@@ -1,8 +1,5 @@
 """The HTTP application: endpoints, error handlers and the chat page."""
 
-import base64
-import hashlib
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
+from minorca.page_policy import inline_source
 from minorca.serve.errors import APIError, ErrorResponse, error_body
 from minorca.serve.http import Guard, JSONRoute
 from minorca.serve.protocol import ChatRequest, CompletionRequest
@@ -124,8 +122,8 @@ def _content_security_policy(page: str) -> str:
     """Allows the page's own script and style and calls to this server, nothing else."""
     policy = {
         "default-src": "'none'",
-        "script-src": _inline_source(page, "script"),
-        "style-src": _inline_source(page, "style"),
+        "script-src": inline_source(page, "script"),
+        "style-src": inline_source(page, "style"),
         "connect-src": "'self'",
         "img-src": "data:",
         "base-uri": "'none'",
@@ -133,10 +131,3 @@ def _content_security_policy(page: str) -> str:
         "frame-ancestors": "'none'",
     }
     return "; ".join(f"{directive} {source}" for directive, source in policy.items())
-
-
-def _inline_source(page: str, tag: str) -> str:
-    match = re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-    assert match, f"{PAGE} has no <{tag}>"
-    digest = hashlib.sha256(match[1].encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"

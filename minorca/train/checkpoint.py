@@ -67,6 +67,7 @@ _FREE |= {
         "wandb",
     )
 }
+_FREE |= {key for key in settings() if key.startswith("eval.")}
 # settings that a resumed run may change, for the order of its rows does not follow from them
 _CHANGEABLE = {f"train.{key}" for key in ("steps", "epochs", "keep_best", "early_stopping")} | {"lora.dropout"}
 _CHANGEABLE |= {key for key in settings() if key.startswith("optim.")} - {"optim.name"}

@@ -20,6 +20,7 @@ from minorca.train.inputs import Inputs, read_inputs
 from minorca.train.optim import check_optimizer, learning_rate
 from minorca.train.run import check_writable, find_earlier, why_finished
 from minorca.train.run_length import RunLength, run_length
+from minorca.train.task_evaluation import open_tasks
 
 
 def dry_run(config: Config) -> None:
@@ -32,6 +33,7 @@ def dry_run(config: Config) -> None:
     """
     metrics.import_wandb(config)
     check_optimizer(config.optim)
+    open_tasks(config.eval)
     check_writable(config.output)
     with contextlib.closing(Forecast(config)) as forecast, tempfile.TemporaryDirectory() as directory:
         data = dataclasses.replace(config.data, store=directory)
@@ -79,6 +81,9 @@ def _print_length(config: Config, inputs: Inputs, length: RunLength) -> None:
     print(f"steps: {length.steps}, each of {micro_batches} micro-batches of at most {train.micro_batch_tokens} tokens")
     if inputs.held_out:
         print(f"evaluations: before step 1, and after {_listed(length.evaluates_after, length.steps)}")
+    if config.eval.tasks:
+        due = _listed(length.evaluates_tasks_after, length.steps)
+        print(f"tasks {', '.join(config.eval.tasks)}: before step 1, and after {due}")
     print(f"checkpoints: after {_listed(length.saves_after, length.steps)}")
     highest = warmup_steps(optim, length.steps) or 1
     rates = [f"{learning_rate(n, length.steps, optim):.3g} at step {n}" for n in (1, highest, length.steps)]

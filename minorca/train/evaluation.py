@@ -24,7 +24,7 @@ def evaluate(
     learner: Learner, store: TokenStore, config: Config, world: World, noted: Sequence[int] = ()
 ) -> dict[str, float] | None:
     """The loss of held-out rows, and the objective's metrics, as `eval_NAME`; of several evaluation sets also the loss
-    of each, as `eval_loss/NAME`. Every rank calls it.
+    of each, as `eval_loss/NAME`, and what the objective makes of it. Every rank calls it.
 
     noted: signals of this rank; once any rank has one, the evaluation ends and gives None.
     """
@@ -54,10 +54,12 @@ def evaluate(
         return objective.loss(sums, counts), objective.metrics(sums, counts)
 
     loss, metrics = loss_and_metrics(np.arange(len(store)), totals.sum(0))
-    values = {"eval_loss": loss}
+    losses = {"": loss}
     if len(sets) > 1:
-        for (name, rows), of_set in zip(sets.items(), totals):
-            values[f"eval_loss/{name}"], _ = loss_and_metrics(rows, of_set)
+        losses |= {f"/{name}": loss_and_metrics(rows, of_set)[0] for (name, rows), of_set in zip(sets.items(), totals)}
+    values = {f"eval_loss{name}": loss for name, loss in losses.items()}
+    for name, loss in losses.items():
+        values |= {f"eval_{metric}{name}": value for metric, value in objective.of_held_out(loss).items()}
     return values | {f"eval_{name}": value for name, value in metrics.items()}
 
 

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 # settings that may differ between ranks, where the content of what they name does not
 _PLACES = ("model.path", "data.train", "data.eval", "data.store", "lora.init", "dpo.reference", "train.output")
+_PLACES += ("eval.include_path",)
 # what the ranks must have read alike: in words, and the keys of the identity that say so
 _CONTENTS = {
     "the base model": ("the base's",),

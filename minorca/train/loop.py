@@ -31,6 +31,7 @@ from minorca.train.optim import learning_rate, set_learning_rate
 from minorca.train.ranks import World
 from minorca.train.run_length import RunLength
 from minorca.train.step import forward_backward, local_batch, locate_nonfinite
+from minorca.train.task_evaluation import TaskEvaluation
 from minorca.train.trainable import gather, take_part
 
 log = logging.getLogger("minorca.train")
@@ -46,6 +47,7 @@ class Run:
         noted: the signals that this rank has received.
         step: the last step that was done.
         updates: how many of the steps updated the parameters; a skipped one does not.
+        tasks: what is evaluated beside held-out rows, if anything.
         stopped_by: the signal that ends the run early, the same on every rank.
     """
 
@@ -59,6 +61,7 @@ class Run:
     noted: list[int]
     step: int
     updates: int
+    tasks: TaskEvaluation | None = None
     stopped_by: int | None = None
 
     def __post_init__(self):
@@ -67,6 +70,7 @@ class Run:
     def loop(self, micro_batches_of: Callable[[int], Step], after_step: Callable[[], None]) -> None:
         """Every step that is left, with the evaluations and checkpoints that are due."""
         self._first_evaluation()
+        self._first_tasks()
         self.learner.model.train()
         self.clock("data")
         while self.step < self.length.steps and not self._ends_early():
@@ -75,6 +79,8 @@ class Run:
             after_step()
             if self.length.evaluates_after(self.step) and not self.stopped_by:
                 self._evaluate()
+            if self.length.evaluates_tasks_after(self.step) and not self.stopped_by:
+                self._evaluate_tasks()
             if self.length.saves_after(self.step) or self._ends_early():
                 self._save()
             self.clock("data")
@@ -93,6 +99,13 @@ class Run:
             self._count_evaluation(loss)
         else:
             self._evaluate()
+
+    def _first_tasks(self) -> None:
+        """As `_first_evaluation`."""
+        if self.tasks and not self.stopped_by and (self.step == 0 or self.length.evaluates_tasks_after(self.step)):
+            (is_recorded,) = self.world.sum([bool(self.record and self.record.has_tasks)])
+            if not is_recorded:
+                self._evaluate_tasks()
 
     def _step(self, micro_batches: Step) -> None:
         """One optimizer step, and its line in the record."""
@@ -197,11 +210,27 @@ class Run:
         self.world.set_status(f"evaluating after step {self.step}")
         values = evaluate(self.learner, self.inputs.held_out, self.config, self.world, self.noted)
         if values is None:
-            self.stopped_by = common_signal(self.world.sum(signal_counts(self.noted)))
+            self._stop()
             return
         if self.record:
             self.record.evaluation(self.step, values)
         self._count_evaluation(values["eval_loss"])
+
+    def _evaluate_tasks(self) -> None:
+        """Evaluates the tasks, if there are any; a signal meanwhile ends the run."""
+        if not self.tasks:
+            return
+        self.clock("evaluation")
+        self.world.set_status(f"evaluating tasks after step {self.step}")
+        values = self.tasks(self.learner.model, self.inputs.tok, self.world, self.noted)
+        if values is None:
+            self._stop()
+        elif self.record:
+            self.record.tasks(self.step, values)
+
+    def _stop(self) -> None:
+        """Ends the run by the signal that a rank has received."""
+        self.stopped_by = common_signal(self.world.sum(signal_counts(self.noted)))
 
     def _count_evaluation(self, loss: float) -> None:
         if self.best.count(self.step, loss) and self.config.train.keep_best:

@@ -21,7 +21,7 @@ from minorca.errors import UserError
 from minorca.model.architecture import Architecture
 from minorca.model.layout import projections
 from minorca.plan.devices import GPUS
-from minorca.train.curves import draw_curves
+from minorca.train.curves import draw_curves, is_of_tasks
 
 log = logging.getLogger(__name__)
 
@@ -136,9 +136,9 @@ class Record:
         output = config.output
         self.path = output / "metrics.jsonl"
         self.log_every = config.train.log_every
-        # the loss of the evaluation after step `resumed`, where its line exists;
-        # starting over, the evaluation before step 1 goes too
-        self.evaluated = _drop_lines_past(self.path, resumed or -1)
+        # the loss of the evaluation after step `resumed`, and whether its tasks were evaluated, where the lines exist;
+        # starting over, those before step 1 go too
+        self.evaluated, self.has_tasks = _drop_lines_past(self.path, resumed or -1)
         self.file = self.path.open("a")
         self.board = SummaryWriter(output / "tensorboard", purge_step=resumed + 1 if resumed else 0)
         self.wandb = _start_wandb(config, output, resumed)
@@ -178,6 +178,12 @@ class Record:
         sets = [f"{k.removeprefix(prefix)} {value:.4f}" for k, value in values.items() if k.startswith(prefix)]
         by_set = f" ({', '.join(sets)})" if sets else ""
         self.bar.write(f"step {step}: held-out loss {values['eval_loss']:.4f}{by_set}")
+
+    def tasks(self, step: int, values: dict[str, float]) -> None:
+        """An evaluation of tasks after a step: eval_TASK/METRIC."""
+        self._write(step, values)
+        listed = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in values.items())
+        self.bar.write(f"step {step}: {listed}")
 
     def close(self, phases: dict[str, float], finished: bool) -> None:
         """Ends the record with a summary, `phases` those after the last step, and, of a finished run, with curves.png,
@@ -228,13 +234,14 @@ def _start_wandb(config: Config, output: Path, resumed: int):
     )
 
 
-def _drop_lines_past(path: Path, step: int) -> float | None:
+def _drop_lines_past(path: Path, step: int) -> tuple[float | None, bool]:
     """Removes what an interrupted run wrote after its last checkpoint, an incomplete last line included.
 
-    Returns the loss of the evaluation after `step`, NaN where it was none; None where there is no such line.
+    Returns the loss of the evaluation after `step`, NaN where it was none; None where there is no such line. And
+    whether there is a line of tasks.
     """
     kept = []
-    evaluated = None
+    evaluated, has_tasks = None, False
     for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
         try:
             values = json.loads(line)
@@ -242,9 +249,10 @@ def _drop_lines_past(path: Path, step: int) -> float | None:
                 kept.append(line)
                 if values["step"] == step and "eval_loss" in values:
                     evaluated = math.nan if values["eval_loss"] is None else float(values["eval_loss"])
+                has_tasks |= values["step"] == step and is_of_tasks(values)
         except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     os.replace(temporary, path)
-    return evaluated
+    return evaluated, has_tasks

@@ -5,6 +5,7 @@ micro-batch into sums, for the loss that these sums make, and for the metrics th
 besides the loss.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -50,6 +51,10 @@ class Objective(Protocol):
         """A line's metrics besides its loss."""
         ...
 
+    def of_held_out(self, loss: float) -> dict[str, float]:
+        """What an evaluation's line has of each set beside its loss."""
+        return {}
+
 
 class NextToken(Objective):
     """Cross-entropy of each trained token, averaged over them: supervised fine-tuning. Only their rows meet the
@@ -70,3 +75,7 @@ class NextToken(Objective):
 
     def metrics(self, sums: Mapping[str, float], counts: Counts) -> dict[str, float]:
         return {}
+
+    def of_held_out(self, loss: float) -> dict[str, float]:
+        # beyond it, e ** loss is no float
+        return {"perplexity": math.exp(loss) if loss < 700 else math.inf}

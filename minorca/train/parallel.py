@@ -61,6 +61,7 @@ def shard(model: Mistral, config: ParallelConfig, world: World, dtype: torch.dty
     # RoPE's tables are inputs of a block and stay fp32, so inputs are not cast
     precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     mesh = mesh if config.replicate > 1 else mesh["shard"]
+    model.gathered_dtype = dtype
     for module in (*model.layers, model):
         sharded = shard_parameters(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
         # the loss is already divided by the step's global token count; gloo has no pre-multiplied sum

@@ -28,6 +28,7 @@ from minorca.train.precompute import with_reference
 from minorca.train.profiling import profiled
 from minorca.train.ranks import World, init_distributed
 from minorca.train.run_length import RunLength, run_length
+from minorca.train.task_evaluation import open_tasks
 
 log = logging.getLogger("minorca.train")
 
@@ -85,6 +86,7 @@ def _train(
     world.set_status("reading the base model's files and the data")
     metrics.import_wandb(config)
     check_optimizer(config.optim)
+    tasks = open_tasks(config.eval)
     output = config.output
     check_writable(output)
     # a new output is created once nothing more can be refused
@@ -145,7 +147,7 @@ def _train(
         world.monitor.noted = noted
     after_step = stack.enter_context(profiled(output / "profile", world)) if profile else lambda: None
     updates = state.updates if state else 0
-    run = Run(config, world, inputs, learner, length, best, record, noted, resumed, updates)
+    run = Run(config, world, inputs, learner, length, best, record, noted, resumed, updates, tasks)
     run.loop(schedule.step, after_step)
 
     # 6. what was trained, where other programs look for it

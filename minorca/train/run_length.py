@@ -10,14 +10,20 @@ from minorca.data.packing import BatchSchedule
 
 @dataclass(frozen=True)
 class RunLength:
-    """The steps of a run, counted from 1, and after which of them, beside the last, it evaluates and saves."""
+    """The steps of a run, counted from 1, and after which of them, beside the last, it evaluates held-out rows, saves,
+    and evaluates tasks.
+    """
 
     steps: int
     evaluations: Container[int]
     checkpoints: Container[int]
+    tasks: Container[int] = ()
 
     def evaluates_after(self, step: int) -> bool:
         return step == self.steps or step in self.evaluations
+
+    def evaluates_tasks_after(self, step: int) -> bool:
+        return step == self.steps or step in self.tasks
 
     def saves_after(self, step: int) -> bool:
         return step == self.steps or step in self.checkpoints
@@ -29,7 +35,8 @@ def run_length(config: Config, schedule: BatchSchedule) -> RunLength:
     steps = train.steps or schedule.steps(train.epochs)
     if error := warmup_problem(config.optim, steps):
         raise error
-    return RunLength(steps, _due(train.eval_every, schedule, steps), _due(train.checkpoint_every, schedule, steps))
+    every = (train.eval_every, train.checkpoint_every, config.eval.every)
+    return RunLength(steps, *(_due(each, schedule, steps) for each in every))
 
 
 def _due(every: int | str, schedule: BatchSchedule, steps: int) -> Container[int]:

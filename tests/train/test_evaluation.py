@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minorca.cli import config_parser, parse_config
 from minorca.train import __main__ as train_command
 from minorca.train import step
 from minorca.train.evaluation import set_names
 from minorca.train.inputs import read_data, read_tokenizer
+from minorca.train.objectives import NextToken
 from tests.helpers import lines_of
 
 
@@ -55,9 +58,12 @@ def test_each_set_has_its_loss_and_each_row_is_evaluated_once(sets, workplace, t
         sums.append(F.cross_entropy(logits[:-1], labels, reduction="sum").item())
         trained.append(int(mask.sum()))
     first = lines_of(tmp_path / "run")[0]
-    assert set(first) == {"step", "eval_loss", "eval_loss/short", "eval_loss/other"}
+    names = [f"eval_{metric}{of_set}" for metric in ("loss", "perplexity") for of_set in ("", "/short", "/other")]
+    assert set(first) == {"step", *names}
     for key, rows in (("", slice(12)), ("/short", slice(3)), ("/other", slice(3, 12))):
-        assert first[f"eval_loss{key}"] == pytest.approx(sum(sums[rows]) / sum(trained[rows]), rel=1e-5)
+        mean = sum(sums[rows]) / sum(trained[rows])
+        assert first[f"eval_loss{key}"] == pytest.approx(mean, rel=1e-5)
+        assert first[f"eval_perplexity{key}"] == pytest.approx(np.e**mean, rel=1e-4)
     written = capsys.readouterr()
     message = f"held-out loss {first['eval_loss']:.4f} (short {first['eval_loss/short']:.4f}, other "
     assert message in written.out + written.err
@@ -68,13 +74,36 @@ def test_one_set_has_no_line_of_its_own(sets, workplace, tmp_path):
         train_command.main(workplace(name, **{"data.eval": setting, "train.steps": 1}))
         assert {key for line in lines_of(tmp_path / name) for key in line if "eval" in key} == {
             "eval_loss",
+            "eval_perplexity",
             "evaluation_seconds",
         }
 
 
 def test_a_held_out_share_of_several_sources_is_evaluated_by_source(sets, workplace, tmp_path):
     train_command.main(workplace(**{"data.train": sets(easy=20, hard=40), "data.eval": 0.2, "train.steps": 1}))
-    assert {key for key in lines_of(tmp_path / "run")[0] if "/" in key} == {"eval_loss/easy", "eval_loss/hard"}
+    assert {key for key in lines_of(tmp_path / "run")[0] if "/" in key} == {
+        f"eval_{metric}/{of_set}" for metric in ("loss", "perplexity") for of_set in ("easy", "hard")
+    }
+
+
+def test_perplexity_is_drawn_and_in_tensorboard(sets, workplace, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    train_command.main(workplace(**{"data.eval": sets(short=3, other=9), "train.steps": 2, "train.eval_every": 1}))
+    *_, axis = drawn[0].subfigs[0].axes
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    for name in ("perplexity", "perplexity/short", "perplexity/other"):
+        points = [(line["step"], line[f"eval_{name}"]) for line in lines_of(tmp_path / "run") if "eval_loss" in line]
+        assert len(points) == 3
+        (line,) = [line for line in axis.lines if line.get_label() == name]
+        assert list(zip(*line.get_data())) == points
+        written = [(event.step, pytest.approx(event.value)) for event in events.Scalars(f"eval_{name}")]
+        assert points == written
+
+
+def test_a_loss_without_a_perplexity():
+    assert NextToken().of_held_out(1e4) == {"perplexity": np.inf}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+"""Tasks of lm_eval, evaluated on the model while it is trained."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed.fsdp import FSDPModule
+
+from minorca.config import EvalConfig
+from minorca.data.tokenizer import Tokenizer
+from minorca.errors import UserError
+from minorca.model.network import Mistral
+from minorca.train.ranks import World
+
+# not among the requirements
+if TYPE_CHECKING:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks.manager import TaskDict
+
+# of the draws of few-shot examples, lm_eval's default
+FEWSHOT_SEED = 1234
+
+
+class TaskEvaluation:
+    """The tasks of `eval.tasks` with their data, to be evaluated again and again.
+
+    Args:
+        loaded: of each task or group, what lm_eval's TaskManager.load returns.
+    """
+
+    def __init__(self, config: EvalConfig, loaded: Sequence[TaskDict]):
+        self.config = config
+        self.loaded = loaded
+
+    def __call__(
+        self, model: Mistral, tok: Tokenizer, world: World, noted: Sequence[int] = ()
+    ) -> dict[str, float] | None:
+        """Each task's metrics, as `eval_TASK/METRIC`. Every rank calls it, and gets all of them.
+
+        noted: signals of this rank; once any rank has one, the evaluation ends after a task and gives None.
+        """
+        from minorca.evaluate.harness import MinorcaLM
+
+        # the forwards of a sharded model are collectives, of which every rank must make as many
+        lm = MinorcaLM(model, tok, world=None if isinstance(model, FSDPModule) else world)
+        values = {}
+        is_stopped = False
+        model.eval()
+        for loaded in self.loaded:
+            values |= self._evaluate(lm, loaded)
+            if is_stopped := bool(world.sum([len(noted)])[0]):
+                break
+        model.train()
+        return None if is_stopped else values
+
+    def _evaluate(self, lm: TemplateLM, loaded: TaskDict) -> dict[str, float]:
+        """As lm_eval.simple_evaluate, without what it collects of the machine, which takes longer than small tasks."""
+        from lm_eval.evaluator import evaluate
+
+        shots = self.config.num_fewshot
+        for task in loaded["tasks"].values():
+            given = task.get_config("num_fewshot")
+            # a task that says 0 cannot be asked otherwise
+            if given is None or (shots is not None and given != 0):
+                task.set_config(key="num_fewshot", value=shots or 0)
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        # standard errors are not recorded
+        results: Any = evaluate(lm, loaded, limit=self.config.limit, log_samples=False, bootstrap_iters=0)
+        return dict(_metrics(results.get("groups", {}))) or dict(_metrics(results["results"]))
+
+
+def _metrics(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float]]:
+    for task, metrics in results.items():
+        for key, value in metrics.items():
+            # those of a filter that does nothing have no other name
+            name = key.removesuffix(",none")
+            if "," in key and "_stderr," not in key and isinstance(value, int | float):
+                yield f"eval_{task}/{name}", float(value)
+
+
+def open_tasks(config: EvalConfig) -> TaskEvaluation | None:
+    """The tasks of a run; None where it has none.
+
+    Raises:
+        UserError: lm_eval is missing, a task is unknown, or its files or data are invalid.
+    """
+    if not config.tasks:
+        return None
+    if importlib.util.find_spec("lm_eval") is None:
+        message = "needs lm_eval, which is not installed; pip install lm_eval==0.4.13, or leave the key out"
+        raise UserError(message, field="eval.tasks")
+    from minorca.evaluate.task_files import load_tasks
+
+    include_path = Path(config.include_path).expanduser() if config.include_path else None
+    try:
+        tasks, manager = load_tasks(config.tasks, include_path, config.limit)
+    except UserError as error:
+        settings = {"--tasks": "eval.tasks", "--include-path": "eval.include_path"}
+        for problem in error.problems:
+            problem.field = settings.get(problem.field or "", problem.field)
+        raise
+    return TaskEvaluation(config, [manager.load([task]) for task in tasks])
