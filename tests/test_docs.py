@@ -104,13 +104,12 @@ def after_demo(checkout) -> Path:
 
 
 def environment(directory: Path) -> dict[str, str]:
-    """That of a reader: the checkout's Python comes first, and nothing limits threads."""
-    variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    """That of a reader, in which the checkout's Python comes first."""
     paths = {
         "PATH": f"{directory / '.venv' / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": f"{directory}:{directory / 'kernels'}",
     }
-    return variables | paths
+    return dict(os.environ) | paths
 
 
 def start(block: Block, directory: Path) -> subprocess.Popen:

@@ -205,7 +205,7 @@ TRAINING = {
     "adapter of another shape": (
         None,
         [*RUN, "--lora.init", "adapter"],
-        "lora.rank is 16, and the adapter adapter has 4",
+        "lora.rank is 16, and the adapter of lora.init, adapter, has 4",
     ),
     "no checkpoint": (None, [*RUN, "--train.resume", "adapter"], "adapter: missing MANIFEST.json"),
 }
