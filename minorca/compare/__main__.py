@@ -24,7 +24,7 @@ from minorca.model.build import fast_dtype
 
 def main(argv: list[str]) -> None:
     args = _parse(argv)
-    output = _make_output(args.output)
+    page, numbers = _outputs(args.output)
     prompts = read_data(args.data, args.format, args.limit) if args.data else read_lines(args.prompts, args.limit)
     # plain text needs no template
     template = args.template if any(prompt.messages for prompt in prompts) else "none"
@@ -36,16 +36,16 @@ def main(argv: list[str]) -> None:
     runners = load((a, b), dtype, args.quantize, args.double_quant)
     result = compare(runners, kept, rendered, args.max_new_tokens) | {"left_out": left_out}
     values = _json_values(result)
-    _write(output / "comparison.json", json.dumps(values, ensure_ascii=False) + "\n")
-    _write(output / "comparison.html", render_page(values))
-    print("\n".join([*summary(result), str(output / "comparison.html")]))
+    _write(numbers, json.dumps(values, ensure_ascii=False) + "\n")
+    _write(page, render_page(values))
+    print("\n".join([*summary(result), f"{page}, {numbers}"]))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(
         prog="minorca.compare",
         description="Compares two models or adapters on the same prompts: their greedy answers, and how likely they "
-        "find the answers of a data set. Writes comparison.json and comparison.html.",
+        "find the answers of a data set. Writes a page to read, and the numbers beside it.",
     )
     parser.add_argument("a", metavar="A", help="the directory of a model or of a LoRA adapter in PEFT's format")
     parser.add_argument("b", metavar="B", help="the other one")
@@ -69,7 +69,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         choices=choices("model.dtype"),
         help="of weights and computation; default: bfloat16 where this machine multiplies it in hardware",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="where to write; files there are overwritten")
+    parser.add_argument(
+        "--output", required=True, metavar="FILE.html", help="the page to write; its numbers go to FILE.json"
+    )
     args = parser.parse_args(argv)
     raise_problems(_problems(args))
     args.format = args.format or "openorca"
@@ -85,15 +87,18 @@ def _problems(args: argparse.Namespace) -> Iterator[UserError]:
         yield UserError("needs --data; --prompts reads plain lines", field="--format")
 
 
-def _make_output(path: str) -> Path:
-    output = Path(path).expanduser()
+def _outputs(path: str) -> tuple[Path, Path]:
+    """The page and the file of its numbers, in a directory that can be written."""
+    page = Path(path).expanduser()
+    if page.suffix != ".html":
+        raise UserError(f"is {path}; expected a name that ends in .html", field="--output")
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        page.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot be made ({error}); choose another --output", path=path) from None
-    if not os.access(output, os.W_OK):
-        raise UserError("is not writable; choose another --output", path=path)
-    return output
+        raise UserError(f"cannot be made ({error}); choose another --output", path=page.parent) from None
+    if not os.access(page.parent, os.W_OK):
+        raise UserError("is not writable; choose another --output", path=page.parent)
+    return page, page.with_suffix(".json")
 
 
 def _render(

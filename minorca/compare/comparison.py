@@ -34,7 +34,7 @@ def compare(
     rendered: Sequence[tuple[Rendered, Rendered]],
     max_new_tokens: int,
 ) -> dict[str, Any]:
-    """The content of comparison.json; docs/evaluation.md says what each field is."""
+    """What is written as JSON; docs/evaluation.md says what each field is."""
     a, b = (runner.side for runner in runners)
     refused = why_not_comparable(a, b, rendered)
     asked = [n for n, prompt in enumerate(prompts) if prompt.messages]

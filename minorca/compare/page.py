@@ -1,4 +1,4 @@
-"""comparison.html: a page that needs nothing else, and runs no script but its own."""
+"""A comparison as a page that needs nothing else, and runs no script but its own."""
 
 from pathlib import Path
 from typing import Any

@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
 
 
 # a GPU takes as long to start a product as to compute a large one
-SIZES = {"cpu": Sizes(256, 64, Tiles(16, 128, 8)), "cuda": Sizes(2048, 512, Tiles(16, 128, 128))}
+SIZES = {"cpu": Sizes(512, 64, Tiles(16, 64, 8)), "cuda": Sizes(2048, 512, Tiles(16, 128, 128))}
 
 # ids of a context and of its continuation
 Request = tuple[Sequence[int], Sequence[int]]

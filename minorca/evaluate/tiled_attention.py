@@ -56,7 +56,8 @@ class PathKeys:
     """Keys and values of the path from the root to the last node, by depth, and of a chunk behind them."""
 
     def __init__(self, layers: int, slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
-        shape = (layers, 2, slots, kv_heads, head_dim)
+        # heads before slots, so that a tile of each head is one piece of memory
+        shape = (layers, 2, kv_heads, slots, head_dim)
         self.buffer = torch.zeros(shape, dtype=dtype, device=device)
 
 
@@ -80,13 +81,13 @@ class TiledAttention:
         q_THD, k_TKD, v_TKD = rope(qkv_TN, cos_TP, sin_TP, heads, kv_heads)
         keys, values = self.keys.buffer[layer]
         slot, count = self.chunk.slot, len(k_TKD)
-        keys[slot : slot + count], values[slot : slot + count] = k_TKD, v_TKD
+        keys[:, slot : slot + count], values[:, slot : slot + count] = k_TKD.transpose(0, 1), v_TKD.transpose(0, 1)
         out_THD = torch.zeros_like(q_THD)
         for group in self.groups:
             out_THD[group.nodes] = group.attend(q_THD, keys, values)
         first = self.chunk.first_kept
         for stored in (keys, values):
-            stored[first : first + len(self.kept)] = stored[self.kept]
+            stored[:, first : first + len(self.kept)] = stored[:, self.kept]
         return out_THD
 
 
@@ -100,7 +101,7 @@ class _Group:
         is_query: [B * Q] where there is one.
         nodes: [M] the nodes that are queries.
         slots: [steps, B * S] of the keys of each step.
-        sees: [steps, B, 1, 1, Q, S] which of them each query sees.
+        hidden: [steps, B, 1, Q, S] which of them each query does not see.
     """
 
     tiles: Tiles
@@ -108,35 +109,32 @@ class _Group:
     is_query: Tensor
     nodes: Tensor
     slots: Tensor
-    sees: Tensor
+    hidden: Tensor
 
     def attend(self, q_THD: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """The queries' results [M, H, D], in their dtype."""
+        """The queries' results [M, H, D], in their dtype; keys and values [K, slots, D]."""
         heads, size = q_THD.shape[1:]
-        kv_heads = keys.shape[1]
+        kv_heads = len(keys)
         queries, width, count = self.tiles
         dtype = accumulate_dtype(q_THD.dtype)
         scaled = q_THD[self.rows].to(dtype) * size**-0.5
-        q = scaled.view(count, queries, kv_heads, -1, size).permute(0, 2, 3, 1, 4)
-        # [B * K, G * Q, D]
-        q = q.reshape(count * kv_heads, -1, size)
-        shape = (count, kv_heads, heads // kv_heads, queries)
-        top = q.new_full((*shape, 1), LOWEST)
-        total = q.new_zeros((*shape, 1))
-        out = q.new_zeros((*shape, size))
-        for slots, sees in zip(self.slots, self.sees):
-            k, v = (
-                stored[slots].view(count, width, kv_heads, size).transpose(1, 2).reshape(-1, width, size).to(dtype)
-                for stored in (keys, values)
-            )
-            scores = torch.bmm(q, k.transpose(1, 2)).view(*shape, width).masked_fill(~sees, -torch.inf)
+        # [K * B, G * Q, D]
+        q = scaled.view(count, queries, kv_heads, -1, size).permute(2, 0, 3, 1, 4).reshape(kv_heads * count, -1, size)
+        top = q.new_full((*q.shape[:2], 1), LOWEST)
+        total = torch.zeros_like(top)
+        out = torch.zeros_like(q)
+        for slots, hidden in zip(self.slots, self.hidden):
+            k, v = (stored.index_select(1, slots).view(-1, width, size).to(dtype) for stored in (keys, values))
+            scores = torch.bmm(q, k.transpose(1, 2))
+            scores.view(kv_heads, count, -1, queries, width).masked_fill_(hidden, -torch.inf)
             higher = torch.maximum(top, scores.amax(-1, keepdim=True))
-            weights = (scores - higher).exp()
-            shrink = (top - higher).exp()
-            total = total * shrink + weights.sum(-1, keepdim=True)
-            out = out * shrink + torch.bmm(weights.view(len(q), -1, width), v).view(*shape, size)
+            weights = scores.sub_(higher).exp_()
+            shrink = top.sub_(higher).exp_()
+            total.mul_(shrink).add_(weights.sum(-1, keepdim=True))
+            out.mul_(shrink).baddbmm_(weights, v)
             top = higher
-        out = (out / total).permute(0, 3, 1, 2, 4).reshape(-1, heads, size)
+        out.div_(total)
+        out = out.view(kv_heads, count, -1, queries, size).permute(1, 3, 0, 2, 4).reshape(-1, heads, size)
         return out[self.is_query].to(q_THD.dtype)
 
 
@@ -163,7 +161,7 @@ def _groups(chunk: Chunk, window: int | None, device: torch.device) -> Iterator[
             first = max(0, int(depth[is_query].min()) - window + 1) // width
         # where there is no query, a key is seen, so that no sum is 0
         sees[~is_query, first * width] = True
-        by_step = sees.reshape(count, queries, steps, width).transpose(2, 0, 1, 3)[first:, :, None, None]
+        by_step = ~sees.reshape(count, queries, steps, width).transpose(2, 0, 1, 3)[first:, :, None]
         of_step = slots.reshape(count, steps, width).transpose(1, 0, 2).reshape(steps, -1)[first:]
         arrays = rows.clip(min=0).flatten(), is_query.flatten(), rows[is_query], of_step, by_step
         tensors = (torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays)

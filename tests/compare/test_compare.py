@@ -53,14 +53,14 @@ def adapter(base, tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """run(A, B, options): the content of comparison.json; in fp32."""
+    """run(A, B, options): the numbers that are written; in fp32."""
 
     def compare(a, b, **options) -> dict:
         if not options.keys() & {"data", "prompts"}:
             options["data"] = write_rows(tmp_path / "rows.jsonl", ROWS)
-        options = {"output": tmp_path / "out", "dtype": "float32", "max-new-tokens": 5} | options
+        options = {"output": tmp_path / "out" / "page.html", "dtype": "float32", "max-new-tokens": 5} | options
         command.main([str(a), str(b), *(f"--{key}={value}" for key, value in options.items())])
-        return json.loads((tmp_path / "out" / "comparison.json").read_text())
+        return json.loads((tmp_path / "out" / "page.json").read_text())
 
     return compare
 
@@ -300,7 +300,8 @@ def test_prompts_beyond_the_models_positions_are_left_out(save_mistral, run, tmp
         ({"data": "rows.jsonl", "model": "MODEL"}, "--model is the base of adapters, and neither A nor B is one"),
         ({"data": "rows.jsonl", "max-new-tokens": 600}, "rows.jsonl: no prompt fits 512 positions with 600 new tokens"),
         ({"data": "rows.jsonl", "template": "mistral-v3"}, "template mistral-v3 needs the control token"),
-        ({"data": "rows.jsonl", "output": "rows.jsonl"}, "rows.jsonl: cannot be made "),
+        ({"data": "rows.jsonl", "output": "rows.jsonl/page.html"}, "rows.jsonl: cannot be made "),
+        ({"data": "rows.jsonl", "output": "pages"}, "--output is pages; expected a name that ends in .html"),
     ],
 )
 def test_what_the_user_can_fix(options, message, base, run, tmp_path, monkeypatch):
@@ -382,7 +383,7 @@ def test_the_page_is_self_contained_and_escapes_everything(base, run, tmp_path):
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&amp;{{ 7 * 7 }}"
     row = {"system_prompt": evil, "question": evil, "response": evil}
     run(base[0], base[0], data=write_rows(tmp_path / f"<b>{'rows.jsonl'}", [row]))
-    page = (tmp_path / "out" / "comparison.html").read_text()
+    page = (tmp_path / "out" / "page.html").read_text()
     assert "<script>alert" not in page and "<img" not in page and "<b>rows" not in page and "{{ 7 * 7 }}" in page
     assert page.count("<script>") == 1 and "default-src &#39;none&#39;; script-src &#39;sha256-" in page
     # what a browser would fetch

@@ -9,6 +9,7 @@ import torch
 from minorca import load_model
 from minorca.evaluate.scoring import Request, Scorer, Sizes, build_trie, plan_chunks
 from minorca.evaluate.tiled_attention import Tiles
+from minorca.model.build import prepack
 from minorca.model.network import Mistral
 from tests.helpers import random_adapter
 
@@ -73,7 +74,7 @@ def test_scores_are_those_of_transformers(dtype, bound, window, heads, kv_heads,
             assert logp == pytest.approx(reference, abs=bound) and is_greedy == greedy
 
 
-MODELS = ["float32", "bfloat16", "window", "adapter", "nf4"]
+MODELS = ["float32", "bfloat16", "window", "adapter", "nf4", "prepacked"]
 
 
 @pytest.fixture(params=MODELS)
@@ -82,7 +83,8 @@ def model(request, save_mistral, tmp_path) -> Mistral:
     directory, theirs = save_mistral(vocab_size=VOCABULARY, intermediate_size=128, sliding_window=window)
     dtype = torch.bfloat16 if request.param == "bfloat16" else torch.float32
     if request.param != "adapter":
-        return load_model(directory, dtype, "cpu", quantize="nf4" if request.param == "nf4" else None)
+        model = load_model(directory, dtype, "cpu", quantize="nf4" if request.param == "nf4" else None)
+        return prepack(model) if request.param == "prepacked" else model
     random_adapter(theirs, tmp_path / "adapter", ["q", "k", "v", "o", "gate", "up", "down"], r=4)
     return load_model(directory, dtype, "cpu", adapter=tmp_path / "adapter")
 
