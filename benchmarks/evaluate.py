@@ -62,9 +62,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
                     seconds[name].append(clock() - start)
             away = max(abs(a[0] / b[0] - 1) for a, b in zip(*scores.values()))
             if args.dtype == "float32" and not away <= TOLERANCE:
-                raise SystemExit(
-                    f"benchmarks.evaluate: error: {kind}: log-likelihoods are up to {away:.1e} apart, relative"
-                )
+                raise SystemExit(f"benchmarks.evaluate: error: {kind}: log-likelihoods differ by up to {away:.1e}")
             row = {"kind": kind, "requests": len(requests), "largest_difference": away}
             row["tokens"] = sum(len(context) + len(continuation) - 1 for context, continuation in requests)
             row["computed_tokens"] = len(build_trie(requests).tokens)
