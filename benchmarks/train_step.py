@@ -212,6 +212,7 @@ class TRL(Theirs):
         from trl.trainer.dpo_trainer import DPOTrainer
 
         super().__init__(*arguments)
+        self.first_tokens = 0
         self.directory = tempfile.TemporaryDirectory()
         settings = Settings(
             output_dir=self.directory.name,
@@ -229,8 +230,8 @@ class TRL(Theirs):
 
     def arrange(self, tokens: int) -> list[int]:
         # fewer pairs at a time where the first micro-batches did not fit
-        self.tokens = getattr(self, "tokens", tokens)
-        size = max(PAIRS * tokens // self.tokens, 1)
+        self.first_tokens = self.first_tokens or tokens
+        size = max(PAIRS * tokens // self.first_tokens, 1)
         self.batches = []
         for first in range(0, len(self.store), size):
             pairs = []

@@ -109,7 +109,7 @@ def environment(directory: Path) -> dict[str, str]:
         "PATH": f"{directory / '.venv' / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": f"{directory}:{directory / 'kernels'}",
     }
-    return dict(os.environ) | paths
+    return os.environ | paths
 
 
 def start(block: Block, directory: Path) -> subprocess.Popen:

@@ -81,10 +81,10 @@ def _text_with_cuts(tok: Tokenizer, outcome: Outcome, seq_len: int) -> str:
     """A row's text with what is trained of it marked, headings over its branches, and the places where it is cut."""
     count = len(outcome.ids)
     trained = np.zeros(count, bool)
-    # Pieces overlap by a token: what starts at a piece's second token is what follows the cut.
     # Neither of a tie is better, and of identical answers one is shown.
     scores = None if outcome.dropped else outcome.branch_scores
     cuts = branch_headings(outcome.branch_starts, scores, outcome.trained)
+    # Pieces overlap by a token: what starts at a piece's second token is what follows the cut.
     for start, end in outcome.pieces:
         trained[start + 1 : end] = outcome.trained[start + 1 : end]
         if end < count:

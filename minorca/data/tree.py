@@ -99,16 +99,16 @@ def join_answers(rendered: list[tuple[np.ndarray, np.ndarray]], scores: list[flo
         branches.setdefault(tuple(part.tobytes() for part in branch), (*branch, score))
     kept = list(branches.values())
     scores_of_kept = [score for _, _, score in kept]
-    dropped = None
+    dropped, notes = None, []
     if len(rendered) > 1 and len(kept) == 1:
         dropped = "identical answers"
     elif len(kept) > 1 and len(set(scores_of_kept)) == 1:
         dropped = "tie"
-    notes = []
-    if dropped is None and len(kept) < len(rendered):
-        notes.append(REPEATED)
-    if dropped is None and len(set(scores_of_kept)) < len(kept):
-        notes.append(EQUAL)
+    else:
+        if len(kept) < len(rendered):
+            notes.append(REPEATED)
+        if len(set(scores_of_kept)) < len(kept):
+            notes.append(EQUAL)
     return Tree(
         ids=np.concatenate([ids_of_first[:border], *(ids for ids, _, _ in kept)]),
         trained=np.concatenate([np.zeros(border, bool), *(trained for _, trained, _ in kept)]),

@@ -158,9 +158,9 @@ class Record:
             self.wandb.log(known, step=step)
 
     def step(self, step: int, values: dict, phases: dict[str, float]) -> None:
-        """A step of all ranks together: its loss, its own tokens, its wall-clock seconds; and of
-        those on rank 0 the seconds of each phase: data, forward, backward and optimizer are its own, evaluation,
-        checkpoint and other are what came between the step before and this one.
+        """A step of all ranks together: its loss, its own tokens, its wall-clock seconds; and of those on rank 0 the
+        seconds of each phase: data, forward, backward and optimizer are its own, evaluation, checkpoint and other are
+        what came between the step before and this one.
         """
         self._write(step, values | {f"{phase}_seconds": seconds for phase, seconds in phases.items()})
         self.seconds += values["seconds"]

@@ -1,7 +1,6 @@
 """The reference of preference tuning: the model that the policy is measured against."""
 
 import itertools
-import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -27,10 +26,13 @@ class Reference:
     def __init__(self, model: Mistral, parameters: Iterable[nn.Parameter]):
         """Takes the parameters' values of now. Without parameters, the reference is the model as it is."""
         self.model = model
-        self.stored = [local_part(parameter)[0] for parameter in parameters]
-        self.values = [stored.clone() for stored in self.stored]
-        sizes = itertools.accumulate(stored.nbytes for stored in self.stored)
-        self.groups = [size // GROUP_BYTES for size in sizes]
+        stored = [local_part(parameter)[0] for parameter in parameters]
+        sizes = itertools.accumulate(t.nbytes for t in stored)
+        # what is exchanged together: the parameters' tensors, and the values to put there
+        self.groups: list[tuple[list[Tensor], list[Tensor]]] = []
+        for _, group in itertools.groupby(zip(sizes, stored), key=lambda pair: pair[0] // GROUP_BYTES):
+            tensors = [t for _, t in group]
+            self.groups.append((tensors, [t.clone() for t in tensors]))
 
     @torch.no_grad()
     def of(self, batch: Batch) -> Tensor:
@@ -54,12 +56,11 @@ class Reference:
 
     def exchange(self) -> None:
         """Exchanges the values with the parameters'. Autograd counts the change, so rounded copies are made anew."""
-        pairs = zip(self.groups, self.stored, self.values)
-        for _, group in itertools.groupby(pairs, key=operator.itemgetter(0)):
-            _, stored, values = zip(*group)
+        for stored, values in self.groups:
             current = [torch.empty_like(t) for t in stored]
-            for to, source in ((current, stored), (stored, values), (values, current)):
+            for to, source in ((current, stored), (stored, values)):
                 torch._foreach_copy_(to, source)  # pyright: ignore[reportPrivateImportUsage]
+            values[:] = current
         if isinstance(self.model, FSDPModule):
             # what a forward has gathered stays gathered in the root until its backward
             self.model.reshard()

@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import SHAPES
-from benchmarks.memory import CASES, NEAR, SMALL, Case, compare
+from benchmarks.memory import CASES, NEAR, SMALL, Case, compare, peak_bytes
 from minorca import cli
 from minorca.config import Config, choices
 from minorca.model.architecture import read_architecture
@@ -255,6 +257,17 @@ def test_an_optimizer_that_a_gpu_compiles(options):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
     assert done.returncode == 0, done.stderr[-1000:]
     assert any("adamw_8bit" in assumption for assumption in json.loads(done.stdout)["assumptions"])
+
+
+def test_memory_of_an_earlier_case_does_not_count():
+    """torch's profiler reports as freed what an earlier profile saw allocated."""
+    tensors = []
+    for _ in range(2):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            tensors.clear()
+            tensors.append(torch.empty(1000))
+            tensors.append(torch.empty(24))
+        assert peak_bytes(profiler) == 4 * 1024
 
 
 @pytest.mark.slow
