@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from minorca.compare.sides import Side, load, open_side
 from minorca.config import choices
 from minorca.data.chat_template import TEMPLATES
 from minorca.errors import UserError, raise_problems
+from minorca.files.atomic import check_output, write_file
 from minorca.generate.request import default_max_length
 from minorca.model.build import fast_dtype
 
@@ -36,8 +36,8 @@ def main(argv: list[str]) -> None:
     runners = load((a, b), dtype, args.quantize, args.double_quant)
     result = compare(runners, kept, rendered, args.max_new_tokens) | {"left_out": left_out}
     values = _json_values(result)
-    _write(numbers, json.dumps(values, ensure_ascii=False) + "\n")
-    _write(page, render_page(values))
+    write_file(numbers, json.dumps(values, ensure_ascii=False) + "\n")
+    write_file(page, render_page(values))
     print("\n".join([*summary(result), f"{page}, {numbers}"]))
 
 
@@ -92,12 +92,8 @@ def _outputs(path: str) -> tuple[Path, Path]:
     page = Path(path).expanduser()
     if page.suffix != ".html":
         raise UserError(f"is {path}; expected a name that ends in .html", field="--output")
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot be made ({error}); choose another --output", path=page.parent) from None
-    if not os.access(page.parent, os.W_OK):
-        raise UserError("is not writable; choose another --output", path=page.parent)
+    for path in (page, page.with_suffix(".json")):
+        check_output(path)
     return page, page.with_suffix(".json")
 
 
@@ -120,15 +116,6 @@ def _render(
         message = f"no prompt fits {positions} positions with {max_new_tokens} new tokens; lower --max-new-tokens"
         raise UserError(message, path=prompts[0].path)
     return kept, rendered, left_out
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot be written ({error})", path=path) from None
 
 
 def _json_values(value: Any) -> Any:

@@ -22,6 +22,7 @@ from minorca.data.portable_files import load_chat
 from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.errors import UserError, raise_problems
 from minorca.evaluate import suites
+from minorca.files.atomic import check_output, write_file
 from minorca.files.vocabulary import adapted_architecture
 from minorca.model.architecture import read_architecture
 from minorca.model.build import fast_dtype, load_model, prepack
@@ -29,7 +30,7 @@ from minorca.model.quantization import parse_quantization
 from minorca.train.ranks import World, init_distributed
 
 if TYPE_CHECKING:
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.manager import TaskDict
 
     from minorca.evaluate.harness import MinorcaLM
     from minorca.evaluate.mt_bench import MTBench
@@ -93,6 +94,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     cache.add_argument("--no-cache", action="store_true", help="compute everything, and keep nothing")
     args = parser.parse_args(argv)
     raise_problems(_problems(args))
+    if args.output:
+        check_output(args.output)
     return args
 
 
@@ -141,8 +144,6 @@ def _problems(args: argparse.Namespace) -> Iterator[UserError]:
     for option, needed in (("fewshot_in_one_turn", "chat"), ("log_samples", "output")):
         if getattr(args, option) and not getattr(args, needed):
             yield UserError(f"needs --{needed}", field=f"--{option.replace('_', '-')}")
-    if args.output and not args.output.parent.is_dir():
-        yield UserError(f"is in {args.output.parent}, which is not a directory", field="--output")
 
 
 @contextlib.contextmanager
@@ -177,8 +178,8 @@ def _evaluate(args: argparse.Namespace, world: World | None) -> None:
         of_model = identity(args.model, args.adapter, quantization, tok)
     lm = _load(args, world, tok, template, of_model)
     started = time.perf_counter()
-    results = _evaluate_tasks(args, lm, *chosen) if chosen else None
-    scores = suites.run(prepared, lambda tasks: _evaluate_tasks(args, lm, tasks))
+    results = _evaluate_tasks(args, lm, chosen.manager.load(chosen.tasks)) if chosen else None
+    scores = suites.run(prepared, lambda loaded: _evaluate_tasks(args, lm, loaded))
     if bench:
         scores += _evaluate_mt_bench(args, world, lm, bench, of_model)
     seconds = time.perf_counter() - started
@@ -200,7 +201,7 @@ def _evaluate(args: argparse.Namespace, world: World | None) -> None:
     print(_summary(ours, args, lm.max_length))
     if args.output:
         text = json.dumps(written | {"minorca": ours}, indent=2, default=handle_non_serializable, ensure_ascii=False)
-        _write(args.output, text + "\n")
+        write_file(args.output, text + "\n")
 
 
 def _read_tokenizer(args: argparse.Namespace, chat: bool) -> tuple[Tokenizer, str | None]:
@@ -226,20 +227,14 @@ def _load(
     return MinorcaLM(model, tok, template or "auto", add_bos=args.bos, cache=cache, world=world, slots=args.slots)
 
 
-def _evaluate_tasks(
-    args: argparse.Namespace, lm: "MinorcaLM", tasks: list, manager: "TaskManager | None" = None
-) -> dict[str, Any] | None:
-    """lm_eval's results; None on ranks that have none."""
-    import lm_eval
-    from lm_eval.tasks import TaskManager
+def _evaluate_tasks(args: argparse.Namespace, lm: "MinorcaLM", loaded: "TaskDict") -> dict[str, Any]:
+    """lm_eval's results."""
+    from minorca.evaluate.harness import evaluate_tasks
 
-    # its decorator hides its parameters from type checkers
-    simple_evaluate: Any = lm_eval.simple_evaluate
-    return simple_evaluate(
+    return evaluate_tasks(
         lm,
-        tasks=tasks,
-        task_manager=manager or TaskManager(include_defaults=False),
-        num_fewshot=args.num_fewshot,
+        loaded,
+        args.num_fewshot,
         limit=args.limit,
         log_samples=args.log_samples,
         apply_chat_template=args.chat,
@@ -302,16 +297,6 @@ def _summary(ours: dict, args: argparse.Namespace, max_length: int) -> str:
     if ours["truncated"]:
         lines.append(f"{ours['truncated']} requests were cut on the left, to the model's {max_length} positions")
     return "\n".join(lines)
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file, which is complete or absent."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot be written ({error})", path=path) from None
 
 
 if __name__ == "__main__":

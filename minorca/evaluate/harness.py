@@ -18,9 +18,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch.distributed as dist
-from lm_eval import utils
+from lm_eval import evaluator, utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.tasks.manager import TaskDict
 from tqdm import tqdm
 
 from minorca.data.chat_template import PROBES, resolve_template
@@ -42,8 +43,30 @@ log = logging.getLogger(__name__)
 SLOTS = {"cuda": 32, "cpu": 8}
 # numbers the times that this process has given its answers to other ranks, by any model
 _exchanges = itertools.count()
+# of the draws of few-shot examples, lm_eval's default
+FEWSHOT_SEED = 1234
 # Marks where the last message ends, as in transformers (utils/chat_template_utils.py).
 END_OF_MESSAGE = "\ue000END_OF_MESSAGE "
+
+
+def evaluate_tasks(lm: "MinorcaLM", loaded: TaskDict, num_fewshot: int | None = None, **options) -> dict[str, Any]:
+    """lm_eval's results of tasks, as simple_evaluate gives them without what it collects of the machine, which takes
+    longer than small tasks.
+
+    Args:
+        loaded: what lm_eval's TaskManager.load returns.
+        num_fewshot: the examples before each question; None: what each task says.
+        options: of lm_eval's evaluate.
+    """
+    for task in loaded["tasks"].values():
+        given = task.get_config("num_fewshot")
+        # a task that says 0 cannot be asked otherwise
+        if given is None or (num_fewshot is not None and given != 0):
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    # its decorator hides its parameters from type checkers
+    evaluate: Any = evaluator.evaluate
+    return evaluate(lm, loaded, **options)
 
 
 @dataclass

@@ -1,13 +1,14 @@
 """A suite's scores beside the published ones: as markdown, as JSON and as a picture."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minorca.errors import UserError
 from minorca.evaluate.published import COLUMNS, PUBLISHED, SOURCES, Published
 from minorca.evaluate.suites import MT_BENCH, Score, SuiteResult
+from minorca.files.atomic import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,11 +25,8 @@ def write(results: Sequence[SuiteResult], model: str, file: Path) -> None:
     Raises:
         UserError: a file cannot be written.
     """
-    try:
-        file.with_suffix(".md").write_text(to_markdown(results, model))
-        draw(results, model, file.with_suffix(".png"))
-    except OSError as error:
-        raise UserError(f"cannot be written ({error})", path=file.parent) from None
+    write_file(file.with_suffix(".md"), to_markdown(results, model))
+    write_file(file.with_suffix(".png"), draw(results, model))
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
@@ -101,13 +99,15 @@ def _detail(score: Score) -> str:
 # ------------------------------------------------------------------------------------------------------------- picture
 
 
-def draw(results: Sequence[SuiteResult], model: str, picture: Path) -> None:
-    """Bars of each suite's average; of a single suite its other averages and its tasks too."""
+def draw(results: Sequence[SuiteResult], model: str) -> bytes:
+    """Bars of each suite's average, as PNG; of a single suite its other averages and its tasks too."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = make_figure(results, model)
     FigureCanvasAgg(figure)
+    picture = io.BytesIO()
     figure.savefig(picture, dpi=110)
+    return picture.getvalue()
 
 
 def make_figure(results: Sequence[SuiteResult], model: str) -> "Figure":

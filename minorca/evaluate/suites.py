@@ -29,6 +29,7 @@ from minorca.evaluate.task_data import local_files, task_configs
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.manager import TaskDict
 
 # A task in the form of lm_eval's YAML files, with its number of shots and its data.
 TaskConfig = dict[str, Any]
@@ -215,19 +216,18 @@ def _schema_problems(config: TaskConfig) -> Iterator[UserError]:
             yield from template_problems(config, list(rows.features or ()), Path(file))
 
 
-def run(prepared: Prepared, evaluate_tasks: Callable[[list["Task"]], dict | None]) -> list[SuiteResult]:
+def run(prepared: Prepared, evaluate_tasks: Callable[["TaskDict"], dict]) -> list[SuiteResult]:
     """Evaluates suites.
 
     Args:
-        evaluate_tasks: gives lm_eval's results of tasks, or None on a rank that has none; called once a suite, because
-            two suites have the same task with other shots.
+        evaluate_tasks: gives lm_eval's results of tasks; called once a suite, because two suites have the same task
+            with other shots.
     """
     results = []
     for key, members in prepared.items():
-        evaluated = evaluate_tasks([task for tasks in members.values() for task in tasks])
-        if evaluated is not None:
-            names = {member: [task.task_name for task in tasks] for member, tasks in members.items()}
-            results.append(score(key, names, evaluated))
+        names = {member: [task.task_name for task in tasks] for member, tasks in members.items()}
+        by_name = {task.task_name: task for tasks in members.values() for task in tasks}
+        results.append(score(key, names, evaluate_tasks({"tasks": by_name})))
     return results
 
 

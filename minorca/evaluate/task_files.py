@@ -7,6 +7,7 @@ the user's own, like a configuration: they may name Python functions, which lm_e
 import difflib
 import fnmatch
 import glob
+import random
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from itertools import islice
@@ -16,6 +17,8 @@ from typing import NamedTuple, cast
 import jinja2
 import jinja2.meta
 import lm_eval.api.metrics  # noqa: F401  (which fills METRIC_REGISTRY)
+import numpy as np
+import torch
 import yaml
 from lm_eval.api.group import Group
 from lm_eval.api.registry import METRIC_REGISTRY
@@ -71,8 +74,13 @@ def load_tasks(
     raise_problems(_twice(leaves))
     own = [leaf for leaf in leaves if include_path and leaf.yaml_path and leaf.yaml_path.is_relative_to(include_path)]
     raise_problems(problem for leaf in own for problem in _file_problems(leaf))
+    # as lm_eval's own command does: tasks' functions may shuffle their rows
+    random.seed(0)
+    np.random.seed(1234)
+    torch.manual_seed(1234)
     tasks = [task for name in chosen for task in _load(name, manager)]
     loaded = manager.load(tasks)["tasks"]
+    raise_problems(problem for task in loaded.values() for problem in _task_problems(task))
     raise_problems(problem for task in loaded.values() for problem in _example_problems(task, num_fewshot))
     for leaf in own:
         task = loaded[leaf.name]
@@ -234,6 +242,13 @@ def template_problems(config: Mapping, columns: list[str], path: Path | None) ->
             hint = f"; did you mean {near[0]}?" if near else ""
             message = f"names the column {name}, which the data lack (they have {', '.join(columns)}){hint}"
             yield UserError(message, path=path, field=field)
+
+
+def _task_problems(task: Task) -> Iterator[UserError]:
+    if getattr(task, "UNSAFE_CODE", False):
+        yield UserError(f"has {task.task_name}, which runs code that a model writes; that is not done", field="--tasks")
+    if getattr(task, "MULTIMODAL", False):
+        yield UserError(f"has {task.task_name}, which shows pictures, and the model reads text only", field="--tasks")
 
 
 def _example_problems(task: Task, num_fewshot: int | None) -> Iterator[UserError]:

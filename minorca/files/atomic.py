@@ -1,4 +1,4 @@
-"""Directories that appear complete or not at all, are verified by checksums, and have a single writer."""
+"""Files and directories that appear complete or not at all, are verified by checksums, and have a single writer."""
 
 import fcntl
 import hashlib
@@ -53,6 +53,36 @@ def publish(directory: Path, write: Callable[[Path], None]) -> None:
         raise UserError(f"cannot be written ({error}); nothing half-written was left", path=directory) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(path: Path) -> None:
+    """Creates the directory of a file that is to be written later.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot be made ({error}); choose another --output", path=path.parent) from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError("is not a file that can be written; choose another --output", path=path)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes a file, text in UTF-8, in place of what was there.
+
+    Raises:
+        UserError: it cannot be written; what was there is still there.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot be written ({error})", path=path) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_manifest(directory: Path) -> None:

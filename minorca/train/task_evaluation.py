@@ -17,11 +17,7 @@ from minorca.train.ranks import World
 
 # not among the requirements
 if TYPE_CHECKING:
-    from lm_eval.api.model import TemplateLM
     from lm_eval.tasks.manager import TaskDict
-
-# of the draws of few-shot examples, lm_eval's default
-FEWSHOT_SEED = 1234
 
 
 class TaskEvaluation:
@@ -42,7 +38,7 @@ class TaskEvaluation:
 
         noted: signals of this rank; once any rank has one, the evaluation ends after a task and gives None.
         """
-        from minorca.evaluate.harness import MinorcaLM
+        from minorca.evaluate.harness import MinorcaLM, evaluate_tasks
 
         # the forwards of a sharded model are collectives, of which every rank must make as many
         lm = MinorcaLM(model, tok, world=None if isinstance(model, FSDPModule) else world)
@@ -50,26 +46,14 @@ class TaskEvaluation:
         is_stopped = False
         model.eval()
         for loaded in self.loaded:
-            values |= self._evaluate(lm, loaded)
+            # standard errors are not recorded
+            options = {"limit": self.config.limit, "log_samples": False, "bootstrap_iters": 0}
+            results = evaluate_tasks(lm, loaded, self.config.num_fewshot, **options)
+            values |= dict(_metrics(results.get("groups", {}))) or dict(_metrics(results["results"]))
             if is_stopped := bool(world.sum([len(noted)])[0]):
                 break
         model.train()
         return None if is_stopped else values
-
-    def _evaluate(self, lm: TemplateLM, loaded: TaskDict) -> dict[str, float]:
-        """As lm_eval.simple_evaluate, without what it collects of the machine, which takes longer than small tasks."""
-        from lm_eval.evaluator import evaluate
-
-        shots = self.config.num_fewshot
-        for task in loaded["tasks"].values():
-            given = task.get_config("num_fewshot")
-            # a task that says 0 cannot be asked otherwise
-            if given is None or (shots is not None and given != 0):
-                task.set_config(key="num_fewshot", value=shots or 0)
-            task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        # standard errors are not recorded
-        results: Any = evaluate(lm, loaded, limit=self.config.limit, log_samples=False, bootstrap_iters=0)
-        return dict(_metrics(results.get("groups", {}))) or dict(_metrics(results["results"]))
 
 
 def _metrics(results: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float]]:
@@ -96,9 +80,9 @@ def open_tasks(config: EvalConfig) -> TaskEvaluation | None:
 
     include_path = Path(config.include_path).expanduser() if config.include_path else None
     try:
-        tasks, manager = load_tasks(config.tasks, include_path, config.limit)
+        tasks, manager = load_tasks(config.tasks, include_path, config.limit, config.num_fewshot)
     except UserError as error:
-        settings = {"--tasks": "eval.tasks", "--include-path": "eval.include_path"}
+        settings = {f"--{key.replace('_', '-')}": f"eval.{key}" for key in ("tasks", "include_path", "num_fewshot")}
         for problem in error.problems:
             problem.field = settings.get(problem.field or "", problem.field)
         raise

@@ -5,12 +5,18 @@ import json
 import os
 import subprocess
 import sys
+from typing import cast
 
 import pytest
+
+pytest.importorskip("lm_eval")
+import datasets
+from lm_eval.api.task import ConfigurableTask
 
 from minorca import UserError
 from minorca.evaluate import __main__ as command
 from minorca.evaluate.scoring import Scorer
+from minorca.evaluate.task_files import load_tasks
 from tests.evaluate.harness_oracle import rows_of, save_bpe, write_tasks
 from tests.helpers import ROOT, random_adapter
 
@@ -18,10 +24,8 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM
 
 
 @pytest.fixture
-def evaluate(save_mistral, tmp_path, capsys, monkeypatch):
+def evaluate(save_mistral, tmp_path, capsys):
     """evaluate(*options): the command's output and what it wrote, of a small model on local tasks."""
-    # what lm_eval collects of the machine takes a second, and is not written
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     sizes = {"vocab_size": 400, "intermediate_size": 128, "max_position_embeddings": 448}
     directory, model = save_mistral(**sizes, bos_token_id=0, eos_token_id=1)
     save_bpe(directory, True)
@@ -124,6 +128,8 @@ def test_bad_input_is_named(evaluate, monkeypatch):
         ({"test_split": "tset"}, r"mine\.yaml: task mine cannot be loaded: KeyError"),
         ({"metric_list": [{"metric": "acuracy"}]}, r"mine\.yaml: metric_list has .*acuracy; did you mean acc"),
         ({"process_docs": "no"}, r"mine\.yaml: task mine cannot be loaded: TypeError"),
+        ({"unsafe_code": True}, "--tasks has mine, which runs code that a model writes"),
+        ({"doc_to_image": ["question"]}, "--tasks has mine, which shows pictures"),
     ):
         write_task(evaluate.folder, **changes)
         says(message, tasks="mine")
@@ -149,11 +155,41 @@ def test_bad_input_is_named(evaluate, monkeypatch):
         (("--num-fewshot", 9), "--num-fewshot is 9, and arc_local has 8 rows to take examples from"),
         (("--fewshot-in-one-turn",), "--fewshot-in-one-turn needs --chat"),
         (("--include-path", "nowhere"), "--include-path is not a directory"),
-        (("--output", "no/where.json"), "--output is in no, which is not a directory"),
+        (("--output", evaluate.folder), "tasks: is not a file that can be written; choose another --output"),
+        (("--output", evaluate.folder / "mine.jsonl" / "out.json"), r"mine\.jsonl: cannot be made .*another --output"),
     ):
         says(message, *options)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     says("lm_eval is not installed; pip install")
+
+
+SHUFFLED = """
+import random
+
+def process_docs(rows):
+    def shuffle(row):
+        words = row["question"].split()
+        random.shuffle(words)
+        return row | {"question": " ".join(words)}
+
+    return rows.map(shuffle)
+"""
+
+
+def test_tasks_that_shuffle_give_the_same_rows(tmp_path):
+    """Whatever was drawn before; lm_eval's own GPQA is such a task."""
+    (tmp_path / "shuffled.py").write_text(SHUFFLED)
+    write_task(tmp_path)
+    path = tmp_path / "mine.yaml"
+    path.write_text(path.read_text().replace("{", "{process_docs: !function shuffled.process_docs, ", 1))
+    # which would give what was drawn first
+    datasets.disable_caching()
+    try:
+        drawn = [list(cast(ConfigurableTask, load_tasks(["mine"], tmp_path).tasks[0]).eval_docs) for _ in range(2)]
+    finally:
+        datasets.enable_caching()
+    assert drawn[0] == drawn[1]
+    assert [row["question"] for row in drawn[0]] != [row["question"] for row in rows_of("arc")]
 
 
 @pytest.mark.slow

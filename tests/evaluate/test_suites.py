@@ -233,16 +233,14 @@ def test_seed_is_all_five(monkeypatch, tmp_path):
     monkeypatch.setattr(suites, "_load", lambda config, _: SimpleNamespace(task_name=config["task"]))
     metrics = {m.name: m.metric for suite in suites.SUITES.values() for m in suite.members}
 
-    def evaluate_tasks(tasks):
-        calls.append(len(tasks))
-        return evaluated({task.task_name: (metrics[task.task_name], 0.25, 0.01) for task in tasks})
+    def evaluate_tasks(loaded):
+        calls.append(len(loaded["tasks"]))
+        return evaluated({name: (metrics[name], 0.25, 0.01) for name in loaded["tasks"]})
 
     prepared = suites.prepare("seed", tmp_path)
     results = suites.run(prepared, evaluate_tasks)
     assert [*(result.suite for result in results), "mt-bench", "seed"] == list(suites.NAMES)
     assert calls == [6, 8, 18, 7]
-    # a rank without results
-    assert suites.run(prepared, lambda _: None) == []
     assert suites.prepare("mt-bench", tmp_path) == {}
     assert [name for name in suites.NAMES if suites.has_mt_bench(name)] == ["mt-bench", "seed"]
 
