@@ -92,9 +92,10 @@ def _outputs(path: str) -> tuple[Path, Path]:
     page = Path(path).expanduser()
     if page.suffix != ".html":
         raise UserError(f"is {path}; expected a name that ends in .html", field="--output")
-    for path in (page, page.with_suffix(".json")):
-        check_output(path)
-    return page, page.with_suffix(".json")
+    numbers = page.with_suffix(".json")
+    for output in (page, numbers):
+        check_output(output)
+    return page, numbers
 
 
 def _render(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -259,6 +260,52 @@ def test_strides_change_nothing(case, layout, device):
     for mine, reference in zip(run(operation, leaves), run(case.operation, leaves), strict=True):
         # in cuBLAS and MKL the order of sums depends on the layout
         assert torch.allclose(mine, reference, rtol=1e-4, atol=1e-5 * reference.abs().max().item())
+
+
+ROWWISE = {
+    name: CASES[name]
+    for name in (
+        "rms_norm",
+        "add_rms_norm",
+        "swiglu",
+        *(f"lora_linear, {strategy}, dropout 0.0{of}" for strategy in STRATEGIES for of in ("", ", of swiglu")),
+        "norm_lora_linear, accumulated",
+        "norm_lora_linear, augmented",
+    )
+}
+# whose tables have rows too
+ROWWISE["rope"] = make_case(
+    rope, rope_definition, lambda qkv, cos, sin: (qkv, cos, sin, 3, 2), lambda n: [(TOKENS[n], 7 * 64)] + 2 * [(70, 32)]
+)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the Triton kernels; of the CPU's: tests/evaluate/test_scoring.py")
+@pytest.mark.parametrize("name", ROWWISE)
+def test_a_row_has_the_same_bits_wherever_it_lies(name, monkeypatch):
+    """Whatever the other rows are, as minorca/evaluate/scoring.py promises of log-likelihoods."""
+
+    # the BLAS of the interpreter's products promises no order
+    def matmul(a, b, dtype=None):
+        return sum(np.multiply.outer(a[:, k], b[k]) for k in range(len(b))).astype(dtype)
+
+    monkeypatch.setattr(np, "matmul", matmul)
+    monkeypatch.setattr(lora_linear_module, "MIN_TOKENS_AUGMENTED", 0)
+    case = ROWWISE[name]
+    leaves = [t.detach() for t in inputs(case, 2, torch.float32)]
+    tokens = len(leaves[0])
+
+    def outputs(kept: Tensor, places: Tensor) -> list[Tensor]:
+        """Of the rows `kept`, laid at `places` among others."""
+        moved = [t if len(t) != tokens else torch.full_like(t, 3.0).index_copy(0, places, t[kept]) for t in leaves]
+        found = case.operation(*moved)
+        return [t[places] for t in (found if isinstance(found, tuple) else (found,))]
+
+    rows = torch.arange(tokens)
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))
+    everything = outputs(rows, rows)
+    for kept in (rows, rows[: tokens // 2]):
+        for mine, reference in zip(outputs(kept, order[: len(kept)]), everything, strict=True):
+            assert torch.equal(mine, reference[kept])
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="tests the Triton kernels' offsets")
