@@ -141,6 +141,15 @@ def wait_until(condition, seconds: float = 60) -> None:
 SAME = ("loss", "grad_norm", "lr", "tokens", "trained_tokens")
 
 
+# of processes that tests start
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+}
+
+
 def training(options, ranks: int = 0, faulty: tuple = (), restarts: int = 0, **popen) -> subprocess.Popen:
     """Starts a run in processes of its own: `ranks` of torchrun, or one process without torchrun where `ranks` is 0.
 
@@ -156,13 +165,7 @@ def training(options, ranks: int = 0, faulty: tuple = (), restarts: int = 0, **p
         f"--nproc-per-node={ranks}",
         f"--max-restarts={restarts}",
     ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
-    }
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
     return subprocess.Popen([sys.executable, *(launcher if ranks else []), *program, *options], **pipes | popen)
 
 
@@ -170,6 +173,13 @@ def torchrun(ranks: int, options: list[str]) -> None:
     process = training(options, ranks)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err[-3000:]
+
+
+def evaluate_on_two_ranks(options) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "minorca.evaluate"]
+    run = [sys.executable, *launcher, *map(str, options)]
+    done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def trained_by(run: Path) -> dict[str, Tensor]:

@@ -2,25 +2,21 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 pytest.importorskip("lm_eval")
 import datasets
-from lm_eval.api.task import ConfigurableTask
 
 from minorca import UserError
 from minorca.evaluate import __main__ as command
 from minorca.evaluate.scoring import Scorer
 from minorca.evaluate.task_files import load_tasks
 from tests.evaluate.harness_oracle import rows_of, save_bpe, write_tasks
-from tests.helpers import ROOT, random_adapter
-
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+from tests.helpers import ENVIRONMENT, evaluate_on_two_ranks, random_adapter
 
 
 @pytest.fixture
@@ -185,8 +181,10 @@ def test_tasks_that_shuffle_give_the_same_rows(tmp_path):
     # which would give what was drawn first
     datasets.disable_caching()
     try:
-        tasks = [cast(ConfigurableTask, load_tasks(["mine"], tmp_path).tasks[0]) for _ in range(2)]
-        drawn = [[doc["question"] for doc in cast(Any, task.eval_docs)] for task in tasks]
+        drawn = []
+        for _ in range(2):
+            task: Any = load_tasks(["mine"], tmp_path).tasks[0]
+            drawn.append([doc["question"] for doc in task.eval_docs])
     finally:
         datasets.enable_caching()
     assert drawn[0] == drawn[1]
@@ -240,11 +238,8 @@ def test_two_ranks_give_one_ranks_results(evaluate):
     output = evaluate.path / "two.json"
     options = ["--model", evaluate.model, "--include-path", evaluate.folder, "--tasks", "local_tasks", "--log-samples"]
     options += ["--dtype", "float32", "--cache", evaluate.path / "two", "--output", output]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "minorca.evaluate"]
     for computes in (True, False):
-        run = [sys.executable, *launcher, *map(str, options)]
-        done = subprocess.run(run, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+        evaluate_on_two_ranks(options)
         two = json.loads(output.read_text())
         assert two["results"] == one["results"] and two["samples"] == one["samples"]
         assert (two["minorca"]["tokens_computed"] > 0) == computes

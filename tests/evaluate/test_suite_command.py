@@ -9,7 +9,7 @@ import pytest
 from minorca.errors import UserError
 from minorca.evaluate import __main__ as command
 from tests.evaluate.suite_files import QUESTIONS, ROWS, Endpoint, prompt_lines, write_lines, write_rows
-from tests.helpers import save_tokenizer
+from tests.helpers import evaluate_on_two_ranks, save_tokenizer
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="needs lm_eval")
 
@@ -27,6 +27,7 @@ def evaluate(save_mistral, tmp_path, capsys):
         command.main([str(word) for word in given])
         return capsys.readouterr().out, json.loads(file.read_text())
 
+    run.model = model
     return run
 
 
@@ -50,36 +51,57 @@ def test_a_suite_is_shown_beside_published_scores_and_written(evaluate, tmp_path
     assert written["minorca"]["requests"] > 7 * 4
 
 
-def test_mt_bench_by_the_command(evaluate, tmp_path):
+@pytest.fixture
+def mt_bench(tmp_path):
+    """The judge's requests, and mt_bench(DIRECTORY): the options of a question whose files lie there."""
     server = Endpoint(iter(()))
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
-        questions = write_lines(tmp_path / "bench" / "question.jsonl", QUESTIONS)
-        prompts = write_lines(tmp_path / "bench" / "judge_prompts.jsonl", prompt_lines())
-        options = [
-            "--questions",
-            questions,
-            "--judge-prompts",
-            prompts,
-            "--judge",
-            server.url,
-            "--judge-model",
-            "gpt-4",
-        ]
-        options += ["--suite", "mt-bench", "--limit", 1, "--name", "tiny", "--template", "chatml"]
-        _, written = evaluate(*options, "--system", "Be brief.")
-        (line,) = (tmp_path / "bench" / "model_answer" / "tiny.jsonl").read_text().splitlines()
-        assert json.loads(line)["question_id"] == QUESTIONS[0]["question_id"]
-        assert len(server.requests) == 2
-        (average,) = written["suites"]["mt-bench"]["averages"]
-        judgments = (tmp_path / "bench" / "model_judgment" / "gpt-4_single.jsonl").read_text().splitlines()
-        assert average["value"] == pytest.approx(sum(json.loads(line)["score"] for line in judgments) / 2)
-        # another system prompt gives other answers
-        with pytest.raises(UserError, match="is another model's, or of other settings"):
-            evaluate(*options)
-    finally:
-        server.shutdown()
-        server.server_close()
+
+    def options(directory):
+        given = {
+            "--suite": "mt-bench",
+            "--questions": write_lines(directory / "question.jsonl", QUESTIONS),
+            "--judge-prompts": write_lines(directory / "judge_prompts.jsonl", prompt_lines()),
+            "--judge": server.url,
+            "--judge-model": "gpt-4",
+            "--limit": 1,
+            "--name": "tiny",
+            "--template": "chatml",
+        }
+        return [word for pair in given.items() for word in pair]
+
+    yield server.requests, options
+    server.shutdown()
+    server.server_close()
+
+
+def answers_in(directory) -> list[dict]:
+    lines = (directory / "model_answer" / "tiny.jsonl").read_text().splitlines()
+    return [{key: json.loads(line)[key] for key in ("question_id", "choices")} for line in lines]
+
+
+def test_mt_bench_by_the_command(evaluate, mt_bench, tmp_path):
+    requests, options = mt_bench
+    options = options(tmp_path)
+    _, written = evaluate(*options, "--system", "Be brief.")
+    (answer,) = answers_in(tmp_path)
+    assert answer["question_id"] == QUESTIONS[0]["question_id"]
+    assert len(requests) == 2
+    (average,) = written["suites"]["mt-bench"]["averages"]
+    judgments = (tmp_path / "model_judgment" / "gpt-4_single.jsonl").read_text().splitlines()
+    assert average["value"] == pytest.approx(sum(json.loads(line)["score"] for line in judgments) / 2)
+    # another system prompt gives other answers
+    with pytest.raises(UserError, match="is another model's, or of other settings"):
+        evaluate(*options)
+
+
+@pytest.mark.slow
+def test_one_of_two_ranks_asks_and_is_judged(evaluate, mt_bench, tmp_path):
+    requests, options = mt_bench
+    evaluate(*options(tmp_path / "one"))
+    assert len(requests) == 2
+    evaluate_on_two_ranks(["--model", evaluate.model, "--dtype", "float32", *options(tmp_path / "two")])
+    assert len(requests) == 4 and answers_in(tmp_path / "two") == answers_in(tmp_path / "one")
 
 
 @pytest.mark.parametrize(
