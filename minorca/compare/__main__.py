@@ -12,7 +12,7 @@ import torch
 from minorca import cli
 from minorca.compare.comparison import compare
 from minorca.compare.page import render_page
-from minorca.compare.prompts import Prompt, Rendered, read_data, read_lines, render_for
+from minorca.compare.prompts import Prompt, Rendered, read_prompts, render_for
 from minorca.compare.sides import Side, load, open_side
 from minorca.config import choices
 from minorca.data.chat_template import TEMPLATES
@@ -25,7 +25,7 @@ from minorca.model.build import fast_dtype
 def main(argv: list[str]) -> None:
     args = _parse(argv)
     page, numbers = _outputs(args.output)
-    prompts = read_data(args.data, args.format, args.limit) if args.data else read_lines(args.prompts, args.limit)
+    prompts, notes = read_prompts(args.prompts, args.format, args.limit)
     # plain text needs no template
     template = args.template if any(prompt.messages for prompt in prompts) else "none"
     a, b = (open_side(name, path, args.model, template) for name, path in (("A", args.a), ("B", args.b)))
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     kept, rendered, left_out = _render(prompts, (a, b), args.max_new_tokens)
     dtype = getattr(torch, args.dtype) if args.dtype else fast_dtype()
     runners = load((a, b), dtype, args.quantize, args.double_quant)
-    result = compare(runners, kept, rendered, args.max_new_tokens) | {"left_out": left_out}
+    result = compare(runners, kept, rendered, args.max_new_tokens) | {"left_out": left_out, "notes": notes}
     values = _json_values(result)
     write_file(numbers, json.dumps(values, ensure_ascii=False) + "\n")
     write_file(page, render_page(values))
@@ -44,16 +44,21 @@ def main(argv: list[str]) -> None:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(
         prog="minorca.compare",
-        description="Compares two models or adapters on the same prompts: their greedy answers, and how likely they "
-        "find the answers of a data set. Writes a page to read, and the numbers beside it.",
+        description="Compares two models or adapters on the same prompts: their greedy answers, how likely they find "
+        "the same answers, and how far apart they are at each token. Writes a page to read, and the numbers beside it.",
     )
     parser.add_argument("a", metavar="A", help="the directory of a model or of a LoRA adapter in PEFT's format")
     parser.add_argument("b", metavar="B", help="the other one")
     parser.add_argument("--model", metavar="DIR", help="the base of adapters; default: what they name")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", metavar="FILE", help="a data set with prompts and reference answers")
-    source.add_argument("--prompts", metavar="FILE", help="text with a prompt in each line")
-    parser.add_argument("--format", choices=choices("data.format"), help="of --data; default: openorca")
+    parser.add_argument(
+        "--prompts",
+        required=True,
+        metavar="FILE",
+        help="text with a prompt in each line, or a data set, whose answers are the reference answers",
+    )
+    parser.add_argument(
+        "--format", choices=choices("data.format"), help="of a data set; default: text's lines, or openorca"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="use the first N prompts; default: all")
     parser.add_argument(
         "--template",
@@ -74,7 +79,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     raise_problems(_problems(args))
-    args.format = args.format or "openorca"
     return args
 
 
@@ -83,8 +87,6 @@ def _problems(args: argparse.Namespace) -> Iterator[UserError]:
         value = getattr(args, key)
         if value is not None and value < 1:
             yield UserError(f"is {value}; expected at least 1", field=f"--{key.replace('_', '-')}")
-    if args.format and not args.data:
-        yield UserError("needs --data; --prompts reads plain lines", field="--format")
 
 
 def _outputs(path: str) -> tuple[Path, Path]:
@@ -130,11 +132,12 @@ def _json_values(value: Any) -> Any:
 
 def summary(result: dict[str, Any]) -> list[str]:
     """The overall numbers, in lines."""
-    a, b, difference, kl = (result[key] for key in ("a", "b", "difference", "kl"))
+    a, b, scored, difference, kl = (result[key] for key in ("a", "b", "scored", "difference", "kl"))
     lines = [f"{name}: {side['path']}, template {side['template']}" for name, side in (("A", a), ("B", b))]
-    if difference:
+    if scored:
         for key, label in (("perplexity", "perplexity"), ("perplexity_per_byte", "perplexity per byte")):
-            lines.append(f"{label} of the reference answers: A {a[key]:.4f}, B {b[key]:.4f}")
+            lines.append(f"{label} of {scored}: A {a[key]:.4f}, B {b[key]:.4f}")
+    if difference:
         low, high = difference["interval"]
         lines.append(
             f"log-probability of a reference answer, A - B: mean {difference['mean']:+.4f} nats, standard error "
@@ -143,13 +146,14 @@ def summary(result: dict[str, Any]) -> list[str]:
         )
     if kl:
         lines.append(f"nats per token: KL(A || B) {kl['kl_a_b']:.4g}, KL(B || A) {kl['kl_b_a']:.4g}")
-    elif difference:
+    elif result["kl_refused"]:
         lines.append(f"no KL: {result['kl_refused']}")
     if result["answers"]:
         lines.append(f"{result['same_answers']} of {result['answers']} greedy answers are the same")
     if left_out := result["left_out"]:
         more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
         lines.append(f"left out, too long for the models' positions: {left_out[0]}{more}")
+    lines += [f"{count} rows: {note}" for note, count in result["notes"].items()]
     return lines
 
 

@@ -1,5 +1,5 @@
 """The comparison itself: what each model answers, how likely it finds the reference answers, and how far apart their
-distributions are.
+distributions are. Where no prompt has a reference answer, A's greedy answers are scored.
 
 Axes: M scored tokens, C those of a chunk, V vocabulary.
 """
@@ -38,29 +38,43 @@ def compare(
     a, b = (runner.side for runner in runners)
     refused = why_not_comparable(a, b, rendered)
     asked = [n for n, prompt in enumerate(prompts) if prompt.messages]
-    answers = [
+    ids = [
         dict(zip(asked, runner.answer([rendered[n][which].prompt for n in asked], max_new_tokens)))
         for which, runner in enumerate(runners)
     ]
+    answers = [{n: runner.side.tok.decode(of_row) for n, of_row in of.items()} for runner, of in zip(runners, ids)]
+    texts = {n: prompt.reference for n, prompt in enumerate(prompts)}
+    has_references = any(texts.values())
+    if not has_references and refused is None:
+        texts = answers[0]
+        rendered = [2 * (_continued(one, ids[0][n]),) for n, (one, _) in enumerate(rendered)]
     scored = [n for n, (one, two) in enumerate(rendered) if any(one.scored) and any(two.scored)]
     scores = dict(zip(scored, score(runners, [rendered[n] for n in scored], refused is None)))
     rows = [
-        _row(prompt, [of_side.get(n) for of_side in answers], scores.get(n), a.tok, rendered[n][0])
+        _row(prompt, [of_side.get(n) for of_side in answers], texts.get(n, ""), scores.get(n), a.tok, rendered[n][0])
         for n, prompt in enumerate(prompts)
     ]
-    size = sum(len(prompts[n].reference.encode()) for n in scored)
-    test = paired([rows[n]["difference"] for n in scored])
+    size = sum(len(texts[n].encode()) for n in scored)
+    # a model finds its own answers likelier
+    test = paired([rows[n]["difference"] for n in scored]) if has_references else None
     overall = [_perplexities([scores[n][name] for n in scored], size) for name in ("logp_a", "logp_b")]
     return {
         "a": a.described() | overall[0],
         "b": b.described() | overall[1],
-        "difference": test._asdict() | {"test": TEST} if scored else None,
+        "scored": ("the reference answers" if has_references else "A's answers") if scored else None,
+        "difference": test._asdict() | {"test": TEST} if test and scored else None,
         "kl": _divergences([scores[n] for n in scored]) if scored and refused is None else None,
         "kl_refused": refused,
         "same_answers": sum(rows[n]["same"] for n in asked),
         "answers": len(asked),
         "rows": rows,
     }
+
+
+def _continued(rendered: Rendered, answer: list[int]) -> Rendered:
+    """A prompt with an answer that is scored."""
+    prompt = rendered.prompt
+    return Rendered(prompt, prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
 
 # ------------------------------------------------------------------------------------------------------------ scoring
@@ -73,7 +87,7 @@ def score(
     """Of each row, the log-probabilities of its scored tokens under both models (`logp_a`, `logp_b`), and where the
     rows are the same ids for both, the divergences `kl_a_b` and `kl_b_a` at each, in nats, in fp64.
     """
-    with tqdm(total=len(rendered), desc="reference answers", unit="row") as bar:
+    with tqdm(total=len(rendered), desc="scores", unit="row") as bar:
         for start, end in pairwise(_batches(rendered)):
             yield from _score_batch(runners, rendered[start:end], comparable)
             bar.update(end - start)
@@ -123,19 +137,24 @@ def _divergence(p_CV: Tensor, q_CV: Tensor) -> Tensor:
 
 
 def _row(
-    prompt: Prompt, answers: Sequence[str | None], scores: Scores | None, tok: Tokenizer, rendered: Rendered
+    prompt: Prompt,
+    answers: Sequence[str | None],
+    text: str,
+    scores: Scores | None,
+    tok: Tokenizer,
+    rendered: Rendered,
 ) -> dict[str, Any]:
-    """tok, rendered: those of A, which are B's too where the row has divergences."""
+    """text: what is scored. tok, rendered: those of A, which are B's too where the row has divergences."""
     row: dict[str, Any] = {
         "place": f"{prompt.path}, {prompt.where}",
         "messages": [{"role": message["role"], "content": message["content"]} for message in prompt.messages],
         "reference": prompt.reference,
         "same": answers[0] == answers[1],
     }
-    size = len(prompt.reference.encode())
+    size = len(text.encode())
     for side, answer in zip("ab", answers):
         row[side] = {"answer": answer} | (_perplexities([scores[f"logp_{side}"]], size) if scores else {})
-    row["difference"] = row["a"]["logp"] - row["b"]["logp"] if scores else None
+    row["difference"] = row["a"]["logp"] - row["b"]["logp"] if scores and prompt.reference else None
     row["kl"] = None
     if scores and KL[0] in scores:
         row["kl"] = _divergences([scores])

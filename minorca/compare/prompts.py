@@ -10,7 +10,7 @@ from typing import NamedTuple
 from minorca.config import Format, Source
 from minorca.data.chat_template import render, render_chat
 from minorca.data.conversation import Conversation, Preference, only_last_answer
-from minorca.data.row_files import RowError
+from minorca.data.row_files import SUFFIXES, RowError, suffix_of
 from minorca.data.sources import Row, open_source, read_rows
 from minorca.data.tally import MAX_ERRORS
 from minorca.data.tokenizer import Tokenizer
@@ -56,41 +56,42 @@ class Rendered(NamedTuple):
     scored: list[bool]
 
 
-def read_lines(path: str | Path, limit: int | None) -> list[Prompt]:
-    """The lines of a file as prompts without answers; empty ones are skipped.
+def read_prompts(path: str, format: Format | None, limit: int | None) -> tuple[list[Prompt], dict[str, int]]:
+    """The prompts of a file, and what was ignored or changed in how many rows.
 
-    Raises:
-        UserError: it cannot be read, or has no prompt.
-    """
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read as text ({error})", path=path) from None
-    prompts = (
-        Prompt(str(path), f"line {number}", [{"role": "user", "content": line}], None, [])
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    )
-    return _not_empty(list(islice(prompts, limit)), path)
+    Of text, such as prompts.txt, each line that is not empty is a prompt without an answer. Of a data set it is a row's
+    conversation up to the last answer, and that answer: of several the best; a row of which only an undesirable answer
+    is known has none.
 
-
-def read_data(path: str, format: Format, limit: int | None) -> list[Prompt]:
-    """The rows of a data set of any format: the conversation up to its last answer, and that answer.
-
-    Of answers to compare, it is the best one; a row of which only an undesirable answer is known has none.
+    Args:
+        format: of a data set; None: text, or openorca where the name is not that of a text.
 
     Raises:
         UserError: what is wrong with which rows, or there is none.
     """
-    rows = list(read_rows(open_source(Source(path, format=format), limit), limit, Counter()))
-    raise_problems([row for row in rows if isinstance(row, RowError)][:MAX_ERRORS])
-    return _not_empty([_prompt(row) for row in rows if isinstance(row, Row) and not row.dropped], path)
-
-
-def _not_empty(prompts: list[Prompt], path: str | Path) -> list[Prompt]:
+    file = Path(path).expanduser()
+    is_text = suffix_of(file) == ".txt" or (file.is_file() and suffix_of(file) not in SUFFIXES)
+    counts = Counter()
+    if is_text and format is None:
+        prompts = list(islice(_lines(file), limit))
+    else:
+        source = open_source(Source(path, format=format or "openorca"), limit)
+        rows = list(read_rows(source, limit, counts))
+        raise_problems([row for row in rows if isinstance(row, RowError)][:MAX_ERRORS])
+        prompts = [_prompt(row) for row in rows if isinstance(row, Row)]
     if not prompts:
         raise UserError("has no prompts", path=path)
-    return prompts
+    return prompts, {note: count for note, count in counts.items() if count and note != "read"}
+
+
+def _lines(file: Path) -> Iterator[Prompt]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read as text ({error})", path=file) from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield Prompt(str(file), f"line {number}", [{"role": "user", "content": line}], None, [])
 
 
 def _prompt(row: Row) -> Prompt:

@@ -94,7 +94,7 @@ def why_not_comparable(a: Side, b: Side, rendered: Sequence[tuple[Rendered, Rend
         return "the tokenizers differ: an id of A is another text in B"
     if a.arch.vocab_size != b.arch.vocab_size:
         return f"A has {a.arch.vocab_size} ids and B {b.arch.vocab_size}"
-    if any((one.ids, one.scored) != (two.ids, two.scored) for one, two in rendered):
+    if any(one != two for one, two in rendered):
         templates = f"A (template {a.template}) and B (template {b.template})"
         return f"rows become other ids for {templates}; --template may give both the same"
     return None
@@ -160,12 +160,12 @@ class Runner:
         for hidden_CH, targets_C in zip(hidden_MH.split(CHUNK_ROWS), rows.targets_M.split(CHUNK_ROWS)):
             yield targets_C, weight.linear(hidden_CH).double().log_softmax(-1)
 
-    def answer(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
-        """The greedy answers, without control tokens."""
+    def answer(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """The ids of the greedy answers, each with the token that ended it, if one did."""
         if not prompts:
             return []
-        tok = self.side.tok
-        requests = [Request(prompt, max_new_tokens, stop_ids=tok.stop_ids, adapter=self.adapter) for prompt in prompts]
+        stop_ids = self.side.tok.stop_ids
+        requests = [Request(prompt, max_new_tokens, stop_ids=stop_ids, adapter=self.adapter) for prompt in prompts]
         longest = max(map(len, prompts)) + max_new_tokens
         engine = Engine(self.model, min(len(prompts), MAX_SLOTS), longest, self.adapters)
         for request in requests:
@@ -177,7 +177,7 @@ class Runner:
                     ids[token.request].append(token.id)
                     if token.finish_reason:
                         bar.update()
-        return [tok.decode(answer) for answer in ids.values()]
+        return list(ids.values())
 
 
 def load(sides: Sequence[Side], dtype: torch.dtype, quantize: str | None, double_quant: bool) -> list[Runner]:

@@ -56,8 +56,8 @@ def run(tmp_path):
     """run(A, B, options): the numbers that are written; in fp32."""
 
     def compare(a, b, **options) -> dict:
-        if not options.keys() & {"data", "prompts"}:
-            options["data"] = write_rows(tmp_path / "rows.jsonl", ROWS)
+        if "prompts" not in options:
+            options["prompts"] = write_rows(tmp_path / "rows.jsonl", ROWS)
         options = {"output": tmp_path / "out" / "page.html", "dtype": "float32", "max-new-tokens": 5} | options
         command.main([str(a), str(b), *(f"--{key}={value}" for key, value in options.items())])
         return json.loads((tmp_path / "out" / "page.json").read_text())
@@ -234,15 +234,41 @@ def test_other_templates(base, run, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- prompts
 
 
-def test_lines_have_answers_alone(base, run, tmp_path, capsys):
-    (tmp_path / "lines.txt").write_text("One?\n\n  Two?\nThree?\n")
-    result = run(base[0], base[0], prompts=tmp_path / "lines.txt", limit=2)
-    assert [row["messages"] for row in result["rows"]] == [
-        [{"role": "user", "content": text}] for text in ("One?", "  Two?")
-    ]
+def test_without_reference_answers_those_of_a_are_scored(base, adapter, run, tmp_path, capsys):
+    """By their own ids, whatever their text would become; a model's likelihood of its own answers is no test of it."""
+    directory, model = adapter("one", 8)
+    # only a line feed ends a line
+    (tmp_path / "lines.txt").write_text("\ufeffOne?\n\n  Two\u2028\fof?\nThree?\n")
+    result = run(base[0], directory, model=base[0], prompts=tmp_path / "lines.txt", limit=2)
+    texts = "One?", "  Two\u2028\fof?"
+    assert [row["messages"] for row in result["rows"]] == [[{"role": "user", "content": text}] for text in texts]
     assert result["rows"][1]["place"].endswith("lines.txt, line 3")
-    assert result["difference"] is None and result["kl"] is None and result["same_answers"] == 2
-    assert "2 of 2 greedy answers are the same" in capsys.readouterr().out
+    assert result["scored"] == "A's answers" and result["difference"] is None
+    tok = load_tokenizer(base[0])
+    for text, row in zip(texts, result["rows"], strict=True):
+        prompt = render_chat(tok, [{"role": "user", "content": text}])
+        answer = greedy(base[1], prompt, 5)
+        assert row["a"]["answer"] == tok.decode(answer) and row["difference"] is None
+        logps = [reference_logps(each, prompt + answer, 5) for each in (base[1], model)]
+        for name, logp_MV in zip(("logp_a", "logp_b"), logps):
+            expected = logp_MV.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist()
+            assert row["tokens"][name] == pytest.approx(expected, abs=1e-4)
+        divergence = torch.nn.functional.kl_div(logps[1], logps[0], log_target=True, reduction="none").sum(1)
+        assert row["tokens"]["kl_a_b"] == pytest.approx(divergence.tolist(), rel=1e-3, abs=1e-6)
+    said = capsys.readouterr().out
+    assert "perplexity of A's answers: A " in said and "KL(A || B)" in said and "p = " not in said
+    assert "A&#39;s answer, token by token" in (tmp_path / "out" / "page.html").read_text()
+
+
+def test_what_is_changed_in_rows_is_said(base, run, tmp_path, capsys):
+    """And a row that is there twice, which training would drop, is compared twice."""
+    rows = [ROWS[0] | {"id": "1"}, ROWS[0] | {"id": "1"}, ROWS[1] | {"response": " "}]
+    result = run(base[0], base[0], prompts=write_rows(tmp_path / "data.jsonl", rows))
+    assert len(result["rows"]) == 3 and result["difference"]["rows"] == 2 and result["notes"] == {}
+    rows = [{"system_prompt": "You are an AI assistant that doesn’t lie.", "question": "q", "response": "r"}]
+    result = run(base[0], base[0], prompts=write_rows(tmp_path / "apostrophes.jsonl", rows))
+    assert result["notes"] == {"system prompts with ’ read as '": 1}
+    assert "1 rows: system prompts with ’ read as '" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -269,12 +295,12 @@ def test_lines_have_answers_alone(base, run, tmp_path, capsys):
 def test_formats(format, row, asked, reference, base, run, tmp_path):
     """The conversation up to the last answer is the prompt, that answer the reference; of several the best."""
     path = write_rows(tmp_path / "data.jsonl", [row])
-    result = run(base[0], base[0], data=path, format=format)
+    result = run(base[0], base[0], prompts=path, format=format)
     (found,) = result["rows"]
     assert (len(found["messages"]), found["reference"]) == (asked, reference)
     assert (result["difference"] is not None) == bool(reference)
-    # the end is scored too, and the first id of a text is not
-    assert result["a"]["tokens"] == (len(reference) + (format != "text") if reference else 0)
+    # the end is scored too, and the first id of a text is not; without a reference it is A's answer
+    assert result["a"]["tokens"] == (len(reference) + (format != "text") if reference else 5)
     assert (found["a"]["answer"] is not None) == bool(asked)
 
 
@@ -282,7 +308,7 @@ def test_prompts_beyond_the_models_positions_are_left_out(save_mistral, run, tmp
     directory, _ = save_mistral(**FIELDS, max_position_embeddings=100)
     save_tokenizer(directory)
     long = ROWS[0] | {"question": "long " * 30}
-    result = run(directory, directory, data=write_rows(tmp_path / "data.jsonl", [ROWS[1], long]))
+    result = run(directory, directory, prompts=write_rows(tmp_path / "data.jsonl", [ROWS[1], long]))
     assert len(result["rows"]) == 1 and result["left_out"] == [f"{tmp_path / 'data.jsonl'}, line 2"]
     assert "left out, too long for the models' positions: " in capsys.readouterr().out
 
@@ -292,16 +318,17 @@ def test_prompts_beyond_the_models_positions_are_left_out(save_mistral, run, tmp
     [
         ({"limit": 0}, "--limit is 0; expected at least 1"),
         ({"max-new-tokens": -1}, "--max-new-tokens is -1; expected at least 1"),
-        ({"prompts": "lines.txt", "format": "text"}, "--format needs --data; --prompts reads plain lines"),
         ({"prompts": "none.txt"}, "none.txt: cannot be read as text"),
         ({"prompts": "empty.txt"}, "empty.txt: has no prompts"),
-        ({"data": "rows.jsonl", "prompts": "lines.txt"}, "not allowed with argument"),
-        ({"data": "bad.jsonl"}, r"bad.jsonl, line 2: column response is missing"),
-        ({"data": "rows.jsonl", "model": "MODEL"}, "--model is the base of adapters, and neither A nor B is one"),
-        ({"data": "rows.jsonl", "max-new-tokens": 600}, "rows.jsonl: no prompt fits 512 positions with 600 new tokens"),
-        ({"data": "rows.jsonl", "template": "mistral-v3"}, "template mistral-v3 needs the control token"),
-        ({"data": "rows.jsonl", "output": "rows.jsonl/page.html"}, "rows.jsonl: cannot be made "),
-        ({"data": "rows.jsonl", "output": "pages"}, "--output is pages; expected a name that ends in .html"),
+        ({"prompts": "bad.jsonl"}, r"bad.jsonl, line 2: column response is missing"),
+        ({"prompts": "rows.jsonl", "model": "MODEL"}, "--model is the base of adapters, and neither A nor B is one"),
+        (
+            {"prompts": "rows.jsonl", "max-new-tokens": 600},
+            "rows.jsonl: no prompt fits 512 positions with 600 new tokens",
+        ),
+        ({"prompts": "rows.jsonl", "template": "mistral-v3"}, "template mistral-v3 needs the control token"),
+        ({"prompts": "rows.jsonl", "output": "rows.jsonl/page.html"}, "rows.jsonl: cannot be made "),
+        ({"prompts": "rows.jsonl", "output": "pages"}, "--output is pages; expected a name that ends in .html"),
     ],
 )
 def test_what_the_user_can_fix(options, message, base, run, tmp_path, monkeypatch):
@@ -382,7 +409,7 @@ def test_no_difference_and_one():
 def test_the_page_is_self_contained_and_escapes_everything(base, run, tmp_path):
     evil = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&amp;{{ 7 * 7 }}"
     row = {"system_prompt": evil, "question": evil, "response": evil}
-    run(base[0], base[0], data=write_rows(tmp_path / f"<b>{'rows.jsonl'}", [row]))
+    run(base[0], base[0], prompts=write_rows(tmp_path / f"<b>{'rows.jsonl'}", [row]))
     page = (tmp_path / "out" / "page.html").read_text()
     assert "<script>alert" not in page and "<img" not in page and "<b>rows" not in page and "{{ 7 * 7 }}" in page
     assert page.count("<script>") == 1 and "default-src &#39;none&#39;; script-src &#39;sha256-" in page

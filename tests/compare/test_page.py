@@ -57,6 +57,8 @@ def page(browser, tmp_path):
         "same_answers": 1,
         "answers": 3,
         "left_out": ["line 4"],
+        "notes": {"equal answers": 2},
+        "scored": "the reference answers",
         "rows": rows,
     }
     (tmp_path / "page.html").write_text(render_page(_json_values(result)))
