@@ -95,8 +95,7 @@ def _outputs(path: str) -> tuple[Path, Path]:
     if page.suffix != ".html":
         raise UserError(f"is {path}; expected a name that ends in .html", field="--output")
     numbers = page.with_suffix(".json")
-    for output in (page, numbers):
-        check_output(output)
+    check_output(page, [numbers])
     return page, numbers
 
 

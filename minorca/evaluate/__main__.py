@@ -95,7 +95,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     raise_problems(_problems(args))
     if args.output:
-        check_output(args.output)
+        check_output(args.output, [args.output.with_suffix(suffix) for suffix in suites.BESIDE] if args.suite else [])
     return args
 
 
@@ -126,7 +126,7 @@ def _suite_problems(args: argparse.Namespace) -> Iterator[UserError]:
             yield UserError(message, field=f"--{option.replace('_', '-')}")
     if args.system is not None and not judged:
         yield UserError("needs --suite mt-bench", field="--system")
-    if args.suite and args.output and args.output.suffix in (".md", ".png"):
+    if args.suite and args.output and args.output.suffix in suites.BESIDE:
         yield UserError("is where the table or the picture goes; expected another suffix", field="--output")
     if args.name and Path(args.name).name != args.name:
         yield UserError(f"is {args.name}; expected a name without a path", field="--name")
@@ -189,7 +189,7 @@ def _evaluate(args: argparse.Namespace, world: World | None) -> None:
     if world and world.rank:
         return
     ours = {
-        "bos": lm.add_bos,
+        "bos": lm.begins_with_bos,
         "template": template,
         "requests": lm.counts.requests,
         "truncated": lm.counts.truncated,
@@ -288,7 +288,9 @@ def _name(args: argparse.Namespace) -> str:
 
 
 def _summary(ours: dict, args: argparse.Namespace, max_length: int) -> str:
-    bos = f"{'with' if ours['bos'] else 'without'} BOS{'' if args.bos is not None else ' (as the tokenizer does)'}"
+    bos = {True: "with BOS", False: "without BOS", None: "some texts with BOS"}[ours["bos"]]
+    if args.bos is None and not args.chat:
+        bos += " (as the tokenizer does)"
     chat = f"chat template {ours['template']}" if args.chat else "no chat template"
     lines = [
         f"{bos}, {chat}; {ours['requests']} requests in {ours['seconds']:.1f} s, {ours['tokens_computed']} tokens "

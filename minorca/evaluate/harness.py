@@ -7,31 +7,29 @@ is too long is cut, where a generation stops. Control strings in a task's texts 
 Every rank gets all requests and computes a share of them; all of them return all answers.
 """
 
-import hashlib
-import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import numpy as np
-import torch.distributed as dist
 from lm_eval import evaluator, utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks.manager import TaskDict
-from tqdm import tqdm
 
 from minorca.data.chat_template import PROBES, resolve_template
 from minorca.data.portable_template import portable_template
 from minorca.data.shipped_template import special_tokens, write_by
 from minorca.data.tokenizer import Tokenizer
 from minorca.errors import UserError
+from minorca.evaluate.answers import Answers
 from minorca.evaluate.generation import generate_texts, read_options
 from minorca.evaluate.result_cache import ResultCache
 from minorca.evaluate.scoring import Scorer, build_trie
+from minorca.files.safe_io import quote
 from minorca.generate.engine import CHUNK, Engine
 from minorca.generate.request import default_max_length
 from minorca.model.network import Mistral
@@ -41,8 +39,6 @@ log = logging.getLogger(__name__)
 
 # sequences that are generated at once, by type of device
 SLOTS = {"cuda": 32, "cpu": 8}
-# numbers the times that this process has given its answers to other ranks, by any model
-_exchanges = itertools.count()
 # of the draws of few-shot examples, lm_eval's default
 FEWSHOT_SEED = 1234
 # Marks where the last message ends, as in transformers (utils/chat_template_utils.py).
@@ -86,6 +82,15 @@ class Counts:
     computed: int = 0
 
 
+class _CannotScore(Exception):
+    """Why a continuation cannot be scored after its context."""
+
+    def __init__(self, texts: tuple[str, str], reason: str):
+        super().__init__()
+        self.texts = texts
+        self.reason = reason
+
+
 class MinorcaLM(TemplateLM):
     """A model as lm_eval takes it, on its device, with its adapter if it has one.
 
@@ -97,14 +102,16 @@ class MinorcaLM(TemplateLM):
         cache: where results are kept; None: nowhere.
         world: the ranks that share the requests; None: this process does all.
         slots: sequences that are generated at once, on which their bits depend; by default 32 on CUDA, 8 on the CPU.
+        quiet: shows no progress.
 
     Attributes:
-        add_bos: whether texts start with BOS.
+        add_bos: whether texts are given BOS.
+        begins_with_bos: whether the texts so far began with BOS, given or their own, as a chat template's; None: some.
         max_length: the model's positions; a request has at most as many and one more.
         counts: what was done so far.
 
     Raises:
-        UserError: BOS is asked for, and the tokenizer has none; it has neither BOS nor EOS.
+        UserError: BOS is asked for, and the tokenizer has none; it has neither BOS nor EOS; ranks have other arithmetic.
     """
 
     def __init__(
@@ -118,6 +125,7 @@ class MinorcaLM(TemplateLM):
         cache: ResultCache | None = None,
         world: World | None = None,
         slots: int | None = None,
+        quiet: bool = False,
     ):
         super().__init__()
         if add_bos and tok.bos_id is None:
@@ -131,20 +139,19 @@ class MinorcaLM(TemplateLM):
         self.add_bos = tok.adds_bos if add_bos is None else add_bos
         self.max_gen_toks = max_gen_toks
         self.max_length = default_max_length(model.arch)
-        self.cache = cache
-        self.world = world
         self.counts = Counts()
         self.scorer = Scorer(model)
         self._device = self.scorer.device
         kind = self._device.type
         self.slots = slots or SLOTS[kind]
-        generation = {"slots": self.slots, "chunk": CHUNK[kind]}
-        self._arithmetic = json.dumps(self.scorer.arithmetic() | generation, sort_keys=True).encode()
+        arithmetic = self.scorer.arithmetic() | {"slots": self.slots, "chunk": CHUNK[kind]}
+        # None: unless standard error is no terminal
+        self._no_progress = True if quiet or (world and world.rank) else None
+        self._answers = Answers(arithmetic, cache, world, self._no_progress)
+        self._bos_starts: set[bool] = set()
         # the choices of a question share their context
         self._encode = lru_cache(maxsize=4)(tok.encode_template)
         self._drops_system = False
-        # None: unless standard error is no terminal
-        self._no_progress = True if world and world.rank else None
 
     # ------------------------------------------------------------------------------------------------ texts and ids
 
@@ -162,7 +169,13 @@ class MinorcaLM(TemplateLM):
         ids = self._encode(string)
         add = self.add_bos if add_special_tokens is None else add_special_tokens
         has_bos = add_special_tokens is None and ids[:1] == [self.tok.bos_id]
-        return [cast(int, self.tok.bos_id), *ids] if add and not has_bos else list(ids)
+        ids = [cast(int, self.tok.bos_id), *ids] if add and not has_bos else list(ids)
+        self._bos_starts.add(ids[:1] == [self.tok.bos_id])
+        return ids
+
+    @property
+    def begins_with_bos(self) -> bool | None:
+        return None if len(self._bos_starts) > 1 else self._bos_starts == {True}
 
     @property
     def tokenizer_name(self) -> str:
@@ -226,15 +239,27 @@ class MinorcaLM(TemplateLM):
     # ---------------------------------------------------------------------------------------------- log-likelihoods
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Of each request's continuation after its context: the log-likelihood, and whether it is the likeliest."""
+        """Of each request's continuation after its context: the log-likelihood, and whether it is the likeliest.
+
+        Raises:
+            UserError: a continuation is empty, becomes part of the context's last token, or is longer than the model.
+        """
+        self.counts.requests += len(requests)
         for request in requests:
             context, continuation = cast(tuple[str, str], request.args)
             if not continuation:
                 raise UserError(f"the continuation of {context[-40:]!r} is empty", path=request.task_name)
-        return super().loglikelihood(requests, disable_tqdm=cast(bool, self._no_progress))
+        try:
+            return super().loglikelihood(requests, disable_tqdm=cast(bool, self._no_progress))
+        except _CannotScore as error:
+            task = next(request.task_name for request in requests if request.args == error.texts)
+            context, continuation = error.texts
+            text = f"the continuation {quote(continuation)} of {context[-40:]!r}"
+            raise UserError(f"{text} {error.reason}", path=task) from None
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of each request's text, the log-likelihood; one longer than the model is taken in windows."""
+        self.counts.requests += len(requests)
         windows = []
         owners = []
         for owner, request in enumerate(requests):
@@ -242,7 +267,7 @@ class MinorcaLM(TemplateLM):
             for pair in utils.get_rolling_token_windows(
                 self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
             ):
-                windows.append((None, *utils.make_disjoint_window(pair)))
+                windows.append((("", text), *utils.make_disjoint_window(pair)))
                 owners.append(owner)
         totals = [0.0] * len(requests)
         for owner, (logp, _) in zip(owners, self._loglikelihood_tokens(windows)):
@@ -250,21 +275,20 @@ class MinorcaLM(TemplateLM):
         return totals
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], **kwargs
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs
     ) -> list[tuple[float, bool]]:
         pairs = []
         for texts, context, continuation in requests:
             if not continuation:
-                raise UserError(f"of {texts!r}, context and continuation, the latter has no tokens of its own")
+                raise _CannotScore(texts, "has no tokens of its own")
             if len(continuation) > self.max_length:
-                message = f"a continuation has {len(continuation)} tokens, the model {self.max_length} positions"
-                raise UserError(message)
+                raise _CannotScore(texts, f"has {len(continuation)} tokens, the model {self.max_length} positions")
             # a context of spaces, which are part of the continuation
             context = context or [self.prefix_token_id]
             beyond = len(context) + len(continuation) - self.max_length - 1
             self.counts.truncated += beyond > 0
             pairs.append((context[max(0, beyond) :], continuation))
-        digests = [self._digest("loglikelihood", context, continuation) for context, continuation in pairs]
+        digests = [self._answers.digest("loglikelihood", context, continuation) for context, continuation in pairs]
 
         def share(missing: list[int], rank: int, size: int) -> list[int]:
             if size == 1:
@@ -293,22 +317,24 @@ class MinorcaLM(TemplateLM):
         Raises:
             UserError: generation_kwargs that are unknown or out of range, or that leave no room for a context.
         """
+        self.counts.requests += len(requests)
         seen: dict[str, int] = {}
         jobs = []
         for request in requests:
             context, kwargs = cast(tuple[str, dict], request.args)
-            name = json.dumps(request.args, sort_keys=True)
+            name = json.dumps([request.task_name, *request.args], sort_keys=True)
             seen[name] = seen.get(name, -1) + 1
             try:
                 options = read_options(kwargs, self.tok, self.max_gen_toks, self.max_length)
             except UserError as error:
-                error.path = request.task_name
+                for problem in error.problems:
+                    problem.path = request.task_name
                 raise
             room = self.max_length - options.new_tokens
             ids = self.tok_encode(context) or [self.prefix_token_id]
             self.counts.truncated += len(ids) > room
             jobs.append(options.of(ids[-room:], seen[name], self.tok))
-        digests = [self._digest(json.dumps(job.options), job.request.prompt) for job in jobs]
+        digests = [self._answers.digest(json.dumps(job.options), job.request.prompt) for job in jobs]
         longest = max((len(job.request.prompt) + job.request.max_new_tokens for job in jobs), default=0)
 
         def share(missing: list[int], rank: int, size: int) -> list[int]:
@@ -323,63 +349,3 @@ class MinorcaLM(TemplateLM):
                 yield mine[place], text
 
         return self._answers("generations", digests, share, compute)
-
-    # ------------------------------------------------------------------------------------------- cache and ranks
-
-    def _digest(self, kind: str, *ids: Sequence[int]) -> bytes:
-        """A request by all that its answer follows from beside the model."""
-        digest = hashlib.sha256(self._arithmetic + kind.encode())
-        for part in ids:
-            digest.update(len(part).to_bytes(8, "big") + np.array(part, np.int64).tobytes())
-        return digest.digest()
-
-    def _answers(
-        self,
-        what: str,
-        digests: list[bytes],
-        share: Callable[[list[int], int, int], list[int]],
-        compute: Callable[[list[int]], Iterator[tuple[int, Any]]],
-    ) -> list[Any]:
-        """The answers to requests, each of which is computed once, by one rank, unless the cache has it.
-
-        Args:
-            digests: of the requests; equal ones have one answer.
-            share: (indices of requests, rank, ranks) -> those that the rank computes.
-            compute: indices -> index and answer of each, as they are done.
-        """
-        self.counts.requests += len(digests)
-        first = {digest: index for index, digest in reversed(list(enumerate(digests)))}
-        found = self._from_rank_0(lambda: self.cache.find(list(first)) if self.cache else {})
-        missing = sorted(index for digest, index in first.items() if digest not in found)
-        rank, size = (self.world.rank, self.world.size) if self.world else (0, 1)
-        mine = share(missing, rank, size) if missing else []
-        new = {}
-        progress = tqdm(total=len(mine), desc=what, unit=" requests", leave=False, disable=self._no_progress)
-        try:
-            for index, answer in compute(mine) if mine else ():
-                new[digests[index]] = answer
-                if self.cache:
-                    self.cache.add(digests[index], answer)
-                progress.update()
-        finally:
-            progress.close()
-            if self.cache:
-                self.cache.write()
-        found |= self._from_all_ranks(new)
-        return [found[digest] for digest in digests]
-
-    def _from_rank_0(self, read: Callable[[], dict]) -> dict:
-        """What rank 0 reads: other ranks may read what yet others have written since."""
-        if not self.world or self.world.size == 1:
-            return read()
-        values = [read() if self.world.rank == 0 else None]
-        dist.broadcast_object_list(values)
-        return cast(dict, values[0])
-
-    def _from_all_ranks(self, mine: dict) -> dict:
-        if not self.world or self.world.size == 1:
-            return mine
-        self.world.barrier_without_timeout(f"with answers {next(_exchanges)}")
-        parts: list[dict] = [{}] * self.world.size
-        dist.all_gather_object(parts, mine)
-        return {key: value for part in parts for key, value in part.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minorca.evaluate.published import COLUMNS, PUBLISHED, SOURCES, Published
-from minorca.evaluate.suites import MT_BENCH, Score, SuiteResult
+from minorca.evaluate.suites import BESIDE, MT_BENCH, Score, SuiteResult
 from minorca.files.atomic import write_file
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ MARKS = {"": "", "derived": " (d)", "unconfirmed": " (u)"}
 
 
 def write(results: Sequence[SuiteResult], model: str, file: Path) -> None:
-    """Writes the table and the picture beside `file`, with the suffixes .md and .png.
+    """Writes the table and the picture beside `file`.
 
     Args:
         model: what to call the model that was evaluated.
@@ -25,8 +25,8 @@ def write(results: Sequence[SuiteResult], model: str, file: Path) -> None:
     Raises:
         UserError: a file cannot be written.
     """
-    write_file(file.with_suffix(".md"), to_markdown(results, model))
-    write_file(file.with_suffix(".png"), draw(results, model))
+    for suffix, content in zip(BESIDE, (to_markdown(results, model), draw(results, model))):
+        write_file(file.with_suffix(suffix), content)
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import minorca
 from minorca.evaluate.tiled_attention import Chunk, PathKeys, TiledAttention, Tiles
 from minorca.model.network import Mistral
 from minorca_kernels import FrozenWeight
@@ -73,7 +74,8 @@ def build_trie(requests: Sequence[Request]) -> Trie:
             raise ValueError("a context and its continuation need at least a token each")
         inputs.append(np.array([*context, *continuation[:-1]], np.int64))
     starts = np.cumsum([0, *(len(continuation) for _, continuation in requests)])
-    order = sorted(range(len(requests)), key=lambda index: inputs[index].tolist())
+    # as bytes, which compare like their ids and take little memory
+    order = sorted(range(len(requests)), key=lambda index: inputs[index].astype(">i8").tobytes())
     tokens, depths, targets, ends = [], [], [], []
     path = np.empty(0, np.int64)
     before = np.empty(0, np.int64)
@@ -122,8 +124,12 @@ class Scorer:
 
     def arithmetic(self) -> dict[str, object]:
         """All that bits follow from beside the model, its adapter and a request's ids."""
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else torch.get_num_threads()
-        return {"torch": torch.__version__, "device": device, "dtype": str(self.model.dtype), "sizes": [*self.sizes]}
+        if self.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.device)
+        else:
+            device = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        versions = {"minorca": minorca.__version__, "torch": torch.__version__}
+        return versions | {"device": device, "dtype": str(self.model.dtype), "sizes": [*self.sizes]}
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
         """Of each request, a context and its continuation, both of one id at least."""

@@ -147,6 +147,8 @@ SUITES = {
     ),
     "gpt4all": _suite("GPT4ALL", _GPT4ALL, GPT4ALL_MEAN),
 }
+# suffixes of what is written beside a suite's results: the table and the picture
+BESIDE = (".md", ".png")
 MT_BENCH = "mt-bench"
 SEED = "seed"
 NAMES = (*SUITES, MT_BENCH, SEED)

@@ -7,7 +7,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TextIO
@@ -55,8 +55,11 @@ def publish(directory: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, beside: Sequence[Path] = ()) -> None:
     """Creates the directory of a file that is to be written later.
+
+    Args:
+        beside: files that are written with it. They replace others of these names only where it does so itself.
 
     Raises:
         UserError: it cannot be written.
@@ -67,6 +70,9 @@ def check_output(path: Path) -> None:
         raise UserError(f"cannot be made ({error}); choose another --output", path=path.parent) from None
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError("is not a file that can be written; choose another --output", path=path)
+    for other in beside:
+        if other.exists() and not path.exists():
+            raise UserError(f"exists, and would be written with {path.name}; choose another --output", path=other)
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -79,14 +79,20 @@ class Run:
             after_step()
             if self.length.evaluates_after(self.step) and not self.stopped_by:
                 self._evaluate()
-            if self.length.evaluates_tasks_after(self.step) and not self.stopped_by:
-                self._evaluate_tasks()
-            if self.length.saves_after(self.step) or self._ends_early():
+            saves = self.length.saves_after(self.step) or self._ends_early()
+            if saves:
                 self._save()
+            if self._evaluates_tasks() and not self.stopped_by:
+                self._evaluate_tasks()
+                if self.stopped_by and not saves:
+                    self._save()
             self.clock("data")
 
     def _ends_early(self) -> bool:
         return bool(self.stopped_by or self.best.why_stopped(self.config.train.early_stopping))
+
+    def _evaluates_tasks(self) -> bool:
+        return self.length.evaluates_tasks_after(self.step) or self._ends_early()
 
     def _first_evaluation(self) -> None:
         """The one before the first step, or one whose checkpoint exists and whose line does not: it was interrupted."""
@@ -102,7 +108,7 @@ class Run:
 
     def _first_tasks(self) -> None:
         """As `_first_evaluation`."""
-        if self.tasks and not self.stopped_by and (self.step == 0 or self.length.evaluates_tasks_after(self.step)):
+        if self.tasks and not self.stopped_by and (self.step == 0 or self._evaluates_tasks()):
             (is_recorded,) = self.world.sum([bool(self.record and self.record.has_tasks)])
             if not is_recorded:
                 self._evaluate_tasks()

@@ -41,7 +41,8 @@ class TaskEvaluation:
         from minorca.evaluate.harness import MinorcaLM, evaluate_tasks
 
         # the forwards of a sharded model are collectives, of which every rank must make as many
-        lm = MinorcaLM(model, tok, world=None if isinstance(model, FSDPModule) else world)
+        is_sharded = isinstance(model, FSDPModule)
+        lm = MinorcaLM(model, tok, world=None if is_sharded else world, quiet=world.rank > 0)
         values = {}
         is_stopped = False
         model.eval()

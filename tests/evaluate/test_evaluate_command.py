@@ -137,7 +137,7 @@ def test_bad_input_is_named(evaluate, monkeypatch):
     says(r"mine\.jsonl, row 1: doc_to_target is 7, with 4 choices; expected 0 to 3", tasks="mine")
     options = {"output_type": "generate_until", "doc_to_choice": None, "generation_kwargs": {"until": [], "beams": 2}}
     write_task(evaluate.folder, **options)
-    says("mine: generation_kwargs has the unknown beams; expected until, max_gen_toks", tasks="mine")
+    says("mine: generation_kwargs has the unknown beams; expected until, do_sample", tasks="mine")
     (evaluate.folder / "mine.yaml").write_text("task: [")
     says(r"mine\.yaml: cannot be read as a task", tasks="mine")
     (evaluate.folder / "mine.yaml").unlink()

@@ -1,6 +1,7 @@
 """MinorcaLM against lm_eval's own class for transformers: ids, log-likelihoods, generations, and metrics of tasks."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,6 +93,10 @@ def test_generations_are_lm_evals(models):
     whole = ours.generate_until(requests)
     assert whole == reference.generate_until(requests, disable_tqdm=True)
     assert len(set(whole)) == len(contexts) and ours.counts.truncated == 1
+    # applies without draws too
+    penalized = plain | {"repetition_penalty": 3.0, "do_sample": False, "top_p": 0.5}
+    requests = instances("generate_until", *((context, dict(penalized)) for context in contexts))
+    assert whole != ours.generate_until(requests) == reference.generate_until(requests, disable_tqdm=True)
     # stops that do occur
     stops = [[text[5:9]] for text in whole] + [[text[3:4], text[8:14]] for text in whole] + [["</s>", "<|im_end|>"]] * 4
     arguments = [(context, {"until": stop, "max_gen_toks": 40}) for context, stop in zip(contexts * 3, stops)]
@@ -280,18 +285,47 @@ def test_a_killed_evaluation_goes_on_to_the_same_bits(models, tmp_path):
     assert (idle.loglikelihood(asked[0]), idle.generate_until(asked[1])) == expected and not forwards
 
 
+def test_whether_texts_began_with_bos_is_known(models):
+    """Given or their own, as those that a chat template writes."""
+    directory, model, _ = models()
+    for add_bos, texts, begins in (
+        (True, ["a", "<s>a"], True),
+        (False, ["<s>a", "<s>b"], True),
+        (False, ["a", "<s>b"], None),
+        (False, ["a"], False),
+    ):
+        lm = MinorcaLM(model, load_tokenizer(directory), add_bos=add_bos)
+        lm.loglikelihood(instances("loglikelihood", *((text, " b") for text in texts)))
+        assert lm.begins_with_bos is begins and lm.counts.requests == len(texts)
+
+
+def test_ranks_of_other_arithmetic_are_refused(models):
+    """Their bits would be mixed."""
+    directory, model, _ = models()
+    world: Any = SimpleNamespace(rank=1, size=2, keys_that_differ=lambda values: [*values][2:3])
+    with pytest.raises(UserError, match="ranks give other bits: rank 1 has device .* threads; start all of them alike"):
+        MinorcaLM(model, load_tokenizer(directory), world=world)
+
+
 def test_what_a_model_cannot_answer_is_named(models):
     directory, model, _ = models()
     lm = MinorcaLM(model, load_tokenizer(directory))
     for options, message in (
-        ({"until": [], "num_beams": 4}, "num_beams is not 1"),
-        ({"until": [], "max_gen_toks": 96}, "max_gen_toks is 96; expected 1 to 95"),
-        ({"until": [], "typical_p": 0.5}, "unknown typical_p"),
+        ({"num_beams": 4}, "num_beams is 4; expected 1"),
+        ({"max_gen_toks": 96}, "max_gen_toks is 96; expected 1 to 95"),
+        ({"max_gen_toks": None, "max_new_tokens": "many"}, "max_new_tokens is 'many'; expected an integer"),
+        ({"typical_p": 0.5}, "unknown typical_p"),
+        ({"until": [5]}, r"until is \[5\]; expected a text or a list of texts"),
+        ({"do_sample": "yes"}, "do_sample is 'yes'; expected true or false"),
+        ({"do_sample": True}, "temperature is 0 or missing; do_sample needs"),
+        ({"temperature": 200}, "generation_kwargs.temperature must be from 0 to 100"),
+        ({"temperature": 1.0, "top_p": "0.9"}, "generation_kwargs.top_p is '0.9'; expected a number"),
     ):
         with pytest.raises(UserError, match=message):
-            lm.generate_until(instances("generate_until", ("a", options)))
-    with pytest.raises(UserError, match="a continuation has"):
-        lm.loglikelihood(instances("loglikelihood", ("a", LONG)))
+            lm.generate_until(instances("generate_until", ("a", {"max_gen_toks": 9} | options)))
+    # with a text in front, whose tokens are its own
+    with pytest.raises(UserError, match=r"(?s)the continuation 'Q.* of 'a' has \d+ tokens, the model 96"):
+        lm.loglikelihood(instances("loglikelihood", ("b", "a"), ("a", LONG)))
     with pytest.raises(UserError, match="continuation of 'a' is empty"):
         lm.loglikelihood(instances("loglikelihood", ("a", "")))
     tok = load_tokenizer(directory)

@@ -221,6 +221,21 @@ def test_a_signal_before_or_within_an_evaluation_loses_none(point, made, workpla
     check_lines(tmp_path / "run")
 
 
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_a_run_that_stops_early_evaluates_after_its_last_step(is_interrupted, made, workplace, tmp_path):
+    options = workplace(**{"eval.tasks": "[task]", "train.steps": 6, "train.early_stopping": 1, "data.eval": 0.1})
+    options += ["--train.eval_every=1", "--optim.lr=0.5"]
+    if is_interrupted:
+        evaluate = loop.Run._evaluate_tasks
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(loop.Run, "_evaluate_tasks", lambda run: evaluate(run) if run.step == 0 else 1 / 0)
+            train_command.main(options)
+    train_command.main(options)
+    last = max(line["step"] for line in lines_of(tmp_path / "run"))
+    assert made == [0, last] and 0 < last < 6
+    assert [line["step"] for line in evaluated(tmp_path / "run")] == made
+
+
 def test_a_finished_evaluation_is_not_repeated_where_the_adapter_is_missing(made, workplace, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(loop, "publish", lambda *_: 1 / 0)
