@@ -47,7 +47,8 @@ def compare(
     has_references = any(texts.values())
     if not has_references and refused is None:
         texts = answers[0]
-        rendered = [2 * (_continued(one, ids[0][n]),) for n, (one, _) in enumerate(rendered)]
+        continued = [_continued(one, ids[0][n]) for n, (one, _) in enumerate(rendered)]
+        rendered = list(zip(continued, continued))
     scored = [n for n, (one, two) in enumerate(rendered) if any(one.scored) and any(two.scored)]
     scores = dict(zip(scored, score(runners, [rendered[n] for n in scored], refused is None)))
     rows = [

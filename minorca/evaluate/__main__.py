@@ -171,7 +171,7 @@ def _evaluate(args: argparse.Namespace, world: World | None) -> None:
     chosen = None
     if args.tasks:
         chosen = load_tasks(args.tasks.split(","), args.include_path, args.limit, args.num_fewshot)
-    prepared = suites.prepare(args.suite, args.data) if args.suite else {}
+    prepared = suites.prepare(args.suite, args.data, args.limit) if args.suite else {}
     of_model: dict[str, object] = {}
     if bench or not args.no_cache:
         quantization = parse_quantization(args.quantize, args.double_quant)

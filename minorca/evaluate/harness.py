@@ -111,7 +111,7 @@ class MinorcaLM(TemplateLM):
         counts: what was done so far.
 
     Raises:
-        UserError: BOS is asked for, and the tokenizer has none; it has neither BOS nor EOS; ranks have other arithmetic.
+        UserError: BOS is asked for, and the tokenizer has none; it has neither BOS nor EOS; the ranks differ.
     """
 
     def __init__(

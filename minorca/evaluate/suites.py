@@ -158,12 +158,13 @@ def has_mt_bench(name: str | None) -> bool:
     return name in (MT_BENCH, SEED)
 
 
-def prepare(name: str, data: Path = DATA) -> Prepared:
+def prepare(name: str, data: Path = DATA, limit: int | None = None) -> Prepared:
     """Loads the tasks of a suite with their data; of `seed` all but MT-Bench, and of `mt-bench` none.
 
     Args:
         name: one of NAMES.
         data: the directory with the tasks' data.
+        limit: of rows that are evaluated, and so are checked.
 
     Raises:
         UserError: every data set that is missing (what to download, and where to put it) or has another schema.
@@ -179,7 +180,7 @@ def prepare(name: str, data: Path = DATA) -> Prepared:
         prepared[key] = {}
         for member in suite.members:
             try:
-                prepared[key][member.name] = [_load(config, manager) for config in member.configure(data)]
+                prepared[key][member.name] = [_load(config, manager, limit) for config in member.configure(data)]
             # two suites may miss the same data
             except UserError as error:
                 problems |= {str(problem): problem for problem in error.problems}
@@ -187,26 +188,36 @@ def prepare(name: str, data: Path = DATA) -> Prepared:
     return prepared
 
 
-def _load(config: TaskConfig, manager: "TaskManager") -> "Task":
+def _load(config: TaskConfig, manager: "TaskManager", limit: int | None) -> "Task":
+    from minorca.evaluate.task_rows import check_rows, file_problems
+
+    files = local_files(config)
     log = logging.getLogger("lm_eval.api.task")
     level = log.level
     # it warns of what its own files leave to defaults
     log.setLevel(logging.ERROR)
     try:
-        return manager.load([config])["tasks"][config["task"]]
+        task: Any = manager.load([config])["tasks"][config["task"]]
     # whatever it raises where a file cannot be read, or its rows lack a column
     except Exception as error:
+        paths = [path for of_split in files.values() for path in of_split]
+        raise_problems(file_problems(paths))
         raise_problems(_schema_problems(config))
-        raise UserError(f"cannot be loaded ({type(error).__name__}: {error})", field=config["task"]) from error
+        place = Path(paths[0]).parent if paths else None
+        if isinstance(error, KeyError):
+            raise UserError(f"lacks the column {error}, which {config['task']} needs", path=place) from error
+        raise UserError(f"{config['task']} cannot be loaded ({type(error).__name__}: {error})", path=place) from error
     finally:
         log.setLevel(level)
+    check_rows(task, config["task"], files.get(config.get("test_split") or config["validation_split"], []), limit)
+    return task
 
 
 def _schema_problems(config: TaskConfig) -> Iterator[UserError]:
     """What is wrong with a task's local files."""
     import datasets
 
-    from minorca.evaluate.task_files import template_problems
+    from minorca.evaluate.task_rows import template_problems
 
     for file in (path for paths in local_files(config).values() for path in paths):
         try:

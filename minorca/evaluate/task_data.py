@@ -6,10 +6,11 @@ configuration's name where there are several.
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minorca.errors import UserError
+from minorca.errors import UserError, raise_problems
 
 # The builders of `datasets`, and the suffixes of their files.
 FORMATS = {"parquet": (".parquet",), "json": (".jsonl", ".json")}
@@ -61,11 +62,23 @@ def _local_data(config: dict, data: Path) -> dict | None:
             for split in splits.values()
         }
         if all(files.values()):
+            raise_problems(problem for split in files.items() for problem in _split_problems(*split, directory))
             # lm_eval opens every split that a configuration names, needed or not
             unused = dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split"))
             source = {"dataset_path": builder, "dataset_name": None, "dataset_kwargs": {"data_files": files}}
             return unused | splits | source
     return None
+
+
+def _split_problems(split: str, files: list[str], directory: Path) -> Iterator[UserError]:
+    """Whether files are all those of a split, and no other."""
+    parts = [re.search(r"-(\d+)-of-(\d+)\b", Path(file).name) for file in files]
+    counts = {int(part[2]) for part in parts if part}
+    if len(files) > 1 and (None in parts or len(counts) > 1):
+        names = ", ".join(str(Path(file).relative_to(directory)) for file in files)
+        yield UserError(f"has {split} more than once: {names}; leave one of them", path=directory)
+    elif counts and len(files) != max(counts):
+        yield UserError(f"has {len(files)} of the {max(counts)} files of {split}; download the others", path=directory)
 
 
 def _check_hub(config: dict, data: Path, whole: bool) -> dict:

@@ -8,33 +8,29 @@ import difflib
 import fnmatch
 import glob
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
-import jinja2
-import jinja2.meta
 import lm_eval.api.metrics  # noqa: F401  (which fills METRIC_REGISTRY)
 import numpy as np
 import torch
 import yaml
 from lm_eval.api.group import Group
-from lm_eval.api.registry import METRIC_REGISTRY
+from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
 from lm_eval.api.task import ALL_OUTPUT_TYPES, ConfigurableTask, Task
 from lm_eval.config.task import TaskConfig
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
-from lm_eval.utils import env
 
 from minorca.errors import UserError, raise_problems
+from minorca.evaluate.task_rows import TEMPLATES, check_rows, data_files, example_problems, file_problems
+from minorca.files.safe_io import quote
 
 # what a task's file may have beside the fields of TaskConfig
 STRUCTURE = {"tag", "group", "task_list", "include", "class"}
-# what of a task's file makes a text of a row
-TEMPLATES = ("doc_to_text", "doc_to_choice", "doc_to_target")
 
 
 class Tasks(NamedTuple):
@@ -65,14 +61,15 @@ def load_tasks(
     if not names:
         raise UserError("names no task", field="--tasks")
     manager = TaskManager(include_path=include_path, include_defaults=False)
-    if not all(_matches(name, manager) for name in names):
+    if list(_unknown(names, manager)):
         raise_problems(_unreadable(include_path))
         manager = TaskManager(include_path=include_path)
-    raise_problems(_unknown(name, manager) for name in names if not _matches(name, manager))
+        raise_problems(_unknown(names, manager))
     chosen = list(dict.fromkeys(match for name in names for match in _matches(name, manager)))
     leaves = [leaf for name in chosen for leaf in _leaves(name, manager)]
     raise_problems(_twice(leaves))
-    own = [leaf for leaf in leaves if include_path and leaf.yaml_path and leaf.yaml_path.is_relative_to(include_path)]
+    folder = include_path and include_path.resolve()
+    own = [leaf for leaf in leaves if folder and leaf.yaml_path and leaf.yaml_path.resolve().is_relative_to(folder)]
     raise_problems(problem for leaf in own for problem in _file_problems(leaf))
     # as lm_eval's own command does: tasks' functions may shuffle their rows
     random.seed(0)
@@ -80,12 +77,13 @@ def load_tasks(
     torch.manual_seed(1234)
     tasks = [task for name in chosen for task in _load(name, manager)]
     loaded = manager.load(tasks)["tasks"]
-    raise_problems(problem for task in loaded.values() for problem in _task_problems(task))
-    raise_problems(problem for task in loaded.values() for problem in _example_problems(task, num_fewshot))
+    raise_problems(problem for task in loaded.values() for problem in _kind_problems(task))
+    raise_problems(problem for task in loaded.values() for problem in example_problems(task, num_fewshot))
     for leaf in own:
-        task = loaded[leaf.name]
+        task = loaded.get(leaf.name)
         if isinstance(task, ConfigurableTask):
-            _check_rows(task, leaf, limit)
+            split = task.config.test_split if task.has_test_docs() else task.config.validation_split
+            check_rows(task, cast(Path, leaf.yaml_path), data_files(leaf.cfg or {}, split), limit)
     return Tasks(tasks, manager)
 
 
@@ -96,10 +94,19 @@ def _matches(name: str, manager: TaskManager) -> list[str]:
     return fnmatch.filter(manager.all_tasks, name)
 
 
-def _unknown(name: str, manager: TaskManager) -> UserError:
+def _unknown(names: Iterable[str], manager: TaskManager) -> Iterator[UserError]:
+    """Names that nothing has, and those of groups' members."""
+    for name in names:
+        matches = _matches(name, manager)
+        if not matches:
+            yield UserError(f"{name} is an unknown task{_hint(name, manager)}", field="--tasks")
+        for match in matches:
+            yield from _unknown_members(match, manager)
+
+
+def _hint(name: str, manager: TaskManager) -> str:
     near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return UserError(f"{name} is an unknown task{hint}", field="--tasks")
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _unreadable(include_path: Path | None) -> Iterator[UserError]:
@@ -111,22 +118,63 @@ def _unreadable(include_path: Path | None) -> Iterator[UserError]:
             yield UserError(f"cannot be read as a task: {' '.join(str(error).split())}", path=path)
 
 
-def _leaves(name: str, manager: TaskManager) -> Iterator[Entry]:
-    """The tasks of a task, a group or a tag, as lm_eval's index describes them."""
+def _members(config: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """The names of a group's members, and whether it defines them itself."""
+    for item in config.get("task") or []:
+        if isinstance(item, str):
+            yield item, False
+        elif "group" in item and "task" in item:
+            yield from _members(item)
+        else:
+            yield item.get("group") or item["task"], "dataset_path" in item
+
+
+def _entries(name: str, manager: TaskManager, within: tuple[str, ...] = ()) -> Iterator[Entry]:
+    """What lm_eval's index has of a name and, where it is a group or a tag, of all below it.
+
+    Raises:
+        UserError: a group's file is invalid, or it is in itself.
+    """
     entry = manager.task_index.get(name)
     if entry is None:
-        # a task that a group defines itself
+        # a task that a group defines itself, or one that is unknown
         return
-    if entry.kind is Kind.TAG:
-        members = sorted(entry.tags)
-    elif entry.kind is Kind.GROUP:
-        items = (entry.cfg or {}).get("task") or []
-        members = [item if isinstance(item, str) else item.get("group") or item.get("task") for item in items]
-    else:
-        yield entry
+    members = sorted(entry.tags) if entry.kind is Kind.TAG else []
+    if entry.kind is Kind.GROUP:
+        if name in within:
+            raise UserError(f"has {name}, which is in itself", path=entry.yaml_path, field="task")
+        raise_problems(_group_problems(entry.cfg or {}, entry.yaml_path))
+        members = [member for member, _ in _members(entry.cfg or {})]
+    yield entry
+    for member in members:
+        yield from _entries(member, manager, (*within, name))
+
+
+def _leaves(name: str, manager: TaskManager) -> Iterator[Entry]:
+    """The tasks of a task, a group or a tag."""
+    return (entry for entry in _entries(name, manager) if entry.kind not in (Kind.GROUP, Kind.TAG))
+
+
+def _group_problems(config: Mapping[str, Any], path: Path | None) -> Iterator[UserError]:
+    members = config.get("task")
+    if not isinstance(members, list) or not members:
+        yield UserError(f"is {quote(members)}; expected a list of tasks and groups", path=path, field="task")
         return
     for member in members:
-        yield from _leaves(member, manager)
+        if isinstance(member, dict) and isinstance(member.get("group"), str) and "task" in member:
+            yield from _group_problems(member, path)
+        elif not isinstance(member, str) and not (
+            isinstance(member, dict) and isinstance(member.get("group") or member.get("task"), str)
+        ):
+            message = f"has {quote(member)}; expected a name, or a mapping with the name as task or group"
+            yield UserError(message, path=path, field="task")
+
+
+def _unknown_members(name: str, manager: TaskManager) -> Iterator[UserError]:
+    for entry in _entries(name, manager):
+        for member, is_own in _members(entry.cfg or {}) if entry.kind is Kind.GROUP else ():
+            if not is_own and member not in manager.task_index:
+                yield UserError(f"has the unknown {member}{_hint(member, manager)}", path=entry.yaml_path, field="task")
 
 
 def _twice(leaves: list[Entry]) -> Iterator[UserError]:
@@ -153,25 +201,57 @@ def _file_problems(leaf: Entry) -> Iterator[UserError]:
     if kind not in ALL_OUTPUT_TYPES:
         expected = ", ".join(ALL_OUTPUT_TYPES)
         yield UserError(f"is {kind!r}; expected one of {expected}", path=leaf.yaml_path, field="output_type")
-    for metric in () if "process_results" in config else config.get("metric_list") or ():
-        name = metric.get("metric")
-        if isinstance(name, str) and name not in METRIC_REGISTRY and not metric.get("hf_evaluate"):
-            near = difflib.get_close_matches(name, METRIC_REGISTRY, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            yield UserError(f"has the unknown metric {name}{hint}", path=leaf.yaml_path, field="metric_list")
-    for path in _data_files(config):
+    wrong = list(_type_problems(config))
+    for problem in wrong:
+        problem.path = leaf.yaml_path
+        yield problem
+    for path in data_files(config) if not wrong else ():
         if "://" not in path and not glob.glob(path, recursive=True):
             message = f"names {path}, which does not exist; paths are relative to the current directory"
             yield UserError(message, path=leaf.yaml_path, field="dataset_kwargs.data_files")
 
 
-def _data_files(config: Mapping, split: str | None = None) -> list[str]:
-    """The local files of a task's data, or of a split of it."""
-    named = (config.get("dataset_kwargs") or {}).get("data_files") or []
-    if isinstance(named, dict):
-        named = list(named.values()) if split is None else named.get(split, [])
-    named = [named] if isinstance(named, str) else named
-    return [path for item in named for path in ([item] if isinstance(item, str) else item)]
+def _type_problems(config: Mapping[str, Any]) -> Iterator[UserError]:
+    """Values that lm_eval would stumble over."""
+
+    def wrong(field: str, value: Any, expected: str) -> UserError:
+        return UserError(f"is {quote(value)}; expected {expected}", field=field)
+
+    for field in ("dataset_kwargs", "generation_kwargs"):
+        if not isinstance(config.get(field), dict | None):
+            yield wrong(field, config[field], "a mapping")
+    shots = config.get("num_fewshot")
+    if not isinstance(shots, int | None) or isinstance(shots, bool) or (shots or 0) < 0:
+        yield wrong("num_fewshot", shots, "a number, 0 or more")
+    kwargs = config.get("dataset_kwargs")
+    named = kwargs.get("data_files") if isinstance(kwargs, dict) else None
+    for files in named.values() if isinstance(named, dict) else [named]:
+        if not isinstance(files, str | None) and not (
+            isinstance(files, list) and all(isinstance(file, str) for file in files)
+        ):
+            yield wrong("dataset_kwargs.data_files", files, "a path, or a list of paths, by split")
+    metrics = config.get("metric_list")
+    if not isinstance(metrics, list | None):
+        yield wrong("metric_list", metrics, "a list of mappings, each with a metric")
+        return
+    for metric in metrics or ():
+        if not isinstance(metric, dict) or "metric" not in metric:
+            yield wrong("metric_list", metric, "a mapping with a metric")
+            continue
+        is_own = "process_results" in config or metric.get("hf_evaluate")
+        for key, known in (() if is_own else (("metric", METRIC_REGISTRY),)) + (("aggregation", AGGREGATION_REGISTRY),):
+            name = metric.get(key)
+            if isinstance(name, str) and name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                yield UserError(f"has the unknown {key} {name}{hint}", field="metric_list")
+
+
+def _kind_problems(task: Task) -> Iterator[UserError]:
+    if getattr(task, "UNSAFE_CODE", False):
+        yield UserError(f"has {task.task_name}, which runs code that a model writes; that is not done", field="--tasks")
+    if getattr(task, "MULTIMODAL", False):
+        yield UserError(f"has {task.task_name}, which shows pictures, and the model reads text only", field="--tasks")
 
 
 def _load(name: str, manager: TaskManager) -> list[Task | Group]:
@@ -199,6 +279,9 @@ def _why(leaf: Entry, error: Exception) -> UserError:
         )
         message += "to download it, or name files of yours in a task of your own (--include-path)"
         return UserError(message, path=leaf.yaml_path, field="dataset_path")
+    files = [file for pattern in data_files(config) for file in glob.glob(pattern, recursive=True)]
+    if found := next(file_problems(files), None):
+        return found
     unknown = UserError(f"task {leaf.name} cannot be loaded: {_say(error)}", path=leaf.yaml_path)
     try:
         config = {key: value for key, value in load_yaml(cast(Path, leaf.yaml_path)).items() if key not in STRUCTURE}
@@ -209,7 +292,7 @@ def _why(leaf: Entry, error: Exception) -> UserError:
     for field in TEMPLATES:
         task.config[field] = config.get(field)
     try:
-        _check_rows(task, leaf, 1)
+        check_rows(task, cast(Path, leaf.yaml_path), files, 1)
     except UserError as found:
         return found
     return unknown
@@ -217,75 +300,3 @@ def _why(leaf: Entry, error: Exception) -> UserError:
 
 def _say(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-# --------------------------------------------------------------------------------------------------------------- rows
-
-
-def template_problems(config: Mapping, columns: list[str], path: Path | None) -> Iterator[UserError]:
-    """The columns that a task's templates name and its data lack."""
-    for field in TEMPLATES:
-        template = config.get(field)
-        # a function, a list or a number; or a column
-        if not isinstance(template, str) or template in columns:
-            continue
-        try:
-            names = jinja2.meta.find_undeclared_variables(env.parse(template))
-        except jinja2.TemplateSyntaxError as error:
-            yield UserError(f"is not a valid template: {error}", path=path, field=field)
-            continue
-        # a column's name alone, which lm_eval takes for text where there is none
-        if template.isidentifier() and difflib.get_close_matches(template, columns, n=1):
-            names = {template}
-        for name in sorted(names - set(columns)):
-            near = difflib.get_close_matches(name, columns, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            message = f"names the column {name}, which the data lack (they have {', '.join(columns)}){hint}"
-            yield UserError(message, path=path, field=field)
-
-
-def _task_problems(task: Task) -> Iterator[UserError]:
-    if getattr(task, "UNSAFE_CODE", False):
-        yield UserError(f"has {task.task_name}, which runs code that a model writes; that is not done", field="--tasks")
-    if getattr(task, "MULTIMODAL", False):
-        yield UserError(f"has {task.task_name}, which shows pictures, and the model reads text only", field="--tasks")
-
-
-def _example_problems(task: Task, num_fewshot: int | None) -> Iterator[UserError]:
-    """Whether a task has enough examples to draw from, of which a question is none of its own."""
-    says = task.get_config("num_fewshot")
-    # as in lm_eval, a task that says 0 stays at 0
-    shots = (says if num_fewshot is None or says == 0 else num_fewshot) or 0
-    if not isinstance(task, ConfigurableTask) or shots == 0:
-        return
-    there = len(task.sampler.fewshot_docs()) if task.fewshot_docs() is not None else 0
-    if shots + (task.fewshot_cfg.split == task.config.test_split) > there:
-        message = f"is {shots}, and {task.task_name} has {there} rows to take examples from, which a question is not"
-        yield UserError(message, field="--num-fewshot")
-
-
-def _check_rows(task: ConfigurableTask, leaf: Entry, limit: int | None) -> None:
-    """Checks that the templates can write every row, and that every target is one of the choices.
-
-    Raises:
-        UserError: the first row that they cannot write.
-    """
-    config = task.config
-    raise_problems(template_problems({field: config[field] for field in TEMPLATES}, task.features, leaf.yaml_path))
-    split = config.test_split if task.has_test_docs() else config.validation_split
-    files = _data_files(leaf.cfg or {}, split)
-    place = files[0] if len(files) == 1 else leaf.yaml_path
-    for number, doc in enumerate(islice(task.eval_docs, limit), 1):
-        for field in TEMPLATES:
-            if config[field] is None:
-                continue
-            try:
-                value = getattr(task, field)(doc)
-            except Exception as error:
-                message = f"cannot be made of it ({_say(error)}), as {leaf.yaml_path} says"
-                raise UserError(message, path=place, where=f"row {number}", field=field) from error
-            if field == "doc_to_choice":
-                choices = value
-        if config.doc_to_choice is not None and isinstance(value, int) and not 0 <= value < len(choices):
-            message = f"is {value}, with {len(choices)} choices; expected 0 to {len(choices) - 1}"
-            raise UserError(message, path=place, where=f"row {number}", field="doc_to_target")

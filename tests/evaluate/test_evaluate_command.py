@@ -124,12 +124,27 @@ def test_bad_input_is_named(evaluate, monkeypatch):
         ({"test_split": "tset"}, r"mine\.yaml: task mine cannot be loaded: KeyError"),
         ({"metric_list": [{"metric": "acuracy"}]}, r"mine\.yaml: metric_list has .*acuracy; did you mean acc"),
         ({"process_docs": "no"}, r"mine\.yaml: task mine cannot be loaded: TypeError"),
+        ({"metric_list": ["acc"]}, r"mine\.yaml: metric_list is 'acc'; expected a mapping with a metric"),
+        ({"metric_list": {"metric": "acc"}}, r"mine\.yaml: metric_list is .*; expected a list of mappings"),
+        ({"metric_list": [{"metric": "acc", "aggregation": "meen"}]}, r"unknown aggregation meen; did you mean mean"),
+        ({"num_fewshot": "3"}, r"mine\.yaml: num_fewshot is '3'; expected a number, 0 or more"),
+        ({"dataset_kwargs": "x"}, r"mine\.yaml: dataset_kwargs is 'x'; expected a mapping"),
+        ({"dataset_kwargs": {"data_files": {"test": 5}}}, r"data_files is 5; expected a path, or a list of paths"),
+        ({"doc_to_target": "{{answerKey}}"}, r"mine\.jsonl, row 1: doc_to_target is 'A', which is none of the choices"),
+        ({"doc_to_target": "{{[9]}}"}, r"mine\.jsonl, row 1: doc_to_target is 9, with 4 choices"),
         ({"unsafe_code": True}, "--tasks has mine, which runs code that a model writes"),
         ({"doc_to_image": ["question"]}, "--tasks has mine, which shows pictures"),
     ):
         write_task(evaluate.folder, **changes)
         says(message, tasks="mine")
+    for text, message in (("", "has no rows"), ('{"a": 1}\n{"b"', "line 2: ")):
+        write_task(evaluate.folder)
+        (evaluate.folder / "mine.jsonl").write_text(text)
+        says(rf"mine\.jsonl.* {message}", tasks="mine")
     rows = rows_of("arc")
+    # examples that equal the question are none
+    write_task(evaluate.folder, rows[:4] * 2, fewshot_split="test")
+    says("--num-fewshot is 7, and mine has 8 rows to take examples from", "--num-fewshot", 7, tasks="mine")
     rows[2]["answerKey"] = "F"
     write_task(evaluate.folder, rows)
     says(r"mine\.jsonl, row 3: doc_to_target cannot be made of it \(.*'F' is not in list", tasks="mine")
@@ -138,6 +153,13 @@ def test_bad_input_is_named(evaluate, monkeypatch):
     options = {"output_type": "generate_until", "doc_to_choice": None, "generation_kwargs": {"until": [], "beams": 2}}
     write_task(evaluate.folder, **options)
     says("mine: generation_kwargs has the unknown beams; expected until, do_sample", tasks="mine")
+    for members, message in (
+        ("arc_local", "task is 'arc_local'; expected a list of tasks and groups"),
+        ([{"task": ["arc_local"]}], "task has .*; expected a name, or a mapping with the name as task or group"),
+        (["arc_local", "mine"], "task has mine, which is in itself"),
+    ):
+        (evaluate.folder / "mine.yaml").write_text(json.dumps({"group": "mine", "task": members}))
+        says(rf"mine\.yaml: {message}", tasks="mine")
     (evaluate.folder / "mine.yaml").write_text("task: [")
     says(r"mine\.yaml: cannot be read as a task", tasks="mine")
     (evaluate.folder / "mine.yaml").unlink()
@@ -196,6 +218,14 @@ def test_an_unknown_task_is_answered_with_the_nearest(evaluate):
     """lm_eval's own tasks are looked through, which takes seconds."""
     with pytest.raises(UserError, match=r"--tasks arc_chalenge is an unknown task; did you mean arc_challenge"):
         evaluate(tasks="arc_local,arc_chalenge")
+    group = {"group": "mine", "task": ["arc_local", "arc_esy", {"task": "arc_challenge", "num_fewshot": 1}]}
+    (evaluate.folder / "mine.yaml").write_text(json.dumps(group))
+    with pytest.raises(UserError, match=r"mine\.yaml: task has the unknown arc_esy; did you mean arc_easy"):
+        evaluate(tasks="mine")
+    # lm_eval's own are found, but not their data
+    (evaluate.folder / "mine.yaml").write_text(json.dumps(group | {"task": ["arc_local", "arc_easy"]}))
+    with pytest.raises(UserError, match=r"arc_easy\.yaml: dataset_path names allenai/ai2_arc, which cannot be loaded"):
+        evaluate(tasks="mine")
 
 
 KILLED = """

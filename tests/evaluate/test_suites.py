@@ -230,7 +230,7 @@ def test_seed_is_all_five(monkeypatch, tmp_path):
     for name, suite in suites.SUITES.items():
         members = tuple(dataclasses.replace(m, configure=lambda _, m=m: [{"task": m.name}]) for m in suite.members)
         monkeypatch.setitem(suites.SUITES, name, dataclasses.replace(suite, members=members))
-    monkeypatch.setattr(suites, "_load", lambda config, _: SimpleNamespace(task_name=config["task"]))
+    monkeypatch.setattr(suites, "_load", lambda config, *_: SimpleNamespace(task_name=config["task"]))
     metrics = {m.name: m.metric for suite in suites.SUITES.values() for m in suite.members}
 
     def evaluate_tasks(loaded):
