@@ -101,9 +101,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _add_suite_options(parser: cli.Parser) -> None:
     group = parser.add_argument_group("suites")
-    group.add_argument(
-        "--data", type=Path, default=suites.DATA, metavar="DIR", help=f"the tasks' data; default: {suites.DATA}"
-    )
+    group.add_argument("--data", type=Path, metavar="DIR", help=f"the tasks' data; default: {suites.DATA}")
     group.add_argument("--name", metavar="NAME", help="the model's in tables and files; default: by its directory")
     group.add_argument("--questions", type=Path, metavar="FILE", help="of MT-Bench: FastChat's question.jsonl")
     group.add_argument(
@@ -115,7 +113,7 @@ def _add_suite_options(parser: cli.Parser) -> None:
 
 
 def _suite_problems(args: argparse.Namespace) -> Iterator[UserError]:
-    for option in ("num_fewshot", "include_path") if args.suite else ("name",):
+    for option in ("num_fewshot", "include_path") if args.suite else ("name", "data"):
         if getattr(args, option) is not None:
             needed = "cannot be combined with --suite" if args.suite else "needs --suite"
             yield UserError(needed, field=f"--{option.replace('_', '-')}")
@@ -124,6 +122,11 @@ def _suite_problems(args: argparse.Namespace) -> Iterator[UserError]:
         if judged != (getattr(args, option) is not None):
             message = f"is missing; {args.suite} has MT-Bench" if judged else "needs --suite mt-bench"
             yield UserError(message, field=f"--{option.replace('_', '-')}")
+    if args.suite == suites.MT_BENCH:
+        for option in ("bos", "slots", "data", "chat", "log_samples"):
+            # the last two are flags
+            if getattr(args, option) is not (False if option in ("chat", "log_samples") else None):
+                yield UserError("has no effect on MT-Bench; leave it out", field=f"--{option.replace('_', '-')}")
     if args.system is not None and not judged:
         yield UserError("needs --suite mt-bench", field="--system")
     if args.suite and args.output and args.output.suffix in suites.BESIDE:
@@ -171,7 +174,7 @@ def _evaluate(args: argparse.Namespace, world: World | None) -> None:
     chosen = None
     if args.tasks:
         chosen = load_tasks(args.tasks.split(","), args.include_path, args.limit, args.num_fewshot)
-    prepared = suites.prepare(args.suite, args.data, args.limit) if args.suite else {}
+    prepared = suites.prepare(args.suite, args.data or suites.DATA, args.limit) if args.suite else {}
     of_model: dict[str, object] = {}
     if bench or not args.no_cache:
         quantization = parse_quantization(args.quantize, args.double_quant)
@@ -180,8 +183,10 @@ def _evaluate(args: argparse.Namespace, world: World | None) -> None:
     started = time.perf_counter()
     results = _evaluate_tasks(args, lm, chosen.manager.load(chosen.tasks)) if chosen else None
     scores = suites.run(prepared, lambda loaded: _evaluate_tasks(args, lm, loaded))
+    failure = None
     if bench:
-        scores += _evaluate_mt_bench(args, world, lm, bench, of_model)
+        of_bench, failure = _evaluate_mt_bench(args, world, lm, bench, of_model)
+        scores += of_bench
     seconds = time.perf_counter() - started
     computed, tokens = lm.counts.computed, lm.counts.tokens
     if world:
@@ -189,19 +194,26 @@ def _evaluate(args: argparse.Namespace, world: World | None) -> None:
     if world and world.rank:
         return
     ours = {
-        "bos": lm.begins_with_bos,
-        "template": template,
+        "bos": lm.begins_with_bos if lm.counts.requests else None,
+        "template": template if args.chat else None,
+        "mt_bench": {"template": template, "system": args.system} if bench else None,
         "requests": lm.counts.requests,
         "truncated": lm.counts.truncated,
         "tokens_computed": computed,
         "tokens_shared": tokens - computed,
         "seconds": seconds,
     }
-    written = _show_tasks(results) if results else _show_suites(args, scores)
-    print(_summary(ours, args, lm.max_length))
-    if args.output:
-        text = json.dumps(written | {"minorca": ours}, indent=2, default=handle_non_serializable, ensure_ascii=False)
-        write_file(args.output, text + "\n")
+    conditions = _conditions(ours, args, lm)
+    if results or scores:
+        written = _show_tasks(results, conditions) if results else _show_suites(args, scores, conditions)
+        if lm.counts.requests:
+            print(_counts(ours, lm.max_length))
+        if args.output:
+            written |= {"minorca": ours}
+            text = json.dumps(written, indent=2, default=handle_non_serializable, ensure_ascii=False)
+            write_file(args.output, text + "\n")
+    if failure:
+        raise failure
 
 
 def _read_tokenizer(args: argparse.Namespace, chat: bool) -> tuple[Tokenizer, str | None]:
@@ -244,41 +256,49 @@ def _evaluate_tasks(args: argparse.Namespace, lm: "MinorcaLM", loaded: "TaskDict
 
 def _evaluate_mt_bench(
     args: argparse.Namespace, world: World | None, lm: "MinorcaLM", bench: "MTBench", of_model: dict[str, object]
-) -> list[suites.SuiteResult]:
-    """Its scores on the first rank, for which the others wait."""
-    results = []
+) -> tuple[list[suites.SuiteResult], UserError | None]:
+    """Its scores on the first rank, for which the others wait, or why there are none: other suites have theirs."""
+    results, failure = [], None
     if not (world and world.rank):
-        settings = [of_model, lm.template, args.system, str(lm.model.embedding.weight.dtype)]
+        rendering = [lm.template, lm.tok.chat_template, sorted(lm.tok.stop_ids), args.system]
+        settings = [of_model, rendering, str(lm.model.embedding.weight.dtype)]
         of_answers = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        directory = args.questions.parent
-        results.append(bench.evaluate(lm.model, lm.tok, lm.template, directory, _name(args), of_answers, args.system))
+        place = (args.questions.parent, _name(args), of_answers, args.system)
+        try:
+            results.append(bench.evaluate(lm.model, lm.tok, lm.template, *place))
+        except UserError as error:
+            failure = error
     if world:
         world.barrier_without_timeout("MT-Bench")
-    return results
+    return results, failure
 
 
-def _show_tasks(results: dict[str, Any]) -> dict[str, Any]:
+def _show_tasks(results: dict[str, Any], conditions: str) -> dict[str, Any]:
     """Prints the results of tasks; returns what is written of them."""
     from lm_eval.utils import make_table
 
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
+    print(conditions)
     return {key: results[key] for key in (*WRITTEN, "samples") if key in results}
 
 
-def _show_suites(args: argparse.Namespace, scores: list[suites.SuiteResult]) -> dict[str, Any]:
+def _show_suites(args: argparse.Namespace, scores: list[suites.SuiteResult], conditions: str) -> dict[str, Any]:
     """Prints suites' scores beside the published ones, and writes them beside --output; returns what goes there."""
     from minorca.evaluate import report
 
-    print(report.to_markdown(scores, _name(args)))
+    print(report.to_markdown(scores, _name(args), conditions))
     if args.output:
-        report.write(scores, _name(args), args.output)
-    written = report.to_json(scores)
+        report.write(scores, _name(args), conditions, args.output)
+    written: dict[str, Any] = {"suites": report.to_json(scores), "results": {}}
     for result in scores:
-        evaluated = result.evaluated
-        written[result.suite] |= {key: evaluated[key] for key in (*WRITTEN, "samples") if key in evaluated}
-    return {"suites": written}
+        # two suites have the same task with other shots
+        prefix = f"{result.suite}/" if args.suite == suites.SEED else ""
+        for key in (*WRITTEN, "samples"):
+            for task, value in result.evaluated.get(key, {}).items():
+                written.setdefault(key, {})[prefix + task] = value
+    return written
 
 
 def _name(args: argparse.Namespace) -> str:
@@ -287,14 +307,25 @@ def _name(args: argparse.Namespace) -> str:
     return args.name or "-".join((Path(args.model).resolve().name, *adapter))
 
 
-def _summary(ours: dict, args: argparse.Namespace, max_length: int) -> str:
-    bos = {True: "with BOS", False: "without BOS", None: "some texts with BOS"}[ours["bos"]]
-    if args.bos is None and not args.chat:
-        bos += " (as the tokenizer does)"
-    chat = f"chat template {ours['template']}" if args.chat else "no chat template"
+def _conditions(ours: dict[str, Any], args: argparse.Namespace, lm: "MinorcaLM") -> str:
+    """How the model was evaluated, in a line."""
+    parts = [str(lm.model.dtype).removeprefix("torch.")]
+    if args.quantize != "none":
+        parts.append(f"quantized to {args.quantize}")
+    if ours["requests"]:
+        bos = {True: "with BOS", False: "without BOS", None: "some texts with BOS"}[ours["bos"]]
+        parts.append(f"{bos} (as the tokenizer does)" if args.bos is None and not args.chat else bos)
+        parts.append(f"chat template {ours['template']}" if args.chat else "no chat template")
+    if bench := ours["mt_bench"]:
+        system = f"system prompt {bench['system']!r}" if bench["system"] else "no system prompt"
+        parts.append(f"MT-Bench: chat template {bench['template']}, {system}")
+    return ", ".join(parts)
+
+
+def _counts(ours: dict[str, Any], max_length: int) -> str:
     lines = [
-        f"{bos}, {chat}; {ours['requests']} requests in {ours['seconds']:.1f} s, {ours['tokens_computed']} tokens "
-        f"computed, {ours['tokens_shared']} shared"
+        f"{ours['requests']} requests in {ours['seconds']:.1f} s, {ours['tokens_computed']} tokens computed, "
+        f"{ours['tokens_shared']} shared"
     ]
     if ours["truncated"]:
         lines.append(f"{ours['truncated']} requests were cut on the left, to the model's {max_length} positions")

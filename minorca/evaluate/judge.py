@@ -5,8 +5,11 @@ a rating from 1 to 10 in the answer as [[rating]]. Each is appended to its file 
 run goes on. The key, if the endpoint wants one, is read from the environment's OPENAI_API_KEY.
 """
 
+import email.utils
+import fcntl
 import http.client
 import json
+import logging
 import os
 import re
 import string
@@ -26,6 +29,8 @@ from tqdm import tqdm
 from minorca.data.row_files import open_file
 from minorca.errors import UserError, raise_problems
 from minorca.files.safe_io import parse_json, quote
+
+log = logging.getLogger(__name__)
 
 MAX_TOKENS = 2048
 # Requests at once.
@@ -102,6 +107,9 @@ class Judge:
     def __post_init__(self):
         if not self.url.startswith(("http://", "https://")):
             raise UserError(f"is {self.url}; expected a URL such as https://api.openai.com/v1", field="--judge")
+        # which the message must not quote
+        if not _key().isascii() or not _key().isprintable():
+            raise UserError("has a character that a key cannot have", field="the environment's OPENAI_API_KEY")
 
     def judge_all(self, matches: Sequence[Match], model_id: str, file: Path) -> list[dict[str, Any]]:
         """The judgments of all matches, those that `file` already has among them.
@@ -113,21 +121,28 @@ class Judge:
         judged = self._read(matches, model_id, file)
         missing = [match for match in matches if (match.question_id, match.turn) not in judged]
         failures: list[tuple[Match, Failure]] = []
+        # since the last judgment that came
+        in_a_row = 0
         stop = threading.Event()
         lock = threading.Lock()
         progress = tqdm(total=len(matches), initial=len(judged), desc="judging", unit=" answers", disable=None)
 
         def judge_one(match: Match) -> None:
+            nonlocal in_a_row
             if stop.is_set():
                 return
             try:
                 judgment = self._judge(match, model_id, stop)
             except Failure as failure:
-                failures.append((match, failure))
-                if failure.refused:
-                    stop.set()
+                with lock:
+                    failures.append((match, failure))
+                    # one that another attempt could have mended was tried for a minute
+                    in_a_row += failure.wait is not None
+                    if failure.refused or in_a_row == PARALLEL:
+                        stop.set()
                 return
             with lock:
+                in_a_row = 0
                 append_line(file, judgment)
                 judged[match.question_id, match.turn] = judgment
                 progress.update()
@@ -142,9 +157,10 @@ class Judge:
             progress.close()
         if failures:
             match, failure = next((pair for pair in failures if pair[1].refused), failures[0])
+            kept = "the others are in it, and " if judged else ""
             raise UserError(
                 f"{len(matches) - len(judged)} of {len(matches)} judgments did not come; question {match.question_id}, "
-                f"turn {match.turn}: {failure}; the others are in it, and the same command goes on with the rest",
+                f"turn {match.turn}: {failure}; {kept}the same command goes on with the rest",
                 path=file,
             )
         return [judged[match.question_id, match.turn] for match in matches]
@@ -154,13 +170,18 @@ class Judge:
         wanted = {(match.question_id, match.turn): match for match in matches}
         judged = {}
         for number, line in read_lines(file):
-            key = (line.get("question_id", 0), line.get("turn", 0))
-            match = wanted.get(key)
+            key = (line.get("question_id"), line.get("turn"))
+            match = wanted.get(key) if all(isinstance(part, int) for part in key) else None
             if match and line.get("model") == model_id and line.get("judge") == [self.model, match.prompt]:
-                if line.get("user_prompt") != self._user_prompt(match):
+                prompts = self.prompts[match.prompt]["system_prompt"], self._user_prompt(match)
+                # FastChat's own lines have no system prompt
+                if (line.get("system_prompt", prompts[0]), line.get("user_prompt")) != prompts:
                     message = f"is of another answer of {model_id}, or prompt; move the file away to judge again"
                     raise UserError(message, path=file, where=f"line {number}", field="user_prompt")
-                judged[key] = line
+                if not isinstance(line.get("score"), int | float):
+                    message = f"is {quote(line.get('score'))}; expected a rating"
+                    raise UserError(message, path=file, where=f"line {number}", field="score")
+                judged[match.question_id, match.turn] = line
         return judged
 
     def _user_prompt(self, match: Match) -> str:
@@ -174,6 +195,7 @@ class Judge:
             "question_id": match.question_id,
             "model": model_id,
             "judge": [self.model, match.prompt],
+            "system_prompt": system_prompt,
             "user_prompt": user_prompt,
             "judgment": judgment,
             "score": rating_of(judgment),
@@ -189,7 +211,11 @@ class Judge:
             try:
                 return _post(url, body)
             except Failure as failure:
-                if failure.wait is None or stop.wait(max(delay, failure.wait)):
+                if failure.wait is None:
+                    raise
+                seconds = max(delay, failure.wait)
+                log.warning("%s; the next attempt is in %g s", failure, seconds)
+                if stop.wait(seconds):
                     raise
         return _post(url, body)
 
@@ -217,10 +243,14 @@ def _opener() -> urllib.request.OpenerDirector:
     return urllib.request.build_opener(_NoRedirect)
 
 
+def _key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "").strip()
+
+
 def _post(url: str, body: dict) -> str:
     """The content of the answer's first choice. Raises Failure where there is none."""
     headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
+    if key := _key():
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
     try:
@@ -244,13 +274,21 @@ def _error_message(error: urllib.error.HTTPError) -> str:
     try:
         return f": {parse_json(error.read(10**5))['error']['message']}"
     # another format of errors, or none
-    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, http.client.HTTPException):
         return ""
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float:
+    """Seconds, of a number of them or a date (RFC 9110, section 10.2.3)."""
     value = error.headers.get("Retry-After", "")
-    return min(float(value), 600) if value.isdecimal() else 0
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return 0
+    return max(0, min(seconds, 600))
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -314,6 +352,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, dict]]:
     """
     try:
         with file.open("r+b") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
             complete = stream.read().rfind(b"\n") + 1
             stream.truncate(complete)
     except FileNotFoundError:
@@ -334,6 +373,8 @@ def append_line(file: Path, value: dict) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         # what is no Unicode becomes one of JSON's escapes
         with file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+            # runs of other models may have the same judge
+            fcntl.flock(stream, fcntl.LOCK_EX)
             stream.write(json.dumps(value, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"cannot be written ({error})", path=file) from None

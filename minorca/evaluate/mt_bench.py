@@ -45,6 +45,8 @@ TEMPERATURES = {
 }
 # Of questions of another category.
 TEMPERATURE = 0.7
+# transformers' default, which FastChat's generation leaves as it is
+TOP_K = 50
 MAX_NEW_TOKENS = 1024
 # Questions that are answered at once, by type of device: fixed, because an answer's bits depend on it.
 SLOTS = {"cuda": 32, "cpu": 8}
@@ -233,7 +235,8 @@ def read_answers(file: Path, questions: Sequence[Question], identity: str) -> di
     answers = {}
     for number, line in read_lines(file):
         where = f"line {number}"
-        question = asked.get(line.get("question_id", 0))
+        number_asked = line.get("question_id")
+        question = asked.get(number_asked) if isinstance(number_asked, int) else None
         if question is None:
             continue
         if line.get("identity") != question.identify(identity):
@@ -288,7 +291,7 @@ def answer_questions(
         room = min(max_new_tokens, engine.max_length - len(prompt))
         if room < 1:
             raise UserError(f"question {question.id} has {len(prompt)} tokens; the model's maximum length is {limit}")
-        sampling = Sampling(TEMPERATURES.get(question.category, TEMPERATURE), seed=0)
+        sampling = Sampling(TEMPERATURES.get(question.category, TEMPERATURE), top_k=TOP_K, seed=0)
         request = Request(prompt, room, sampling, tok.stop_ids)
         running[request] = conversation
         engine.add(request)
@@ -353,4 +356,5 @@ def _score(name: str, judgments: Sequence[dict[str, Any]]) -> Score | None:
     clusters = len(ratings)
     stderr = math.sqrt(squares * clusters / (clusters - 1)) / count if clusters > 1 else None
     unrated = f", {len(judgments) - count} without a rating" if count < len(judgments) else ""
-    return Score(name, mean, stderr, f"{count} judgments of {clusters} questions{unrated}", count, count)
+    of = f"{clusters} question{'s' if clusters > 1 else ''}"
+    return Score(name, mean, stderr, f"{count} judgments of {of}{unrated}", count, count)

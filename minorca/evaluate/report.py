@@ -16,16 +16,17 @@ if TYPE_CHECKING:
 MARKS = {"": "", "derived": " (d)", "unconfirmed": " (u)"}
 
 
-def write(results: Sequence[SuiteResult], model: str, file: Path) -> None:
+def write(results: Sequence[SuiteResult], model: str, conditions: str, file: Path) -> None:
     """Writes the table and the picture beside `file`.
 
     Args:
         model: what to call the model that was evaluated.
+        conditions: how it was.
 
     Raises:
         UserError: a file cannot be written.
     """
-    for suffix, content in zip(BESIDE, (to_markdown(results, model), draw(results, model))):
+    for suffix, content in zip(BESIDE, (to_markdown(results, model, conditions), draw(results, model))):
         write_file(file.with_suffix(suffix), content)
 
 
@@ -59,8 +60,8 @@ def _published(suite: str, score: Score) -> dict[str, Published]:
 # ------------------------------------------------------------------------------------------------------------ markdown
 
 
-def to_markdown(results: Sequence[SuiteResult], model: str) -> str:
-    """A table a suite, averages first, and what the published scores are."""
+def to_markdown(results: Sequence[SuiteResult], model: str, conditions: str) -> str:
+    """A table a suite, averages first, how the model was evaluated, and what the published scores are."""
     model = model.replace("|", "\\|")
     lines = []
     sources = set()
@@ -76,9 +77,11 @@ def to_markdown(results: Sequence[SuiteResult], model: str) -> str:
             lines.append(f"| {name} | {_with_error(score)} | {' | '.join(cells)} | {_detail(score)} |")
         lines.append("")
     lines += [
-        "± is one standard error; of averages, that of the mean of independent tasks. (d): derived from published "
-        "numbers. (u): unconfirmed. The published scores of lm_eval's tasks were measured by the harnesses of 2023, "
-        "without BOS and chat template.",
+        f"{model}: {conditions}.",
+        "",
+        "± is one standard error; of averages, that of the mean of independent tasks, of MT-Bench that over questions. "
+        "(d): derived from published numbers. (u): unconfirmed. The published scores of lm_eval's tasks were measured "
+        "by the harnesses of 2023, without BOS and chat template.",
         "",
         "Sources:",
         "",

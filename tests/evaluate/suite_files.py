@@ -88,6 +88,15 @@ def prompt_lines(**changes) -> list[dict]:
     return lines
 
 
+# answers of a broken endpoint, with their status
+BODIES = {
+    "html": (200, b"<html>busy</html>"),
+    "bytes": (200, b"\xff\xfe"),
+    "null": (200, b'{"choices": [{"message": {"content": null}}]}'),
+    "deep": (500, b"[" * 90000),
+}
+
+
 class Endpoint(ThreadingHTTPServer):
     """An OpenAI-compatible endpoint that rates by the prompt's length, and fails as `plan` says, request by request."""
 
@@ -98,6 +107,7 @@ class Endpoint(ThreadingHTTPServer):
         self.plan = plan
         self.lock = threading.Lock()
         self.requests: list[dict[str, Any]] = []
+        self.retry_after = "0"
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
 
@@ -112,6 +122,10 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "closed":
             self.close_connection = True
             return
+        if fault in BODIES:
+            status, body = BODIES[fault]
+            self.send(status, body)
+            return
         if fault.isdigit():
             self.answer(int(fault), {"error": {"message": f"not now: {fault}"}})
             return
@@ -121,9 +135,11 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"object": "chat.completion", "choices": choices if fault != "empty" else []})
 
     def answer(self, status: int, value: dict) -> None:
-        data = json.dumps(value).encode()
+        self.send(status, json.dumps(value).encode())
+
+    def send(self, status: int, data: bytes) -> None:
         self.send_response(status)
-        self.send_header("Retry-After", "0")
+        self.send_header("Retry-After", self.server.retry_after)
         self.send_header("Location", "http://127.0.0.1:1/")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 import threading
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -208,7 +210,9 @@ def test_a_conversation_longer_than_the_model(talker):
 # ------------------------------------------------------------------------------------------------------- failing judges
 
 
-@pytest.mark.parametrize("faults", [("500", "429", "closed"), ("empty", "503")], ids=" ".join)
+@pytest.mark.parametrize(
+    "faults", [("500", "429", "closed"), ("empty", "503"), ("html", "bytes", "null"), ("deep",)], ids=" ".join
+)
 def test_failures_are_retried(faults, bench, talker, tmp_path):
     """All of them may meet one judgment, which is asked for four times."""
     made, server = bench(*faults)
@@ -216,6 +220,62 @@ def test_failures_are_retried(faults, bench, talker, tmp_path):
     assert len(server.requests) == 6 + len(faults)
     assert result.averages[0].rows == 6
     assert len(lines_of(tmp_path / "model_judgment" / "judge--1_single.jsonl")) == 6
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_an_endpoint_says_when_to_ask_again(form, bench, talker, tmp_path, caplog):
+    made, server = bench("503")
+    moment = datetime.now(UTC) + timedelta(seconds=2)
+    server.retry_after = "0.5" if form == "seconds" else format_datetime(moment, usegmt=True)
+    evaluate(made, talker, tmp_path)
+    (seconds,) = re.findall(r"answered 503 .*; the next attempt is in ([\d.]+) s", caplog.text)
+    assert float(seconds) == 0.5 if form == "seconds" else 0 < float(seconds) <= 2
+
+
+def test_a_judge_that_stays_silent_is_given_up(bench, talker, tmp_path):
+    """As many judgments as are asked for at once use up their attempts; no more are tried."""
+    made, server = bench(*["500"] * 200)
+    many = [Question(n, "writing", [f"Write {n}."], []) for n in range(9)]
+    with pytest.raises(UserError, match="9 of 9 judgments did not come; .*; the same command goes on with the rest"):
+        evaluate(MTBench(many, made.judge), talker, tmp_path)
+    assert 4 * judge.PARALLEL <= len(server.requests) <= 4 * (2 * judge.PARALLEL - 1)
+
+
+@pytest.mark.parametrize("key, sent", [(" padded\r\n", "Bearer padded"), ("", None)])
+def test_the_key_is_sent_without_white_space(key, sent, bench, talker, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    made, server = bench()
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    evaluate(made, talker, tmp_path)
+    assert {request["key"] for request in server.requests} == {sent}
+
+
+def test_a_key_that_cannot_be_one_is_not_shown(bench, monkeypatch):
+    made, _ = bench()
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\nkey")
+    with pytest.raises(UserError, match="OPENAI_API_KEY has a character that a key cannot have") as caught:
+        Judge(made.judge.url, "judge/1", made.judge.prompts)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change, message", [({"score": "good"}, "score is 'good'; expected a rating"), ({}, None)])
+def test_judgments_that_are_none(change, message, bench, talker, tmp_path):
+    """A line of another schema is another's, or named; FastChat's own, without the system prompt, count."""
+    made, _ = bench()
+    evaluate(made, talker, tmp_path)
+    file = tmp_path / "model_judgment" / "judge--1_single.jsonl"
+    lines = lines_of(file)
+    lines[0].pop("system_prompt")
+    write_lines(file, [{"question_id": [1], "turn": 1}, lines[0] | change, *lines[1:]])
+    answers = tmp_path / "model_answer" / "tiny.jsonl"
+    write_lines(answers, [{"question_id": [1]}, *lines_of(answers)])
+    again, server = bench()
+    if message:
+        with pytest.raises(UserError, match=f"line 2: {message}"):
+            evaluate(again, talker, tmp_path)
+    else:
+        evaluate(again, talker, tmp_path)
+        assert not server.requests
 
 
 def test_failures_that_stay_are_reported_and_nothing_is_lost(bench, talker, tmp_path):

@@ -45,7 +45,8 @@ def test_every_published_score_is_of_a_row_of_its_suite():
 
 
 def test_the_table_has_ours_beside_the_published_scores():
-    text = report.to_markdown(ALL, "my|model")
+    text = report.to_markdown(ALL, "my|model", "float32, without BOS")
+    assert "\nmy\\|model: float32, without BOS.\n" in text
     average = cells(text, "mean of ARC, HellaSwag, MMLU and TruthfulQA")
     assert average[1:5] == ["50.00 ± 0.61", "62.40 (u)", "65.33", "65.84"]
     assert cells(text, "mean of all judgments")[1:5] == ["5.25 ± 0.20", "", "6.86", ""]
@@ -60,17 +61,17 @@ def test_the_table_has_ours_beside_the_published_scores():
 
 def test_what_was_limited_or_has_no_standard_error_says_so():
     limited = result("agieval", rows=10)
-    text = report.to_markdown([limited], "m")
+    text = report.to_markdown([limited], "m", "")
     assert "only 10 of 100 rows" in cells(text, "sat-en")[-1]
     assert "only 80 of 800 rows" in cells(text, "mean of acc_norm")[-1]
     unknown = SuiteResult("mt-bench", "MT-Bench", [Score(MT_BENCH_MEAN, 5.0, None, "", 1, 1)], [])
-    assert cells(report.to_markdown([unknown], "m"), MT_BENCH_MEAN)[1] == "5.00"
+    assert cells(report.to_markdown([unknown], "m", ""), MT_BENCH_MEAN)[1] == "5.00"
 
 
 @pytest.mark.parametrize("results", [ALL, [result("bigbench-hard")]], ids=["all", "one"])
 def test_the_files(results, tmp_path):
     file = tmp_path / "scores.json"
-    report.write(results, "model", file)
+    report.write(results, "model", "bfloat16", file)
     written = report.to_json(results)
     assert written == json.loads(json.dumps(written))
     for found in results:
@@ -78,7 +79,7 @@ def test_the_files(results, tmp_path):
         assert [score["name"] for score in scores] == [s.name for s in (*found.averages, *found.members)]
     card = written["bigbench-hard"]["averages"][0]["published"]["OpenOrca, card"]
     assert card == {"value": 41.6, "note": "", "source": SOURCES["first card"]}
-    assert (tmp_path / "scores.md").read_text() == report.to_markdown(results, "model")
+    assert (tmp_path / "scores.md").read_text() == report.to_markdown(results, "model", "bfloat16")
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -101,4 +102,4 @@ def test_the_bars_are_the_scores():
 
 def test_a_directory_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
-        report.write(ALL, "model", tmp_path / "none" / "scores.json")
+        report.write(ALL, "model", "", tmp_path / "none" / "scores.json")
