@@ -16,7 +16,7 @@ from pathlib import Path
 
 from minorca.config import Config, Source, default_of, fields
 from minorca.config_file import load_yaml, read_config, suggestion
-from minorca.errors import RunEnded, UserError, one_line
+from minorca.errors import RunEnded, UserError, one_line, raise_problems
 from minorca.signals import Terminated, raise_terminated
 
 
@@ -25,6 +25,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse_args(self, args=None, namespace=None):
+        found, surplus = self.parse_known_args(args, namespace)
+        raise_problems(_unknown_options(self, surplus, lambda name: ""))
+        return found
 
     def exit(self, status: int = 0, message: str | None = None):
         # the help, while `run` can still see that nobody reads it
@@ -76,16 +81,17 @@ def parse_config(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, C
     args, surplus = parser.parse_known_args(argv)
     options = {option: value for option, value in vars(args).items() if "." in option}
     path = Path(args.config) if args.config else None
-    return args, read_config(path, options, _unknown_options(parser, surplus))
+    return args, read_config(path, options, _unknown_options(parser, surplus, suggestion))
 
 
-def _unknown_options(parser: Parser, surplus: list[str]) -> Iterator[UserError]:
+def _unknown_options(parser: Parser, surplus: list[str], suggest: Callable[[str], str]) -> Iterator[UserError]:
+    """suggest: gives the hint for an option that may be a setting."""
     known = [option for action in parser._actions for option in action.option_strings]
     after_option = False
     for word in surplus:
         if word.startswith("--"):
             name = word.partition("=")[0]
-            hint = suggestion(name[2:])
+            hint = suggest(name[2:])
             if not hint and (near := difflib.get_close_matches(name, known, n=1)):
                 hint = f"; did you mean {near[0]}?"
             yield UserError(f"is an unknown option{hint} (see {parser.prog} --help)", field=name)

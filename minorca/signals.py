@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM: as exceptions, or noted while something must be finished first."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,28 @@ class Terminated(BaseException):
 
 def raise_terminated(signum, frame):
     raise Terminated
+
+
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+
+def _after_fork() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _after_fork_in_child() -> None:
+    if getattr(signal.getsignal(signal.SIGTERM), "__module__", None) == __name__:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _after_fork()
+
+
+# A pool of forked processes, as lm_eval's bootstrap has, ends them by SIGTERM. With our handlers some would print a
+# traceback; and some would never end, because Python forgets a signal that comes while a process is forked.
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 @contextlib.contextmanager

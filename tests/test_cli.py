@@ -1,10 +1,13 @@
 """The command line: versions, commands, and the package as it is installed from a wheel."""
 
 import ast
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import pytest
 import minorca
 from minorca import UserError
 from minorca.__main__ import COMMANDS, dispatch
+from minorca.signals import raise_terminated, signals_noted
 from tests.helpers import ROOT, lines_of
 
 
@@ -34,6 +38,24 @@ def test_every_command_has_help(command, capsys):
 def test_an_unknown_command_is_answered_with_the_nearest():
     with pytest.raises(UserError, match="unknown command exprt; expected one of .*; did you mean export"):
         dispatch(["exprt"])
+
+
+@pytest.mark.parametrize("handled", ["raised", "noted"])
+def test_a_forked_process_ends_by_sigterm(handled):
+    """As multiprocessing's pools end theirs."""
+    before = signal.signal(signal.SIGTERM, raise_terminated)
+    try:
+        with signals_noted() if handled == "noted" else contextlib.nullcontext():
+            child = os.fork()
+            if not child:
+                time.sleep(20)
+                os._exit(0)
+            # also one that comes while it is forked
+            os.kill(child, signal.SIGTERM)
+            _, status = os.waitpid(child, 0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert os.WTERMSIG(status) == signal.SIGTERM
 
 
 def imports_of(path: Path) -> set[str]:

@@ -162,7 +162,11 @@ GENERATING = {
     "all at once": (None, [*GENERATE, "--top-k", "-1", "--top-p", "2"], "--top-p must be .*\n.*--top-k must be"),
     "no prompt": (None, ["--model", "model"], "one of the arguments --prompt --chat is required"),
     "empty prompt": (None, ["--model", "model", "--prompt", "", "--raw"], "--prompt is empty"),
-    "unknown option": (None, [*GENERATE, "--max-tokens", "5"], "unrecognized arguments: --max-tokens 5.*--help"),
+    "unknown option": (
+        None,
+        [*GENERATE, "--max-tokens", "5"],
+        "--max-tokens is .* mean --max-new-tokens.*--help",
+    ),
 }
 
 
