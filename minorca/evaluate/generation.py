@@ -67,7 +67,7 @@ def read_options(kwargs: dict, tok: Tokenizer, default_tokens: int, max_length: 
     Raises:
         UserError: what is unknown, of another type or out of range.
     """
-    raise_problems(_problems(kwargs))
+    check_options(kwargs)
     options: dict[str, Any] = {**normalize_gen_kwargs(kwargs, default_tokens)}
     eos = None if tok.eos_id is None else name_of(tok, tok.eos_id)
     stop = [term for term in handle_stop_sequences(options["until"], eos) if term]
@@ -86,6 +86,13 @@ def read_options(kwargs: dict, tok: Tokenizer, default_tokens: int, max_length: 
     if options["do_sample"] and not sampling.temperature:
         raise UserError("is 0 or missing; do_sample needs one over 0", field="generation_kwargs.temperature")
     return GenerationOptions(new_tokens, stop, sampling)
+
+
+def check_options(kwargs: Any) -> None:
+    """Raises UserError: generation_kwargs that are unknown or of another type."""
+    if not isinstance(kwargs, dict):
+        raise UserError(f"is {quote(kwargs)}; expected a mapping", field="generation_kwargs")
+    raise_problems(_problems(kwargs))
 
 
 def _problems(kwargs: dict) -> Iterator[UserError]:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 from lm_eval import evaluator, utils
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import LM, TemplateLM
 from lm_eval.tasks.manager import TaskDict
 
 from minorca.data.chat_template import PROBES, resolve_template
@@ -45,7 +45,7 @@ FEWSHOT_SEED = 1234
 END_OF_MESSAGE = "\ue000END_OF_MESSAGE "
 
 
-def evaluate_tasks(lm: "MinorcaLM", loaded: TaskDict, num_fewshot: int | None = None, **options) -> dict[str, Any]:
+def evaluate_tasks(lm: LM, loaded: TaskDict, num_fewshot: int | None = None, **options) -> dict[str, Any]:
     """lm_eval's results of tasks, as simple_evaluate gives them without what it collects of the machine, which takes
     longer than small tasks.
 

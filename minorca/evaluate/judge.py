@@ -171,7 +171,8 @@ class Judge:
         judged = {}
         for number, line in read_lines(file):
             key = (line.get("question_id"), line.get("turn"))
-            match = wanted.get(key) if all(isinstance(part, int) for part in key) else None
+            # another's line may have what cannot be a key
+            match = next((wanted[each] for each in wanted if each == key), None)
             if match and line.get("model") == model_id and line.get("judge") == [self.model, match.prompt]:
                 prompts = self.prompts[match.prompt]["system_prompt"], self._user_prompt(match)
                 # FastChat's own lines have no system prompt

@@ -26,11 +26,21 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from minorca.errors import UserError, raise_problems
-from minorca.evaluate.task_rows import TEMPLATES, check_rows, data_files, example_problems, file_problems
+from minorca.evaluate.task_rows import (
+    TEMPLATES,
+    check_examples,
+    check_rows,
+    data_files,
+    example_problems,
+    file_problems,
+    shots_of,
+)
+from minorca.evaluate.task_trial import try_tasks
 from minorca.files.safe_io import quote
 
 # what a task's file may have beside the fields of TaskConfig
 STRUCTURE = {"tag", "group", "task_list", "include", "class"}
+SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
 
 
 class Tasks(NamedTuple):
@@ -43,7 +53,8 @@ class Tasks(NamedTuple):
 def load_tasks(
     names: Collection[str], include_path: Path | None = None, limit: int | None = None, num_fewshot: int | None = None
 ) -> Tasks:
-    """The tasks and groups of these names, which may be patterns such as mmlu_*, with their data.
+    """The tasks and groups of these names, which may be patterns such as mmlu_*, with their data. What is in a group
+    that is chosen too is loaded with it alone.
 
     Args:
         include_path: a folder of the user's task files, which are checked. lm_eval's own take long to find, and are
@@ -60,17 +71,21 @@ def load_tasks(
     names = [name.strip() for name in names if name.strip()]
     if not names:
         raise UserError("names no task", field="--tasks")
-    manager = TaskManager(include_path=include_path, include_defaults=False)
+    try:
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+    # of names that are numbers
+    except TypeError:
+        raise_problems(_unreadable(include_path))
+        raise
     if list(_unknown(names, manager)):
         raise_problems(_unreadable(include_path))
         manager = TaskManager(include_path=include_path)
         raise_problems(_unknown(names, manager))
-    chosen = list(dict.fromkeys(match for name in names for match in _matches(name, manager)))
-    leaves = [leaf for name in chosen for leaf in _leaves(name, manager)]
-    raise_problems(_twice(leaves))
+    chosen = _chosen([match for name in names for match in _matches(name, manager)], manager)
     folder = include_path and include_path.resolve()
-    own = [leaf for leaf in leaves if folder and leaf.yaml_path and leaf.yaml_path.resolve().is_relative_to(folder)]
-    raise_problems(problem for leaf in own for problem in _file_problems(leaf))
+    entries = [entry for name in chosen for entry in _entries(name, manager)]
+    own = [each for each in entries if folder and each.yaml_path and each.yaml_path.resolve().is_relative_to(folder)]
+    raise_problems(problem for entry in own if _is_task(entry) for problem in _file_problems(entry))
     # as lm_eval's own command does: tasks' functions may shuffle their rows
     random.seed(0)
     np.random.seed(1234)
@@ -78,12 +93,22 @@ def load_tasks(
     tasks = [task for name in chosen for task in _load(name, manager)]
     loaded = manager.load(tasks)["tasks"]
     raise_problems(problem for task in loaded.values() for problem in _kind_problems(task))
-    raise_problems(problem for task in loaded.values() for problem in example_problems(task, num_fewshot))
-    for leaf in own:
-        task = loaded.get(leaf.name)
+    paths = {entry.name: entry.yaml_path for entry in own}
+    raise_problems(
+        problem for name, task in loaded.items() for problem in example_problems(task, num_fewshot, paths.get(name))
+    )
+    for entry in own:
+        task = loaded.get(entry.name)
         if isinstance(task, ConfigurableTask):
+            path = cast(Path, entry.yaml_path)
             split = task.config.test_split if task.has_test_docs() else task.config.validation_split
-            check_rows(task, cast(Path, leaf.yaml_path), data_files(leaf.cfg or {}, split), limit)
+            check_rows(task, path, data_files(entry.cfg or {}, split), limit)
+            if shots_of(task, num_fewshot):
+                check_examples(task, path)
+    for entry in own:
+        if entry.name in chosen or _is_task(entry):
+            part = loaded.get(entry.name) or next(task for task in tasks if _name(task) == entry.name)
+            try_tasks(manager.load([part]), num_fewshot, entry.name, entry.yaml_path)
     return Tasks(tasks, manager)
 
 
@@ -91,7 +116,12 @@ def load_tasks(
 
 
 def _matches(name: str, manager: TaskManager) -> list[str]:
-    return fnmatch.filter(manager.all_tasks, name)
+    return fnmatch.filter(_names(manager), name)
+
+
+def _names(manager: TaskManager) -> list[str]:
+    # a file may name a task by a number
+    return [name for name in manager.all_tasks if isinstance(name, str)]
 
 
 def _unknown(names: Iterable[str], manager: TaskManager) -> Iterator[UserError]:
@@ -105,7 +135,7 @@ def _unknown(names: Iterable[str], manager: TaskManager) -> Iterator[UserError]:
 
 
 def _hint(name: str, manager: TaskManager) -> str:
-    near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+    near = difflib.get_close_matches(name, _names(manager), n=3)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -113,9 +143,13 @@ def _unreadable(include_path: Path | None) -> Iterator[UserError]:
     """Of each file that lm_eval passes over, why."""
     for path in sorted(include_path.glob("**/*.yaml")) if include_path else ():
         try:
-            load_yaml(path, resolve_func=False)
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            config = load_yaml(path, resolve_func=False)
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
             yield UserError(f"cannot be read as a task: {' '.join(str(error).split())}", path=path)
+            continue
+        field = "group" if "group" in config else "task"
+        if not isinstance(config.get(field, ""), str):
+            yield UserError(f"is {quote(config[field])}; expected a name", path=path, field=field)
 
 
 def _members(config: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
@@ -150,9 +184,35 @@ def _entries(name: str, manager: TaskManager, within: tuple[str, ...] = ()) -> I
         yield from _entries(member, manager, (*within, name))
 
 
-def _leaves(name: str, manager: TaskManager) -> Iterator[Entry]:
+def _is_task(entry: Entry) -> bool:
+    return entry.kind not in (Kind.GROUP, Kind.TAG)
+
+
+def _leaves(name: str, manager: TaskManager) -> list[Entry]:
     """The tasks of a task, a group or a tag."""
-    return (entry for entry in _entries(name, manager) if entry.kind not in (Kind.GROUP, Kind.TAG))
+    return [entry for entry in _entries(name, manager) if _is_task(entry)]
+
+
+def _chosen(matches: list[str], manager: TaskManager) -> list[str]:
+    """The groups that are in no other one, and the tasks that are in none of them.
+
+    Raises:
+        UserError: two groups have the same task.
+    """
+    groups = [name for name in dict.fromkeys(matches) if manager.task_index[name].kind is Kind.GROUP]
+    below = {entry.name for name in groups for entry in [*_entries(name, manager)][1:]}
+    kept = [name for name in groups if name not in below]
+    owners: dict[str, list[str]] = {}
+    for name in kept:
+        for leaf in {leaf.name for leaf in _leaves(name, manager)}:
+            owners.setdefault(leaf, []).append(name)
+    shared = {tuple(names): leaf for leaf, names in sorted(owners.items(), reverse=True) if len(names) > 1}
+    raise_problems(
+        UserError(f"has the groups {' and '.join(names)}, which share tasks such as {leaf}", field="--tasks")
+        for names, leaf in sorted(shared.items())
+    )
+    others = [leaf.name for name in dict.fromkeys(matches) if name not in groups for leaf in _leaves(name, manager)]
+    return [*kept, *dict.fromkeys(name for name in others if name not in owners)]
 
 
 def _group_problems(config: Mapping[str, Any], path: Path | None) -> Iterator[UserError]:
@@ -175,12 +235,6 @@ def _unknown_members(name: str, manager: TaskManager) -> Iterator[UserError]:
         for member, is_own in _members(entry.cfg or {}) if entry.kind is Kind.GROUP else ():
             if not is_own and member not in manager.task_index:
                 yield UserError(f"has the unknown {member}{_hint(member, manager)}", path=entry.yaml_path, field="task")
-
-
-def _twice(leaves: list[Entry]) -> Iterator[UserError]:
-    names = [leaf.name for leaf in leaves]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield UserError(f"has {name} twice: by itself and in a group, or in two groups", field="--tasks")
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -213,6 +267,10 @@ def _file_problems(leaf: Entry) -> Iterator[UserError]:
 
 def _type_problems(config: Mapping[str, Any]) -> Iterator[UserError]:
     """Values that lm_eval would stumble over."""
+    if not config.get("dataset_path") and not config.get("custom_dataset"):
+        yield UserError("is missing; expected a data set's name, or json, csv or parquet", field="dataset_path")
+    if config.get("output_type") == "multiple_choice" and config.get("doc_to_choice") is None:
+        yield UserError("is missing; multiple_choice needs it", field="doc_to_choice")
 
     def wrong(field: str, value: Any, expected: str) -> UserError:
         return UserError(f"is {quote(value)}; expected {expected}", field=field)
@@ -224,9 +282,9 @@ def _type_problems(config: Mapping[str, Any]) -> Iterator[UserError]:
     if not isinstance(shots, int | None) or isinstance(shots, bool) or (shots or 0) < 0:
         yield wrong("num_fewshot", shots, "a number, 0 or more")
     kwargs = config.get("dataset_kwargs")
-    named = kwargs.get("data_files") if isinstance(kwargs, dict) else None
+    named = kwargs.get("data_files", []) if isinstance(kwargs, dict) else []
     for files in named.values() if isinstance(named, dict) else [named]:
-        if not isinstance(files, str | None) and not (
+        if not isinstance(files, str) and not (
             isinstance(files, list) and all(isinstance(file, str) for file in files)
         ):
             yield wrong("dataset_kwargs.data_files", files, "a path, or a list of paths, by split")
@@ -247,6 +305,10 @@ def _type_problems(config: Mapping[str, Any]) -> Iterator[UserError]:
                 yield UserError(f"has the unknown {key} {name}{hint}", field="metric_list")
 
 
+def _name(item: Task | Group) -> str | None:
+    return item.name if isinstance(item, Group) else item.task_name
+
+
 def _kind_problems(task: Task) -> Iterator[UserError]:
     if getattr(task, "UNSAFE_CODE", False):
         yield UserError(f"has {task.task_name}, which runs code that a model writes; that is not done", field="--tasks")
@@ -265,7 +327,8 @@ def _load(name: str, manager: TaskManager) -> list[Task | Group]:
                 manager.load([leaf.name])
             except Exception as of_leaf:
                 raise _why(leaf, of_leaf) from of_leaf
-        raise UserError(f"cannot be loaded: {_say(error)}", field=name) from error
+        path = manager.task_index[name].yaml_path
+        raise UserError(f"{name} cannot be loaded: {_say(error)}", path=path) from error
     group = loaded.get("groups", {}).get(name)
     return [group] if group else list(loaded["tasks"].values())
 
@@ -273,15 +336,18 @@ def _load(name: str, manager: TaskManager) -> list[Task | Group]:
 def _why(leaf: Entry, error: Exception) -> UserError:
     """Why lm_eval cannot make a task of a file and its data."""
     config = leaf.cfg or {}
+    files = [file for pattern in data_files(config) for file in glob.glob(pattern, recursive=True)]
+    if found := next(file_problems(files), None):
+        return found
+    splits = [key for key in SPLITS if isinstance(error, KeyError) and config.get(key) in error.args]
+    if splits:
+        return UserError(f"is {error}, which the data lack", path=leaf.yaml_path, field=splits[0])
     if isinstance(error, ConnectionError | FileNotFoundError):
         message = (
             f"names {config.get('dataset_path')}, which cannot be loaded ({_say(error)}); run once with a network "
         )
         message += "to download it, or name files of yours in a task of your own (--include-path)"
         return UserError(message, path=leaf.yaml_path, field="dataset_path")
-    files = [file for pattern in data_files(config) for file in glob.glob(pattern, recursive=True)]
-    if found := next(file_problems(files), None):
-        return found
     unknown = UserError(f"task {leaf.name} cannot be loaded: {_say(error)}", path=leaf.yaml_path)
     try:
         config = {key: value for key, value in load_yaml(cast(Path, leaf.yaml_path)).items() if key not in STRUCTURE}
@@ -298,5 +364,6 @@ def _why(leaf: Entry, error: Exception) -> UserError:
     return unknown
 
 
-def _say(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _say(error: BaseException) -> str:
+    """What it says, or what lies behind it: `datasets` says "an error occurred"."""
+    return _say(error.__cause__) if error.__cause__ else f"{type(error).__name__}: {error}"

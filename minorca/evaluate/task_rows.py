@@ -7,7 +7,8 @@ lm_eval reports such mistakes by a traceback, by a warning without a row, or tak
 import difflib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lm_eval.utils import env
 
 from minorca.data.row_files import RowError, open_file
 from minorca.errors import UserError, raise_problems
+from minorca.files.safe_io import quote
 
 # what of a task's file makes a text of a row
 TEMPLATES = ("doc_to_text", "doc_to_choice", "doc_to_target")
@@ -61,8 +63,9 @@ def template_problems(config: Mapping[str, Any], columns: list[str], path: str |
         except jinja2.TemplateSyntaxError as error:
             yield UserError(f"is not a valid template: {error}", path=path, field=field)
             continue
-        # a column's name alone, which lm_eval takes for text where there is none
-        if template.isidentifier() and difflib.get_close_matches(template, columns, n=1):
+        # a column's name alone, which lm_eval takes for text where there is none; or the text of a choice
+        choices = config.get("doc_to_choice")
+        if template.isidentifier() and not (isinstance(choices, list) and template in choices):
             names = {template}
         for name in sorted(names - set(columns)):
             near = difflib.get_close_matches(name, columns, n=1)
@@ -71,11 +74,18 @@ def template_problems(config: Mapping[str, Any], columns: list[str], path: str |
             yield UserError(message, path=path, field=field)
 
 
-def example_problems(task: Task, num_fewshot: int | None) -> Iterator[UserError]:
-    """Whether a task has enough examples to draw from, of which a question is none of its own."""
+def shots_of(task: Task, num_fewshot: int | None) -> int:
+    """The examples before each question of a task: as in lm_eval, one that says 0 stays at 0."""
     says = task.get_config("num_fewshot")
-    # as in lm_eval, a task that says 0 stays at 0
-    shots = (says if num_fewshot is None or says == 0 else num_fewshot) or 0
+    return (says if num_fewshot is None or says == 0 else num_fewshot) or 0
+
+
+def example_problems(task: Task, num_fewshot: int | None, path: Path | None) -> Iterator[UserError]:
+    """Whether a task has enough examples to draw from, of which a question is none of its own.
+
+    path: the task's file, which may say how many it wants.
+    """
+    shots = shots_of(task, num_fewshot)
     if not isinstance(task, ConfigurableTask) or shots == 0:
         return
     rows = list(task.sampler.fewshot_docs()) if task.fewshot_docs() is not None else []
@@ -88,7 +98,10 @@ def example_problems(task: Task, num_fewshot: int | None) -> Iterator[UserError]
     if shots > there:
         message = f"is {shots}, and {task.task_name} has {len(rows)} rows to take examples from"
         message += ", which a question is not" if there < len(rows) else ""
-        yield UserError(message, field="--num-fewshot")
+        if task.get_config("num_fewshot") == shots:
+            yield UserError(message, path=path, field="num_fewshot")
+        else:
+            yield UserError(message, field="--num-fewshot")
 
 
 def check_rows(task: ConfigurableTask, name: str | Path, files: Sequence[str], limit: int | None) -> None:
@@ -103,41 +116,120 @@ def check_rows(task: ConfigurableTask, name: str | Path, files: Sequence[str], l
         UserError: the first row where that is not so.
     """
     config = task.config
-    raise_problems(template_problems({field: config[field] for field in TEMPLATES}, task.features, name))
+    templates = {field: config[field] for field in TEMPLATES if config[field] is not None}
+    raise_problems(template_problems(templates, task.features, name))
+    writers = _writers(task, templates)
     place = files[0] if len(files) == 1 else name
     for number, doc in enumerate(islice(task.eval_docs, limit), 1):
-        made: dict[str, Any] = {}
-        for field in (*TEMPLATES, "process_results"):
-            if config[field] is None:
-                continue
-            try:
-                made[field] = _make(task, field, doc, made)
-            except Exception as error:
-                message = f"cannot be made of it ({type(error).__name__}: {error}), as {task.task_name} says"
-                raise UserError(message, path=place, where=f"row {number}", field=field) from error
-        for problem in _target_problems(task, made):
+        made = _write(task, writers, doc, place, f"row {number}")
+        for problem in (*_text_problems(task, made), *_target_problems(task, made)):
             problem.path, problem.where = place, f"row {number}"
             raise problem
 
 
-def _make(task: ConfigurableTask, field: str, doc: Any, made: dict[str, Any]) -> Any:
-    if field != "process_results":
-        return getattr(task, field)(doc)
-    # of generated texts nobody knows before what a task can read
-    if task.OUTPUT_TYPE == "multiple_choice" and "doc_to_choice" in made:
-        return task.process_results(doc, [(0.0, False)] * len(made["doc_to_choice"]))
-    return None
+def check_examples(task: ConfigurableTask, name: str | Path) -> None:
+    """Checks that a task can make examples of every row that it may draw.
+
+    Raises:
+        UserError: the first row of which it cannot.
+    """
+    config = task.fewshot_cfg
+    fields = {"doc_to_text": config.doc_to_text, "doc_to_choice": config.doc_to_choice}
+    fields["doc_to_target"] = config.doc_to_target
+    writers = _writers(task, {field: value for field, value in fields.items() if value is not None})
+    for number, doc in enumerate(task.fewshot_docs(), 1):
+        place = f"row {number} of the examples"
+        made = _write(task, writers, doc, name, place)
+        if made.get("doc_to_target") is None:
+            raise UserError("is null; expected text", path=name, where=place, field="doc_to_target")
+        gold = "doc_to_text" if task.multiple_input else "doc_to_target"
+        for problem in (*_text_problems(task, made), *_index_problems(gold, made)):
+            problem.path, problem.where = name, place
+            raise problem
 
 
-def _target_problems(task: ConfigurableTask, made: dict[str, Any]) -> Iterator[UserError]:
-    field = "doc_to_text" if task.multiple_input else "doc_to_target"
+def _writers(task: ConfigurableTask, templates: Mapping[str, Any]) -> dict[str, Callable[[Any], Any]]:
+    """By field, what makes its value of a row."""
+    writers: dict[str, Callable[[Any], Any]] = {}
+    for field, template in templates.items():
+        make = partial(getattr(task, field), **{field: template})
+        if isinstance(template, str) and template not in task.features:
+            strict = STRICT.from_string(template)
+            # what lm_eval would write as None is an error
+            writers[field] = partial(_render, strict, make)
+        else:
+            writers[field] = make
+    if callable(task.config.process_results) and task.OUTPUT_TYPE == "multiple_choice":
+        # of a text that a model will write nobody knows what a task can read
+        writers["process_results"] = lambda doc: task.process_results(
+            doc, [(0.0, False)] * len(task.doc_to_choice(doc))
+        )
+    return writers
+
+
+def _write(
+    task: ConfigurableTask, writers: Mapping[str, Callable[[Any], Any]], doc: Any, path: str | Path, where: str
+) -> dict[str, Any]:
+    made = {}
+    for field, write in writers.items():
+        try:
+            made[field] = write(doc)
+        except Exception as error:
+            message = f"cannot be made of it ({type(error).__name__}: {error}), as {task.task_name} says"
+            raise UserError(message, path=path, where=where, field=field) from error
+    return made
+
+
+def _render(strict: jinja2.Template, make: Callable[[Any], Any], doc: Any) -> Any:
+    strict.render(**doc)
+    return make(doc)
+
+
+def _not_null(value: Any) -> Any:
+    if value is None:
+        raise ValueError("a column that it writes is null")
+    return value
+
+
+STRICT = env.overlay(finalize=_not_null)
+
+
+def _text_problems(task: ConfigurableTask, made: Mapping[str, Any]) -> Iterator[UserError]:
+    text, choices = made.get("doc_to_text", ""), made.get("doc_to_choice")
+    if not isinstance(text, int if task.multiple_input else str):
+        expected = "the number of a choice" if task.multiple_input else "text"
+        yield UserError(f"is {quote(text)}; expected {expected}", field="doc_to_text")
+    if "doc_to_choice" in made and not (
+        isinstance(choices, list | tuple) and choices and all(isinstance(text, str) and text for text in choices)
+    ):
+        yield UserError(f"is {quote(choices)}; expected a list of texts, none of them empty", field="doc_to_choice")
+
+
+def _target_problems(task: ConfigurableTask, made: Mapping[str, Any]) -> Iterator[UserError]:
+    target = made.get("doc_to_target")
     # a function of the task's own knows what a target is
-    if "doc_to_choice" not in made or "process_results" in made:
+    is_own = callable(task.config.process_results)
+    if task.OUTPUT_TYPE == "multiple_choice":
+        if not is_own:
+            yield from _index_problems("doc_to_text" if task.multiple_input else "doc_to_target", made)
+    elif task.OUTPUT_TYPE == "generate_until":
+        values = target if isinstance(target, list) else [target]
+        if not is_own and not (values and all(isinstance(value, str | int | float) for value in values)):
+            yield UserError(f"is {quote(target)}; expected text", field="doc_to_target")
+        if "doc_to_choice" in made:
+            yield from _index_problems("doc_to_target", made)
+    elif not isinstance(target, str) or not (target or task.OUTPUT_TYPE == "loglikelihood_rolling"):
+        yield UserError(f"is {quote(target)}; expected text", field="doc_to_target")
+
+
+def _index_problems(field: str, made: Mapping[str, Any]) -> Iterator[UserError]:
+    """Whether a target is one of the choices, or each of several: its number from 0, or its text."""
+    choices, value = made.get("doc_to_choice"), made.get(field)
+    if not choices:
         return
-    choices, value = made["doc_to_choice"], made.get(field)
     for target in value if isinstance(value, list) else [value]:
         if isinstance(target, int) and not 0 <= target < len(choices):
             message = f"is {target}, with {len(choices)} choices; expected 0 to {len(choices) - 1}"
             yield UserError(message, field=field)
-        elif isinstance(target, str) and target not in choices and task.OUTPUT_TYPE == "multiple_choice":
-            yield UserError(f"is {target!r}, which is none of the choices {choices!r}", field=field)
+        elif not isinstance(target, int) and target not in choices:
+            yield UserError(f"is {quote(target)}, which is none of the choices {quote(choices)}", field=field)

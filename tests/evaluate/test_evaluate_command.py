@@ -15,7 +15,7 @@ from minorca import UserError
 from minorca.evaluate import __main__ as command
 from minorca.evaluate.scoring import Scorer
 from minorca.evaluate.task_files import load_tasks
-from tests.evaluate.harness_oracle import rows_of, save_bpe, write_tasks
+from tests.evaluate.harness_oracle import MIRRORED, rows_of, save_bpe, write_tasks
 from tests.helpers import ENVIRONMENT, evaluate_on_two_ranks, random_adapter
 
 
@@ -71,6 +71,18 @@ def test_results_are_printed_written_and_kept(evaluate):
     assert "samples" not in again
 
 
+def test_a_task_of_several_groups_and_tags_is_evaluated_once(evaluate):
+    for name, members in (("whole", ["arc_local", "part"]), ("part", ["winogrande_local"])):
+        (evaluate.folder / f"{name}.yaml").write_text(json.dumps({"group": name, "task": members}))
+    _, written = evaluate("--limit", 1, tasks="arc_local,part,whole,w*")
+    assert written["results"].keys() == {"whole", "part", "arc_local", "winogrande_local"}
+    _, written = evaluate("--limit", 1, tasks="arc_*,local_tasks,arc_local")
+    assert len(written["results"]) == len(MIRRORED)
+    (evaluate.folder / "other.yaml").write_text(json.dumps({"group": "other", "task": ["arc_local"]}))
+    with pytest.raises(UserError, match="--tasks has the groups other and whole, which share tasks such as arc_local"):
+        evaluate(tasks="other,whole")
+
+
 def test_cut_requests_are_counted(evaluate):
     """The prompt of TruthfulQA is longer than the model."""
     printed, written = evaluate("--limit", 2, tasks="truthfulqa_mc1_local")
@@ -121,7 +133,7 @@ def test_bad_input_is_named(evaluate, monkeypatch):
             {"dataset_path": "nobody/nothing", "dataset_kwargs": None},
             r"mine\.yaml: dataset_path names nobody/nothing, which cannot be loaded .*--include-path",
         ),
-        ({"test_split": "tset"}, r"mine\.yaml: task mine cannot be loaded: KeyError"),
+        ({"test_split": "tset"}, r"mine\.yaml: test_split is 'tset', which the data lack"),
         ({"metric_list": [{"metric": "acuracy"}]}, r"mine\.yaml: metric_list has .*acuracy; did you mean acc"),
         ({"process_docs": "no"}, r"mine\.yaml: task mine cannot be loaded: TypeError"),
         ({"metric_list": ["acc"]}, r"mine\.yaml: metric_list is 'acc'; expected a mapping with a metric"),
@@ -132,6 +144,23 @@ def test_bad_input_is_named(evaluate, monkeypatch):
         ({"dataset_kwargs": {"data_files": {"test": 5}}}, r"data_files is 5; expected a path, or a list of paths"),
         ({"doc_to_target": "{{answerKey}}"}, r"mine\.jsonl, row 1: doc_to_target is 'A', which is none of the choices"),
         ({"doc_to_target": "{{[9]}}"}, r"mine\.jsonl, row 1: doc_to_target is 9, with 4 choices"),
+        # what a model that knows nothing finds
+        ({"description": "{{level}}"}, r"mine\.yaml: mine cannot be evaluated \(UndefinedError: 'level'"),
+        (
+            {"metric_list": [{"metric": "perplexity"}]},
+            "metric_list has perplexity, which mine, of multiple_choice, does",
+        ),
+        (
+            {"filter_list": [{"name": "x", "filter": [{"function": "regex", "patern": "a"}]}]},
+            "cannot be evaluated .*patern",
+        ),
+        ({"repeats": 0}, r"mine\.yaml: mine cannot be evaluated"),
+        ({"doc_to_target": "answer"}, "doc_to_target names the column answer, which the data lack"),
+        ({"doc_to_choice": "options"}, "doc_to_choice names the column options, which the data lack"),
+        ({"doc_to_choice": ["a", ""]}, "row 1: doc_to_choice is .*; expected a list of texts, none of them empty"),
+        ({"num_fewshot": 100}, r"mine\.yaml: num_fewshot is 100, and mine has 8 rows"),
+        ({"dataset_path": None}, r"mine\.yaml: dataset_path is missing"),
+        ({"doc_to_choice": None}, r"mine\.yaml: doc_to_choice is missing"),
         ({"unsafe_code": True}, "--tasks has mine, which runs code that a model writes"),
         ({"doc_to_image": ["question"]}, "--tasks has mine, which shows pictures"),
     ):
@@ -145,6 +174,10 @@ def test_bad_input_is_named(evaluate, monkeypatch):
     # examples that equal the question are none
     write_task(evaluate.folder, rows[:4] * 2, fewshot_split="test")
     says("--num-fewshot is 7, and mine has 8 rows to take examples from", "--num-fewshot", 7, tasks="mine")
+    rows[2]["question"] = None
+    write_task(evaluate.folder, rows)
+    says(r"mine\.jsonl, row 3: doc_to_text .*a column that it writes is null", tasks="mine")
+    rows = rows_of("arc")
     rows[2]["answerKey"] = "F"
     write_task(evaluate.folder, rows)
     says(r"mine\.jsonl, row 3: doc_to_target cannot be made of it \(.*'F' is not in list", tasks="mine")
@@ -152,18 +185,20 @@ def test_bad_input_is_named(evaluate, monkeypatch):
     says(r"mine\.jsonl, row 1: doc_to_target is 7, with 4 choices; expected 0 to 3", tasks="mine")
     options = {"output_type": "generate_until", "doc_to_choice": None, "generation_kwargs": {"until": [], "beams": 2}}
     write_task(evaluate.folder, **options)
-    says("mine: generation_kwargs has the unknown beams; expected until, do_sample", tasks="mine")
+    says(r"mine\.yaml: generation_kwargs has the unknown beams; expected until, do_sample", tasks="mine")
     for members, message in (
         ("arc_local", "task is 'arc_local'; expected a list of tasks and groups"),
         ([{"task": ["arc_local"]}], "task has .*; expected a name, or a mapping with the name as task or group"),
         (["arc_local", "mine"], "task has mine, which is in itself"),
+        ([], r"task is \[\]; expected a list"),
     ):
         (evaluate.folder / "mine.yaml").write_text(json.dumps({"group": "mine", "task": members}))
         says(rf"mine\.yaml: {message}", tasks="mine")
+    (evaluate.folder / "mine.yaml").write_text("task: 7")
+    says(r"mine\.yaml: task is 7; expected a name", tasks="mine")
     (evaluate.folder / "mine.yaml").write_text("task: [")
     says(r"mine\.yaml: cannot be read as a task", tasks="mine")
     (evaluate.folder / "mine.yaml").unlink()
-    says("--tasks has arc_local twice", tasks="local_tasks,arc_local")
     says("--tasks names no task", tasks=",")
     # without a test split, questions are taken from the same rows
     says("--num-fewshot is 8, and hellaswag_local has 8 rows", "--num-fewshot", 8, tasks="hellaswag_local")

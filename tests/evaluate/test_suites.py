@@ -220,7 +220,7 @@ def test_wrong_local_files_name_file_and_field(tmp_path):
     file = tmp_path / "baber" / "piqa" / "plain_text" / "validation-00000-of-00001.jsonl"
     messages = [str(problem) for problem in caught.value.problems]
     assert len(messages) == 2
-    assert messages[0].startswith(f"{broken}: cannot be read as json")
+    assert messages[0] == f"{broken}, line 1: not valid JSON (Expecting value, column 19)"
     assert messages[1].startswith(f"{file}: doc_to_choice names the column sol2, which the data lack")
 
 
