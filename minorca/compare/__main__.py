@@ -138,10 +138,11 @@ def summary(result: dict[str, Any]) -> list[str]:
             lines.append(f"{label} of {scored}: A {a[key]:.4f}, B {b[key]:.4f}")
     if difference:
         low, high = difference["interval"]
+        spread = f"standard error {difference['standard_error']:.4f}, 95% interval {low:+.4f} to {high:+.4f}"
+        spread = "no standard error of one row" if difference["rows"] == 1 else spread
         lines.append(
-            f"log-probability of a reference answer, A - B: mean {difference['mean']:+.4f} nats, standard error "
-            f"{difference['standard_error']:.4f}, 95% interval {low:+.4f} to {high:+.4f}, "
-            f"p = {difference['p_value']:.4g}, {difference['rows']} rows"
+            f"log-probability of a reference answer, A - B: mean {difference['mean']:+.4f} nats, {spread}, "
+            f"p = {difference['p_value']:.4g}, {difference['rows']} row{'s' if difference['rows'] > 1 else ''}"
         )
     if kl:
         lines.append(f"nats per token: KL(A || B) {kl['kl_a_b']:.4g}, KL(B || A) {kl['kl_b_a']:.4g}")

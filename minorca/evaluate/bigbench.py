@@ -117,6 +117,12 @@ def _render(task: dict, example: dict) -> str:
 
 
 def _problems(task: dict, path: Path) -> Iterator[UserError]:
+    for key in ("task_prefix", "example_input_prefix", "example_output_prefix", "choice_prefix"):
+        if not isinstance(task.get(key, ""), str):
+            yield UserError(f"is {quote(task[key])}; expected text", path=path, field=key)
+    if not isinstance(task.get("append_choices_to_input", True), bool):
+        message = f"is {quote(task['append_choices_to_input'])}; expected true or false"
+        yield UserError(message, path=path, field="append_choices_to_input")
     examples = task.get("examples")
     if not isinstance(examples, list) or not examples:
         yield UserError(f"is {quote(examples)}; expected a list of rows", path=path, field="examples")

@@ -30,6 +30,7 @@ FORMAT = 1
 PERIOD = 2.0
 # seconds to wait for another process that writes
 PATIENCE = 60.0
+ELSEWHERE = "choose another directory by --cache, or give --no-cache"
 # keys in one question to the database, below SQLite's limit of variables
 BATCH = 500
 
@@ -76,9 +77,7 @@ class ResultCache:
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"cannot be written ({error}); choose another directory by --cache, or give --no-cache", path=directory
-            ) from None
+            raise UserError(f"cannot be written ({error}); {ELSEWHERE}", path=directory) from None
         with self._errors():
             self._database = sqlite3.connect(self.path, timeout=PATIENCE)
             self._database.execute("CREATE TABLE IF NOT EXISTS results (key BLOB PRIMARY KEY, value TEXT, check_ BLOB)")
@@ -87,11 +86,14 @@ class ResultCache:
     def _errors(self) -> Iterator[None]:
         try:
             yield
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise UserError(f"cannot be used to keep results ({error}); {ELSEWHERE}", path=self.path) from None
+            message = f"is held by another process for over {PATIENCE:.0f} s; wait for it, {ELSEWHERE}"
+            raise UserError(message, path=self.path) from None
         except sqlite3.Error as error:
             raise UserError(
-                f"cannot be used to keep results ({error}); delete it, choose another directory by --cache, or give "
-                "--no-cache",
-                path=self.path,
+                f"cannot be used to keep results ({error}); delete it, {ELSEWHERE}", path=self.path
             ) from None
 
     def find(self, requests: Sequence[bytes]) -> dict[bytes, Any]:

@@ -189,9 +189,10 @@ def prepare(name: str, data: Path = DATA, limit: int | None = None) -> Prepared:
 
 
 def _load(config: TaskConfig, manager: "TaskManager", limit: int | None) -> "Task":
-    from minorca.evaluate.task_rows import check_rows, file_problems
+    from minorca.evaluate.task_rows import check_rows
 
     files = local_files(config)
+    evaluated = files.get(config.get("test_split") or config["validation_split"], [])
     log = logging.getLogger("lm_eval.api.task")
     level = log.level
     # it warns of what its own files leave to defaults
@@ -200,17 +201,28 @@ def _load(config: TaskConfig, manager: "TaskManager", limit: int | None) -> "Tas
         task: Any = manager.load([config])["tasks"][config["task"]]
     # whatever it raises where a file cannot be read, or its rows lack a column
     except Exception as error:
-        paths = [path for of_split in files.values() for path in of_split]
-        raise_problems(file_problems(paths))
-        raise_problems(_schema_problems(config))
-        place = Path(paths[0]).parent if paths else None
-        if isinstance(error, KeyError):
-            raise UserError(f"lacks the column {error}, which {config['task']} needs", path=place) from error
-        raise UserError(f"{config['task']} cannot be loaded ({type(error).__name__}: {error})", path=place) from error
+        raise _why(config, [path for paths in files.values() for path in paths], evaluated, error) from error
     finally:
         log.setLevel(level)
-    check_rows(task, config["task"], files.get(config.get("test_split") or config["validation_split"], []), limit)
+    check_rows(task, config["task"], evaluated, limit)
     return task
+
+
+def _why(config: TaskConfig, files: list[str], evaluated: list[str], error: Exception) -> UserError:
+    """Why lm_eval cannot make a task of its files."""
+    from minorca.evaluate.task_rows import check_first_row, file_problems
+
+    place = Path(files[0]).parent if files else None
+    try:
+        raise_problems(file_problems(files))
+        raise_problems(_schema_problems(config))
+        if not isinstance(error, KeyError):
+            check_first_row(config, config["task"], evaluated)
+    except UserError as found:
+        return found
+    if isinstance(error, KeyError):
+        return UserError(f"lacks the column {error}, which {config['task']} needs", path=place)
+    return UserError(f"{config['task']} cannot be loaded ({type(error).__name__}: {error})", path=place)
 
 
 def _schema_problems(config: TaskConfig) -> Iterator[UserError]:

@@ -27,8 +27,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from minorca.errors import UserError, raise_problems
 from minorca.evaluate.task_rows import (
-    TEMPLATES,
     check_examples,
+    check_first_row,
     check_rows,
     data_files,
     example_problems,
@@ -348,20 +348,15 @@ def _why(leaf: Entry, error: Exception) -> UserError:
         )
         message += "to download it, or name files of yours in a task of your own (--include-path)"
         return UserError(message, path=leaf.yaml_path, field="dataset_path")
-    unknown = UserError(f"task {leaf.name} cannot be loaded: {_say(error)}", path=leaf.yaml_path)
     try:
         config = {key: value for key, value in load_yaml(cast(Path, leaf.yaml_path)).items() if key not in STRUCTURE}
-        # lm_eval writes the first row when it makes a task: one without templates can be made
-        task = ConfigurableTask(config=config | {"doc_to_text": "", "doc_to_choice": None, "doc_to_target": ""})
-    except Exception:
-        return unknown
-    for field in TEMPLATES:
-        task.config[field] = config.get(field)
-    try:
-        check_rows(task, cast(Path, leaf.yaml_path), files, 1)
+        check_first_row(config, cast(Path, leaf.yaml_path), files)
     except UserError as found:
         return found
-    return unknown
+    except Exception:
+        # as the error says
+        pass
+    return UserError(f"task {leaf.name} cannot be loaded: {_say(error)}", path=leaf.yaml_path)
 
 
 def _say(error: BaseException) -> str:

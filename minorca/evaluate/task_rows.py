@@ -127,6 +127,22 @@ def check_rows(task: ConfigurableTask, name: str | Path, files: Sequence[str], l
             raise problem
 
 
+def check_first_row(config: Mapping[str, Any], name: str | Path, files: Sequence[str]) -> None:
+    """As `check_rows`, of a task that lm_eval cannot make: it writes the first row when it does.
+
+    Raises:
+        UserError: what the row lacks. Nothing else is reported.
+    """
+    blank = {"doc_to_text": "", "doc_to_choice": None, "doc_to_target": ""}
+    try:
+        task = ConfigurableTask(config={**config, **blank})
+    except Exception:
+        return
+    for field in TEMPLATES:
+        task.config[field] = config.get(field)
+    check_rows(task, name, files, 1)
+
+
 def check_examples(task: ConfigurableTask, name: str | Path) -> None:
     """Checks that a task can make examples of every row that it may draw.
 

@@ -104,6 +104,7 @@ def rows_of(name: str) -> list[dict]:
                     "question": f"{question}, {n} + {n + 1}?",
                     "answer": f"{n} and {n + 1} make {2 * n + 1}.\n#### {2 * n + 1}",
                 },
+                "lambada": {"text": f"{question}? It is {right}"},
                 "text": {"page": f"{question}? {right}! " * (1 + 12 * (n % 3 == 1))},
             }[name]
         )
@@ -122,6 +123,7 @@ MIRRORED = {
         "gsm8k",
         {"num_fewshot": 2, "generation_kwargs": {"until": ["Question:", "an", "</s>"], "max_gen_toks": 24}},
     ),
+    "lambada": ("lambada/lambada_openai.yaml", "lambada", {}),
     "text": ("wikitext/wikitext.yaml", "text", {}),
 }
 

@@ -287,6 +287,7 @@ def test_a_killed_run_goes_on(evaluate, monkeypatch):
     run = [sys.executable, "-c", KILLED, *map(str, options)]
     assert subprocess.run(run, env=ENVIRONMENT, capture_output=True, timeout=300, check=False).returncode == -9
     _, whole = evaluate(tasks="local_tasks")
+    assert whole["results"]["lambada_local"]["perplexity_stderr,none"] > 0
     scored = []
     stream = Scorer.stream
     monkeypatch.setattr(Scorer, "stream", lambda self, requests: scored.append(len(requests)) or stream(self, requests))

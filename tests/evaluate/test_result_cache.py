@@ -91,6 +91,22 @@ def test_a_damaged_file_is_named(tmp_path):
         ResultCache(tmp_path / "file" / "deeper", {})
 
 
+def test_a_file_that_another_process_holds_is_not_called_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(result_cache, "PATIENCE", 0.1)
+    cache = ResultCache(tmp_path, {})
+    cache.add(b"kept", 1)
+    other = sqlite3.connect(cache.path)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(
+        UserError, match="is held by another process for over 0 s; wait for it, choose another"
+    ) as caught:
+        cache.write()
+    assert "delete" not in str(caught.value)
+    other.close()
+    cache.write()
+    assert cache.find([b"kept"]) == {b"kept": 1}
+
+
 def test_several_processes_write(tmp_path, monkeypatch):
     """Each waits for the other; both find everything."""
     monkeypatch.setattr(result_cache, "PERIOD", 0)

@@ -26,7 +26,7 @@ from lm_eval.tasks import TaskManager
 
 from minorca import load_model, load_tokenizer
 from minorca.errors import UserError
-from minorca.evaluate import bigbench, suites
+from minorca.evaluate import bigbench, suites, task_data
 from minorca.evaluate.harness import MinorcaLM
 from minorca.evaluate.published import PUBLISHED
 from minorca.evaluate.task_data import task_configs
@@ -224,6 +224,52 @@ def test_wrong_local_files_name_file_and_field(tmp_path):
     assert messages[1].startswith(f"{file}: doc_to_choice names the column sol2, which the data lack")
 
 
+TRUTHFUL = "truthfulqa/truthful_qa/multiple_choice/validation"
+
+
+@pytest.mark.parametrize(
+    "path, change, message",
+    [
+        (
+            "allenai/openbookqa/main/test",
+            {"answerKey": "E"},
+            "row 1: doc_to_target .*'E' is not in list",
+        ),
+        ("allenai/winogrande/winogrande_xl/validation", {"answer": None}, "winogrande_xl: lacks the column 'answer'"),
+        ("Rowan/hellaswag/data/validation", {"ctx_a": None}, "data: lacks the column 'ctx_a', which hellaswag needs"),
+        (TRUTHFUL, {"mc2_targets": {"choices": ["a", "b"]}}, "row 1: process_results cannot be made .*'labels'"),
+    ],
+)
+def test_rows_that_a_suite_cannot_use_are_named(path, change, message, tmp_path, monkeypatch):
+    """A column that is None here is missing."""
+    row = {key: value for key, value in ((ROWS | MORE_ROWS)[path] | change).items() if value is not None}
+    write_rows(tmp_path, {path: row})
+    member = next(m for suite in suites.SUITES.values() for m in suite.members if path in str(paths_of(m, tmp_path)))
+    monkeypatch.setattr(suites, "SUITES", {"one": suites.Suite("One", (member,), {})})
+    with pytest.raises(UserError, match=message):
+        suites.prepare("one", tmp_path)
+
+
+def paths_of(member: suites.Member, data: Path) -> list:
+    try:
+        return [task_data.local_files(config) for config in member.configure(data)]
+    except UserError:
+        return []
+
+
+def test_a_split_is_whole_and_there_once(tmp_path):
+    rows = {path: row for path, row in ROWS.items() if "piqa" in path}
+    ((path, _),) = rows.items()
+    write_rows(tmp_path, rows)
+    first = tmp_path / f"{path}-00000-of-00001.jsonl"
+    first.rename(first.with_name("validation-00000-of-00002.jsonl"))
+    with pytest.raises(UserError, match="piqa: has 1 of the 2 files of validation; download the others"):
+        task_configs("piqa/piqa.yaml", 0, tmp_path)
+    write_rows(tmp_path, rows)
+    with pytest.raises(UserError, match="piqa: has validation more than once: .*of-00001.jsonl, .*of-00002.jsonl;"):
+        task_configs("piqa/piqa.yaml", 0, tmp_path)
+
+
 def test_seed_is_all_five(monkeypatch, tmp_path):
     """Each suite is evaluated by itself, since two of them have the same task with other shots."""
     calls = []
@@ -287,6 +333,14 @@ def test_wrong_schemas_name_file_row_and_field(tmp_path):
         (file, "examples[1]", "input"),
         (file, "examples[2]", "target_scores"),
         (file, "examples[3]", None),
+    ]
+    keys = {"task_prefix": 3, "append_choices_to_input": "no", "examples": [example(1)]}
+    file = write_task(tmp_path, "sports_understanding", keys)
+    with pytest.raises(UserError) as caught:
+        bigbench.read_rows(file)
+    assert [str(problem) for problem in caught.value.problems] == [
+        f"{file}: task_prefix is 3; expected text",
+        f"{file}: append_choices_to_input is 'no'; expected true or false",
     ]
     with pytest.raises(UserError, match="examples"):
         bigbench.read_rows(write_task(tmp_path, "navigate", {"examples": []}))
