@@ -65,6 +65,14 @@ def hugging_face(directory: Path, model=None, **options) -> Any:
     return reference(pretrained=model.eval(), tokenizer=tok, **{"batch_size": 4} | options)
 
 
+def give_bos(reference: Any) -> None:
+    """Makes its tokenizer add BOS, whatever it did before."""
+    token = reference.tokenizer.bos_token
+    reference.tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A", special_tokens=[(token, reference.tokenizer.bos_token_id)]
+    )
+
+
 def rows_of(name: str) -> list[dict]:
     """Rows in a known data set's schema."""
     rows = []

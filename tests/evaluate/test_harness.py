@@ -9,7 +9,6 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
-from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
 from minorca import UserError, load_model, load_tokenizer
@@ -18,7 +17,7 @@ from minorca.evaluate.harness import MinorcaLM
 from minorca.evaluate.result_cache import ResultCache
 from minorca.generate import generate
 from minorca.generate.engine import Engine
-from tests.evaluate.harness_oracle import CHATML, FACTS, hugging_face, save_bpe, write_tasks
+from tests.evaluate.harness_oracle import CHATML, FACTS, give_bos, hugging_face, save_bpe, write_tasks
 from tests.helpers import random_adapter
 
 CONTEXTS = ["", " ", "Question: What do bees make?\nAnswer:", "Question: What do bees ", "a\n\n", "<s>What", "é" * 9]
@@ -215,10 +214,7 @@ def test_smollm2_gives_lm_evals_answers(options, add_bos, smollm2, tmp_path):
     )
     theirs = hugging_face(smollm2, AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float64))
     if add_bos:
-        single = f"{theirs.tokenizer.bos_token} $A"
-        theirs.tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
-            single=single, special_tokens=[(theirs.tokenizer.bos_token, tok.bos_id)]
-        )
+        give_bos(theirs)
     theirs = evaluated(theirs, tmp_path, limit=1, **options)
     assert_same_metrics(ours, theirs)
     for task, rows in theirs["answers"].items():

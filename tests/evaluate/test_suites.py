@@ -30,7 +30,7 @@ from minorca.evaluate import bigbench, suites, task_data
 from minorca.evaluate.harness import MinorcaLM
 from minorca.evaluate.published import PUBLISHED
 from minorca.evaluate.task_data import task_configs
-from tests.evaluate.harness_oracle import hugging_face
+from tests.evaluate.harness_oracle import give_bos, hugging_face
 from tests.evaluate.suite_files import MORE_ROWS, ROWS, write_rows
 from tests.helpers import random_mistral
 
@@ -464,19 +464,24 @@ def test_the_18_tasks_of_the_sdist(big_bench):
 
 
 @pytest.mark.slow
-def test_smollm2_on_real_tasks_as_lm_evals_class(big_bench, smollm2):
-    """Two rows of the 12 tasks with the shortest ones: the log-likelihoods of lm_eval's `hf` in fp64, and its
-    scores. In fp32 its own are 1e-4 off.
+@pytest.mark.parametrize("shots, add_bos, limit", [(0, None, 2), (1, True, 1)], ids=["zero-shot", "an example and BOS"])
+def test_smollm2_on_real_tasks_as_lm_evals_class(shots, add_bos, limit, big_bench, smollm2):
+    """The first rows of the 12 tasks with the shortest ones: the log-likelihoods of lm_eval's `hf` in fp64, and its
+    scores. In fp32 its own are 1e-4 off. SmolLM2's tokenizer adds no BOS by itself.
     """
     tasks = [bigbench.task_config(name, big_bench) for name in bigbench.TASKS]
     rows = {config["task"]: config["custom_dataset"]()["test"][0] for config in tasks}
     tasks.sort(key=lambda config: len(rows[config["task"]]["query"]) * len(rows[config["task"]]["choices"]))
-    ours = MinorcaLM(load_model(smollm2, torch.float32, "cpu"), load_tokenizer(smollm2))
+    tasks = [config | {"num_fewshot": shots, "fewshot_split": "test"} for config in tasks[:12]]
+    ours = MinorcaLM(load_model(smollm2, torch.float32, "cpu"), load_tokenizer(smollm2), add_bos=add_bos)
     exact = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float64)
-    found, expected = (evaluate(lm, tasks[:12], limit=2) for lm in (ours, hugging_face(smollm2, exact)))
-    assert len(expected["samples"]) == 12
+    theirs = hugging_face(smollm2, exact)
+    if add_bos:
+        give_bos(theirs)
+    found, expected = (evaluate(lm, tasks, limit=limit) for lm in (ours, theirs))
+    assert len(expected["samples"]) == 12 and ours.begins_with_bos is bool(add_bos)
     for task, samples in expected["samples"].items():
-        assert len(samples) == 2
+        assert len(samples) == limit
         for mine, sample in zip(found["samples"][task], samples, strict=True):
             logps = [logp for ((logp, _),) in sample["resps"]]
             assert [logp for ((logp, _),) in mine["resps"]] == pytest.approx(logps, rel=0, abs=1e-4), task
