@@ -204,7 +204,7 @@ def _load(config: TaskConfig, manager: "TaskManager", limit: int | None) -> "Tas
         raise _why(config, [path for paths in files.values() for path in paths], evaluated, error) from error
     finally:
         log.setLevel(level)
-    check_rows(task, config["task"], evaluated, limit)
+    check_rows(task, config["task"], evaluated, limit, is_known=True)
     return task
 
 

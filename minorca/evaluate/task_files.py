@@ -93,22 +93,22 @@ def load_tasks(
     tasks = [task for name in chosen for task in _load(name, manager)]
     loaded = manager.load(tasks)["tasks"]
     raise_problems(problem for task in loaded.values() for problem in _kind_problems(task))
-    paths = {entry.name: entry.yaml_path for entry in own}
+    paths = {entry.name: cast(Path, entry.yaml_path) for entry in own}
     raise_problems(
         problem for name, task in loaded.items() for problem in example_problems(task, num_fewshot, paths.get(name))
     )
     for entry in own:
         task = loaded.get(entry.name)
         if isinstance(task, ConfigurableTask):
-            path = cast(Path, entry.yaml_path)
             split = task.config.test_split if task.has_test_docs() else task.config.validation_split
-            check_rows(task, path, data_files(entry.cfg or {}, split), limit)
+            check_rows(task, paths[entry.name], data_files(entry.cfg or {}, split), limit)
             if shots_of(task, num_fewshot):
-                check_examples(task, path)
-    for entry in own:
-        if entry.name in chosen or _is_task(entry):
-            part = loaded.get(entry.name) or next(task for task in tasks if _name(task) == entry.name)
-            try_tasks(manager.load([part]), num_fewshot, entry.name, entry.yaml_path)
+                check_examples(task, paths[entry.name])
+    groups = {group.name: group for group in tasks if isinstance(group, Group)}
+    for name, path in paths.items():
+        # a group within another is tried with that
+        if part := loaded.get(name) or groups.get(name):
+            try_tasks(manager.load([part]), num_fewshot, name, path)
     return Tasks(tasks, manager)
 
 
@@ -303,10 +303,6 @@ def _type_problems(config: Mapping[str, Any]) -> Iterator[UserError]:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 yield UserError(f"has the unknown {key} {name}{hint}", field="metric_list")
-
-
-def _name(item: Task | Group) -> str | None:
-    return item.name if isinstance(item, Group) else item.task_name
 
 
 def _kind_problems(task: Task) -> Iterator[UserError]:

@@ -157,7 +157,7 @@ def test_bad_input_is_named(evaluate, monkeypatch):
         ({"repeats": 0}, r"mine\.yaml: mine cannot be evaluated"),
         ({"doc_to_target": "answer"}, "doc_to_target names the column answer, which the data lack"),
         ({"doc_to_choice": "options"}, "doc_to_choice names the column options, which the data lack"),
-        ({"doc_to_choice": ["a", ""]}, "row 1: doc_to_choice is .*; expected a list of texts, none of them empty"),
+        ({"doc_to_choice": ["a", 5]}, r"row 1: doc_to_choice is \['a', 5\]; expected a list of texts"),
         ({"num_fewshot": 100}, r"mine\.yaml: num_fewshot is 100, and mine has 8 rows"),
         ({"dataset_path": None}, r"mine\.yaml: dataset_path is missing"),
         ({"doc_to_choice": None}, r"mine\.yaml: doc_to_choice is missing"),
