@@ -243,15 +243,16 @@ def _evaluate_tasks(args: argparse.Namespace, lm: "MinorcaLM", loaded: "TaskDict
     """lm_eval's results."""
     from minorca.evaluate.harness import evaluate_tasks
 
-    return evaluate_tasks(
-        lm,
-        loaded,
-        args.num_fewshot,
-        limit=args.limit,
-        log_samples=args.log_samples,
-        apply_chat_template=args.chat,
-        fewshot_as_multiturn=args.chat and not args.fewshot_in_one_turn,
-    )
+    options = {
+        "limit": args.limit,
+        "log_samples": args.log_samples,
+        "apply_chat_template": args.chat,
+        "fewshot_as_multiturn": args.chat and not args.fewshot_in_one_turn,
+    }
+    # standard errors, for which lm_eval may take all cores, are needed once
+    if int(os.environ.get("RANK", 0)):
+        options["bootstrap_iters"] = 0
+    return evaluate_tasks(lm, loaded, args.num_fewshot, **options)
 
 
 def _evaluate_mt_bench(
