@@ -190,6 +190,8 @@ def _evaluate(args: argparse.Namespace, world: World | None) -> None:
     seconds = time.perf_counter() - started
     computed, tokens = lm.counts.computed, lm.counts.tokens
     if world:
+        # the first rank draws standard errors, however long
+        world.barrier_without_timeout("results")
         computed, tokens = map(int, world.sum([computed, tokens]))
     if world and world.rank:
         return
@@ -259,10 +261,12 @@ def _evaluate_mt_bench(
     args: argparse.Namespace, world: World | None, lm: "MinorcaLM", bench: "MTBench", of_model: dict[str, object]
 ) -> tuple[list[suites.SuiteResult], UserError | None]:
     """Its scores on the first rank, for which the others wait, or why there are none: other suites have theirs."""
+    from minorca.evaluate import mt_bench
+
     results, failure = [], None
     if not (world and world.rank):
         rendering = [lm.template, lm.tok.chat_template, sorted(lm.tok.stop_ids), args.system]
-        settings = [of_model, rendering, str(lm.model.embedding.weight.dtype)]
+        settings = [of_model, rendering, str(lm.model.dtype), mt_bench.GENERATION]
         of_answers = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         place = (args.questions.parent, _name(args), of_answers, args.system)
         try:

@@ -67,7 +67,7 @@ def read_options(kwargs: dict, tok: Tokenizer, default_tokens: int, max_length: 
     Raises:
         UserError: what is unknown, of another type or out of range.
     """
-    check_options(kwargs)
+    sampling = check_options(kwargs)
     options: dict[str, Any] = {**normalize_gen_kwargs(kwargs, default_tokens)}
     eos = None if tok.eos_id is None else name_of(tok, tok.eos_id)
     stop = [term for term in handle_stop_sequences(options["until"], eos) if term]
@@ -75,6 +75,19 @@ def read_options(kwargs: dict, tok: Tokenizer, default_tokens: int, max_length: 
     if not 1 <= new_tokens < max_length:
         message = f"is {new_tokens}; expected 1 to {max_length - 1}: the model has {max_length} positions"
         raise UserError(message, field="generation_kwargs.max_gen_toks")
+    return GenerationOptions(new_tokens, stop, sampling)
+
+
+def check_options(kwargs: Any) -> Sampling:
+    """How generation_kwargs say that tokens are chosen, but for the seed.
+
+    Raises:
+        UserError: what is unknown, of another type or out of any model's range.
+    """
+    if not isinstance(kwargs, dict):
+        raise UserError(f"is {quote(kwargs)}; expected a mapping", field="generation_kwargs")
+    raise_problems(_problems(kwargs))
+    options: dict[str, Any] = {**normalize_gen_kwargs(kwargs)}
     # as in transformers, the others mean nothing without draws
     names = SAMPLING if options["do_sample"] else ("repetition_penalty",)
     try:
@@ -85,19 +98,12 @@ def read_options(kwargs: dict, tok: Tokenizer, default_tokens: int, max_length: 
         raise
     if options["do_sample"] and not sampling.temperature:
         raise UserError("is 0 or missing; do_sample needs one over 0", field="generation_kwargs.temperature")
-    return GenerationOptions(new_tokens, stop, sampling)
-
-
-def check_options(kwargs: Any) -> None:
-    """Raises UserError: generation_kwargs that are unknown or of another type."""
-    if not isinstance(kwargs, dict):
-        raise UserError(f"is {quote(kwargs)}; expected a mapping", field="generation_kwargs")
-    raise_problems(_problems(kwargs))
+    return sampling
 
 
 def _problems(kwargs: dict) -> Iterator[UserError]:
     known = ("until", "do_sample", "num_beams", *LENGTHS, *SAMPLING)
-    for key in sorted(kwargs.keys() - set(known)):
+    for key in sorted(kwargs.keys() - set(known), key=str):
         yield UserError(f"has the unknown {key}; expected {', '.join(known)}", field="generation_kwargs")
 
     def wrong(key: str, expected: str) -> UserError:
@@ -111,7 +117,8 @@ def _problems(kwargs: dict) -> Iterator[UserError]:
     if kwargs.get("num_beams", 1) != 1:
         yield wrong("num_beams", "1; beam search is not implemented")
     for key in (*LENGTHS, "top_k"):
-        if not _is(kwargs.get(key, 0), int | None):
+        # lm_eval takes a length that is null for none
+        if not _is(kwargs.get(key, 0), int | None if key in LENGTHS else int):
             yield wrong(key, "an integer")
     for key in SAMPLING:
         if key != "top_k" and not _is(kwargs.get(key, 0), int | float):

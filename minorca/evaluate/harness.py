@@ -322,14 +322,14 @@ class MinorcaLM(TemplateLM):
         jobs = []
         for request in requests:
             context, kwargs = cast(tuple[str, dict], request.args)
-            name = json.dumps([request.task_name, *request.args], sort_keys=True)
-            seen[name] = seen.get(name, -1) + 1
             try:
                 options = read_options(kwargs, self.tok, self.max_gen_toks, self.max_length)
             except UserError as error:
                 for problem in error.problems:
                     problem.path = request.task_name
                 raise
+            name = json.dumps([request.task_name, *request.args], sort_keys=True)
+            seen[name] = seen.get(name, -1) + 1
             room = self.max_length - options.new_tokens
             ids = self.tok_encode(context) or [self.prefix_token_id]
             self.counts.truncated += len(ids) > room

@@ -287,7 +287,7 @@ def _retry_after(error: urllib.error.HTTPError) -> float:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, OverflowError):
             return 0
     return max(0, min(seconds, 600))
 

@@ -48,6 +48,8 @@ TEMPERATURE = 0.7
 # transformers' default, which FastChat's generation leaves as it is
 TOP_K = 50
 MAX_NEW_TOKENS = 1024
+# What answers are drawn by.
+GENERATION = {"temperatures": TEMPERATURES, "other": TEMPERATURE, "top_k": TOP_K, "max_new_tokens": MAX_NEW_TOKENS}
 # Questions that are answered at once, by type of device: fixed, because an answer's bits depend on it.
 SLOTS = {"cuda": 32, "cpu": 8}
 # Categories that are judged against a reference answer.

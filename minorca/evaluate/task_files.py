@@ -34,12 +34,15 @@ from minorca.evaluate.task_rows import (
     example_problems,
     file_problems,
     shots_of,
+    writes_by_config,
 )
 from minorca.evaluate.task_trial import try_tasks
 from minorca.files.safe_io import quote
 
 # what a task's file may have beside the fields of TaskConfig
 STRUCTURE = {"tag", "group", "task_list", "include", "class"}
+# data sets that are nothing but the files that are named
+BUILDERS = ("json", "csv", "parquet", "text", "arrow")
 SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
 
 
@@ -99,7 +102,7 @@ def load_tasks(
     )
     for entry in own:
         task = loaded.get(entry.name)
-        if isinstance(task, ConfigurableTask):
+        if isinstance(task, ConfigurableTask) and writes_by_config(task):
             split = task.config.test_split if task.has_test_docs() else task.config.validation_split
             check_rows(task, paths[entry.name], data_files(entry.cfg or {}, split), limit)
             if shots_of(task, num_fewshot):
@@ -255,11 +258,19 @@ def _file_problems(leaf: Entry) -> Iterator[UserError]:
     if kind not in ALL_OUTPUT_TYPES:
         expected = ", ".join(ALL_OUTPUT_TYPES)
         yield UserError(f"is {kind!r}; expected one of {expected}", path=leaf.yaml_path, field="output_type")
+    try:
+        # with the functions that it names, whatever they do when they are imported
+        config = load_yaml(cast(Path, leaf.yaml_path))
+    except Exception:
+        # as loading the task will say
+        return
     wrong = list(_type_problems(config))
     for problem in wrong:
         problem.path = leaf.yaml_path
         yield problem
-    for path in data_files(config) if not wrong else ():
+    if wrong or config.get("dataset_path") not in BUILDERS or "data_dir" in (config.get("dataset_kwargs") or {}):
+        return
+    for path in data_files(config):
         if "://" not in path and not glob.glob(path, recursive=True):
             message = f"names {path}, which does not exist; paths are relative to the current directory"
             yield UserError(message, path=leaf.yaml_path, field="dataset_kwargs.data_files")

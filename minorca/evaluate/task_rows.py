@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,14 @@ def file_problems(files: Sequence[str]) -> Iterator[UserError]:
             yield error
 
 
-def template_problems(config: Mapping[str, Any], columns: list[str], path: str | Path | None) -> Iterator[UserError]:
-    """The columns that a task's templates name and its data lack."""
+def template_problems(
+    config: Mapping[str, Any], columns: list[str], path: str | Path | None, needs_all: bool = True
+) -> Iterator[UserError]:
+    """The columns that a task's templates name and its data lack.
+
+    Args:
+        needs_all: whether those within an expression are needed. They are not where it asks whether they are defined.
+    """
     for field in TEMPLATES:
         template = config.get(field)
         # a function, a list or a number; or a column
@@ -63,6 +70,7 @@ def template_problems(config: Mapping[str, Any], columns: list[str], path: str |
         except jinja2.TemplateSyntaxError as error:
             yield UserError(f"is not a valid template: {error}", path=path, field=field)
             continue
+        names = names if needs_all else set()
         # a column's name alone, which lm_eval takes for text where there is none; or the text of a choice
         choices = config.get("doc_to_choice")
         if template.isidentifier() and not (isinstance(choices, list) and template in choices):
@@ -72,6 +80,12 @@ def template_problems(config: Mapping[str, Any], columns: list[str], path: str |
             hint = f"; did you mean {near[0]}?" if near else ""
             message = f"names the column {name}, which the data lack (they have {', '.join(columns)}){hint}"
             yield UserError(message, path=path, field=field)
+
+
+def writes_by_config(task: ConfigurableTask) -> bool:
+    """Whether a task's texts are what its configuration says, and not what a class of its own makes of rows."""
+    methods = (*TEMPLATES, "process_results")
+    return all(getattr(type(task), name) is getattr(ConfigurableTask, name) for name in methods)
 
 
 def shots_of(task: Task, num_fewshot: int | None) -> int:
@@ -121,11 +135,16 @@ def check_rows(
     """
     config = task.config
     templates = {field: config[field] for field in TEMPLATES if config[field] is not None}
-    raise_problems(template_problems(templates, task.features, name))
+    raise_problems(template_problems(templates, task.features, name, needs_all=False))
     writers = _writers(task, templates, is_known)
     place = files[0] if len(files) == 1 else name
     for number, doc in enumerate(islice(task.eval_docs, limit), 1):
-        made = _write(task, writers, doc, place, f"row {number}")
+        try:
+            made = _write(task, writers, doc, place, f"row {number}")
+        except UserError as error:
+            if isinstance(error.__cause__, jinja2.UndefinedError):
+                raise_problems(template_problems(templates, task.features, name))
+            raise
         for problem in () if is_known else (*_text_problems(task, made), *_target_problems(task, made)):
             problem.path, problem.where = place, f"row {number}"
             raise problem
@@ -162,8 +181,12 @@ def check_examples(task: ConfigurableTask, name: str | Path) -> None:
         made = _write(task, writers, doc, name, place)
         if made.get("doc_to_target") is None:
             raise UserError("is null; expected text", path=name, where=place, field="doc_to_target")
+        problems = [*_text_problems(task, made)]
         gold = "doc_to_text" if task.multiple_input else "doc_to_target"
-        for problem in (*_text_problems(task, made), *_index_problems(gold, made)):
+        # an example's answer may be any text
+        if isinstance(made.get(gold), Integral):
+            problems += _index_problems(gold, made)
+        for problem in problems:
             problem.path, problem.where = name, place
             raise problem
 
@@ -216,7 +239,7 @@ STRICT = env.overlay(finalize=_not_null)
 
 def _text_problems(task: ConfigurableTask, made: Mapping[str, Any]) -> Iterator[UserError]:
     text, choices = made.get("doc_to_text", ""), made.get("doc_to_choice")
-    if not isinstance(text, int if task.multiple_input else str):
+    if not isinstance(text, Integral if task.multiple_input else str):
         expected = "the number of a choice" if task.multiple_input else "text"
         yield UserError(f"is {quote(text)}; expected {expected}", field="doc_to_text")
     if "doc_to_choice" in made and not (
@@ -234,7 +257,7 @@ def _target_problems(task: ConfigurableTask, made: Mapping[str, Any]) -> Iterato
             yield from _index_problems("doc_to_text" if task.multiple_input else "doc_to_target", made)
     elif task.OUTPUT_TYPE == "generate_until":
         values = target if isinstance(target, list) else [target]
-        if not is_own and not (values and all(isinstance(value, str | int | float) for value in values)):
+        if not is_own and not (values and all(isinstance(value, str | Real) for value in values)):
             yield UserError(f"is {quote(target)}; expected text", field="doc_to_target")
         if "doc_to_choice" in made:
             yield from _index_problems("doc_to_target", made)
@@ -248,8 +271,8 @@ def _index_problems(field: str, made: Mapping[str, Any]) -> Iterator[UserError]:
     if not choices:
         return
     for target in value if isinstance(value, list) else [value]:
-        if isinstance(target, int) and not 0 <= target < len(choices):
+        if isinstance(target, Integral) and not 0 <= int(target) < len(choices):
             message = f"is {target}, with {len(choices)} choices; expected 0 to {len(choices) - 1}"
             yield UserError(message, field=field)
-        elif not isinstance(target, int) and target not in choices:
+        elif not isinstance(target, Integral) and target not in choices:
             yield UserError(f"is {quote(target)}, which is none of the choices {quote(choices)}", field=field)

@@ -11,6 +11,7 @@ from lm_eval.tasks.manager import TaskDict
 from minorca.errors import UserError
 from minorca.evaluate.generation import check_options
 from minorca.evaluate.harness import evaluate_tasks
+from minorca.evaluate.task_rows import writes_by_config
 
 ROWS = 2
 
@@ -44,7 +45,7 @@ def try_tasks(loaded: TaskDict, num_fewshot: int | None, name: str, path: Path |
     """
     says = {task: task.get_config("num_fewshot") for task in loaded["tasks"].values()}
     try:
-        results: Any = evaluate_tasks(_Blank(), loaded, num_fewshot, limit=ROWS, log_samples=False, bootstrap_iters=0)
+        results: Any = evaluate_tasks(_Blank(), loaded, num_fewshot, limit=ROWS, log_samples=True, bootstrap_iters=0)
     except UserError as error:
         for problem in error.problems:
             problem.path = path
@@ -58,8 +59,9 @@ def try_tasks(loaded: TaskDict, num_fewshot: int | None, name: str, path: Path |
             task.set_config(key="num_fewshot", value=shots)
     for task in loaded["tasks"].values():
         given = {key.partition(",")[0] for key in results["results"].get(task.task_name, {})}
-        metrics = (task.config.metric_list or ()) if isinstance(task, ConfigurableTask) else ()
-        for metric in metrics:
+        # functions of the task's own may give others for other rows
+        is_plain = isinstance(task, ConfigurableTask) and writes_by_config(task) and not task.config.process_results
+        for metric in (task.config.metric_list or ()) if is_plain else ():
             wanted = metric["metric"]
             if isinstance(wanted, str) and wanted not in given:
                 kind = task.OUTPUT_TYPE

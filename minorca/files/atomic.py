@@ -68,7 +68,7 @@ def check_output(path: Path, beside: Sequence[Path] = ()) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot be made ({error}); choose another --output", path=path.parent) from None
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    if path.is_dir() or not all(os.access(place, os.W_OK) for place in (path, path.parent) if place.exists()):
         raise UserError("is not a file that can be written; choose another --output", path=path)
     for other in beside:
         if other.exists() and not path.exists():
@@ -76,15 +76,21 @@ def check_output(path: Path, beside: Sequence[Path] = ()) -> None:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Writes a file, text in UTF-8, in place of what was there.
+    """Writes a file, text in UTF-8, in place of what was there; into what is no file, such as /dev/stdout.
 
     Raises:
-        UserError: it cannot be written; what was there is still there.
+        UserError: it cannot be written; a file that was there is still there.
     """
-    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    # a link is not replaced, but what it leads to
+    target = path.resolve()
+    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    data = content.encode() if isinstance(content, str) else content
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
+        if target.exists() and not target.is_file():
+            target.write_bytes(data)
+            return
+        temporary.write_bytes(data)
+        temporary.replace(target)
     except OSError as error:
         raise UserError(f"cannot be written ({error})", path=path) from None
     finally:

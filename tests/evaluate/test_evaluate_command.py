@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -10,12 +11,13 @@ import pytest
 
 pytest.importorskip("lm_eval")
 import datasets
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from minorca import UserError
 from minorca.evaluate import __main__ as command
 from minorca.evaluate.scoring import Scorer
 from minorca.evaluate.task_files import load_tasks
-from tests.evaluate.harness_oracle import MIRRORED, rows_of, save_bpe, write_tasks
+from tests.evaluate.harness_oracle import MIRRORED, TASKS, rows_of, save_bpe, write_tasks
 from tests.helpers import ENVIRONMENT, evaluate_on_two_ranks, random_adapter
 
 
@@ -106,6 +108,95 @@ def test_options_reach_the_model(evaluate):
         found.append([sample["resps"] for sample in written["samples"]["arc_local"]])
         assert written["minorca"]["template"] == ("chatml" if options == ("--chat",) else None)
     assert all(found.count(each) == 1 for each in found)
+
+
+FUNCTIONS = """
+def mean_of(values):
+    return sum(values) / len(values)
+
+def half(references, predictions, **_):
+    return 0.5
+
+def right(doc, results):
+    return {"right": float(max(results)[0] == results[0][0])}
+"""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metric_list": [{"metric": "acc", "aggregation": "!function own.mean_of"}]},
+        {
+            "process_results": "!function own.right",
+            "metric_list": [{"metric": "right", "aggregation": "!function own.mean_of"}],
+        },
+        {
+            "output_type": "generate_until",
+            "doc_to_choice": None,
+            "doc_to_target": "{{answerKey}}",
+            "metric_list": [{"metric": "!function own.half", "aggregation": "mean", "higher_is_better": True}],
+        },
+        {"doc_to_text": "{{hint if hint is defined else question}}"},
+        {"fewshot_split": "test", "num_fewshot": 1, "fewshot_config": {"doc_to_target": "because {{answerKey}}"}},
+        {"generation_kwargs": {"max_gen_toks": None}},
+        {"dataset_kwargs": {"data_dir": "DIRECTORY", "data_files": {"test": "mine.jsonl"}}},
+    ],
+    ids=["aggregation", "process_results", "metric", "is defined", "examples' answers", "no length", "data_dir"],
+)
+def test_what_lm_eval_takes_is_not_refused(changes, tmp_path):
+    (tmp_path / "own.py").write_text(FUNCTIONS)
+    write_task(tmp_path, **changes)
+    path = tmp_path / "mine.yaml"
+    # a function is a tag of YAML, and no text
+    text = re.sub(r'"(!function [\w.]+)"', r"\1", path.read_text()).replace("DIRECTORY", str(tmp_path))
+    path.write_text(text)
+    assert len(load_tasks(["mine"], tmp_path).tasks) == 1
+
+
+def test_a_class_writes_as_it_likes(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from lm_eval.api.task import ConfigurableTask\n\n"
+        "class Own(ConfigurableTask):\n"
+        "    def __init__(self, config=None):\n"
+        "        super().__init__(config={k: v for k, v in config.items() if k != 'class'})\n\n"
+        "    def doc_to_text(self, doc):\n        return doc['question'].upper()\n"
+    )
+    write_task(tmp_path)
+    path = tmp_path / "mine.yaml"
+    path.write_text(path.read_text().replace("{", "{class: !function own.Own, ", 1))
+    assert len(load_tasks(["mine"], tmp_path).tasks) == 1
+
+
+# lm_eval's own files, each with rows of its schema
+OWN = {
+    "super_glue/cb/default.yaml": [{"premise": "a b", "hypothesis": "c", "label": n} for n in range(3)],
+    "super_glue/copa/default.yaml": [
+        {"premise": "It rained.", "choice1": "A b.", "choice2": "C d.", "question": "cause", "label": n} for n in (0, 1)
+    ],
+    "gsm8k/gsm8k-cot.yaml": [{"question": "q", "answer": "x #### 3"}] * 3,
+    "toxigen/toxigen.yaml": [{"text": "t", "toxicity_ai": n, "toxicity_human": n} for n in (5.0, 1.0)],
+    "triviaqa/default.yaml": [{"question": f"q{n}", "answer": {"aliases": ["a", "b"], "value": "a"}} for n in range(7)],
+    "mgsm/direct/mgsm_direct_en.yaml": [
+        {"question": "q", "answer": None, "answer_number": 3, "equation_solution": None}
+    ]
+    * 3,
+    "glue/qqp/default.yaml": [{"question1": "a", "question2": "b", "label": n} for n in (0, 1)],
+    "bbh/zeroshot/boolean_expressions.yaml": [{"input": "q", "target": "True"}] * 3,
+    "blimp/adjunct_island.yaml": [{"sentence_good": "a b", "sentence_bad": "b a"}] * 3,
+}
+
+
+@pytest.mark.parametrize("file", OWN)
+def test_lm_evals_own_files_are_not_refused(file, tmp_path):
+    config = load_yaml(TASKS / file, resolve_func=False)
+    keys = ("training_split", "validation_split", "test_split", "fewshot_split")
+    splits = {config.get(key) for key in keys} | {(config.get("fewshot_config") or {}).get("split")} - {None}
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in OWN[file]))
+    own = {"include": str(TASKS / file), "task": "mine", "dataset_path": "json", "dataset_name": None, "tag": None}
+    own["dataset_kwargs"] = {"data_files": {split: str(data) for split in splits if split}}
+    (tmp_path / "mine.yaml").write_text(json.dumps(own))
+    assert len(load_tasks(["mine"], tmp_path).tasks) == 1
 
 
 def test_bad_input_is_named(evaluate, monkeypatch):

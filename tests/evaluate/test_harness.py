@@ -313,6 +313,8 @@ def test_what_a_model_cannot_answer_is_named(models):
         ({"typical_p": 0.5}, "unknown typical_p"),
         ({"until": [5]}, r"until is \[5\]; expected a text or a list of texts"),
         ({"do_sample": "yes"}, "do_sample is 'yes'; expected true or false"),
+        ({"temperature": 1.0, "top_k": None}, "generation_kwargs.top_k is None; expected an integer"),
+        ({5: 5}, "has the unknown 5"),
         ({"do_sample": True}, "temperature is 0 or missing; do_sample needs"),
         ({"temperature": 200}, "generation_kwargs.temperature must be from 0 to 100"),
         ({"temperature": 1.0, "top_p": "0.9"}, "generation_kwargs.top_p is '0.9'; expected a number"),
