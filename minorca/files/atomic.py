@@ -55,6 +55,10 @@ def publish(directory: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _is_device(path: Path) -> bool:
+    return path.is_relative_to("/dev") or (path.exists() and not path.is_file())
+
+
 def check_output(path: Path, beside: Sequence[Path] = ()) -> None:
     """Creates the directory of a file that is to be written later.
 
@@ -68,7 +72,8 @@ def check_output(path: Path, beside: Sequence[Path] = ()) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot be made ({error}); choose another --output", path=path.parent) from None
-    if path.is_dir() or not all(os.access(place, os.W_OK) for place in (path, path.parent) if place.exists()):
+    places = [path] if _is_device(path) else [path, path.parent]
+    if path.is_dir() or not all(os.access(place, os.W_OK) for place in places if place.exists()):
         raise UserError("is not a file that can be written; choose another --output", path=path)
     for other in beside:
         if other.exists() and not path.exists():
@@ -76,18 +81,19 @@ def check_output(path: Path, beside: Sequence[Path] = ()) -> None:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Writes a file, text in UTF-8, in place of what was there; into what is no file, such as /dev/stdout.
+    """Writes a file, text in UTF-8, in place of what was there; a device, such as /dev/stdout, is written to.
 
     Raises:
         UserError: it cannot be written; a file that was there is still there.
     """
+    data = content.encode() if isinstance(content, str) else content
     # a link is not replaced, but what it leads to
     target = path.resolve()
     temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
-    data = content.encode() if isinstance(content, str) else content
     try:
-        if target.exists() and not target.is_file():
-            target.write_bytes(data)
+        if _is_device(path):
+            with path.open("wb") as stream:
+                stream.write(data)
             return
         temporary.write_bytes(data)
         temporary.replace(target)
