@@ -4,10 +4,11 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TextIO
@@ -34,13 +35,23 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def publish(directory: Path, write: Callable[[Path], None]) -> None:
+def temporary_path(path: Path, owner: str = "") -> Path:
+    """A new name beside a path, for what is not complete.
+
+    owner: begins its random part, by which the owner finds what is left of it when it was killed.
+    """
+    return path.with_name(f"{path.name}.tmp-{owner}{uuid.uuid4().hex}")
+
+
+def publish(directory: Path, write: Callable[[Path], None], owner: str = "") -> None:
     """Creates a directory atomically: `write(temporary)` fills it, then it is synchronised to disk and renamed.
+
+    owner: as of `temporary_path`.
 
     Raises:
         UserError: it cannot be written (disk full, no permission); the temporary directory is removed.
     """
-    temporary = directory.with_name(f"{directory.name}.tmp-{uuid.uuid4().hex}")
+    temporary = temporary_path(directory, owner)
     try:
         temporary.mkdir(parents=True)
         write(temporary)
@@ -55,10 +66,31 @@ def publish(directory: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_output(path: Path, beside: Sequence[Path] = ()) -> None:
+def remove_unfinished(directory: Path, names: Collection[str]) -> None:
+    """Removes what killed calls of `publish` have left of a directory, and the directory itself, which is damaged.
+
+    Args:
+        names: the files that it may have.
+
+    Raises:
+        UserError: it has another file.
+    """
+    own = re.compile(re.escape(directory.name) + r"\.tmp-[0-9a-f]{32}")
+    leftovers = (path for path in directory.parent.glob(f"{directory.name}.tmp-*") if own.fullmatch(path.name))
+    for path in (*leftovers, directory):
+        if path.is_dir():
+            if foreign := sorted({entry.name for entry in path.iterdir()} - set(names)):
+                raise UserError(
+                    f"is damaged, and holds {foreign[0]}, which is none of its files; move it away", path=path
+                )
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def check_output(path: Path, marker: str, beside: Sequence[Path] = ()) -> None:
     """Creates the directory of a file that is to be written later.
 
     Args:
+        marker: text that the file will have; one without it is not replaced.
         beside: files that are written with it. They replace others of these names only where it does so itself.
 
     Raises:
@@ -70,6 +102,8 @@ def check_output(path: Path, beside: Sequence[Path] = ()) -> None:
         raise UserError(f"cannot be made ({error}); choose another --output", path=path.parent) from None
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UserError("is not a file that can be written; choose another --output", path=path)
+    if path.is_file() and (content := path.read_bytes()) and marker.encode() not in content:
+        raise UserError("exists, and this command has not written it; choose another --output", path=path)
     for other in beside:
         if other.exists() and not path.exists():
             raise UserError(f"exists, and would be written with {path.name}; choose another --output", path=other)
@@ -81,7 +115,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     Raises:
         UserError: it cannot be written; what was there is still there.
     """
-    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    temporary = temporary_path(path)
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
@@ -148,3 +182,8 @@ def lock(path: Path) -> TextIO | None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a file is what `lock` makes; it may have just begun to write it."""
+    return path.is_file() and re.fullmatch(r"(process \d+ on \S+\n)?", path.read_text(errors="replace")) is not None

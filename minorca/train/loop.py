@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from minorca.train.evaluation import evaluate
 from minorca.train.inputs import Inputs
 from minorca.train.objectives import Counts, Sums
 from minorca.train.optim import learning_rate, set_learning_rate
+from minorca.train.output import set_outcome_aside
 from minorca.train.ranks import World
 from minorca.train.run_length import RunLength
 from minorca.train.step import forward_backward, local_batch, locate_nonfinite
@@ -48,6 +48,7 @@ class Run:
         step: the last step that was done.
         updates: how many of the steps updated the parameters; a skipped one does not.
         tasks: what is evaluated beside held-out rows, if anything.
+        run_id: on rank 0, what the names of unfinished files have.
         stopped_by: the signal that ends the run early, the same on every rank.
     """
 
@@ -62,6 +63,7 @@ class Run:
     step: int
     updates: int
     tasks: TaskEvaluation | None = None
+    run_id: str = ""
     stopped_by: int | None = None
 
     def __post_init__(self):
@@ -273,6 +275,7 @@ class Run:
             self.world,
             self.best.tensors,
             files,
+            self.run_id,
         )
 
     def finish(self) -> None:
@@ -292,8 +295,9 @@ class Run:
             log.info("%s", reason)
         # last of all: it is what says that a run is finished
         outcome = self.config.outcome
-        shutil.rmtree(outcome, ignore_errors=True)
-        publish(outcome, lambda path: self._write_outcome(path, tensors))
+        # somebody else's; the run's own is set aside when it goes on
+        set_outcome_aside(outcome, self.step)
+        publish(outcome, lambda path: self._write_outcome(path, tensors), self.run_id)
         log.info("done: %s", outcome)
         if not self.config.train.full and any(".layers." not in name for name in self.learner.trainable.parameters):
             log.info(

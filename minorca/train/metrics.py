@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import resource
 import time
 import uuid
@@ -18,6 +17,7 @@ import torch
 from minorca.config import Config
 from minorca.data.store import TokenStore
 from minorca.errors import UserError
+from minorca.files.atomic import write_file
 from minorca.model.architecture import Architecture
 from minorca.model.layout import projections
 from minorca.plan.devices import GPUS
@@ -252,7 +252,5 @@ def _drop_lines_past(path: Path, step: int) -> tuple[float | None, bool]:
                 has_tasks |= values["step"] == step and is_of_tasks(values)
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_file(path, "".join(kept))
     return evaluated, has_tasks

@@ -4,17 +4,13 @@ import contextlib
 import errno
 import logging
 import os
-import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from minorca.config import Config
-from minorca.config_file import write_config
 from minorca.errors import UserError
-from minorca.files.atomic import lock
 from minorca.signals import Terminated, signals_noted
 from minorca.train import checkpoint, metrics, parallel
 from minorca.train.best import Best
@@ -24,6 +20,7 @@ from minorca.train.inputs import check_ranks_agree, read_inputs
 from minorca.train.loop import Run
 from minorca.train.memory import out_of_memory, weights_do_not_fit
 from minorca.train.optim import check_optimizer
+from minorca.train.output import check_output, claim, create_output, output_lock, set_outcome_aside
 from minorca.train.precompute import with_reference
 from minorca.train.profiling import profiled
 from minorca.train.ranks import World, init_distributed
@@ -88,7 +85,7 @@ def _train(
     check_optimizer(config.optim)
     tasks = open_tasks(config.eval)
     output = config.output
-    check_writable(output)
+    check_output(config, profile)
     # a new output is created once nothing more can be refused
     new_output = not output.is_dir()
     if world.rank == 0 and not new_output:
@@ -133,12 +130,13 @@ def _train(
         log.info("%s: no checkpoint; starting at step 1", output)
 
     # 4. the record, on rank 0
-    record = None
+    record, run_id = None, ""
     if world.rank == 0:
         if new_output:
-            stack.enter_context(_create_output(output))
+            stack.enter_context(create_output(output))
+        run_id = claim(config, profile)
         if not finished:
-            _set_outcome_aside(config.outcome, resumed)
+            set_outcome_aside(config.outcome, resumed)
         record = _open_record(config, state, length)
 
     # 5. the steps
@@ -147,7 +145,7 @@ def _train(
         world.monitor.noted = noted
     after_step = stack.enter_context(profiled(output / "profile", world)) if profile else lambda: None
     updates = state.updates if state else 0
-    run = Run(config, world, inputs, learner, length, best, record, noted, resumed, updates, tasks)
+    run = Run(config, world, inputs, learner, length, best, record, noted, resumed, updates, tasks, run_id)
     run.loop(schedule.step, after_step)
 
     # 6. what was trained, where other programs look for it
@@ -163,19 +161,10 @@ def _log_changes(state: checkpoint.State, identity: dict) -> None:
 
 
 def _open_record(config: Config, state: checkpoint.State | None, length: RunLength) -> metrics.Record:
-    """Readies the output directory, of which this process has the lock, and opens its record."""
-    checkpoint.sweep(config.output)
+    """Opens the record of the output directory, of which this process has the lock."""
     if state:
         checkpoint.set_damaged_aside(state, config)
-    write_config(config, config.output / "config.yaml")
     return metrics.Record(config, state.step if state else 0, length.steps)
-
-
-def check_writable(output: Path) -> None:
-    """Raises UserError where the output directory cannot be made or written to."""
-    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"is {output}, but {parent} is not a writable directory; choose another", field="train.output")
 
 
 def find_earlier(config: Config, identity: dict) -> tuple[Path | None, checkpoint.State | None]:
@@ -212,15 +201,6 @@ def why_finished(state: checkpoint.State, length: RunLength, config: Config) -> 
     return state.best.why_stopped(config.train.early_stopping)
 
 
-def _set_outcome_aside(outcome: Path, resumed: int) -> None:
-    """Renames what an earlier end of this run wrote: it would say that the run is finished."""
-    if outcome.exists():
-        aside = outcome.with_name(f"{outcome.name}-before-step-{resumed + 1:08d}")
-        shutil.rmtree(aside, ignore_errors=True)
-        outcome.rename(aside)
-        log.info("%s: the run goes on; its %s is now %s", outcome.parent, outcome.name, aside.name)
-
-
 def _restore(found: Path, state: checkpoint.State, learner: Learner, config: Config, world: World) -> Best:
     """Fills what is trained and the optimizer; returns the best evaluation so far."""
     checkpoint.load(found, state, learner.trainable, learner.optimizer)
@@ -244,27 +224,3 @@ def _restore(found: Path, state: checkpoint.State, learner: Learner, config: Con
         log.warning(message, config.outcome.name, best.step)
         best = Best(evaluated=best.evaluated)
     return best
-
-
-@contextlib.contextmanager
-def _create_output(output: Path) -> Iterator[None]:
-    output.mkdir(parents=True, exist_ok=True)
-    with output_lock(output):
-        if checkpoint.published(output / "checkpoints"):
-            raise UserError("another run wrote here while this one was starting; start this one again", path=output)
-        yield
-
-
-@contextlib.contextmanager
-def output_lock(output: Path) -> Iterator[None]:
-    """Within it no other run can write to the output directory."""
-    path = output / ".lock"
-    file = lock(path)
-    if file is None:
-        holder = path.read_text().strip() or "which has just started"
-        raise UserError(
-            f"is {output}, where another run writes ({holder}); wait for it, or choose another train.output",
-            field="train.output",
-        )
-    with file:
-        yield
