@@ -27,7 +27,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a directory's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -56,10 +57,10 @@ def publish(directory: Path, write: Callable[[Path], None], owner: str = "") -> 
         temporary.mkdir(parents=True)
         write(temporary)
         for path in temporary.rglob("*"):
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         temporary.rename(directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot be written ({error}); nothing half-written was left", path=directory) from None
     finally:

@@ -108,6 +108,7 @@ class State:
         updates: of the optimizer; a skipped step makes none.
         threads: of each rank; on the CPU, sums depend on how they are split.
         run: the run's identity.
+        metrics_bytes, metrics_sha256: of metrics.jsonl up to here; -1 where an earlier version wrote the checkpoint.
         best_step, best_loss, since_best, evaluated_step: the fields of `Best`; the loss is 0 where there is none.
     """
 
@@ -122,6 +123,8 @@ class State:
     best_loss: float = 0.0
     since_best: int = 0
     evaluated_step: int = -1
+    metrics_bytes: int = -1
+    metrics_sha256: str = ""
 
     @property
     def best(self) -> Best:

@@ -101,7 +101,7 @@ class Run:
         due = self.step == 0 or self.length.evaluates_after(self.step)
         if not (self.inputs.held_out and due):
             return
-        recorded = self.record.evaluated if self.record else None
+        recorded = self.record.kept.evaluated if self.record else None
         is_recorded, loss = self.world.sum([recorded is not None, recorded or 0.0])
         if is_recorded:
             self._count_evaluation(loss)
@@ -111,7 +111,7 @@ class Run:
     def _first_tasks(self) -> None:
         """As `_first_evaluation`."""
         if self.tasks and not self.stopped_by and (self.step == 0 or self._evaluates_tasks()):
-            (is_recorded,) = self.world.sum([bool(self.record and self.record.has_tasks)])
+            (is_recorded,) = self.world.sum([bool(self.record and self.record.kept.has_tasks)])
             if not is_recorded:
                 self._evaluate_tasks()
 
@@ -247,6 +247,7 @@ class Run:
     def _save(self) -> None:
         self.clock("checkpoint")
         self.world.set_status(f"saving after step {self.step}")
+        size, digest = self.record.synchronised() if self.record else (-1, "")
         state = checkpoint.State(
             checkpoint.FORMAT,
             self.step,
@@ -256,6 +257,8 @@ class Run:
             torch.__version__,
             self.inputs.identity,
             **self.best.saved(),
+            metrics_bytes=size,
+            metrics_sha256=digest,
         )
         directory = self.config.output / "checkpoints"
         learner = self.learner
@@ -279,10 +282,11 @@ class Run:
         )
 
     def finish(self) -> None:
-        """Closes the record and, of a run that has done all its steps, publishes what was trained."""
+        """Publishes what was trained, of a run that has done all its steps, and closes the record."""
         if self.record:
-            self.record.close(self.clock.read(), finished=not self.stopped_by)
+            self.record.bar.close()
         if self.stopped_by:
+            self._close()
             name = signal.Signals(self.stopped_by).name
             log.info("%s: stopped after step %d; the same command resumes from there", name, self.step)
             return
@@ -293,17 +297,23 @@ class Run:
             return
         if reason := self.best.why_stopped(self.config.train.early_stopping):
             log.info("%s", reason)
-        # last of all: it is what says that a run is finished
+        # it is what says that a run is finished; neither a picture nor what else ends the record may cost it
         outcome = self.config.outcome
         # somebody else's; the run's own is set aside when it goes on
         set_outcome_aside(outcome, self.step)
         publish(outcome, lambda path: self._write_outcome(path, tensors), self.run_id)
+        self._close()
+        metrics.draw(self.config.output)
         log.info("done: %s", outcome)
         if not self.config.train.full and any(".layers." not in name for name in self.learner.trainable.parameters):
             log.info(
                 "vLLM and minorca.serve load no adapter that changes embedding or head; merge it for them: %s",
                 self._merge_command(),
             )
+
+    def _close(self) -> None:
+        if self.record:
+            self.record.close(self.clock.read())
 
     def _merge_command(self) -> str:
         """What merges the adapter into the base of its training, which may have to be written first."""

@@ -142,6 +142,7 @@ def claim(config: Config, profile: bool) -> str:
         run.config_sha256 = [hashlib.sha256(config_text(config).encode()).hexdigest(), *before]
     write_file(output / FILE, json.dumps(dataclasses.asdict(run), indent=2) + "\n")
     write_config(config, path)
+    (output / "checkpoints").mkdir(exist_ok=True)
     for leftover in (*output.glob(f"*.tmp-{run.id}*"), *output.glob(f"checkpoints/*.tmp-{run.id}*")):
         shutil.rmtree(leftover, ignore_errors=True)
     return run.id

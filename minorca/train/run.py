@@ -19,6 +19,7 @@ from minorca.train.forecast import Forecast
 from minorca.train.inputs import check_ranks_agree, read_inputs
 from minorca.train.loop import Run
 from minorca.train.memory import out_of_memory, weights_do_not_fit
+from minorca.train.metrics_lines import kept_lines
 from minorca.train.optim import check_optimizer
 from minorca.train.output import check_output, claim, create_output, output_lock, set_outcome_aside
 from minorca.train.precompute import with_reference
@@ -102,6 +103,9 @@ def _train(
     finished = why_finished(state, length, config) if state else None
     if finished and config.outcome.is_dir():
         log.info("%s: %s; nothing to do", output, finished)
+        # its process was killed before
+        if world.rank == 0 and not (output / "curves.png").exists():
+            metrics.draw(output)
         return None
 
     if forecast:
@@ -137,7 +141,7 @@ def _train(
         run_id = claim(config, profile)
         if not finished:
             set_outcome_aside(config.outcome, resumed)
-        record = _open_record(config, state, length)
+        record = _open_record(config, found, state, length)
 
     # 5. the steps
     noted = stack.enter_context(signals_noted())
@@ -160,18 +164,21 @@ def _log_changes(state: checkpoint.State, identity: dict) -> None:
         log.info("%s: was %r up to step %d, is %r from here on", key, before, state.step, after)
 
 
-def _open_record(config: Config, state: checkpoint.State | None, length: RunLength) -> metrics.Record:
+def _open_record(
+    config: Config, found: Path | None, state: checkpoint.State | None, length: RunLength
+) -> metrics.Record:
     """Opens the record of the output directory, of which this process has the lock."""
     if state:
         checkpoint.set_damaged_aside(state, config)
-    return metrics.Record(config, state.step if state else 0, length.steps)
+    kept = kept_lines(config.output, found, state)
+    return metrics.Record(config, state.step if state else 0, length.steps, kept)
 
 
 def find_earlier(config: Config, identity: dict) -> tuple[Path | None, checkpoint.State | None]:
     """The checkpoint that the run resumes from, and what it says; None where the run starts afresh.
 
     Raises:
-        UserError: it cannot resume from there, or would write over a finished run.
+        UserError: it cannot resume from there or with its metrics.jsonl, or would write over a finished run.
     """
     found = checkpoint.find(config)
     if not found and config.outcome.exists():
@@ -180,7 +187,9 @@ def find_earlier(config: Config, identity: dict) -> tuple[Path | None, checkpoin
             "train.output",
             path=config.output,
         )
-    return found, checkpoint.read_state(found, identity, config) if found else None
+    state = checkpoint.read_state(found, identity, config) if found else None
+    kept_lines(config.output, found, state)
+    return found, state
 
 
 def why_finished(state: checkpoint.State, length: RunLength, config: Config) -> str | None:
