@@ -20,6 +20,7 @@ from minorca.errors import UserError
 from minorca.export.huggingface import config_file
 from minorca.files.atomic import publish
 from minorca.model.lora import seed_dropout
+from minorca.signals import STOPPING
 from minorca.train import checkpoint, metrics
 from minorca.train.best import Best
 from minorca.train.build import Learner
@@ -35,6 +36,9 @@ from minorca.train.task_evaluation import TaskEvaluation
 from minorca.train.trainable import gather, take_part
 
 log = logging.getLogger("minorca.train")
+
+# in the order in which they give a run its exit status
+SIGNALS = (*STOPPING, signal.SIGINT)
 
 
 @dataclass
@@ -131,8 +135,11 @@ class Run:
         grad_norm = self.learner.trainable.clip_gradients(self.config.optim.max_grad_norm)
         # read at once: each reading waits for the device
         shares = torch.stack(list(sums.values())).tolist()
-        terminated, interrupted, *totals = self.world.sum([*signal_counts(self.noted), *shares])
-        self.stopped_by = common_signal([terminated, interrupted])
+        # their number, and with it gloo's order of sums, does not depend on how many signals there are
+        interrupts = self.noted.count(signal.SIGINT)
+        stops, interrupts, *totals = self.world.sum([len(self.noted) - interrupts, interrupts, *shares])
+        if stops or interrupts:
+            self._stop()
         totals = dict(zip(sums, totals))
         loss = objective.loss(totals, counts)
         lr = learning_rate(self.step, self.length.steps, self.config.optim)
@@ -340,10 +347,10 @@ class Run:
 
 
 def signal_counts(noted: list[int]) -> list[int]:
-    """How often this rank received SIGTERM and SIGINT."""
-    return [noted.count(signal.SIGTERM), noted.count(signal.SIGINT)]
+    """How often this rank received each signal that ends a run."""
+    return [noted.count(signum) for signum in SIGNALS]
 
 
 def common_signal(counts_of_all: list[float]) -> int | None:
     """The signal that any rank has received: the same on all."""
-    return next((s for s, count in zip((signal.SIGTERM, signal.SIGINT), counts_of_all) if count), None)
+    return next((signum for signum, count in zip(SIGNALS, counts_of_all) if count), None)

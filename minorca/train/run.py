@@ -50,7 +50,7 @@ def train(config: Config, profile: bool = False) -> None:
 
     Raises:
         UserError: whatever the user can fix, before a model is built where it can be known by then.
-        KeyboardInterrupt, Terminated: after SIGINT and SIGTERM, the step under way finished and saved.
+        KeyboardInterrupt, Terminated: after SIGINT and other signals, the step under way finished and saved.
     """
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -73,7 +73,7 @@ def train(config: Config, profile: bool = False) -> None:
                 f"{error}; what was saved is intact, and the same command resumes from there", path=config.output
             ) from error
     if signum:
-        raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
+        raise KeyboardInterrupt if signum == signal.SIGINT else Terminated(signum)
 
 
 def _train(
