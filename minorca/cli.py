@@ -1,7 +1,7 @@
 """How every command parses its arguments, and how it ends.
 
-Exit status: 0 done; 2 for what the user can fix, with a line for each problem on standard error; 130 and 143 after
-SIGINT and SIGTERM.
+Exit status: 0 done; 2 for what the user can fix, with a line for each problem on standard error; after a signal 128 and
+its number: 130 SIGINT, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1, 152 SIGXCPU.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from minorca.config import Config, Source, default_of, fields
 from minorca.config_file import load_yaml, read_config, suggestion
 from minorca.errors import RunEnded, UserError, one_line, raise_problems
-from minorca.signals import Terminated, raise_terminated
+from minorca.signals import STOPPING, Terminated, raise_when_stopped
 
 
 class Parser(argparse.ArgumentParser):
@@ -143,7 +143,7 @@ def _exit(status: int) -> None:
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Runs a command's `main` and turns the ways it can end into exit statuses."""
-    signal.signal(signal.SIGTERM, raise_terminated)
+    raise_when_stopped()
     status = 0
     try:
         main(sys.argv[1:] if argv is None else argv)
@@ -158,15 +158,15 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> Non
         status = ended.status
     except KeyboardInterrupt:
         status = 130
-    except Terminated:
-        status = 143
+    except Terminated as terminated:
+        status = 128 + terminated.signum
     # the reader of our output has gone (`| head`): nobody is left to tell
     except BrokenPipeError:
         # or Python tries once more on its way out, and complains
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    if status in (130, 143):
+    if status > 128:
         # another signal must not change how the process ends
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, *STOPPING):
             signal.signal(signum, signal.SIG_IGN)
     _exit(status)

@@ -322,12 +322,37 @@ def _type_errors(details: list, values: dict[str, dict]) -> Iterator[UserError]:
 
 def write_config(config: Config, path: Path) -> None:
     """The whole resolved configuration, as a file that `--config` reads."""
+    # not needed to read one
+    from minorca.files.atomic import write_file
+
+    write_file(path, config_text(config))
+
+
+def config_text(config: Config) -> str:
+    """What `write_config` writes."""
+    return _dump(config.nested())
+
+
+def _dump(values: dict) -> str:
     import yaml
 
     class Dumper(yaml.SafeDumper):
         """Quotes text that `load_yaml` would take for a number."""
 
     Dumper.add_implicit_resolver(*_NUMBER)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.dump(config.nested(), Dumper=Dumper, sort_keys=False))
-    temporary.replace(path)
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False)
+
+
+def is_config_text(content: bytes) -> bool:
+    """Whether this may be what `write_config` wrote, in this version or an earlier one: a person's file has comments,
+    another layout or fewer sections.
+    """
+    import yaml
+
+    try:
+        values = load_yaml(content.decode())
+        sections = {section.name for section in dataclasses.fields(Config)}
+        is_whole = {"model", "lora", "data", "optim", "train"} <= values.keys() <= sections
+        return is_whole and _dump(values).encode() == content
+    except (ValueError, AttributeError, yaml.YAMLError):
+        return False

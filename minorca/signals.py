@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: as exceptions, or noted while something must be finished first."""
+"""The signals that end a command: as exceptions, or noted while something must be finished first."""
 
 import contextlib
 import os
@@ -6,20 +6,34 @@ import signal
 import threading
 from collections.abc import Iterator
 
+# beside SIGINT: an end, a terminal that is closed, a scheduler's warning, a limit of processor time
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+
 
 class Terminated(BaseException):
-    """SIGTERM, as an exception, so that files and process groups are closed on the way out."""
+    """One of `STOPPING`, as an exception, so that files and process groups are closed on the way out."""
+
+    def __init__(self, signum: int = signal.SIGTERM):
+        super().__init__(signum)
+        self.signum = signum
 
 
 def raise_terminated(signum, frame):
-    raise Terminated
+    raise Terminated(signum)
+
+
+def raise_when_stopped() -> None:
+    """Has the signals of `STOPPING` raise `Terminated`, but those that are ignored, as SIGHUP is under nohup."""
+    for signum in STOPPING:
+        if signum == signal.SIGTERM or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, raise_terminated)
 
 
 _forking = threading.local()
 
 
 def _before_fork() -> None:
-    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
 
 def _after_fork() -> None:
@@ -27,8 +41,9 @@ def _after_fork() -> None:
 
 
 def _after_fork_in_child() -> None:
-    if getattr(signal.getsignal(signal.SIGTERM), "__module__", None) == __name__:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for signum in STOPPING:
+        if getattr(signal.getsignal(signum), "__module__", None) == __name__:
+            signal.signal(signum, signal.SIG_DFL)
     _after_fork()
 
 
@@ -39,7 +54,8 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_c
 
 @contextlib.contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """Within it SIGINT and SIGTERM are only added to a list, so that work in progress can be finished.
+    """Within it SIGINT and SIGTERM, and others that would raise `Terminated`, are only added to a list, so that work in
+    progress can be finished.
 
     Repeated ones too: at Ctrl-C a process of torchrun gets SIGINT from the terminal and again from torchrun.
     """
@@ -48,7 +64,9 @@ def signals_noted() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield noted
         return
-    before = {s: signal.signal(s, lambda signum, frame: noted.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)}
+    always = (signal.SIGINT, signal.SIGTERM)
+    stopping = (*always, *(s for s in STOPPING if s not in always and signal.getsignal(s) == raise_terminated))
+    before = {s: signal.signal(s, lambda signum, frame: noted.append(signum)) for s in stopping}
     try:
         yield noted
     finally:

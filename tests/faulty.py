@@ -17,7 +17,7 @@ import torch
 from minorca import cli
 from minorca.files import atomic as files
 from minorca.train import __main__ as train_command
-from minorca.train import build, checkpoint, inputs, step
+from minorca.train import build, checkpoint, inputs, loop, step
 from minorca.train.trainable import TrainableSet
 
 
@@ -134,6 +134,21 @@ def other_rows(rank: int) -> None:
     inputs.read_data = fewer
 
 
+def hang(rank: int) -> None:
+    """In the main thread alone, in its fourth step."""
+    batch_of = step.local_batch
+    calls = 0
+
+    def hanging(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 2 * 3 + 1 and os.environ["RANK"] == str(rank):
+            time.sleep(1000)
+        return batch_of(*arguments)
+
+    loop.local_batch = hanging
+
+
 def out_of_memory(rank: int) -> None:
     batch_sums = step.batch_sums
 
@@ -151,6 +166,7 @@ RANK_FAULTS = {
     "other lr": other_settings,
     "other rows": other_rows,
     "out of memory": out_of_memory,
+    "hanging": hang,
 }
 
 

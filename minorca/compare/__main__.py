@@ -11,7 +11,7 @@ import torch
 
 from minorca import cli
 from minorca.compare.comparison import compare
-from minorca.compare.page import render_page
+from minorca.compare.page import TITLE, render_page
 from minorca.compare.prompts import Prompt, Rendered, read_prompts, render_for
 from minorca.compare.sides import Side, load, open_side
 from minorca.config import choices
@@ -95,7 +95,7 @@ def _outputs(path: str) -> tuple[Path, Path]:
     if page.suffix != ".html":
         raise UserError(f"is {path}; expected a name that ends in .html", field="--output")
     numbers = page.with_suffix(".json")
-    check_output(page, [numbers])
+    check_output(page, TITLE, [numbers])
     return page, numbers
 
 

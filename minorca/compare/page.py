@@ -8,6 +8,8 @@ import jinja2
 from minorca.page_policy import inline_source
 
 TEMPLATE = Path(__file__).parent / "page.html"
+# what the template begins its title with, by which a page is known
+TITLE = "<title>minorca: "
 # Nats from which on a token is marked, in five shades.
 SHADES = (0.01, 0.05, 0.2, 0.5, 1.0)
 

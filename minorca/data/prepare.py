@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -23,11 +22,20 @@ from tqdm import tqdm
 from minorca.config import DataConfig, Source
 from minorca.data.rendering import RENDERER_VERSION, render_sources
 from minorca.data.sources import SourceReader, open_source
-from minorca.data.store import ARRAYS, BRANCH_TYPES, FORMAT, TokenStore, finish_store, open_store, summarize
+from minorca.data.store import (
+    ARRAYS,
+    BRANCH_TYPES,
+    FORMAT,
+    STORE_FILES,
+    TokenStore,
+    finish_store,
+    open_store,
+    summarize,
+)
 from minorca.data.tally import Tally, raise_errors
 from minorca.data.tokenizer import Tokenizer
 from minorca.errors import UserError
-from minorca.files.atomic import lock, publish, sha256
+from minorca.files.atomic import lock, publish, remove_unfinished, sha256
 
 log = logging.getLogger(__name__)
 
@@ -121,8 +129,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _build(directory: Path, readers: list[SourceReader], tok: Tokenizer, template: str, data: DataConfig) -> TokenStore:
     # What is left of killed builds, and a damaged store.
-    for leftover in (*directory.parent.glob(f"{directory.name}.tmp-*"), directory):
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_unfinished(directory, STORE_FILES)
 
     def write(temporary: Path) -> None:
         _write_store(temporary, readers, tok, template, data)

@@ -29,7 +29,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 MAX_SECONDS = 5
 MAX_MEMORY = 2**30
 # Exit statuses that are not the template's fault: sent by a user, or by the system when it runs out of memory.
-EXTERNAL_SIGNALS = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP)
+EXTERNAL_SIGNALS = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGUSR1)
 
 
 class TemplateFailed(Exception):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from minorca.errors import UserError
-from minorca.files.atomic import verify_manifest, write_manifest
+from minorca.files.atomic import MANIFEST, verify_manifest, write_manifest
 from minorca.files.safe_io import quote, read_json
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ ARRAY_TYPES = {
 ARRAYS = ("tokens", *ARRAY_TYPES)
 # Further ones of a store of preferences.
 BRANCH_TYPES = {"branch_offsets": np.int64, "branch_starts": np.int32, "branch_scores": np.float32}
+STORE_FILES = {f"{name}.bin" for name in (*ARRAYS, *BRANCH_TYPES)} | {"meta.json", MANIFEST}
 
 
 class StoredSource(NamedTuple):

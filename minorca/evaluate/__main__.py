@@ -95,7 +95,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     raise_problems(_problems(args))
     if args.output:
-        check_output(args.output, [args.output.with_suffix(suffix) for suffix in suites.BESIDE] if args.suite else [])
+        beside = [args.output.with_suffix(suffix) for suffix in suites.BESIDE] if args.suite else []
+        check_output(args.output, '"minorca": {', beside)
     return args
 
 

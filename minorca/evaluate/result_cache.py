@@ -21,6 +21,7 @@ from minorca.data.tokenizer import Tokenizer
 from minorca.errors import UserError
 from minorca.files.adapters import adapter_file
 from minorca.files.atomic import sha256
+from minorca.files.safe_io import quote
 from minorca.files.weights import open_model
 from minorca.model.quantization import Quantization
 
@@ -80,6 +81,12 @@ class ResultCache:
             raise UserError(f"cannot be written ({error}); {ELSEWHERE}", path=directory) from None
         with self._errors():
             self._database = sqlite3.connect(self.path, timeout=PATIENCE)
+            tables = self._database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        if foreign := [name for (name,) in tables if name != "results"]:
+            raise UserError(
+                f"is a database of another program, with a table {quote(foreign[0])}; {ELSEWHERE}", path=self.path
+            )
+        with self._errors():
             self._database.execute("CREATE TABLE IF NOT EXISTS results (key BLOB PRIMARY KEY, value TEXT, check_ BLOB)")
 
     @contextmanager

@@ -1,13 +1,15 @@
 """Files and directories that appear complete or not at all, are verified by checksums, and have a single writer."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TextIO
@@ -26,7 +28,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a directory's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -34,35 +37,66 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def publish(directory: Path, write: Callable[[Path], None]) -> None:
+def temporary_path(path: Path, owner: str = "") -> Path:
+    """A new name beside a path, for what is not complete.
+
+    owner: begins its random part, by which the owner finds what is left of it when it was killed.
+    """
+    return path.with_name(f"{path.name}.tmp-{owner}{uuid.uuid4().hex}")
+
+
+def publish(directory: Path, write: Callable[[Path], None], owner: str = "") -> None:
     """Creates a directory atomically: `write(temporary)` fills it, then it is synchronised to disk and renamed.
+
+    owner: as of `temporary_path`.
 
     Raises:
         UserError: it cannot be written (disk full, no permission); the temporary directory is removed.
     """
-    temporary = directory.with_name(f"{directory.name}.tmp-{uuid.uuid4().hex}")
+    temporary = temporary_path(directory, owner)
     try:
         temporary.mkdir(parents=True)
         write(temporary)
         for path in temporary.rglob("*"):
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         temporary.rename(directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot be written ({error}); nothing half-written was left", path=directory) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove_unfinished(directory: Path, names: Collection[str]) -> None:
+    """Removes what killed calls of `publish` have left of a directory, and the directory itself, which is damaged.
+
+    Args:
+        names: the files that it may have.
+
+    Raises:
+        UserError: it has another file.
+    """
+    own = re.compile(re.escape(directory.name) + r"\.tmp-[0-9a-f]{32}")
+    leftovers = (path for path in directory.parent.glob(f"{directory.name}.tmp-*") if own.fullmatch(path.name))
+    for path in (*leftovers, directory):
+        if path.is_dir():
+            if foreign := sorted({entry.name for entry in path.iterdir()} - set(names)):
+                raise UserError(
+                    f"is damaged, and holds {foreign[0]}, which is none of its files; move it away", path=path
+                )
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _is_device(path: Path) -> bool:
     return path.is_relative_to("/dev") or (path.exists() and not path.is_file())
 
 
-def check_output(path: Path, beside: Sequence[Path] = ()) -> None:
+def check_output(path: Path, marker: str, beside: Sequence[Path] = ()) -> None:
     """Creates the directory of a file that is to be written later.
 
     Args:
+        marker: text that the file will have; one without it is not replaced.
         beside: files that are written with it. They replace others of these names only where it does so itself.
 
     Raises:
@@ -75,6 +109,8 @@ def check_output(path: Path, beside: Sequence[Path] = ()) -> None:
     places = [path] if _is_device(path) else [path, path.parent]
     if path.is_dir() or not all(os.access(place, os.W_OK) for place in places if place.exists()):
         raise UserError("is not a file that can be written; choose another --output", path=path)
+    if path.is_file() and (content := path.read_bytes()) and marker.encode() not in content:
+        raise UserError("exists, and this command has not written it; choose another --output", path=path)
     for other in beside:
         if other.exists() and not path.exists():
             raise UserError(f"exists, and would be written with {path.name}; choose another --output", path=other)
@@ -89,7 +125,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     # a link is not replaced, but what it leads to
     target = path.resolve()
-    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = temporary_path(target)
     try:
         if _is_device(path):
             with path.open("wb") as stream:
@@ -100,7 +136,9 @@ def write_file(path: Path, content: str | bytes) -> None:
     except OSError as error:
         raise UserError(f"cannot be written ({error})", path=path) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        # a name may be too long
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_manifest(directory: Path) -> None:
@@ -160,3 +198,8 @@ def lock(path: Path) -> TextIO | None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def is_lock(path: Path) -> bool:
+    """Whether a file is what `lock` makes; it may have just begun to write it."""
+    return path.is_file() and re.fullmatch(r"(process \d+ on \S+\n)?", path.read_text(errors="replace")) is not None

@@ -29,7 +29,7 @@ from minorca.data.portable_files import write_files
 from minorca.data.store import TokenStore
 from minorca.errors import UserError, raise_problems
 from minorca.files.adapters import adapter_file
-from minorca.files.atomic import MANIFEST, publish, sha256, verify_manifest, write_manifest
+from minorca.files.atomic import MANIFEST, publish, sha256, temporary_path, verify_manifest, write_manifest
 from minorca.files.safe_io import read_json
 from minorca.files.tensor_files import FLOATS, open_exactly, write_tensors
 from minorca.model.architecture import Architecture
@@ -108,6 +108,7 @@ class State:
         updates: of the optimizer; a skipped step makes none.
         threads: of each rank; on the CPU, sums depend on how they are split.
         run: the run's identity.
+        metrics_bytes, metrics_sha256: of metrics.jsonl up to here; -1 where an earlier version wrote the checkpoint.
         best_step, best_loss, since_best, evaluated_step: the fields of `Best`; the loss is 0 where there is none.
     """
 
@@ -122,6 +123,8 @@ class State:
     best_loss: float = 0.0
     since_best: int = 0
     evaluated_step: int = -1
+    metrics_bytes: int = -1
+    metrics_sha256: str = ""
 
     @property
     def best(self) -> Best:
@@ -138,12 +141,14 @@ def save(
     world: World,
     best: dict[str, Tensor] | None = None,
     files: dict[str, bytes] | None = None,
+    run_id: str = "",
 ) -> None:
     """Publishes the checkpoint of a finished step under `directory`, and then removes what is older than the newest
     `keep` that verify. Every rank calls it.
 
     best: what was trained up to the best evaluation, where it is kept.
     files: further files, by name.
+    run_id: part of the names of what is not complete.
     """
     trained = gather(trainable.parameters.items(), world)
     moments = gather(_moments(trainable, optimizer), world)
@@ -159,8 +164,8 @@ def save(
         write_manifest(temporary)
 
     if world.rank == 0:
-        publish(directory / f"step-{state.step:08d}", write)
-        prune(directory, keep)
+        publish(directory / f"step-{state.step:08d}", write, run_id)
+        prune(directory, keep, run_id)
     else:
         take_part(trained, moments, best_tensors)
     world.barrier_without_timeout(f"after the checkpoint of step {state.step}")
@@ -173,13 +178,18 @@ def _moments(trainable: TrainableSet, optimizer: Optimizer) -> Iterable[tuple[st
             yield f"{moment}.{name}", tensor
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Removes the checkpoints older than the newest `keep` that verify; a damaged one does not count, and is logged."""
+def prune(directory: Path, keep: int, run_id: str = "") -> None:
+    """Removes the checkpoints older than the newest `keep` that verify; a damaged one does not count, and is logged.
+    One that holds what its manifest does not list, or is a link, is left where it is.
+    """
     verified = 0
     for path in reversed(published(directory)):
         if verified == keep:
-            # renamed first: a checkpoint's own name never stands for half of one
-            shutil.rmtree(path.rename(_temporary(path)))
+            if foreign := _not_in_manifest(path):
+                log.warning("%s: holds %s, and is not removed", path, foreign)
+            elif not path.is_symlink():
+                # renamed first: a checkpoint's own name never stands for half of one
+                shutil.rmtree(path.rename(temporary_path(path, run_id)))
             continue
         try:
             verify(path)
@@ -188,14 +198,13 @@ def prune(directory: Path, keep: int) -> None:
             log.warning("%s", error)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
-
-
-def sweep(output: Path) -> None:
-    """Removes what a killed run had begun to write or to remove."""
-    for leftover in (*output.glob("*.tmp-*"), *output.glob("checkpoints/*.tmp-*")):
-        shutil.rmtree(leftover, ignore_errors=True)
+def _not_in_manifest(directory: Path) -> str | None:
+    """A file of a checkpoint's directory that its manifest does not list, if there is one."""
+    try:
+        listed = {MANIFEST, *read_json(directory / MANIFEST)}
+    except UserError:
+        listed = set()
+    return next((path.name for path in sorted(directory.iterdir()) if path.name not in listed), None)
 
 
 def published(directory: Path) -> list[Path]:

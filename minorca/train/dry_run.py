@@ -18,7 +18,8 @@ from minorca.train.build import check_adapters, lora_settings
 from minorca.train.forecast import Forecast
 from minorca.train.inputs import Inputs, read_inputs
 from minorca.train.optim import check_optimizer, learning_rate
-from minorca.train.run import check_writable, find_earlier, why_finished
+from minorca.train.output import check_output
+from minorca.train.run import find_earlier, why_finished
 from minorca.train.run_length import RunLength, run_length
 from minorca.train.task_evaluation import open_tasks
 
@@ -34,7 +35,7 @@ def dry_run(config: Config) -> None:
     metrics.import_wandb(config)
     check_optimizer(config.optim)
     open_tasks(config.eval)
-    check_writable(config.output)
+    check_output(config)
     with contextlib.closing(Forecast(config)) as forecast, tempfile.TemporaryDirectory() as directory:
         data = dataclasses.replace(config.data, store=directory)
         inputs = read_inputs(dataclasses.replace(config, data=data))

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from minorca.errors import UserError
 from minorca.export.huggingface import config_file
 from minorca.files.atomic import publish
 from minorca.model.lora import seed_dropout
+from minorca.signals import STOPPING
 from minorca.train import checkpoint, metrics
 from minorca.train.best import Best
 from minorca.train.build import Learner
@@ -28,6 +28,7 @@ from minorca.train.evaluation import evaluate
 from minorca.train.inputs import Inputs
 from minorca.train.objectives import Counts, Sums
 from minorca.train.optim import learning_rate, set_learning_rate
+from minorca.train.output import set_outcome_aside
 from minorca.train.ranks import World
 from minorca.train.run_length import RunLength
 from minorca.train.step import forward_backward, local_batch, locate_nonfinite
@@ -35,6 +36,9 @@ from minorca.train.task_evaluation import TaskEvaluation
 from minorca.train.trainable import gather, take_part
 
 log = logging.getLogger("minorca.train")
+
+# in the order in which they give a run its exit status
+SIGNALS = (*STOPPING, signal.SIGINT)
 
 
 @dataclass
@@ -48,6 +52,7 @@ class Run:
         step: the last step that was done.
         updates: how many of the steps updated the parameters; a skipped one does not.
         tasks: what is evaluated beside held-out rows, if anything.
+        run_id: on rank 0, what the names of unfinished files have.
         stopped_by: the signal that ends the run early, the same on every rank.
     """
 
@@ -62,6 +67,7 @@ class Run:
     step: int
     updates: int
     tasks: TaskEvaluation | None = None
+    run_id: str = ""
     stopped_by: int | None = None
 
     def __post_init__(self):
@@ -99,7 +105,7 @@ class Run:
         due = self.step == 0 or self.length.evaluates_after(self.step)
         if not (self.inputs.held_out and due):
             return
-        recorded = self.record.evaluated if self.record else None
+        recorded = self.record.kept.evaluated if self.record else None
         is_recorded, loss = self.world.sum([recorded is not None, recorded or 0.0])
         if is_recorded:
             self._count_evaluation(loss)
@@ -109,7 +115,7 @@ class Run:
     def _first_tasks(self) -> None:
         """As `_first_evaluation`."""
         if self.tasks and not self.stopped_by and (self.step == 0 or self._evaluates_tasks()):
-            (is_recorded,) = self.world.sum([bool(self.record and self.record.has_tasks)])
+            (is_recorded,) = self.world.sum([bool(self.record and self.record.kept.has_tasks)])
             if not is_recorded:
                 self._evaluate_tasks()
 
@@ -129,8 +135,11 @@ class Run:
         grad_norm = self.learner.trainable.clip_gradients(self.config.optim.max_grad_norm)
         # read at once: each reading waits for the device
         shares = torch.stack(list(sums.values())).tolist()
-        terminated, interrupted, *totals = self.world.sum([*signal_counts(self.noted), *shares])
-        self.stopped_by = common_signal([terminated, interrupted])
+        # their number, and with it gloo's order of sums, does not depend on how many signals there are
+        interrupts = self.noted.count(signal.SIGINT)
+        stops, interrupts, *totals = self.world.sum([len(self.noted) - interrupts, interrupts, *shares])
+        if stops or interrupts:
+            self._stop()
         totals = dict(zip(sums, totals))
         loss = objective.loss(totals, counts)
         lr = learning_rate(self.step, self.length.steps, self.config.optim)
@@ -245,6 +254,7 @@ class Run:
     def _save(self) -> None:
         self.clock("checkpoint")
         self.world.set_status(f"saving after step {self.step}")
+        size, digest = self.record.synchronised() if self.record else (-1, "")
         state = checkpoint.State(
             checkpoint.FORMAT,
             self.step,
@@ -254,6 +264,8 @@ class Run:
             torch.__version__,
             self.inputs.identity,
             **self.best.saved(),
+            metrics_bytes=size,
+            metrics_sha256=digest,
         )
         directory = self.config.output / "checkpoints"
         learner = self.learner
@@ -273,13 +285,15 @@ class Run:
             self.world,
             self.best.tensors,
             files,
+            self.run_id,
         )
 
     def finish(self) -> None:
-        """Closes the record and, of a run that has done all its steps, publishes what was trained."""
+        """Publishes what was trained, of a run that has done all its steps, and closes the record."""
         if self.record:
-            self.record.close(self.clock.read(), finished=not self.stopped_by)
+            self.record.bar.close()
         if self.stopped_by:
+            self._close()
             name = signal.Signals(self.stopped_by).name
             log.info("%s: stopped after step %d; the same command resumes from there", name, self.step)
             return
@@ -290,16 +304,23 @@ class Run:
             return
         if reason := self.best.why_stopped(self.config.train.early_stopping):
             log.info("%s", reason)
-        # last of all: it is what says that a run is finished
+        # it is what says that a run is finished; neither a picture nor what else ends the record may cost it
         outcome = self.config.outcome
-        shutil.rmtree(outcome, ignore_errors=True)
-        publish(outcome, lambda path: self._write_outcome(path, tensors))
+        # somebody else's; the run's own is set aside when it goes on
+        set_outcome_aside(outcome, self.step)
+        publish(outcome, lambda path: self._write_outcome(path, tensors), self.run_id)
+        self._close()
+        metrics.draw(self.config.output)
         log.info("done: %s", outcome)
         if not self.config.train.full and any(".layers." not in name for name in self.learner.trainable.parameters):
             log.info(
                 "vLLM and minorca.serve load no adapter that changes embedding or head; merge it for them: %s",
                 self._merge_command(),
             )
+
+    def _close(self) -> None:
+        if self.record:
+            self.record.close(self.clock.read())
 
     def _merge_command(self) -> str:
         """What merges the adapter into the base of its training, which may have to be written first."""
@@ -326,10 +347,10 @@ class Run:
 
 
 def signal_counts(noted: list[int]) -> list[int]:
-    """How often this rank received SIGTERM and SIGINT."""
-    return [noted.count(signal.SIGTERM), noted.count(signal.SIGINT)]
+    """How often this rank received each signal that ends a run."""
+    return [noted.count(signum) for signum in SIGNALS]
 
 
 def common_signal(counts_of_all: list[float]) -> int | None:
     """The signal that any rank has received: the same on all."""
-    return next((s for s, count in zip((signal.SIGTERM, signal.SIGINT), counts_of_all) if count), None)
+    return next((signum for signum, count in zip(SIGNALS, counts_of_all) if count), None)

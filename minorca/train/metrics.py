@@ -2,6 +2,7 @@
 its MFU.
 """
 
+import hashlib
 import itertools
 import json
 import logging
@@ -18,10 +19,12 @@ import torch
 from minorca.config import Config
 from minorca.data.store import TokenStore
 from minorca.errors import UserError
+from minorca.files.atomic import sync
 from minorca.model.architecture import Architecture
 from minorca.model.layout import projections
 from minorca.plan.devices import GPUS
-from minorca.train.curves import draw_curves, is_of_tasks
+from minorca.train.curves import draw_curves
+from minorca.train.metrics_lines import Kept
 
 log = logging.getLogger(__name__)
 
@@ -129,17 +132,21 @@ class Record:
     Weights & Biases where `train.wandb` names a project.
     """
 
-    def __init__(self, config: Config, resumed: int, steps: int):
+    def __init__(self, config: Config, resumed: int, steps: int, kept: Kept | None = None):
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
         output = config.output
         self.path = output / "metrics.jsonl"
         self.log_every = config.train.log_every
-        # the loss of the evaluation after step `resumed`, and whether its tasks were evaluated, where the lines exist;
-        # starting over, those before step 1 go too
-        self.evaluated, self.has_tasks = _drop_lines_past(self.path, resumed or -1)
-        self.file = self.path.open("a")
+        self.kept = kept or Kept()
+        if self.kept.removed:
+            log.info("%s: %d lines are written anew", self.path, self.kept.removed)
+        self.file = self.path.open("ab")
+        self.file.truncate(len(self.kept.content))
+        sync(output)
+        self.bytes = len(self.kept.content)
+        self.sha256 = hashlib.sha256(self.kept.content)
         self.board = SummaryWriter(output / "tensorboard", purge_step=resumed + 1 if resumed else 0)
         self.wandb = _start_wandb(config, output, resumed)
         self.bar = tqdm(total=steps, initial=resumed, unit="step", desc="training")
@@ -149,8 +156,11 @@ class Record:
 
     def _write(self, step: int, values: dict) -> None:
         values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        self.file.write(line)
         self.file.flush()
+        self.bytes += len(line)
+        self.sha256.update(line)
         known = {name: value for name, value in values.items() if value is not None}
         for name, value in known.items():
             self.board.add_scalar(name, value, step)
@@ -185,10 +195,13 @@ class Record:
         listed = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in values.items())
         self.bar.write(f"step {step}: {listed}")
 
-    def close(self, phases: dict[str, float], finished: bool) -> None:
-        """Ends the record with a summary, `phases` those after the last step, and, of a finished run, with curves.png,
-        drawn from the whole of metrics.jsonl.
-        """
+    def synchronised(self) -> tuple[int, str]:
+        """The size and SHA-256 of metrics.jsonl, once it is on the disk."""
+        os.fsync(self.file.fileno())
+        return self.bytes, self.sha256.hexdigest()
+
+    def close(self, phases: dict[str, float]) -> None:
+        """Ends the record with a summary, `phases` those after the last step."""
         self.bar.close()
         self.file.close()
         self.board.close()
@@ -199,8 +212,14 @@ class Record:
             total = sum(spent.values())
             shares = ", ".join(f"{phase} {seconds / total:.1%}" for phase, seconds in spent.items())
             log.info("%.0f seconds, %.0f tokens/s; %s", total, self.tokens / self.seconds, shares)
-        if finished:
-            draw_curves(self.path, self.path.with_name("curves.png"))
+
+
+def draw(output: Path) -> None:
+    """Draws curves.png from the whole of metrics.jsonl. A run's result does not depend on it."""
+    try:
+        draw_curves(output / "metrics.jsonl", output / "curves.png")
+    except Exception as error:
+        log.warning("%s: cannot be drawn (%s: %s)", output / "curves.png", type(error).__name__, error)
 
 
 def import_wandb(config: Config):
@@ -232,27 +251,3 @@ def _start_wandb(config: Config, output: Path, resumed: int):
         resume="allow",
         config=config.nested(),
     )
-
-
-def _drop_lines_past(path: Path, step: int) -> tuple[float | None, bool]:
-    """Removes what an interrupted run wrote after its last checkpoint, an incomplete last line included.
-
-    Returns the loss of the evaluation after `step`, NaN where it was none; None where there is no such line. And
-    whether there is a line of tasks.
-    """
-    kept = []
-    evaluated, has_tasks = None, False
-    for line in path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []:
-        try:
-            values = json.loads(line)
-            if line.endswith("\n") and values["step"] <= step:
-                kept.append(line)
-                if values["step"] == step and "eval_loss" in values:
-                    evaluated = math.nan if values["eval_loss"] is None else float(values["eval_loss"])
-                has_tasks |= values["step"] == step and is_of_tasks(values)
-        except (ValueError, KeyError, TypeError):
-            continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
-    return evaluated, has_tasks

@@ -24,7 +24,7 @@ from minorca.config import ParallelConfig
 from minorca.errors import UserError
 from minorca.model.network import Mistral
 from minorca.train.offload import HostMemory, input_on_host
-from minorca.train.ranks import World
+from minorca.train.ranks import World, lift_timeouts
 from minorca_kernels import NF4Weight
 
 
@@ -57,6 +57,7 @@ def shard(model: Mistral, config: ParallelConfig, world: World, dtype: torch.dty
         raise UserError(message, field="parallel.replicate")
     sizes = (config.replicate, world.size // config.replicate)
     mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=("replicate", "shard"))
+    lift_timeouts(world.device)
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.cpu_offload else OffloadPolicy()
     # RoPE's tables are inputs of a block and stay fp32, so inputs are not cast
     precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)

@@ -7,7 +7,6 @@ base, the adapter, dtype, torch and device. What belongs to another reference is
 import hashlib
 import json
 import logging
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from minorca.config import Config
 from minorca.data.packing import plan_epoch
 from minorca.data.store import TokenStore
 from minorca.errors import UserError
-from minorca.files.atomic import publish, verify_manifest, write_manifest
+from minorca.files.atomic import MANIFEST, publish, remove_unfinished, verify_manifest, write_manifest
 from minorca.train.inputs import Inputs
 from minorca.train.ranks import World
 from minorca.train.reference import Reference
@@ -93,8 +92,8 @@ def _compute(store: TokenStore, reference: Reference, config: Config, world: Wor
 
 
 def _write(directory: Path, values: np.ndarray) -> None:
-    # what is left of a damaged one
-    shutil.rmtree(directory, ignore_errors=True)
+    # a damaged one
+    remove_unfinished(directory, {VALUES, MANIFEST})
 
     def write(temporary: Path) -> None:
         values.tofile(temporary / VALUES)

@@ -16,10 +16,12 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.distributed import distributed_c10d
 
 from minorca.errors import RunEnded
 
@@ -27,6 +29,13 @@ from minorca.errors import RunEnded
 PERIOD = 1.0
 # seconds that a rank has to leave by itself once another has left
 GRACE = 10.0
+
+
+def _collectives() -> int:
+    """How many collective operations this process has joined. Ranks that wait have joined more than those missing."""
+    # missing from torch's annotations; a copy, for another thread may make a group
+    groups: list[Any] = list(distributed_c10d._world.pg_map)
+    return sum(group._get_sequence_number_for_group() for group in groups)
 
 
 class RankMonitor:
@@ -58,8 +67,12 @@ class RankMonitor:
         self.status = "starting"
         self.noted: Sequence[int] = ()
         self._beats = 0
+        # seconds of this process, without those that it was suspended for
+        self._awake, self._ticked = 0.0, time.monotonic()
         # of each other rank, its last heartbeat and when it came
-        self._last_seen = {other: (b"", time.monotonic()) for other in self.others}
+        self._last_seen: dict[int, tuple[bytes, float]] = dict.fromkeys(self.others, (b"", 0.0))
+        # of every rank, how many collectives it has joined, and when it joined the last
+        self._joined: dict[int, tuple[int, float]] = dict.fromkeys(range(size), (0, 0.0))
         # the store's connection serves one request at a time
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -74,19 +87,35 @@ class RankMonitor:
     def _beat(self) -> None:
         self._beats += 1
         process = f"process {os.getpid()} on {socket.gethostname()}"
-        heartbeat = {"beat": self._beats, "process": process, "status": self.status}
+        heartbeat = {"beat": self._beats, "process": process, "status": self.status, "joined": _collectives()}
         self.store.set(f"alive/{self.rank}", json.dumps(heartbeat))
 
     def _exchange_beats(self) -> None:
         with self._lock:
             self._beat()
             heartbeats = self.store.multi_get([f"alive/{other}" for other in self.others])
+            # a job that is suspended is so on all ranks, and none of them is to blame for its silence
+            now = time.monotonic()
+            self._awake += min(now - self._ticked, 3 * PERIOD)
+            self._ticked = now
+        joined = {self.rank: _collectives()}
         for other, heartbeat in zip(self.others, heartbeats):
+            joined[other] = json.loads(heartbeat)["joined"]
             if heartbeat != self._last_seen[other][0]:
-                self._last_seen[other] = (heartbeat, time.monotonic())
+                self._last_seen[other] = (heartbeat, self._awake)
+        for member, count in joined.items():
+            if count != self._joined[member][0]:
+                self._joined[member] = (count, self._awake)
 
     def _silent(self, seconds: float) -> list[int]:
-        return [other for other, (_, seen) in self._last_seen.items() if time.monotonic() - seen > seconds]
+        return [other for other, (_, seen) in self._last_seen.items() if self._awake - seen > seconds]
+
+    def _missing(self, seconds: float) -> list[int]:
+        """The ranks that this one has waited for in a collective for longer than this."""
+        own, since = self._joined[self.rank]
+        if self._awake - since <= seconds:
+            return []
+        return [rank for rank, (count, last) in self._joined.items() if count < own and self._awake - last > seconds]
 
     def _describe(self, other: int) -> str:
         heartbeat = json.loads(self._last_seen[other][0])
@@ -206,6 +235,9 @@ class RankMonitor:
         if silent := self._silent(patience):
             lost = self._describe(silent[0])
             return RunEnded(1, f"rank {self.rank} ends because {lost} has been silent for {patience:.0f} seconds")
+        if missing := self._missing(self.timeout):
+            lost, waited = self._describe(missing[0]), f"{self.timeout:.0f} seconds"
+            return RunEnded(1, f"rank {self.rank} ends because it has waited for {lost} in a collective for {waited}")
         return None
 
     def close(self) -> None:

@@ -5,12 +5,14 @@ import datetime
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed import distributed_c10d
 
 from minorca.device import default_device, has_gpu
 from minorca.errors import RunEnded, UserError
@@ -59,8 +61,8 @@ class World:
 def init_distributed(timeout: int) -> Iterator[World]:
     """Within it, this process is in the group torchrun describes, or in one of its own: nccl on CUDA, gloo on the CPU.
 
-    A collective that takes longer than `timeout` seconds fails. When a rank leaves, by whatever error or signal, all
-    others leave too.
+    A collective that a rank does not join fails after `timeout` seconds in which the job was not suspended. When a rank
+    leaves, by whatever error or signal, all others leave too.
 
     Raises:
         RunEnded: another rank left, or has already reported the error that this one would end with.
@@ -75,6 +77,7 @@ def init_distributed(timeout: int) -> Iterator[World]:
         dist.init_process_group(backend, timeout=limit, store=HashStore(), rank=0, world_size=1)
     rank, size = dist.get_rank(), dist.get_world_size()
     monitor = RankMonitor(rank, size, timeout, device) if size > 1 else None
+    lift_timeouts(device)
     try:
         yield World(rank, size, device, monitor)
         # gloo aborts processes that leave while others still communicate
@@ -91,6 +94,15 @@ def init_distributed(timeout: int) -> Iterator[World]:
     finally:
         if monitor:
             monitor.close()
+
+
+def lift_timeouts(device: torch.device) -> None:
+    """Has gloo wait without a limit, in the groups that exist: it counts the time that a job is suspended too, of which
+    the monitor, which has the limit, counts nothing.
+    """
+    if device.type == "cpu":
+        for group in distributed_c10d._world.pg_map:
+            distributed_c10d._set_pg_timeout(datetime.timedelta(days=365), group)
 
 
 def _device() -> torch.device:
@@ -120,7 +132,7 @@ def _leave(error: BaseException, monitor: RankMonitor) -> BaseException:
         # a signal from the user; or from torchrun, because another rank died
         if isinstance(error, KeyboardInterrupt | Terminated):
             cause = monitor.cause_of_failure(signalled=True)
-            monitor.leave(130 if isinstance(error, KeyboardInterrupt) else 143, "")
+            monitor.leave(128 + (error.signum if isinstance(error, Terminated) else signal.SIGINT), "")
             return cause or error
         # a collective that broke because another rank left
         may_be_collective = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)

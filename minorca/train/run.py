@@ -4,17 +4,13 @@ import contextlib
 import errno
 import logging
 import os
-import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from minorca.config import Config
-from minorca.config_file import write_config
 from minorca.errors import UserError
-from minorca.files.atomic import lock
 from minorca.signals import Terminated, signals_noted
 from minorca.train import checkpoint, metrics, parallel
 from minorca.train.best import Best
@@ -23,7 +19,9 @@ from minorca.train.forecast import Forecast
 from minorca.train.inputs import check_ranks_agree, read_inputs
 from minorca.train.loop import Run
 from minorca.train.memory import out_of_memory, weights_do_not_fit
+from minorca.train.metrics_lines import kept_lines
 from minorca.train.optim import check_optimizer
+from minorca.train.output import check_output, claim, create_output, output_lock, set_outcome_aside
 from minorca.train.precompute import with_reference
 from minorca.train.profiling import profiled
 from minorca.train.ranks import World, init_distributed
@@ -52,7 +50,7 @@ def train(config: Config, profile: bool = False) -> None:
 
     Raises:
         UserError: whatever the user can fix, before a model is built where it can be known by then.
-        KeyboardInterrupt, Terminated: after SIGINT and SIGTERM, the step under way finished and saved.
+        KeyboardInterrupt, Terminated: after SIGINT and other signals, the step under way finished and saved.
     """
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -75,7 +73,7 @@ def train(config: Config, profile: bool = False) -> None:
                 f"{error}; what was saved is intact, and the same command resumes from there", path=config.output
             ) from error
     if signum:
-        raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
+        raise KeyboardInterrupt if signum == signal.SIGINT else Terminated(signum)
 
 
 def _train(
@@ -88,7 +86,7 @@ def _train(
     check_optimizer(config.optim)
     tasks = open_tasks(config.eval)
     output = config.output
-    check_writable(output)
+    check_output(config, profile)
     # a new output is created once nothing more can be refused
     new_output = not output.is_dir()
     if world.rank == 0 and not new_output:
@@ -105,6 +103,9 @@ def _train(
     finished = why_finished(state, length, config) if state else None
     if finished and config.outcome.is_dir():
         log.info("%s: %s; nothing to do", output, finished)
+        # its process was killed before
+        if world.rank == 0 and not (output / "curves.png").exists():
+            metrics.draw(output)
         return None
 
     if forecast:
@@ -133,13 +134,14 @@ def _train(
         log.info("%s: no checkpoint; starting at step 1", output)
 
     # 4. the record, on rank 0
-    record = None
+    record, run_id = None, ""
     if world.rank == 0:
         if new_output:
-            stack.enter_context(_create_output(output))
+            stack.enter_context(create_output(output))
+        run_id = claim(config, profile)
         if not finished:
-            _set_outcome_aside(config.outcome, resumed)
-        record = _open_record(config, state, length)
+            set_outcome_aside(config.outcome, resumed)
+        record = _open_record(config, found, state, length)
 
     # 5. the steps
     noted = stack.enter_context(signals_noted())
@@ -147,7 +149,7 @@ def _train(
         world.monitor.noted = noted
     after_step = stack.enter_context(profiled(output / "profile", world)) if profile else lambda: None
     updates = state.updates if state else 0
-    run = Run(config, world, inputs, learner, length, best, record, noted, resumed, updates, tasks)
+    run = Run(config, world, inputs, learner, length, best, record, noted, resumed, updates, tasks, run_id)
     run.loop(schedule.step, after_step)
 
     # 6. what was trained, where other programs look for it
@@ -162,27 +164,21 @@ def _log_changes(state: checkpoint.State, identity: dict) -> None:
         log.info("%s: was %r up to step %d, is %r from here on", key, before, state.step, after)
 
 
-def _open_record(config: Config, state: checkpoint.State | None, length: RunLength) -> metrics.Record:
-    """Readies the output directory, of which this process has the lock, and opens its record."""
-    checkpoint.sweep(config.output)
+def _open_record(
+    config: Config, found: Path | None, state: checkpoint.State | None, length: RunLength
+) -> metrics.Record:
+    """Opens the record of the output directory, of which this process has the lock."""
     if state:
         checkpoint.set_damaged_aside(state, config)
-    write_config(config, config.output / "config.yaml")
-    return metrics.Record(config, state.step if state else 0, length.steps)
-
-
-def check_writable(output: Path) -> None:
-    """Raises UserError where the output directory cannot be made or written to."""
-    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"is {output}, but {parent} is not a writable directory; choose another", field="train.output")
+    kept = kept_lines(config.output, found, state)
+    return metrics.Record(config, state.step if state else 0, length.steps, kept)
 
 
 def find_earlier(config: Config, identity: dict) -> tuple[Path | None, checkpoint.State | None]:
     """The checkpoint that the run resumes from, and what it says; None where the run starts afresh.
 
     Raises:
-        UserError: it cannot resume from there, or would write over a finished run.
+        UserError: it cannot resume from there or with its metrics.jsonl, or would write over a finished run.
     """
     found = checkpoint.find(config)
     if not found and config.outcome.exists():
@@ -191,7 +187,9 @@ def find_earlier(config: Config, identity: dict) -> tuple[Path | None, checkpoin
             "train.output",
             path=config.output,
         )
-    return found, checkpoint.read_state(found, identity, config) if found else None
+    state = checkpoint.read_state(found, identity, config) if found else None
+    kept_lines(config.output, found, state)
+    return found, state
 
 
 def why_finished(state: checkpoint.State, length: RunLength, config: Config) -> str | None:
@@ -210,15 +208,6 @@ def why_finished(state: checkpoint.State, length: RunLength, config: Config) -> 
     if state.step == length.steps:
         return f"all {length.steps} steps are done"
     return state.best.why_stopped(config.train.early_stopping)
-
-
-def _set_outcome_aside(outcome: Path, resumed: int) -> None:
-    """Renames what an earlier end of this run wrote: it would say that the run is finished."""
-    if outcome.exists():
-        aside = outcome.with_name(f"{outcome.name}-before-step-{resumed + 1:08d}")
-        shutil.rmtree(aside, ignore_errors=True)
-        outcome.rename(aside)
-        log.info("%s: the run goes on; its %s is now %s", outcome.parent, outcome.name, aside.name)
 
 
 def _restore(found: Path, state: checkpoint.State, learner: Learner, config: Config, world: World) -> Best:
@@ -244,27 +233,3 @@ def _restore(found: Path, state: checkpoint.State, learner: Learner, config: Con
         log.warning(message, config.outcome.name, best.step)
         best = Best(evaluated=best.evaluated)
     return best
-
-
-@contextlib.contextmanager
-def _create_output(output: Path) -> Iterator[None]:
-    output.mkdir(parents=True, exist_ok=True)
-    with output_lock(output):
-        if checkpoint.published(output / "checkpoints"):
-            raise UserError("another run wrote here while this one was starting; start this one again", path=output)
-        yield
-
-
-@contextlib.contextmanager
-def output_lock(output: Path) -> Iterator[None]:
-    """Within it no other run can write to the output directory."""
-    path = output / ".lock"
-    file = lock(path)
-    if file is None:
-        holder = path.read_text().strip() or "which has just started"
-        raise UserError(
-            f"is {output}, where another run writes ({holder}); wait for it, or choose another train.output",
-            field="train.output",
-        )
-    with file:
-        yield

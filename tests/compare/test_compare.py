@@ -329,6 +329,7 @@ def test_prompts_beyond_the_models_positions_are_left_out(save_mistral, run, tmp
         ({"prompts": "rows.jsonl", "template": "mistral-v3"}, "template mistral-v3 needs the control token"),
         ({"prompts": "rows.jsonl", "output": "rows.jsonl/page.html"}, "rows.jsonl: cannot be made "),
         ({"prompts": "data.json", "output": "data.html"}, "data.json: exists, and would be written with data.html"),
+        ({"prompts": "rows.jsonl", "output": "mine.html"}, "mine.html: exists, and this command has not written it"),
         ({"prompts": "rows.jsonl", "output": "pages"}, "--output is pages; expected a name that ends in .html"),
     ],
 )
@@ -338,6 +339,7 @@ def test_what_the_user_can_fix(options, message, base, run, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", ROWS)
     (tmp_path / "data.json").write_text(json.dumps(ROWS))
+    (tmp_path / "mine.html").write_text("<title>mine</title>")
     write_rows(tmp_path / "bad.jsonl", [ROWS[0], {"system_prompt": "", "question": "q"}])
     (tmp_path / "lines.txt").write_text("One?\n")
     (tmp_path / "empty.txt").write_text("\n \n")

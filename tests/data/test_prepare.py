@@ -176,14 +176,28 @@ def test_a_damaged_store_is_built_again(how, name, model, data, caplog):
 
 
 def test_what_killed_builds_left_is_removed(model, data):
-    """Only for the same rows: other directories may belong to another process."""
+    """Only for the same rows: other directories may belong to another process, or to a person."""
     store = prepare(data, model)
-    mine, other = (path_of(store).with_name(f"{name}.tmp-1") for name in (path_of(store).name, "other"))
-    for path in (mine, other):
+    name, digits = path_of(store).name, "0123456789abcdef" * 2
+    mine, *others = (
+        path_of(store).with_name(n) for n in (f"{name}.tmp-{digits}", f"other.tmp-{digits}", f"{name}.tmp-1")
+    )
+    for path in (mine, *others):
         path.mkdir()
         (path / "tokens.bin").write_text("x")
     shutil.rmtree(path_of(store))
-    assert same_rows(prepare(data, model), store) and other.exists() and not mine.exists()
+    assert same_rows(prepare(data, model), store) and not mine.exists()
+    assert [(path / "tokens.bin").read_text() for path in others] == ["x", "x"]
+
+
+def test_a_damaged_store_with_files_of_others_is_not_removed(model, data):
+    store = prepare(data, model)
+    path = path_of(store)
+    del store
+    (path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=f"{path}: is damaged, and holds notes.txt, which is none of its files"):
+        prepare(data, model)
+    assert (path / "notes.txt").read_text() == "mine" and (path / "tokens.bin").exists()
 
 
 def test_nothing_is_left_where_a_row_is_wrong(model, data, tmp_path):

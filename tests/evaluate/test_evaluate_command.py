@@ -209,6 +209,10 @@ def test_bad_input_is_named(evaluate, monkeypatch):
     write_task(evaluate.folder)
     printed, _ = evaluate(tasks="mine, arc_*,")
     assert "mine" in printed
+    mine = evaluate.path / "notes.json"
+    mine.write_text('{"results": "mine"}')
+    says("notes.json: exists, and this command has not written it; choose another --output", "--output", mine)
+    assert mine.read_text() == '{"results": "mine"}'
     for changes, message in (
         ({"doc_to_txt": "a"}, r"mine\.yaml: doc_to_txt is an unknown key; did you mean doc_to_text\?"),
         ({"output_type": "choice"}, r"mine\.yaml: output_type is 'choice'; expected one of loglikelihood,"),

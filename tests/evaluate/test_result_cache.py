@@ -114,3 +114,12 @@ def test_several_processes_write(tmp_path, monkeypatch):
     for n, request in enumerate(REQUESTS[:40]):
         (one, other)[n % 2].add(request, n)
     assert one.find(REQUESTS[:40]) == other.find(REQUESTS[:40]) == {r: n for n, r in enumerate(REQUESTS[:40])}
+
+
+def test_a_database_of_another_program_is_left_alone(tmp_path):
+    with sqlite3.connect(tmp_path / "results.sqlite") as database:
+        database.execute("CREATE TABLE notes (text TEXT)")
+    before = (tmp_path / "results.sqlite").read_bytes()
+    with pytest.raises(UserError, match="results.sqlite: is a database of another program, with a table 'notes'"):
+        ResultCache(tmp_path, {"files": []})
+    assert (tmp_path / "results.sqlite").read_bytes() == before

@@ -43,14 +43,14 @@ def test_a_written_file_replaces_nothing_but_a_file(tmp_path):
 
 
 def test_an_output_is_checked_before_the_work(tmp_path):
-    check_output(tmp_path / "new" / "file.json", [tmp_path / "new" / "file.md"])
-    check_output(Path("/dev/stdout"))
+    check_output(tmp_path / "new" / "file.json", "{", [tmp_path / "new" / "file.md"])
+    check_output(Path("/dev/stdout"), "{")
     (tmp_path / "new" / "file.md").touch()
     with pytest.raises(UserError, match="file.md: exists, and would be written with file.json; choose another"):
-        check_output(tmp_path / "new" / "file.json", [tmp_path / "new" / "file.md"])
+        check_output(tmp_path / "new" / "file.json", "{", [tmp_path / "new" / "file.md"])
     (tmp_path / "new" / "file.json").touch()
-    check_output(tmp_path / "new" / "file.json", [tmp_path / "new" / "file.md"])
+    check_output(tmp_path / "new" / "file.json", "{", [tmp_path / "new" / "file.md"])
     with pytest.raises(UserError, match="new: is not a file that can be written"):
-        check_output(tmp_path / "new")
+        check_output(tmp_path / "new", "{")
     with pytest.raises(UserError, match="file.md: cannot be made"):
-        check_output(tmp_path / "new" / "file.md" / "deeper")
+        check_output(tmp_path / "new" / "file.md" / "deeper", "{")

@@ -15,7 +15,7 @@ import pytest
 
 from minorca import UserError, cli
 from minorca.data.packing import plan_epoch
-from minorca.signals import Terminated, raise_terminated
+from minorca.signals import STOPPING, Terminated, raise_when_stopped
 from minorca.train import __main__ as train_command
 from minorca.train import build, checkpoint, inputs, loop, metrics, step
 from minorca.train.trainable import TrainableSet
@@ -146,8 +146,8 @@ def test_ten_kills_of_either_rank_under_torchruns_restarts(workplace, tmp_path):
 
 @pytest.fixture(autouse=True)
 def signals_as_in_a_command():
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    signal.signal(signal.SIGTERM, raise_terminated)
+    before = {s: signal.getsignal(s) for s in (*STOPPING, signal.SIGINT)}
+    raise_when_stopped()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for signum, handler in before.items():
@@ -213,6 +213,65 @@ def test_a_signal_while_loading_ends_at_once(owner, name, workplace, tmp_path, m
     with pytest.raises(Terminated):
         train_command.main(workplace(**SIGNALLED))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
+def test_schedulers_and_terminals_signals_save_too(signum, workplace, tmp_path):
+    """The exit status is 128 and the signal's number, and other signals after it change nothing."""
+    process = training(workplace(**SIGNALLED | {"train.steps": 2000}))
+    wait_until(lambda: lines(tmp_path / "run") > 3)
+    process.send_signal(signum)
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    # both may have come within one step
+    assert process.returncode in (128 + signum, 128 + signal.SIGUSR1), err
+    assert f"{signal.Signals(process.returncode - 128).name}: stopped after step" in out and "Traceback" not in err
+    (saved,) = checkpoint.published(tmp_path / "run" / "checkpoints")
+    assert saved.name == f"step-{lines_of(tmp_path / 'run')[-1]['step']:08d}"
+
+
+def test_what_nohup_ignores_stays_ignored(workplace, tmp_path):
+    settings = SIGNALLED | {"train.steps": 200}
+    process = training(workplace(**settings), preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_until(lambda: lines(tmp_path / "run") > 3)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "SIGTERM: stopped after step" in out, err
+
+
+@pytest.mark.slow
+def test_a_job_that_is_suspended_goes_on(workplace, tmp_path):
+    """For longer than parallel.timeout, as by `docker pause`: torchrun and all ranks, wherever they are in a step."""
+    settings = KILLED | {"train.steps": 100, "parallel.timeout": 10, "parallel.shard": "fsdp"}
+    torchrun(2, workplace("whole", **settings))
+    process = training(workplace(**settings), ranks=2)
+    for lines_before in (5, 40):
+        wait_until(lambda n=lines_before: lines(tmp_path / "run") > n)
+        pids = [process.pid, *ranks_of(process)]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(14)
+        # those that wait are woken before those they wait for
+        for pid in reversed(pids):
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.05)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-3000:]
+    assert_same_bits(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_join_a_collective_is_named(workplace, tmp_path):
+    """Its process lives and reports, and its main thread hangs."""
+    process = training(workplace(**{"train.steps": 50, "parallel.timeout": 10}), ranks=2, faulty=("hanging", 1))
+    started = time.monotonic()
+    _, err = process.communicate(timeout=90)
+    assert time.monotonic() - started < 80 and process.returncode == 1
+    expected = r"minorca: rank 0 ends because it has waited for rank 1 \(process \d+ on .*last status: step [34]\)"
+    assert re.search(expected, err), err
 
 
 @pytest.mark.slow

@@ -508,8 +508,8 @@ def test_an_older_one_goes_only_after_the_newer_is_verified(workplace, tmp_path,
     publish = checkpoint.publish
     settings = {"train.steps": 3, "train.checkpoint_every": 1, "train.keep": 1}
 
-    def publish_damaged(directory, write):
-        publish(directory, write)
+    def publish_damaged(directory, *rest):
+        publish(directory, *rest)
         truncate(directory)
 
     train_command.main(workplace(**settings))
