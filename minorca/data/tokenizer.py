@@ -6,12 +6,11 @@ Only text that a chat template wrote goes through `encode_template`, where contr
 that its author rendered for the model through `encode_rendered`.
 """
 
-import json
-import math
+import base64
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 import tokenizers
@@ -21,6 +20,7 @@ from minorca.data.tokenizer_files import (
     SURROGATE,
     added_tokens,
     chat_templates,
+    check_tokenizer,
     content,
     embedding_rows,
     library_errors,
@@ -33,11 +33,11 @@ from minorca.errors import UserError
 from minorca.files.safe_io import find_file, quote, read_small
 from minorca.model.architecture import model_directory
 
+log = logging.getLogger(__name__)
+
 # A limit for untrusted files, several times what is in use: all control strings, which are compiled into one regular
 # expression, have 100 thousand characters.
 MAX_CONTROL_CHARACTERS = 10**6
-# By which factor the normalizer or decoder of a tokenizer.json may lengthen a text; Llama's and Mistral's come to 4.
-MAX_GROWTH = 1000
 # A private-use character, of which no vocabulary has a piece.
 ANCHOR = "\ue000"
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -216,6 +216,9 @@ class JsonTokenizer(Tokenizer):
             self._parsing = self._read(file, settings, new_tokens)
             self._text_only = self._read(file, settings, new_tokens)
             self._text_only.encode_special_tokens = True
+            if getattr(self._parsing.model, "dropout", None):
+                log.warning("%s: its dropout, which gives a text other ids each time, is switched off", file)
+                self._parsing.model.dropout = self._text_only.model.dropout = None
             added = self._parsing.get_added_tokens_decoder()
             control_ids = {token.content: i for i, token in added.items() if token.special}
             highest = max(self._parsing.get_vocab().values(), default=-1)
@@ -223,13 +226,9 @@ class JsonTokenizer(Tokenizer):
 
     @staticmethod
     def _read(file: Path, settings: dict, new_tokens: tuple[str, ...]) -> tokenizers.Tokenizer:
-        tokenizer = tokenizers.Tokenizer.from_str(read_text(file, MAX_TOKENIZER_BYTES))
-        for part in filter(None, (tokenizer.normalizer, tokenizer.decoder)):
-            if _max_growth(json.loads(part.__getstate__())) > MAX_GROWTH:
-                raise UserError(
-                    f"its replacements, one after another, could make a text more than {MAX_GROWTH} times as long",
-                    path=file,
-                )
+        text = read_text(file, MAX_TOKENIZER_BYTES)
+        check_tokenizer(file, "json", text)
+        tokenizer = tokenizers.Tokenizer.from_str(text)
         # Both are saved in the file by whoever used it last.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -276,7 +275,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, file: Path, settings: dict, new_tokens: tuple[str, ...] = ()):
         with library_errors(file):
-            model = sentencepiece.SentencePieceProcessor(model_proto=read_small(file, MAX_TOKENIZER_BYTES))
+            content_bytes = read_small(file, MAX_TOKENIZER_BYTES)
+            check_tokenizer(file, "sentencepiece", base64.b64encode(content_bytes).decode())
+            model = sentencepiece.SentencePieceProcessor(model_proto=content_bytes)
             size = model.vocab_size()
             if size == 0:
                 # The library reads an empty file as a model without pieces.
@@ -409,16 +410,3 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, file: Path, settings: dict) -> 
     names = [name for name in known if name and tokenizer.token_to_id(name) is not None] + special_names(settings)
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     tokenizer.add_special_tokens([added.get(name, tokenizers.AddedToken(name, normalized=False)) for name in names])
-
-
-def _max_growth(part: Any) -> int:
-    """An upper bound of the factor by which a normalizer or decoder lengthens a text.
-
-    Factors multiply: forty replacements that each write two characters for one come to 10^12.
-    """
-    if isinstance(part, list):
-        return math.prod(map(_max_growth, part))
-    if not isinstance(part, dict):
-        return 1
-    written = sum(len(part[key]) for key in ("content", "prepend") if isinstance(part.get(key), str))
-    return (1 + written) * math.prod(map(_max_growth, part.values()))

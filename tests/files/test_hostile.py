@@ -30,6 +30,7 @@ from minorca.model.architecture import read_architecture
 from tests import fuzzing
 from tests.data.test_chat_template import CHATML, turns, with_template
 from tests.data.test_tokenizer import byte_level, orca
+from tests.files.hostile_files import TOKENIZERS, chain, encode_rare, measure, replace, tokenizer_json
 from tests.files.test_weights import (
     BIN,
     FILE,
@@ -470,15 +471,36 @@ def test_special_ids_are_ids(i, tmp_path):
     )
 
 
-def test_a_tokenizer_that_lengthens_text(tmp_path):
-    directory = byte_level(tmp_path)
-    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
-    for part in (
-        {"normalizer": {"type": "Sequence", "normalizers": [double] * 40}},
-        {"decoder": {"type": "Sequence", "decoders": [double] * 40}},
-    ):
-        write(directory / "tokenizer.json", read(byte_level(tmp_path) / "tokenizer.json") | part)
-        assert "could make a text more than 1000 times as long" in refusal(load_tokenizer, directory)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizers_that_lengthen_text(name, tmp_path):
+    """One line, in little memory, soon, from files of a few kilobytes."""
+    TOKENIZERS[name](tmp_path)
+    taken = measure(encode_rare, tmp_path)
+    assert taken.said.startswith(f"{tmp_path}/tokenizer.") and "use the tokenizer that" in taken.said, taken
+    assert taken.seconds < 10 and taken.bytes < 100 * 2**20, taken
+
+
+@pytest.mark.parametrize("kind", ["String", "Regex"])
+def test_tokenizers_that_replace_much_are_read(kind, tmp_path):
+    """Each character once, by one or by a few: however many rules there are, no text becomes much longer."""
+    rules = dict(zip("‘’“”–—«»•·", '\'\'""--""**')) | {"ﬁ": "fi", "ﬄ": "ffl", "…": "...", "™": "(tm)"}
+    rules |= {"½": "1/2", "€": "EUR", "ß": "ss"} if kind == "String" else {}
+    tokenizer_json(chain("normalizer", [replace(*rule, kind) for rule in rules.items()]))(tmp_path)
+    tok = load_tokenizer(tmp_path)
+    assert tok.encode("".join(rules)) == tok.encode("".join(rules.values()))
+
+
+def test_a_tokenizers_dropout_is_off(tmp_path, caplog):
+    plain = load_tokenizer(byte_level(tmp_path / "plain"))
+    (tmp_path / "random").mkdir()
+    model = read(tmp_path / "plain" / "tokenizer.json")["model"]
+    tokenizer_json({"model": model | {"dropout": 0.5}})(tmp_path / "random")
+    tok = load_tokenizer(tmp_path / "random")
+    text = "the quick brown fox jumps over the lazy dog"
+    assert tok.encode(text) == plain.encode(text) and tok.encode_template(text) == plain.encode_template(text)
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "its dropout, which gives a text other ids each time, is switched off"
+    ]
 
 
 def test_a_tokenizer_that_panics(tmp_path):
