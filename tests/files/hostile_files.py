@@ -8,8 +8,9 @@ import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pyarrow
 import sentencepiece
 
 from minorca import UserError, load_tokenizer
@@ -118,14 +119,14 @@ def measure(read: Callable[[Path], object], directory: Path) -> Taken:
     """Reads a directory in a process of its own."""
     out, into = os.pipe()
     if (child := os.fork()) == 0:
-        began, before = time.monotonic(), _peak()
+        began, before = time.monotonic(), peak_memory()
         try:
             said = f"no error: {read(directory)!r}"[:100]
         except UserError as error:
             said = str(error)
         except BaseException as error:
             said = f"not a UserError: {error!r}"
-        os.write(into, pickle.dumps((said, time.monotonic() - began, _peak() - before)))
+        os.write(into, pickle.dumps((said, time.monotonic() - began, peak_memory() - before)))
         os._exit(0)
     os.close(into)
     with open(out, "rb") as pipe:
@@ -134,7 +135,7 @@ def measure(read: Callable[[Path], object], directory: Path) -> Taken:
     return Taken(*pickle.loads(reply)) if reply else Taken(f"ended with status {status}", 0, 0)
 
 
-def _peak() -> int:
+def peak_memory() -> int:
     """The largest resident set of this process so far, in bytes; a forked process begins with what it has."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
@@ -144,3 +145,89 @@ def encode_rare(directory: Path) -> int:
     """Loads a tokenizer and uses it as an attacker would."""
     tok = load_tokenizer(directory)
     return len(tok.encode(RARE * 1000)) + len(tok.decode(tok.encode(RARE)))
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+def table(columns: Callable[[], Any], suffix: str = "parquet", **options: Any) -> Callable[[Path], Path]:
+    """A table of these columns, or of the column `question`, as Arrow makes it."""
+
+    def make(directory: Path) -> Path:
+        from pyarrow.parquet import write_table
+
+        path = directory / f"rows.{suffix}"
+        made = columns()
+        content = pyarrow.table(made if isinstance(made, dict) else {"question": made})
+        if suffix == "arrow":
+            with pyarrow.ipc.new_file(path, content.schema) as file:
+                file.write_table(content)
+        else:
+            # Without the schema a reader knows of no dictionaries.
+            options.setdefault("compression", "zstd")
+            write_table(content, path, store_schema=False, **options)
+        return path
+
+    return make
+
+
+def repeated(count: int, text: str = "x" * 900_000) -> pyarrow.Array:
+    """A text so many times, stored once."""
+    return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), [text])
+
+
+def lists(items: pyarrow.Array, rows: int) -> pyarrow.Array:
+    """As many items for each row."""
+    return pyarrow.ListArray.from_arrays([n * len(items) // rows for n in range(rows + 1)], items)
+
+
+def views(count: int) -> pyarrow.Array:
+    """So many views of one text of a megabyte."""
+    _, places, content = pyarrow.array(["x" * 10**6], pyarrow.string_view()).buffers()
+    places = pyarrow.py_buffer(places.to_pybytes()[:16] * count)
+    return pyarrow.Array.from_buffers(pyarrow.string_view(), count, [None, places, content])
+
+
+def messages(count: int) -> pyarrow.Array:
+    return pyarrow.StructArray.from_arrays([repeated(count, "user"), repeated(count)], ["role", "content"])
+
+
+def map_items(count: int) -> pyarrow.Array:
+    keys = pyarrow.array(map(str, range(count)))
+    return pyarrow.MapArray.from_arrays([0, count], keys, repeated(count))
+
+
+def text(name: str, *blocks: tuple[str, int]) -> Callable[[Path], Path]:
+    """A compressed text of blocks, each so many times."""
+
+    def make(directory: Path) -> Path:
+        path = directory / name
+        with pyarrow.output_stream(str(path), compression="detect") as file:
+            for block, count in blocks:
+                for _ in range(count):
+                    file.write(block.encode())
+        return path
+
+    return make
+
+
+MEGABYTE = "x" * 10**6
+ROWS: dict[str, Callable[[Path], Path]] = {
+    "a text for thousands of rows": table(lambda: repeated(2000)),
+    "a text for thousands of messages": table(lambda: lists(messages(20_000), 200)),
+    "a text for all messages of one row": table(lambda: lists(messages(5000), 1), compression="gzip"),
+    "a text for all items of a map": table(lambda: map_items(5000)),
+    "a large page": table(lambda: ["x" * 9 * 10**7], use_dictionary=False),
+    "bytes of one length": table(lambda: pyarrow.array([b"x" * 10**6] * 300, pyarrow.binary(10**6))),
+    "many numbers": table(lambda: lists(pyarrow.array([1]).take(pyarrow.array([0] * 10**7)), 1)),
+    "many nulls": table(lambda: lists(pyarrow.nulls(10**7, pyarrow.int64()), 1)),
+    "a dictionary of Arrow's": table(lambda: repeated(2000), "arrow"),
+    "views of Arrow's": table(lambda: views(2000), "arrow"),
+    "a line": text("rows.jsonl.gz", (MEGABYTE, 90)),
+    "a line, by zstd": text("rows.jsonl.zst", (MEGABYTE, 90)),
+    "spaces before an array": text("rows.json.gz", (" " * 10**6, 90)),
+    "an element of an array": text("rows.json.zst", ('[{"question": "', 1), (MEGABYTE, 90)),
+    "a cell": text("rows.csv.gz", ('question,response\n"', 1), (("x" * 999 + "\n") * 1000, 90)),
+    "a document": text("rows.txt.gz", (MEGABYTE, 90)),
+    "empty lines": text("rows.jsonl.zst", ("\n" * 10**6, 90)),
+}

@@ -15,14 +15,17 @@ import sys
 import threading
 import time
 import zipfile
+from decimal import Decimal
 from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from minorca import UserError, load_model, load_tokenizer, render_chat
 from minorca.data import sandbox
+from minorca.data.row_files import drop_null_fields, open_file
 from minorca.export.__main__ import export
 from minorca.files.adapters import read_adapter_settings
 from minorca.files.safe_io import read_json
@@ -30,7 +33,7 @@ from minorca.model.architecture import read_architecture
 from tests import fuzzing
 from tests.data.test_chat_template import CHATML, turns, with_template
 from tests.data.test_tokenizer import byte_level, orca
-from tests.files.hostile_files import TOKENIZERS, chain, encode_rare, measure, replace, tokenizer_json
+from tests.files.hostile_files import ROWS, TOKENIZERS, chain, encode_rare, measure, replace, table, tokenizer_json
 from tests.files.test_weights import (
     BIN,
     FILE,
@@ -511,6 +514,43 @@ def test_a_tokenizer_that_panics(tmp_path):
     assert f"{directory}/tokenizer.json: cannot be read as a tokenizer (" in refusal(
         load_tokenizer(directory).encode, "a" * 50 + "b"
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_that_unpack_to_much(name, tmp_path):
+    """Refused, or read with a few pieces of them in memory."""
+    path = ROWS[name](tmp_path)
+    taken = measure(lambda directory: sum(1 for _ in open_file(path).records()), tmp_path)
+    if name in ("a text for thousands of rows", "a dictionary of Arrow's", "views of Arrow's"):
+        assert taken.said == "no error: 2000", taken
+    else:
+        assert taken.said.startswith(f"{path}: ") and "unpacks to more than" in taken.said, taken
+    assert taken.seconds < 10 and taken.bytes < 400 * 2**20, taken
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_tables_are_read_as_arrow_reads_them(suffix, tmp_path):
+    """Whatever of their values is stored once, in whatever pieces they are read."""
+    rows = {
+        "text": ["a", None, "b" * 70, "a"] * 600,
+        "bytes": [b"a", b"\xff"] * 1200,
+        "turns": [[{"role": "user", "content": None, "n": 1}], [], None] * 800,
+        "label": [True, None, False] * 800,
+    }
+    columns = {name: pyarrow.array(values) for name, values in rows.items()}
+    columns["map"] = pyarrow.array([[("a", "b")], None, []] * 800, pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    columns["large"] = pyarrow.array(["a", "b"] * 1200, pyarrow.large_string())
+    columns["kind"] = columns["text"].dictionary_encode()
+    columns["price"] = pyarrow.array([Decimal("1.50"), None] * 1200, pyarrow.decimal128(20, 2))
+    expected = pyarrow.table(columns)
+    path = table(lambda: columns, suffix)(tmp_path)
+    found = [record for _, record in open_file(path).records()]
+    assert found == [
+        {name: drop_null_fields(value) for name, value in record.items()} for record in expected.to_pylist()
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- templates
