@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from decimal import Decimal
 from pathlib import Path
@@ -29,6 +30,7 @@ from minorca.data.row_files import drop_null_fields, open_file
 from minorca.export.__main__ import export
 from minorca.files.adapters import read_adapter_settings
 from minorca.files.safe_io import read_json
+from minorca.files.tensor_files import open_tensors
 from minorca.model.architecture import read_architecture
 from tests import fuzzing
 from tests.data.test_chat_template import CHATML, turns, with_template
@@ -392,6 +394,63 @@ def test_a_bin_that_asks_for_memory(valid):
             copy.writestr(record.filename, archive.read(record))
     (directory / "copy").rename(path)
     assert "cannot be read without running code" in refusal(load, directory)
+
+
+def rewritten(path: Path, change) -> None:
+    """A zip file with other records: `change` gets names and contents and returns pairs of them."""
+    with zipfile.ZipFile(path) as archive:
+        records = [(record.filename, archive.read(record)) for record in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in change(records):
+            with warnings.catch_warnings(action="ignore"):
+                archive.writestr(name, content)
+
+
+ASKS = b"\x80\x02c__builtin__\nbytearray\n\x8a\x05" + (10**9).to_bytes(5, "little") + b"\x85R."
+SHADOWED = {
+    "in capitals, instead": lambda records: [(name.replace("data.pkl", "DATA.PKL"), ASKS) for name, _ in records[:1]],
+    "in capitals, before": lambda records: [(records[0][0].replace("data.pkl", "DATA.PKL"), ASKS), *records],
+    "in capitals, after": lambda records: [*records, (records[0][0].replace("data.pkl", "Data.pkl"), ASKS)],
+    "of another archive, before": lambda records: [("other/data.pkl", ASKS), *records],
+    "of another archive, after": lambda records: [*records, ("other/data.pkl", ASKS)],
+    "twice": lambda records: [*records, (records[0][0], ASKS)],
+    "twice, the other first": lambda records: [(records[0][0], ASKS), *records],
+    "at the top": lambda records: [("data.pkl", ASKS), *records],
+    "in a directory": lambda records: [(f"{records[0][0]}/data.pkl", ASKS), *records],
+}
+
+
+@pytest.mark.parametrize("name", SHADOWED)
+def test_a_bin_has_one_reader(name, valid, monkeypatch):
+    """Whatever record another reader would take for the pickle: the one that was checked is read, or none."""
+    directory = valid("bin")
+    expected = torch.load(directory / BIN)
+    rewritten(directory / BIN, SHADOWED[name])
+    monkeypatch.setattr(torch, "load", None)
+    taken = measure(lambda directory: compare(dict(open_tensors(directory / BIN)), expected), directory)
+    assert taken.said == "no error: True" or taken.said.startswith(f"{directory / BIN}: cannot be read"), taken
+    assert taken.seconds < 10 and taken.bytes < 100 * 2**20, taken
+
+
+def compare(tensors: dict, expected: dict) -> bool:
+    return tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_a_bins_storages_are_in_their_records(valid):
+    """Shared ones are shared; one that would reach beyond its record, or is of another byte order, is refused."""
+    path = valid("bin") / BIN
+    weight = torch.randn(4, 6, dtype=torch.bfloat16)
+    torch.save({"a": weight, "b": weight.T[1:], "c": torch.nn.Parameter(torch.ones(2))}, path)
+    tensors = dict(open_tensors(path))
+    assert torch.equal(tensors["b"], weight.T[1:]) and tensors["b"].stride() == (1, 6)
+    assert tensors["a"].untyped_storage().data_ptr() == tensors["b"].untyped_storage().data_ptr()
+    for what, change in {
+        "larger than its record": lambda name, content: content[:-2] if name.endswith("data/0") else content,
+        "little-endian": lambda name, content: b"big" if name.endswith("byteorder") else content,
+    }.items():
+        torch.save({"a": weight}, path)
+        rewritten(path, lambda records, change=change: [(name, change(name, content)) for name, content in records])
+        assert what in refusal(open_tensors, path)
 
 
 def test_nothing_else_is_unpickled(valid, tmp_path, monkeypatch):
