@@ -8,6 +8,7 @@ that its author rendered for the model through `encode_rendered`.
 
 import base64
 import logging
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,9 @@ from minorca.model.architecture import model_directory
 
 log = logging.getLogger(__name__)
 
+# One text is encoded at a time. With threads of its own the library would warn of every fork.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 # A limit for untrusted files, several times what is in use: all control strings, which are compiled into one regular
 # expression, have 100 thousand characters.
 MAX_CONTROL_CHARACTERS = 10**6
@@ -53,6 +57,8 @@ class Tokenizer:
         adds_bos: whether a sequence of this model starts with `bos_id`.
         stop_ids: every id that ends a generation.
         vocab_size: the highest id + 1.
+        longest: the number of characters of the longest token: no text that is longer than so many for each of a number
+            of ids has as few ids, unless the tokenizer drops or joins characters of it.
         new_tokens: what a run adds to the model's tokens: control tokens, with the highest ids.
         control_ids: control strings and their ids.
         without_row: the control tokens, by id, of which the model's embedding has no row, and that nothing produces.
@@ -66,6 +72,7 @@ class Tokenizer:
         settings: dict,
         control_ids: dict[str, int],
         vocab_size: int,
+        longest: int,
         bos_id: int | None = None,
         eos_id: int | None = None,
         new_tokens: tuple[str, ...] = (),
@@ -74,6 +81,7 @@ class Tokenizer:
         self.file = file
         self.control_ids = control_ids
         self.vocab_size = vocab_size
+        self.longest = longest
         self.new_tokens = new_tokens
         config_bos = token_ids(self.path, "bos_token_id")
         config_eos = token_ids(self.path, "eos_token_id")
@@ -221,8 +229,9 @@ class JsonTokenizer(Tokenizer):
                 self._parsing.model.dropout = self._text_only.model.dropout = None
             added = self._parsing.get_added_tokens_decoder()
             control_ids = {token.content: i for i, token in added.items() if token.special}
-            highest = max(self._parsing.get_vocab().values(), default=-1)
-        super().__init__(file, settings, control_ids, highest + 1, new_tokens=new_tokens)
+            vocabulary = self._parsing.get_vocab()
+        vocab_size, longest = max(vocabulary.values(), default=-1) + 1, max(map(len, vocabulary), default=1)
+        super().__init__(file, settings, control_ids, vocab_size, longest, new_tokens=new_tokens)
 
     @staticmethod
     def _read(file: Path, settings: dict, new_tokens: tuple[str, ...]) -> tokenizers.Tokenizer:
@@ -247,11 +256,11 @@ class JsonTokenizer(Tokenizer):
 
     def _encode_text(self, text: str) -> list[int]:
         with library_errors(self.file):
-            return self._text_only.encode(text, add_special_tokens=False).ids
+            return _encode_unlocked(self._text_only, text)
 
     def _encode_template(self, text: str) -> list[int]:
         with library_errors(self.file):
-            return self._parsing.encode(text, add_special_tokens=False).ids
+            return _encode_unlocked(self._parsing, text)
 
     def token_id(self, token: str) -> int | None:
         return self._parsing.token_to_id(token)
@@ -312,7 +321,8 @@ class SentencePieceTokenizer(Tokenizer):
         # SentencePiece gives -1 where the model has no such piece.
         bos_id, eos_id = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
         vocab_size = max([size - 1, *self._not_decoded]) + 1
-        super().__init__(file, settings, control_ids, vocab_size, bos_id, eos_id, new_tokens)
+        longest = max(map(len, [*control_ids, *map(model.id_to_piece, range(size))]))
+        super().__init__(file, settings, control_ids, vocab_size, longest, bos_id, eos_id, new_tokens)
 
     def _encode_text(self, text: str) -> list[int]:
         return self._encode_piece(text, self._prefixes_text)
@@ -341,6 +351,11 @@ class SentencePieceTokenizer(Tokenizer):
     def _format_adds_bos(self) -> bool:
         # Every Llama and Mistral model was trained that way.
         return True
+
+
+def _encode_unlocked(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    """The ids of a text. Other threads run meanwhile, which `encode` does not allow."""
+    return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 def load_tokenizer(path: str | Path, new_tokens: tuple[str, ...] = ()) -> Tokenizer:
