@@ -89,7 +89,7 @@ def _read_zip(path: Path) -> Any:
             storages[key] = torch.TypedStorage(wrap_storage=bytes_of_storage, dtype=dtype, _internal=True)
         return storages[key]
 
-    unpickler = Unpickler(io.BytesIO(data), encoding="utf-8")
+    unpickler: Any = Unpickler(io.BytesIO(data), encoding="utf-8")
     unpickler.persistent_load = load_storage
     return unpickler.load()
 
