@@ -2,6 +2,7 @@
 
 Starts `minorca.serve` on this machine and keeps it busy with clients that stream greedy answers, each sending a new
 request as soon as it has an answer. Then, for half as long, a fifth of them disconnect in the middle of every answer.
+Then, for half as long, one client streams beside another that sends what costs the server most (abuse.py).
 Exit status 1, with the reasons in the report, if
 
 - a request fails, or an answer differs from what `generate` gives for its prompt alone. In another batch a product may
@@ -9,6 +10,7 @@ Exit status 1, with the reasons in the report, if
   differs must have a logit at most TOLERANCE below the largest one, by the model's plain forward on everything before
   it.
 - the tokens that the server counts are not those that the clients received.
+- a stream stands still for longer than a step and TOLERATED_PAUSE beside the abusive client, or that gets a 5xx.
 - requests run or wait after all clients have left, or the server's memory has grown meanwhile by more than GROWTH.
 """
 
@@ -29,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.abuse import TOLERATED_PAUSE, abuse
 from benchmarks.common import ROOT, report, spread
 from minorca.data.chat_template import render_chat
 from minorca.data.tokenizer import Tokenizer, load_tokenizer
@@ -39,6 +42,8 @@ from minorca.model.network import Mistral
 from minorca_kernels import FrozenWeight
 
 NEW_TOKENS = 32
+# Of the server: a longer prompt of the abusive client takes a small machine minutes.
+MAX_LENGTH = 2048
 # Logits are about 20, where neighbouring values of bf16 are 0.125 apart.
 TOLERANCE = {torch.bfloat16: 0.5, torch.float32: 1e-3}
 GROWTH = 0.05
@@ -116,16 +121,17 @@ class Server:
         self.process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=asyncio.subprocess.PIPE)
         assert self.process.stdout
         line = (await self.process.stdout.readline()).decode()
-        address = re.search(r"serving (\S+) at http://127.0.0.1:(\d+)", line)
+        address = re.search(r"serving (\S+) at http://127.0.0.1:(\d+): \d+ slots of (\d+) tokens", line)
         if not address:
             sys.exit(f"the server did not start: {line}")
-        self.model, self.port = address.groups()
+        self.model, self.port = address[1], address[2]
+        self.max_length = int(address[3])
 
-    async def call(self, path: str, body: dict | None = None):
+    async def call(self, path: str, body: dict | bytes | None = None):
         """The lines of a response's body, including chunk sizes; closing the iterator disconnects."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
-            content = json.dumps(body).encode() if body else b""
+            content = body if isinstance(body, bytes) else json.dumps(body).encode() if body else b""
             head = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
             head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
             writer.write(head.encode() + content)
@@ -260,7 +266,9 @@ def widest_gap(model: Mistral, tok: Tokenizer, prompt: list[int], text: str) -> 
 async def run(args: argparse.Namespace, asked: list[str]) -> tuple[dict, dict[str, Phase]]:
     server = Server()
     try:
-        await server.start("--model", args.model, "--slots", args.slots, "--queue", 2 * args.clients)
+        await server.start(
+            "--model", args.model, "--slots", args.slots, "--queue", 2 * args.clients, "--max-length", MAX_LENGTH
+        )
         # Warms up.
         await load(server, asked, args.slots, 1, rude=0)
         before = await server.metrics()
@@ -274,6 +282,7 @@ async def run(args: argparse.Namespace, asked: list[str]) -> tuple[dict, dict[st
         figures["hanging_up"] = phases["hanging_up"].figures()
         figures["hanging_up"]["idle_after_seconds"] = await server.idle()
         figures["server_bytes"] = {"after_steady": memory, "after_hanging_up": server.memory()}
+        figures["abuse"] = await abuse(server, asked[0], args.seconds / 2)
         return figures, phases
     finally:
         await server.end()
@@ -293,7 +302,7 @@ def main() -> int:
         type=float,
         default=60,
         metavar="N",
-        help="of the first phase, the second takes half as long; default: 60",
+        help="of the first phase, the others take half as long; default: 60",
     )
     options.add_argument("--output", type=Path, metavar="FOLDER", help="write the JSON there too")
     args = options.parse_args()
@@ -321,6 +330,9 @@ def main() -> int:
     problems = {
         "requests failed": sum(sum(phase.errors.values()) for phase in phases.values()),
         "answers are wrong": wrong.total(),
+        "others waited for an abusive client": figures["abuse"]["pause_seconds"]
+        > figures["abuse"]["step_seconds"] + TOLERATED_PAUSE,
+        "an abusive request failed the server": any(status.startswith("5") for status in figures["abuse"]["statuses"]),
         "tokens are lost": figures["lost_tokens"],
         "requests still run": any(figures[name]["idle_after_seconds"] > IDLE_TIMEOUT for name in phases),
         "the server's memory has grown": growth > GROWTH,

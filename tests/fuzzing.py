@@ -26,9 +26,10 @@ from pathlib import Path
 from minorca.files.atomic import write_manifest
 
 ROOT = Path(__file__).parent.parent
-# The limits of one case in time, and in memory beyond what the libraries take.
+# The limits of one case in time, in memory beyond what the libraries take, and in what of that it touches.
 MAX_SECONDS = 20
 MAX_MEMORY = 2 * 2**30
+MAX_TOUCHED = 2**29
 TEXT = "Hello <s>[INST] the quick brown fox\n日本語 🦜 <|im_end|> \x00"
 MESSAGES = [
     {"role": "user", "content": "the quick"},
@@ -453,6 +454,7 @@ def watch(event: str, arguments: tuple) -> None:
 def run(directory: Path, first: int, count: int, names: list[str]) -> int:
     global inside
     from minorca import UserError
+    from tests.files.hostile_files import peak_memory
 
     cases = directory / "cases"
     failures = 0
@@ -472,7 +474,9 @@ def run(directory: Path, first: int, count: int, names: list[str]) -> int:
         file = change(case, draw)
         print(f"seed {seed}: {name}, {file}", flush=True)
         faulthandler.dump_traceback_later(MAX_SECONDS, exit=True)
-        began = time.monotonic()
+        # Resets the peak.
+        Path("/proc/self/clear_refs").write_text("5")
+        began, before = time.monotonic(), peak_memory()
         wrong = None
         inside = str(cases)
         try:
@@ -493,6 +497,8 @@ def run(directory: Path, first: int, count: int, names: list[str]) -> int:
         took = time.monotonic() - began
         if took > MAX_SECONDS / 2:
             wrong = f"{took:.0f} seconds"
+        if (touched := peak_memory() - before) > MAX_TOUCHED:
+            wrong = f"{touched} bytes"
         if wrong:
             failures += 1
             print(f"FAILED seed {seed}: {name}, {file}: {wrong}", flush=True)

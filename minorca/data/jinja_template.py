@@ -24,6 +24,7 @@ from minorca.errors import UserError
 
 # Of a message, all that a template gets.
 FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name")
+_MARK = re.compile("\ue000[0-9]+:")
 # Finding an answer by rendering takes time in proportion to the conversation, so a conversation may need it so often.
 MAX_SEARCHED = 64
 
@@ -97,8 +98,11 @@ def render_prompt(
     if add_generation_prompt:
         header = answer_header(tok)
         full += "" if header.is_prompt else header.text
-    if max_ids < inf and len(ids := text.encode(full)) > max_ids:
-        return ids
+    has_answers = any(message["role"] == "assistant" for message in messages)
+    if max_ids < inf or not has_answers:
+        ids = text.encode(full)
+        if len(ids) > max_ids or not has_answers:
+            return ids
     if continue_final_message:
         place = text.contents(full).get(len(messages) - 1)
         if place is None:
@@ -132,7 +136,8 @@ class _Text:
         given: list[dict] = [{key: m[key] for key in FIELDS if key in m} for m in messages]
         written = json.dumps([given, tools], ensure_ascii=False)
         # What starts a placeholder or a mark: nothing in the conversation does.
-        self.unused = next(mark for mark in (f"\ue000{n}:" for n in count()) if mark not in written)
+        used = set(_MARK.findall(written))
+        self.unused = next(mark for mark in (f"\ue000{n}:" for n in count()) if mark not in used)
         self.typed: list[str] = []
         self.messages: list[dict] = self._hidden(given)
         self.tools: list[dict] = self._hidden(tools)

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from minorca.data import unpacking
 from minorca.data.messages import type_name
 from minorca.errors import UserError
 from minorca.files import atomic
@@ -95,9 +96,7 @@ def _open_text(path: Path, newline: str | None = None) -> TextIO:
             if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
                 raise UserError("is encoded in UTF-16; save it as UTF-8", path=path)
         return path.open(**options)
-    import pyarrow
-
-    return io.TextIOWrapper(pyarrow.input_stream(str(path), compression="detect"), **options)
+    return io.TextIOWrapper(io.BufferedReader(unpacking.UnpackedText(path), BLOCK), **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
@@ -236,7 +235,7 @@ def _read_parquet(path: Path) -> Iterator[NumberedRecord]:
     def batches():
         file = ParquetFile(path)
         _check_columns(file.schema_arrow.names, path)
-        return file.iter_batches(batch_size=1024)
+        return unpacking.parquet_pieces(path, file)
 
     return _read_batches(batches, path, "parquet")
 
@@ -252,9 +251,10 @@ def _read_arrow(path: Path) -> Iterator[NumberedRecord]:
         except pyarrow.ArrowInvalid:
             stream = pyarrow.ipc.open_stream(source)
             _check_columns(stream.schema.names, path)
-            return iter(stream)
+            return (piece for batch in stream for piece in unpacking.pieces(batch, path))
         _check_columns(file.schema.names, path)
-        return (file.get_batch(i) for i in range(file.num_record_batches))
+        found = map(file.get_batch, range(file.num_record_batches))
+        return (piece for batch in found for piece in unpacking.pieces(batch, path))
 
     return _read_batches(batches, path, "Arrow")
 
@@ -265,10 +265,9 @@ def _read_batches(batches: Callable[[], Iterator], path: Path, kind: str) -> Ite
     number = 0
     try:
         for batch in batches():
-            for start in range(0, len(batch), 1024):
-                for record in batch.slice(start, 1024).to_pylist():
-                    number += 1
-                    yield number, {name: drop_null_fields(value) for name, value in record.items()}
+            for record in batch.to_pylist():
+                number += 1
+                yield number, {name: drop_null_fields(value) for name, value in record.items()}
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         # ValueError: invalid UTF-8
         raise UserError(f"cannot be read as {kind} ({error})", path=path) from None

@@ -30,8 +30,9 @@ class TekkenTokenizer(Tokenizer):
             model = Tekkenizer.from_file(file)
             control_ids = {model.id_to_piece(i): i for i in range(model.num_special_tokens)}
             bos_id, eos_id = model.bos_id, model.eos_id
+            longest = max(len(model.id_to_byte_piece(i)) for i in range(model.n_words))
         self._model = model
-        super().__init__(file, settings, control_ids, model.n_words, bos_id, eos_id)
+        super().__init__(file, settings, control_ids, model.n_words, longest, bos_id, eos_id)
 
     def _encode_text(self, text: str) -> list[int]:
         with library_errors(self.file):

@@ -6,12 +6,12 @@ Only text that a chat template wrote goes through `encode_template`, where contr
 that its author rendered for the model through `encode_rendered`.
 """
 
-import json
-import math
+import base64
+import logging
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 import tokenizers
@@ -21,6 +21,7 @@ from minorca.data.tokenizer_files import (
     SURROGATE,
     added_tokens,
     chat_templates,
+    check_tokenizer,
     content,
     embedding_rows,
     library_errors,
@@ -33,11 +34,14 @@ from minorca.errors import UserError
 from minorca.files.safe_io import find_file, quote, read_small
 from minorca.model.architecture import model_directory
 
+log = logging.getLogger(__name__)
+
+# One text is encoded at a time. With threads of its own the library would warn of every fork.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 # A limit for untrusted files, several times what is in use: all control strings, which are compiled into one regular
 # expression, have 100 thousand characters.
 MAX_CONTROL_CHARACTERS = 10**6
-# By which factor the normalizer or decoder of a tokenizer.json may lengthen a text; Llama's and Mistral's come to 4.
-MAX_GROWTH = 1000
 # A private-use character, of which no vocabulary has a piece.
 ANCHOR = "\ue000"
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -53,6 +57,8 @@ class Tokenizer:
         adds_bos: whether a sequence of this model starts with `bos_id`.
         stop_ids: every id that ends a generation.
         vocab_size: the highest id + 1.
+        longest: the number of characters of the longest token: no text that is longer than so many for each of a number
+            of ids has as few ids, unless the tokenizer drops or joins characters of it.
         new_tokens: what a run adds to the model's tokens: control tokens, with the highest ids.
         control_ids: control strings and their ids.
         without_row: the control tokens, by id, of which the model's embedding has no row, and that nothing produces.
@@ -66,6 +72,7 @@ class Tokenizer:
         settings: dict,
         control_ids: dict[str, int],
         vocab_size: int,
+        longest: int,
         bos_id: int | None = None,
         eos_id: int | None = None,
         new_tokens: tuple[str, ...] = (),
@@ -74,6 +81,7 @@ class Tokenizer:
         self.file = file
         self.control_ids = control_ids
         self.vocab_size = vocab_size
+        self.longest = longest
         self.new_tokens = new_tokens
         config_bos = token_ids(self.path, "bos_token_id")
         config_eos = token_ids(self.path, "eos_token_id")
@@ -216,20 +224,20 @@ class JsonTokenizer(Tokenizer):
             self._parsing = self._read(file, settings, new_tokens)
             self._text_only = self._read(file, settings, new_tokens)
             self._text_only.encode_special_tokens = True
+            if getattr(self._parsing.model, "dropout", None):
+                log.warning("%s: its dropout, which gives a text other ids each time, is switched off", file)
+                self._parsing.model.dropout = self._text_only.model.dropout = None
             added = self._parsing.get_added_tokens_decoder()
             control_ids = {token.content: i for i, token in added.items() if token.special}
-            highest = max(self._parsing.get_vocab().values(), default=-1)
-        super().__init__(file, settings, control_ids, highest + 1, new_tokens=new_tokens)
+            vocabulary = self._parsing.get_vocab()
+        vocab_size, longest = max(vocabulary.values(), default=-1) + 1, max(map(len, vocabulary), default=1)
+        super().__init__(file, settings, control_ids, vocab_size, longest, new_tokens=new_tokens)
 
     @staticmethod
     def _read(file: Path, settings: dict, new_tokens: tuple[str, ...]) -> tokenizers.Tokenizer:
-        tokenizer = tokenizers.Tokenizer.from_str(read_text(file, MAX_TOKENIZER_BYTES))
-        for part in filter(None, (tokenizer.normalizer, tokenizer.decoder)):
-            if _max_growth(json.loads(part.__getstate__())) > MAX_GROWTH:
-                raise UserError(
-                    f"its replacements, one after another, could make a text more than {MAX_GROWTH} times as long",
-                    path=file,
-                )
+        text = read_text(file, MAX_TOKENIZER_BYTES)
+        check_tokenizer(file, "json", text)
+        tokenizer = tokenizers.Tokenizer.from_str(text)
         # Both are saved in the file by whoever used it last.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -248,11 +256,11 @@ class JsonTokenizer(Tokenizer):
 
     def _encode_text(self, text: str) -> list[int]:
         with library_errors(self.file):
-            return self._text_only.encode(text, add_special_tokens=False).ids
+            return _encode_unlocked(self._text_only, text)
 
     def _encode_template(self, text: str) -> list[int]:
         with library_errors(self.file):
-            return self._parsing.encode(text, add_special_tokens=False).ids
+            return _encode_unlocked(self._parsing, text)
 
     def token_id(self, token: str) -> int | None:
         return self._parsing.token_to_id(token)
@@ -276,7 +284,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, file: Path, settings: dict, new_tokens: tuple[str, ...] = ()):
         with library_errors(file):
-            model = sentencepiece.SentencePieceProcessor(model_proto=read_small(file, MAX_TOKENIZER_BYTES))
+            content_bytes = read_small(file, MAX_TOKENIZER_BYTES)
+            check_tokenizer(file, "sentencepiece", base64.b64encode(content_bytes).decode())
+            model = sentencepiece.SentencePieceProcessor(model_proto=content_bytes)
             size = model.vocab_size()
             if size == 0:
                 # The library reads an empty file as a model without pieces.
@@ -311,7 +321,8 @@ class SentencePieceTokenizer(Tokenizer):
         # SentencePiece gives -1 where the model has no such piece.
         bos_id, eos_id = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
         vocab_size = max([size - 1, *self._not_decoded]) + 1
-        super().__init__(file, settings, control_ids, vocab_size, bos_id, eos_id, new_tokens)
+        longest = max(map(len, [*control_ids, *map(model.id_to_piece, range(size))]))
+        super().__init__(file, settings, control_ids, vocab_size, longest, bos_id, eos_id, new_tokens)
 
     def _encode_text(self, text: str) -> list[int]:
         return self._encode_piece(text, self._prefixes_text)
@@ -340,6 +351,11 @@ class SentencePieceTokenizer(Tokenizer):
     def _format_adds_bos(self) -> bool:
         # Every Llama and Mistral model was trained that way.
         return True
+
+
+def _encode_unlocked(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    """The ids of a text. Other threads run meanwhile, which `encode` does not allow."""
+    return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 def load_tokenizer(path: str | Path, new_tokens: tuple[str, ...] = ()) -> Tokenizer:
@@ -409,16 +425,3 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, file: Path, settings: dict) -> 
     names = [name for name in known if name and tokenizer.token_to_id(name) is not None] + special_names(settings)
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     tokenizer.add_special_tokens([added.get(name, tokenizers.AddedToken(name, normalized=False)) for name in names])
-
-
-def _max_growth(part: Any) -> int:
-    """An upper bound of the factor by which a normalizer or decoder lengthens a text.
-
-    Factors multiply: forty replacements that each write two characters for one come to 10^12.
-    """
-    if isinstance(part, list):
-        return math.prod(map(_max_growth, part))
-    if not isinstance(part, dict):
-        return 1
-    written = sum(len(part[key]) for key in ("content", "prepend") if isinstance(part.get(key), str))
-    return (1 + written) * math.prod(map(_max_growth, part.values()))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
+from minorca.data import sandbox
 from minorca.errors import UserError
 from minorca.files.safe_io import find_directory, find_file, quote, read_optional_json, read_small
 
@@ -174,6 +175,22 @@ def read_text(file: Path, max_bytes: int) -> str:
         return read_small(file, max_bytes).decode()
     except UnicodeDecodeError as error:
         raise _corrupt(file, error) from error
+
+
+def check_tokenizer(file: Path, kind: str, content: str) -> None:
+    """Tries a tokenizer's file in the sandbox's process; arguments as `tokenizer_probe.find_problem`.
+
+    Raises:
+        UserError: a file that cannot be read, or that takes much time, memory or many ids for little text.
+    """
+    try:
+        problem = sandbox.try_tokenizer(kind, content)
+    except sandbox.NoReply as failed:
+        problem = f"cannot be tried, because {failed}"
+    except sandbox.TemplateFailed as failed:
+        raise _corrupt(file, failed) from None
+    if problem:
+        raise UserError(f"{problem}; use the tokenizer that the model was published with", path=file)
 
 
 @contextmanager

@@ -3,46 +3,25 @@
 All are memory-mapped, except for files from before PyTorch 1.6; a row is read when it is asked for.
 """
 
-import io
 import json
 import pickle
-import pickletools
 import re
-import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from minorca.errors import UserError
+from minorca.files.pickled_tensors import read_pickled
 from minorca.files.safe_io import find_file, parse_json, quote, read_json
 
 FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
 # how much of a model is in a file that is written
 FILE_BYTES = 5 * 10**9
-# The header of a file with 1,200 tensors has 150 thousand bytes, the pickle of one 250 thousand. Parsed they take up to
-# 60 times as much.
+# The header of a file with 1,200 tensors has 150 thousand bytes. Parsed they take up to 60 times as much.
 MAX_HEADER_BYTES = 10 * 10**6
-# all that a state dict of plain tensors needs, as `torch.save` writes it
-PICKLED_NAMES = {
-    "collections OrderedDict",
-    *(f"torch._utils _rebuild_{kind}" for kind in ("tensor_v2", "tensor_v3", "parameter")),
-}
-PICKLED_NAMES |= {
-    f"torch {kind}Storage"
-    for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
-}
-# the last two are refused later, by name
-PICKLED_NAMES |= {"torch.storage UntypedStorage", "torch float8_e4m3fn", "torch float8_e5m2"}
-# the first bytes of a file that `torch.save` wrote before PyTorch 1.6: its magic number, pickled
-OLD_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-# such a file: the magic number, a version, the sizes of C's types, the dictionary of tensors, the names of its storages
-OLD_PICKLES = 5
-OLD_TENSORS = 3
-FORBIDDEN_OPCODES = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX"}
 
 
 def _check_names(path: Path, names) -> None:
@@ -166,46 +145,10 @@ def _check_download(path: Path) -> None:
         raise UserError("is a web page, not weights; the download went wrong", path=path)
 
 
-def _check_pickle(path: Path) -> bool:
-    """Raises UnpicklingError where a .bin needs more than a dictionary of plain tensors; returns whether it is a zip.
-
-    PyTorch runs no code either, but allocates what the pickle asks for (bytearray(10**12), or a record that unpacks to
-    a thousand times its size).
-    """
-    with path.open("rb") as file:
-        head = file.read(MAX_HEADER_BYTES) if file.read(len(OLD_PICKLE)) == OLD_PICKLE else None
-    if head is not None:
-        stream = io.BytesIO(OLD_PICKLE + head)
-        for number in range(OLD_PICKLES):
-            _check_opcodes(stream, path.stat().st_size if number == OLD_TENSORS else None)
-        return False
-    with zipfile.ZipFile(path) as archive:
-        for record in archive.infolist():
-            is_pickle = record.filename.endswith("data.pkl")
-            if record.compress_type != zipfile.ZIP_STORED or (is_pickle and record.file_size > MAX_HEADER_BYTES):
-                raise pickle.UnpicklingError
-            if is_pickle:
-                _check_opcodes(io.BytesIO(archive.read(record)))
-    return True
-
-
-def _check_opcodes(stream: io.BytesIO, largest: int | None = None) -> None:
-    """Reads one pickle's instructions. `largest`: of its integers, which are sizes of memory in old files."""
-    for opcode, argument, _ in pickletools.genops(stream):
-        if opcode.name in FORBIDDEN_OPCODES or opcode.name.startswith("EXT"):
-            raise pickle.UnpicklingError
-        if opcode.name == "GLOBAL" and argument not in PICKLED_NAMES:
-            raise pickle.UnpicklingError
-        if largest is not None and isinstance(argument, int) and abs(argument) > largest:
-            raise pickle.UnpicklingError
-
-
 def _open_bin(path: Path) -> dict[str, Tensor]:
     """A pickled state dict, read without running code and, if it is a zip file, without reading the data yet."""
     try:
-        is_zip = _check_pickle(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    # torch's own message explains how to run the code
+        tensors = read_pickled(path)
     except pickle.UnpicklingError:
         raise UserError(
             "cannot be read without running code that it holds; use the model's safetensors files", path=path

@@ -5,6 +5,7 @@ and tokenizers, which may be slow, run in worker threads."""
 
 import argparse
 import asyncio
+import gc
 import ipaddress
 import logging
 import os
@@ -183,9 +184,12 @@ async def _serve(
                 "minorca: warning: other machines can use this server without an API key; set MINORCA_API_KEY",
                 file=sys.stderr,
             )
+        # A collection of garbage, which a long body starts, need not look through all that was loaded.
+        gc.freeze()
         _announce(listener, models, engine)
         await server.serve(sockets=[listener])
     finally:
+        gc.unfreeze()
         thread.stop()
     if thread.failure:
         raise thread.failure

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import Request as HTTPRequest
 from fastapi import Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,7 +21,10 @@ from minorca.serve.errors import APIError
 
 # Of a request body; the ids of 32768 tokens take 0.2 million.
 MAX_BODY_BYTES = 2 * 2**20
-# A longer body is read up to here and dropped, because most clients read the error only after they have sent it all.
+# A body of fewer is parsed within a millisecond.
+INLINE_CHARACTERS = 2**16
+# More than MAX_BODY_BYTES are read up to here and dropped, because most clients read the error only after they have
+# sent it all.
 MAX_DRAINED_BYTES = 64 * 2**20
 # Seconds until a client that does not read its stream is disconnected.
 SEND_TIMEOUT = 30
@@ -120,7 +124,11 @@ class JSONRequest(HTTPRequest):
     async def json(self) -> Any:
         # Also ValueError: invalid UTF-8 and numbers with too many digits; RecursionError: nesting that is too deep.
         try:
-            return parse_json((await self.body()).decode())
+            text = (await self.body()).decode()
+            if len(text) < INLINE_CHARACTERS:
+                return parse_json(text)
+            # Beside the streams; in this thread it would stop them.
+            return await run_in_threadpool(parse_json, text)
         except (ValueError, RecursionError) as error:
             raise APIError(400, f"the body is not valid JSON ({error})") from None
 

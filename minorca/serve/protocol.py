@@ -30,6 +30,9 @@ from minorca.serve.choice import Choice, TokenLogprob
 MAX_UNKNOWN_FIELDS = 10
 # A chat template that comes with the model may take time quadratic in this.
 MAX_MESSAGES = 1024
+# Of one message's text, and the prompts of one request; a body of 2 MiB could have hundreds of thousands.
+MAX_PARTS = 1024
+MAX_PROMPTS = 4096
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024
 MAX_LOGPROBS = 20
@@ -70,22 +73,22 @@ def _read_stop(value: Any) -> list[str]:
 
 
 def _read_prompt(value: Any) -> list[str] | list[list[int]]:
-    prompts = [value] if isinstance(value, str) or (value and _is_ids(value)) else value
-    if (
-        not isinstance(prompts, list)
-        or not prompts
-        or not (all(isinstance(prompt, str) for prompt in prompts) or all(map(_is_ids, prompts)))
-    ):
-        raise ValueError("expected a string, a list of strings, a list of token ids, or a list of such lists")
-    return prompts
+    if isinstance(value, str) or (value and _is_ids(value)):
+        return [value]
+    is_list = isinstance(value, list) and 0 < len(value) <= MAX_PROMPTS
+    if not is_list or not (all(isinstance(prompt, str) for prompt in value) or all(map(_is_ids, value))):
+        raise ValueError(f"expected a string, a list of token ids, or a list of up to {MAX_PROMPTS} of either")
+    return value
 
 
 def _is_ids(value: Any) -> bool:
     # Not isinstance: a bool is an int.
-    return isinstance(value, list) and all(type(i) is int for i in value)
+    return isinstance(value, list) and set(map(type, value)) <= {int}
 
 
 def _read_content(value: Any) -> str:
+    if isinstance(value, list) and len(value) > MAX_PARTS:
+        raise ValueError(f"expected at most {MAX_PARTS} parts")
     return join_text_parts(value if isinstance(value, list) else [{"type": "text", "text": value}])
 
 
@@ -192,6 +195,11 @@ class GenerationRequest(_Object):
     def logprobs_count(self) -> int | None:
         """`Request.logprobs`: how many of the most likely tokens to return; None: no log-probabilities."""
 
+    @property
+    @abstractmethod
+    def characters(self) -> int:
+        """The number of characters of the longest prompt."""
+
     @abstractmethod
     def encode_prompts(self, tok: Tokenizer, template: str, max_tokens: int) -> list[list[int]]:
         """The ids of each prompt, messages rendered by `template`; encoding may stop after more than `max_tokens`.
@@ -273,6 +281,10 @@ class ChatRequest(GenerationRequest):
     def logprobs_count(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
 
+    @property
+    def characters(self) -> int:
+        return sum(len(message.content) for message in self.messages)
+
     def encode_prompts(self, tok: Tokenizer, template: str, max_tokens: int) -> list[list[int]]:
         # "developer" is OpenAI's newer name.
         roles = {"developer": "system"}
@@ -347,6 +359,10 @@ class CompletionRequest(GenerationRequest):
     @property
     def logprobs_count(self) -> int | None:
         return self.logprobs
+
+    @property
+    def characters(self) -> int:
+        return max(len(prompt) if isinstance(prompt, str) else 0 for prompt in self.prompt)
 
     def encode_prompts(self, tok: Tokenizer, template: str, max_tokens: int) -> list[list[int]]:
         return [

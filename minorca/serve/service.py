@@ -77,6 +77,18 @@ class Service:
             raise APIError(400, f"model is {quote(body.model)}; expected one of {expected}", "model", "model_not_found")
         return self.models[body.model]
 
+    def _check_characters(self, body: GenerationRequest, model: Model) -> None:
+        """Raises APIError for a text that is too long whatever its tokens are, before any time is spent on it."""
+        max_length = self.thread.engine.max_length
+        if body.characters > max_length * model.tok.longest:
+            raise APIError(
+                400,
+                f"{body.characters} characters exceed the maximum length of {max_length} tokens, which have at most "
+                f"{model.tok.longest} characters each",
+                body.prompt_field,
+                "context_length_exceeded",
+            )
+
     def _make_requests(self, body: GenerationRequest, model: Model) -> list[Request]:
         """The engine's requests, one a choice, without their prompts."""
         if body.num_choices > self.thread.max_requests:
@@ -97,6 +109,7 @@ class Service:
 
     def _set_prompts(self, body: GenerationRequest, model: Model, requests: list[Request]) -> int:
         """Sets and checks the requests' prompts and limits; returns the number of prompt tokens."""
+        self._check_characters(body, model)
         engine = self.thread.engine
         try:
             prompts = body.encode_prompts(model.tok, model.template, engine.max_length)

@@ -14,22 +14,29 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zipfile
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import pyarrow
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from minorca import UserError, load_model, load_tokenizer, render_chat
 from minorca.data import sandbox
+from minorca.data.row_files import drop_null_fields, open_file
 from minorca.export.__main__ import export
 from minorca.files.adapters import read_adapter_settings
 from minorca.files.safe_io import read_json
+from minorca.files.tensor_files import open_tensors
 from minorca.model.architecture import read_architecture
 from tests import fuzzing
 from tests.data.test_chat_template import CHATML, turns, with_template
 from tests.data.test_tokenizer import byte_level, orca
+from tests.files.hostile_files import ROWS, TOKENIZERS, chain, encode_rare, measure, replace, table, tokenizer_json
 from tests.files.test_weights import (
     BIN,
     FILE,
@@ -390,6 +397,67 @@ def test_a_bin_that_asks_for_memory(valid):
     assert "cannot be read without running code" in refusal(load, directory)
 
 
+def rewritten(path: Path, change) -> None:
+    """A zip file with other records: `change` gets names and contents and returns pairs of them."""
+    with zipfile.ZipFile(path) as archive:
+        records = [(record.filename, archive.read(record)) for record in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in change(records):
+            with warnings.catch_warnings(action="ignore"):
+                archive.writestr(name, content)
+
+
+def open_bin(path: Path) -> Any:
+    return open_tensors(path)
+
+
+ASKS = b"\x80\x02c__builtin__\nbytearray\n\x8a\x05" + (10**9).to_bytes(5, "little") + b"\x85R."
+SHADOWED = {
+    "in capitals, instead": lambda records: [(name.replace("data.pkl", "DATA.PKL"), ASKS) for name, _ in records[:1]],
+    "in capitals, before": lambda records: [(records[0][0].replace("data.pkl", "DATA.PKL"), ASKS), *records],
+    "in capitals, after": lambda records: [*records, (records[0][0].replace("data.pkl", "Data.pkl"), ASKS)],
+    "of another archive, before": lambda records: [("other/data.pkl", ASKS), *records],
+    "of another archive, after": lambda records: [*records, ("other/data.pkl", ASKS)],
+    "twice": lambda records: [*records, (records[0][0], ASKS)],
+    "twice, the other first": lambda records: [(records[0][0], ASKS), *records],
+    "at the top": lambda records: [("data.pkl", ASKS), *records],
+    "in a directory": lambda records: [(f"{records[0][0]}/data.pkl", ASKS), *records],
+}
+
+
+@pytest.mark.parametrize("name", SHADOWED)
+def test_a_bin_has_one_reader(name, valid, monkeypatch):
+    """Whatever record another reader would take for the pickle: the one that was checked is read, or none."""
+    directory = valid("bin")
+    expected = torch.load(directory / BIN)
+    rewritten(directory / BIN, SHADOWED[name])
+    monkeypatch.setattr(torch, "load", None)
+    taken = measure(lambda directory: compare(open_bin(directory / BIN), expected), directory)
+    assert taken.said == "no error: True" or taken.said.startswith(f"{directory / BIN}: cannot be read"), taken
+    assert taken.seconds < 10 and taken.bytes < 100 * 2**20, taken
+
+
+def compare(tensors: dict, expected: dict) -> bool:
+    return tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_a_bins_storages_are_in_their_records(valid):
+    """Shared ones are shared; one that would reach beyond its record, or is of another byte order, is refused."""
+    path = valid("bin") / BIN
+    weight = torch.randn(4, 6, dtype=torch.bfloat16)
+    torch.save({"a": weight, "b": weight.T[1:], "c": torch.nn.Parameter(torch.ones(2))}, path)
+    tensors = open_bin(path)
+    assert torch.equal(tensors["b"], weight.T[1:]) and tensors["b"].stride() == (1, 6)
+    assert tensors["a"].untyped_storage().data_ptr() == tensors["b"].untyped_storage().data_ptr()
+    for what, change in {
+        "larger than its record": lambda name, content: content[:-2] if name.endswith("data/0") else content,
+        "little-endian": lambda name, content: b"big" if name.endswith("byteorder") else content,
+    }.items():
+        torch.save({"a": weight}, path)
+        rewritten(path, lambda records, change=change: [(name, change(name, content)) for name, content in records])
+        assert what in refusal(open_bin, path)
+
+
 def test_nothing_else_is_unpickled(valid, tmp_path, monkeypatch):
     """A model in safetensors, its tokenizer and an adapter load and generate without pickle and torch.load."""
     from minorca.generate import generate
@@ -470,15 +538,36 @@ def test_special_ids_are_ids(i, tmp_path):
     )
 
 
-def test_a_tokenizer_that_lengthens_text(tmp_path):
-    directory = byte_level(tmp_path)
-    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
-    for part in (
-        {"normalizer": {"type": "Sequence", "normalizers": [double] * 40}},
-        {"decoder": {"type": "Sequence", "decoders": [double] * 40}},
-    ):
-        write(directory / "tokenizer.json", read(byte_level(tmp_path) / "tokenizer.json") | part)
-        assert "could make a text more than 1000 times as long" in refusal(load_tokenizer, directory)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizers_that_lengthen_text(name, tmp_path):
+    """One line, in little memory, soon, from files of a few kilobytes."""
+    TOKENIZERS[name](tmp_path)
+    taken = measure(encode_rare, tmp_path)
+    assert taken.said.startswith(f"{tmp_path}/tokenizer.") and "use the tokenizer that" in taken.said, taken
+    assert taken.seconds < 10 and taken.bytes < 100 * 2**20, taken
+
+
+@pytest.mark.parametrize("kind", ["String", "Regex"])
+def test_tokenizers_that_replace_much_are_read(kind, tmp_path):
+    """Each character once, by one or by a few: however many rules there are, no text becomes much longer."""
+    rules = dict(zip("‘’“”–—«»•·", '\'\'""--""**')) | {"ﬁ": "fi", "ﬄ": "ffl", "…": "...", "™": "(tm)"}
+    rules |= {"½": "1/2", "€": "EUR", "ß": "ss"} if kind == "String" else {}
+    tokenizer_json(chain("normalizer", [replace(*rule, kind) for rule in rules.items()]))(tmp_path)
+    tok = load_tokenizer(tmp_path)
+    assert tok.encode("".join(rules)) == tok.encode("".join(rules.values()))
+
+
+def test_a_tokenizers_dropout_is_off(tmp_path, caplog):
+    plain = load_tokenizer(byte_level(tmp_path / "plain"))
+    (tmp_path / "random").mkdir()
+    model = read(tmp_path / "plain" / "tokenizer.json")["model"]
+    tokenizer_json({"model": model | {"dropout": 0.5}})(tmp_path / "random")
+    tok = load_tokenizer(tmp_path / "random")
+    text = "the quick brown fox jumps over the lazy dog"
+    assert tok.encode(text) == plain.encode(text) and tok.encode_template(text) == plain.encode_template(text)
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "its dropout, which gives a text other ids each time, is switched off"
+    ]
 
 
 def test_a_tokenizer_that_panics(tmp_path):
@@ -489,6 +578,43 @@ def test_a_tokenizer_that_panics(tmp_path):
     assert f"{directory}/tokenizer.json: cannot be read as a tokenizer (" in refusal(
         load_tokenizer(directory).encode, "a" * 50 + "b"
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_that_unpack_to_much(name, tmp_path):
+    """Refused, or read with a few pieces of them in memory."""
+    path = ROWS[name](tmp_path)
+    taken = measure(lambda directory: sum(1 for _ in open_file(path).records()), tmp_path)
+    if name in ("a text for thousands of rows", "a dictionary of Arrow's", "views of Arrow's"):
+        assert taken.said == "no error: 2000", taken
+    else:
+        assert taken.said.startswith(f"{path}: ") and "unpacks to more than" in taken.said, taken
+    assert taken.seconds < 10 and taken.bytes < 400 * 2**20, taken
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_tables_are_read_as_arrow_reads_them(suffix, tmp_path):
+    """Whatever of their values is stored once, in whatever pieces they are read."""
+    rows = {
+        "text": ["a", None, "b" * 70, "a"] * 600,
+        "bytes": [b"a", b"\xff"] * 1200,
+        "turns": [[{"role": "user", "content": None, "n": 1}], [], None] * 800,
+        "label": [True, None, False] * 800,
+    }
+    columns = {name: pyarrow.array(values) for name, values in rows.items()}
+    columns["map"] = pyarrow.array([[("a", "b")], None, []] * 800, pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    columns["large"] = pyarrow.array(["a", "b"] * 1200, pyarrow.large_string())
+    columns["kind"] = columns["text"].dictionary_encode()
+    columns["price"] = pyarrow.array([Decimal("1.50"), None] * 1200, pyarrow.decimal128(20, 2))
+    expected = pyarrow.table(columns)
+    path = table(lambda: columns, suffix)(tmp_path)
+    found = [record for _, record in open_file(path).records()]
+    assert found == [
+        {name: drop_null_fields(value) for name, value in record.items()} for record in expected.to_pylist()
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------------- templates

@@ -10,8 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -30,8 +33,8 @@ from minorca.serve import __main__ as serve_command
 from minorca.serve import http
 from minorca.serve.app import make_app
 from minorca.serve.engine_thread import EngineThread
-from minorca.serve.errors import ErrorResponse
-from minorca.serve.protocol import ChatRequest
+from minorca.serve.errors import APIError, ErrorResponse
+from minorca.serve.protocol import ChatRequest, CompletionRequest
 from minorca.serve.service import Model, Service
 from tests.helpers import ROOT, random_adapter, random_mistral, save_tokenizer, wait_until
 
@@ -532,6 +535,68 @@ def test_many_unknown_fields_are_few_errors():
         assert error.value.error_count() == 10
 
 
+LONG = 2**20
+# Texts that took seconds or minutes before their length was refused.
+LENGTHY = {
+    "a message": {"messages": [{"role": "user", "content": "x" * LONG}]},
+    "marks": {"messages": [{"role": "user", "content": "".join(f"\ue000{n}:" for n in range(LONG // 7))}]},
+    "many messages": {"messages": [{"role": "user", "content": "x" * 1000}] * 1000},
+    "many parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 1000}] * 1000}]},
+    "a prompt": {"prompt": "x" * LONG},
+    "many prompts": {"prompt": ["x" * LONG, *"abc"]},
+}
+
+
+@pytest.mark.parametrize("name", LENGTHY)
+def test_a_text_that_is_too_long_is_not_looked_at(name, directory, monkeypatch):
+    """Its characters are counted before anything is made of them."""
+    tok = load_tokenizer(directory)
+    for method in ("encode", "encode_template", "encode_rendered", "replace_control"):
+        monkeypatch.setattr(tok, method, None)
+    thread: Any = SimpleNamespace(engine=SimpleNamespace(max_length=256), max_requests=8)
+    kind = CompletionRequest if "prompt" in LENGTHY[name] else ChatRequest
+    body = kind.model_validate({"model": "tiny"} | LENGTHY[name])
+    with pytest.raises(APIError, match="characters exceed the maximum length of 256 tokens") as error:
+        Service(thread, {})._set_prompts(body, Model(tok, "chatml"), [])
+    assert error.value.code == "context_length_exceeded" and error.value.param in LENGTHY[name]
+
+
+@pytest.mark.parametrize("template", ["chatml", "jinja"])
+def test_long_conversations_take_linear_time(template, directory):
+    """In seconds of this process; the search for a free mark took minutes, and 1,024 short messages 19 seconds."""
+    tok = load_tokenizer(directory)
+    # Without control strings, so that an answer is found among ordinary tokens.
+    tok.chat_template = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+    short = [{"role": role, "content": "a"} for _ in range(512) for role in ("user", "assistant")][:-1]
+    for messages in (LENGTHY["marks"]["messages"], short):
+        began = time.process_time()
+        assert render_chat(tok, messages, template=template, max_ids=10**7)
+        assert time.process_time() - began < 10
+
+
+def test_other_threads_run_while_a_text_is_encoded(directory):
+    tok = load_tokenizer(directory)
+    gaps, ends = [], threading.Event()
+
+    def tick():
+        last = time.perf_counter()
+        while not ends.is_set():
+            time.sleep(0.001)
+            gaps.append(time.perf_counter() - last)
+            last += gaps[-1]
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    began = time.perf_counter()
+    for _ in range(4):
+        tok.encode_template("the quick brown fox " * 30_000)
+    took = time.perf_counter() - began
+    ends.set()
+    thread.join()
+    # It was a fourth: all of one text.
+    assert max(gaps) < took / 8
+
+
 BODIES = {
     "empty": b"",
     "cut": b'{"model":',
@@ -548,6 +613,7 @@ BODIES = {
     "twice": b'{"model": "tiny", "model": "tiny"}',
     "half a key": b'{"\\ud800": 1}',
     "many keys": json.dumps(dict.fromkeys(map(str, range(10**5)))).encode(),
+    "many lists": json.dumps({"model": "tiny", "prompt": [[1]] * 10**5}).encode(),
     "many wrong ids": json.dumps({"model": "tiny", "prompt": ["a"] + [1] * 10**5}).encode(),
     "many wrong messages": json.dumps({"model": "tiny", "messages": [1] * 10**5}).encode(),
     "too long": b'{"model": "' + b"x" * 5 * 10**6 + b'"}',
