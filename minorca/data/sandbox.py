@@ -28,6 +28,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 # The limits of one rendering in processor time, and of the process in bytes; a rendering takes 0.1 ms and 30 MB.
 MAX_SECONDS = 5
 MAX_MEMORY = 2**30
+# What the process needs of our environment to find jinja2 and the time; keys and tokens stay here.
+ENVIRONMENT = ("HOME", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE", "TZ", "TZDIR")
 # Exit statuses that are not the template's fault: sent by a user, or by the system when it runs out of memory.
 EXTERNAL_SIGNALS = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP)
 
@@ -83,6 +85,7 @@ class _Worker:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
+                    env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
                 )
             except OSError as error:
                 raise TemplateFailed(f"no process could be started for it ({error})") from None

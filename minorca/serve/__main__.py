@@ -31,6 +31,8 @@ from minorca.serve.service import Model, Service
 
 # Seconds that running requests have to finish after SIGINT or SIGTERM.
 SHUTDOWN_SECONDS = 30
+# the environment's, of which the API key is where the command line has none
+KEY_VARIABLE = "MINORCA_API_KEY"
 
 
 def main(argv: list[str]) -> None:
@@ -81,7 +83,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 chooses a free port; default: 8000")
     parser.add_argument(
-        "--api-key", metavar="KEY", help="the key that clients must send; safer in the environment: MINORCA_API_KEY"
+        "--api-key", metavar="KEY", help=f"the key that clients must send; safer in the environment: {KEY_VARIABLE}"
     )
     parser.add_argument("--slots", type=int, default=8, metavar="N", help="requests that run at once; default: 8")
     parser.add_argument(
@@ -101,8 +103,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _problems(args: argparse.Namespace) -> Iterator[UserError]:
     if not 0 <= args.port < 2**16:
         yield UserError("must be from 0 to 65535", field="--port")
-    if args.api_key == "":
-        yield UserError("must not be empty", field="--api-key")
+    keys = {"--api-key": args.api_key, f"the environment's {KEY_VARIABLE}": os.environ.get(KEY_VARIABLE)}
+    for field, key in keys.items():
+        # which the message must not quote; clients cannot send other characters
+        if key is not None and not (key and key == key.strip() and key.isprintable()):
+            yield UserError("is empty, or has a space around it or a control character; fix or unset it", field=field)
     if not 1 <= args.slots <= 4096:
         yield UserError("must be from 1 to 4096", field="--slots")
     if args.queue < 0:
@@ -168,7 +173,7 @@ async def _serve(
     address = listener.getsockname()[0]
     is_local = ipaddress.ip_address(address).is_loopback
     hosts = {"localhost", "127.0.0.1", "[::1]", args.host.lower()} if is_local else None
-    key = args.api_key or os.environ.get("MINORCA_API_KEY") or None
+    key = args.api_key or os.environ.get(KEY_VARIABLE)
     thread = EngineThread(engine, args.queue)
     server = _make_server(make_app(Service(thread, models), key, hosts))
 
@@ -180,7 +185,7 @@ async def _serve(
     try:
         if not is_local and not key:
             print(
-                "minorca: warning: other machines can use this server without an API key; set MINORCA_API_KEY",
+                f"minorca: warning: other machines can use this server without an API key; set {KEY_VARIABLE}",
                 file=sys.stderr,
             )
         _announce(listener, models, engine)

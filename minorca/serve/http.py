@@ -81,7 +81,7 @@ class Guard:
         if not self.key or path in PUBLIC_PATHS:
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        matches = hmac.compare_digest(key.strip().encode("latin-1"), os.fsencode(self.key))
+        matches = hmac.compare_digest(key.strip(" ").encode("latin-1"), os.fsencode(self.key))
         if scheme.lower() == "bearer" and matches:
             return None
         return APIError(

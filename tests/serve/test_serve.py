@@ -764,7 +764,7 @@ def test_the_health_of_a_dead_engine(talker):
     assert asyncio.run(statuses()) == (503, 503)
 
 
-def test_what_a_user_can_fix(talker):
+def test_what_a_user_can_fix(talker, monkeypatch):
     def complaint(*options):
         with pytest.raises(UserError) as error:
             serve_command.main([str(option) for option in options])
@@ -772,7 +772,14 @@ def test_what_a_user_can_fix(talker):
 
     model = ("--model", talker, "--port", 0)
     assert "nowhere" in complaint("--model", talker / "nowhere", "--port", 0)
-    assert "--slots" in complaint(*model, "--slots", 0) and "--api-key" in complaint(*model, "--api-key", "")
+    for key in ("", " ", " sesame", "sesame\n", "ses\x00ame", "\u00a0sesame"):
+        assert "--api-key is empty, or has" in (said := complaint(*model, "--api-key", key)) and "ame" not in said
+        # which cannot hold every character
+        if "\x00" not in key:
+            monkeypatch.setenv("MINORCA_API_KEY", key)
+            assert "MINORCA_API_KEY is empty, or has" in (said := complaint(*model)) and "sesame" not in said
+    monkeypatch.delenv("MINORCA_API_KEY")
+    assert "--slots" in complaint(*model, "--slots", 0)
     assert "template mistral-v3 needs the control token [INST]" in complaint(*model, "--template", "mistral-v3")
     assert "8192 positions" in complaint(*model, "--max-length", 8193)
     assert "NAME=DIR" in complaint(*model, "--adapter", "a/x", "--adapter", "b/x")
