@@ -9,6 +9,7 @@ import ipaddress
 import logging
 import os
 import re
+import resource
 import socket
 import sys
 from collections.abc import Iterator
@@ -27,10 +28,13 @@ from minorca.generate.engine import Engine, open_engine
 from minorca.model.architecture import Architecture, read_architecture
 from minorca.serve.app import make_app
 from minorca.serve.engine_thread import EngineThread
+from minorca.serve.http import Connection, Listener
 from minorca.serve.service import Model, Service
 
 # Seconds that running requests have to finish after SIGINT or SIGTERM.
 SHUTDOWN_SECONDS = 30
+# Of these the process itself has some 20 open, and `Listener` leaves 16 free.
+MIN_DESCRIPTORS = 64
 # the environment's, of which the API key is where the command line has none
 KEY_VARIABLE = "MINORCA_API_KEY"
 
@@ -143,12 +147,17 @@ def _load_chats(directories: dict[str, str | None], arch: Architecture, args: ar
     return models
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int) -> Listener:
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors < MIN_DESCRIPTORS:
+        raise UserError(
+            f"{descriptors} files and connections may be open; allow {MIN_DESCRIPTORS}, or better 1024 (ulimit -n)"
+        )
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind, protocol)
+        listener = Listener(family, kind, protocol)
         # Allows a restart while connections of the last server are in TIME_WAIT.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -166,7 +175,7 @@ def _check_max_length(max_length: int | None, arch: Architecture) -> None:
 async def _serve(
     engine: Engine,
     models: dict[str, Model],
-    listener: socket.socket,
+    listener: Listener,
     args: argparse.Namespace,
 ) -> None:
     """Serves until a signal comes or the engine fails."""
@@ -181,6 +190,7 @@ async def _serve(
         server.should_exit = True
 
     thread.on_failure = shut_down
+    listener.on_refusal = thread.metrics.connections_refused.inc
     thread.start()
     try:
         if not is_local and not key:
@@ -201,6 +211,7 @@ def _make_server(app: FastAPI) -> uvicorn.Server:
     logging.getLogger("uvicorn.error").addFilter(_is_not_cancellation)
     config = uvicorn.Config(
         app,
+        http=Connection,
         log_config=None,
         log_level="error",
         access_log=False,
