@@ -1,7 +1,24 @@
 """The exceptions that end a command without a traceback."""
 
+import errno
 from collections.abc import Iterable
 from pathlib import Path
+
+# of the machine, whatever a program does: a disk that is full, lost or not ours to write; no descriptors, no memory
+MACHINE_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EAGAIN,
+}
 
 
 class UserError(Exception):

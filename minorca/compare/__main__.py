@@ -25,6 +25,7 @@ from minorca.model.build import fast_dtype
 def main(argv: list[str]) -> None:
     args = _parse(argv)
     page, numbers = _outputs(args.output)
+    cli.outlive_readers()
     prompts, notes = read_prompts(args.prompts, args.format, args.limit)
     # plain text needs no template
     template = args.template if any(prompt.messages for prompt in prompts) else "none"

@@ -47,6 +47,8 @@ def main(argv: list[str]) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm_eval is not installed; pip install 'minorca[eval]', or lm_eval==0.4.13")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if args.output:
+        cli.outlive_readers()
     with _ranks() as world:
         if world and world.rank:
             logging.disable(logging.CRITICAL)

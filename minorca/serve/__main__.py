@@ -41,6 +41,7 @@ KEY_VARIABLE = "MINORCA_API_KEY"
 
 def main(argv: list[str]) -> None:
     args = _parse(argv)
+    cli.outlive_readers()
     directories = _name_models(args.model, args.adapter)
     # Before the model is loaded, which may take minutes.
     with _listen(args.host, args.port) as listener:

@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if not args.dry_run:
+        cli.outlive_readers()
         train(config, args.profile)
     elif os.environ.get("RANK", "0") == "0":
         dry_run(config)

@@ -13,7 +13,7 @@ import torch
 
 from minorca.config import Config
 from minorca.config_file import write_config
-from minorca.errors import UserError
+from minorca.errors import MACHINE_ERRORS, UserError
 from minorca.files.atomic import lock
 from minorca.signals import Terminated, signals_noted
 from minorca.train import checkpoint, metrics, parallel
@@ -32,19 +32,8 @@ from minorca.train.task_evaluation import open_tasks
 
 log = logging.getLogger("minorca.train")
 
-# what a disk reports that is full, lost, or not ours to write, under any of the files that a step writes
-DISK_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EIO,
-    errno.ESTALE,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.EACCES,
-    errno.EISDIR,
-}
+# what may be reported of any of the files that a step writes
+DISK_ERRORS = MACHINE_ERRORS | {errno.EEXIST, errno.ENAMETOOLONG, errno.EISDIR}
 
 
 def train(config: Config, profile: bool = False) -> None:
