@@ -1,6 +1,7 @@
 """The exceptions that end a command without a traceback."""
 
 import errno
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -102,6 +103,16 @@ class RunEnded(Exception):
 def memory_asked_for(error: Exception) -> str:
     """What torch says of memory that ran out, without what follows about its allocator."""
     return str(error).partition(" Of the allocated")[0]
+
+
+def disk_reason(error: Exception, path: Path) -> str:
+    """What a disk reports of a path; one whose inodes are used up says that no space is left, which `df` denies."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        directory = next(parent for parent in path.absolute().parents if parent.exists())
+        disk = os.statvfs(directory)
+        if disk.f_files and not disk.f_favail:
+            return "its disk has no inodes left, of which every file needs one; remove files, see df -i"
+    return str(error)
 
 
 def one_line(text: str) -> str:

@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from minorca.data.tokenizer import Tokenizer
 from minorca.data.tokenizer_files import tokenizer_paths
 from minorca.errors import UserError
 from minorca.files.atomic import lock, publish, sha256
-from minorca.files.safe_io import find_file
+from minorca.files.safe_io import cache_directory, find_file, user_path
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ def prepare_store(sources: list[Source], tok: Tokenizer, template: str, data: Da
         UserError: a source or row that is invalid, a source of which no row is left, a directory that cannot be
             written.
     """
-    root = Path(data.store).expanduser() if data.store else _cache()
+    root = user_path(data.store) if data.store else cache_directory("rows", "data.store")
     readers = [open_source(source, data.limit) for source in sources]
     name = _fingerprint(readers, tok, template, data)
     directory = root / name
@@ -66,10 +65,6 @@ def prepare_store(sources: list[Source], tok: Tokenizer, template: str, data: Da
         for stored, reader in zip(store.sources, readers)
     ]
     return replace(store, sources=located)
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minorca" / "rows"
 
 
 def _fingerprint(readers: list[SourceReader], tok: Tokenizer, template: str, data: DataConfig) -> str:

@@ -14,7 +14,7 @@ from typing import TextIO
 
 from safetensors import SafetensorError
 
-from minorca.errors import UserError
+from minorca.errors import UserError, disk_reason
 from minorca.files.safe_io import find_file, quote, read_json
 
 MANIFEST = "MANIFEST.json"
@@ -50,7 +50,8 @@ def publish(directory: Path, write: Callable[[Path], None]) -> None:
         temporary.rename(directory)
         _sync(directory.parent)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot be written ({error}); nothing half-written was left", path=directory) from None
+        reason = disk_reason(error, directory)
+        raise UserError(f"cannot be written ({reason}); nothing half-written was left", path=directory) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -86,7 +87,7 @@ def write_file(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"cannot be written ({error})", path=path) from None
+        raise UserError(f"cannot be written ({disk_reason(error, path)})", path=path) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -142,9 +143,9 @@ def lock(path: Path) -> TextIO | None:
         except BlockingIOError:
             file.close()
             return None
+        file.truncate(0)
+        # without a buffer, which a full disk would let no one close
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     except OSError as error:
-        raise UserError(f"cannot be locked ({error})", path=path) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+        raise UserError(f"cannot be locked ({disk_reason(error, path)})", path=path) from None
     return file

@@ -30,7 +30,7 @@ from minorca.data.store import TokenStore
 from minorca.errors import UserError, raise_problems
 from minorca.files.adapters import adapter_file
 from minorca.files.atomic import MANIFEST, publish, sha256, verify_manifest, write_manifest
-from minorca.files.safe_io import quote, read_json
+from minorca.files.safe_io import quote, read_json, user_path
 from minorca.files.tensor_files import FLOATS, open_exactly, write_tensors
 from minorca.model.architecture import Architecture
 from minorca.train.best import Best
@@ -274,7 +274,7 @@ def find(config: Config) -> Path | None:
         return existing[-1] if existing else None
     if resume == "last-good":
         return _last_undamaged(directory, existing)
-    path = Path(resume).expanduser()
+    path = user_path(resume)
     # it started this run, which has checkpoints of its own since
     if existing and path.resolve().parent != directory.resolve():
         log.info("%s: has checkpoints of its own; %s was their start", directory, path)

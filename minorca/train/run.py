@@ -13,7 +13,7 @@ import torch
 
 from minorca.config import Config
 from minorca.config_file import write_config
-from minorca.errors import MACHINE_ERRORS, UserError
+from minorca.errors import MACHINE_ERRORS, UserError, disk_reason
 from minorca.files.atomic import lock
 from minorca.signals import Terminated, signals_noted
 from minorca.train import checkpoint, metrics, parallel
@@ -60,8 +60,9 @@ def train(config: Config, profile: bool = False) -> None:
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise
+            reason = disk_reason(error, config.output)
             raise UserError(
-                f"{error}; what was saved is intact, and the same command resumes from there", path=config.output
+                f"{reason}; what was saved is intact, and the same command resumes from there", path=config.output
             ) from error
     if signum:
         raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
