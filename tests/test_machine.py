@@ -3,6 +3,7 @@
 import errno
 import os
 import pwd
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -13,7 +14,7 @@ import pytest
 from minorca.errors import UserError, disk_reason
 from minorca.files.atomic import lock, write_file
 from minorca.files.safe_io import cache_directory, user_path
-from tests.helpers import ENVIRONMENT, ROOT
+from tests.helpers import ENVIRONMENT, ROOT, wait_until
 
 Disk = namedtuple("Disk", "f_files f_favail")
 # as of a container: its own mounts, of which `unshare -m` needs root
@@ -77,6 +78,25 @@ def test_inodes_that_are_used_up(disk, said, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match=said):
         write_file(tmp_path / "file", "text")
+
+
+@pytest.mark.parametrize("gone", ["output", pytest.param("output/tensorboard", marks=pytest.mark.slow)])
+def test_an_output_that_is_removed_under_a_run(gone, workplace, tmp_path):
+    run = [sys.executable, "-m", "minorca.train", *workplace("output", **{"train.steps": 100_000})]
+    with subprocess.Popen(
+        run, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            wait_until(lambda: any((tmp_path / "output" / "tensorboard").glob("*")))
+            shutil.rmtree(tmp_path / gone)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    last = err.splitlines()[-1]
+    assert process.returncode == 2 and "Traceback" not in err, err[-3000:]
+    assert (
+        last.startswith(f"minorca: error: {tmp_path / 'output'}/") and "was removed while the run wrote there" in last
+    )
 
 
 @pytest.mark.slow
