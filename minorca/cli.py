@@ -16,8 +16,9 @@ from pathlib import Path
 
 from minorca.config import Config, Source, default_of, fields
 from minorca.config_file import load_yaml, read_config, suggestion
-from minorca.errors import RunEnded, UserError, one_line, raise_problems
+from minorca.errors import MACHINE_ERRORS, RunEnded, UserError, one_line, raise_problems
 from minorca.signals import STOPPING, Terminated, raise_when_stopped
+from minorca.streams import end_line, flush_output, is_of_output, open_streams, outlive_readers
 
 
 class Parser(argparse.ArgumentParser):
@@ -141,30 +142,42 @@ def _exit(status: int) -> None:
         sys.exit(status)
 
 
+def _print_problems(error: UserError) -> None:
+    end_line()
+    for problem in error.problems:
+        print(f"minorca: error: {one_line(str(problem))}", file=sys.stderr)
+
+
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Runs a command's `main` and turns the ways it can end into exit statuses."""
     raise_when_stopped()
+    open_streams()
     status = 0
     try:
         main(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
+        flush_output()
     except UserError as error:
-        for problem in error.problems:
-            print(f"minorca: error: {one_line(str(problem))}", file=sys.stderr)
+        _print_problems(error)
         status = 2
     except RunEnded as ended:
         if str(ended):
+            end_line()
             print(f"minorca: {one_line(str(ended))}", file=sys.stderr)
         status = ended.status
     except KeyboardInterrupt:
         status = 130
     except Terminated as terminated:
         status = 128 + terminated.signum
-    # the reader of our output has gone (`| head`): nobody is left to tell
-    except BrokenPipeError:
-        # or Python tries once more on its way out, and complains
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except OSError as error:
+        if not is_of_output(error) and error.errno not in MACHINE_ERRORS:
+            raise
+        # or the reader of our output has gone (`| head`): nobody is left to tell
+        if not isinstance(error, BrokenPipeError):
+            output = f"standard output cannot be written ({error.strerror})"
+            _print_problems(UserError(output if is_of_output(error) else str(error)))
+            status = 2
+    # or Python complains on its way out of what cannot be written
+    outlive_readers()
     if status > 128:
         # another signal must not change how the process ends
         for signum in (signal.SIGINT, *STOPPING):

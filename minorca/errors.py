@@ -1,7 +1,25 @@
 """The exceptions that end a command without a traceback."""
 
+import errno
+import os
 from collections.abc import Iterable
 from pathlib import Path
+
+# of the machine, whatever a program does: a disk that is full, lost or not ours to write; no descriptors, no memory
+MACHINE_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EAGAIN,
+}
 
 
 class UserError(Exception):
@@ -85,6 +103,16 @@ class RunEnded(Exception):
 def memory_asked_for(error: Exception) -> str:
     """What torch says of memory that ran out, without what follows about its allocator."""
     return str(error).partition(" Of the allocated")[0]
+
+
+def disk_reason(error: Exception, path: Path) -> str:
+    """What a disk reports of a path; one whose inodes are used up says that no space is left, which `df` denies."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        directory = next(parent for parent in path.absolute().parents if parent.exists())
+        disk = os.statvfs(directory)
+        if disk.f_files and not disk.f_favail:
+            return "its disk has no inodes left, of which every file needs one; remove files, see df -i"
+    return str(error)
 
 
 def one_line(text: str) -> str:

@@ -1,5 +1,6 @@
 """Machines whose GPU cannot be used end with one line that says why."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -9,7 +10,7 @@ import pytest
 import torch
 import triton
 
-from minorca.device import default_device
+from minorca.device import default_device, host_memory_bytes
 from minorca.errors import UserError
 from tests.helpers import ROOT
 
@@ -109,3 +110,36 @@ runpy.run_module({module!r}, run_name="__main__")
 """
     ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 2 and ran.stderr.splitlines()[-1].startswith("minorca: error: An old GPU has compute")
+
+
+MAX_V1 = 2**63 - 4096
+
+
+@pytest.mark.parametrize(
+    "membership, files, limit",
+    [
+        ("0::/", {"memory.max": "3000"}, 3000),
+        ("0::/", {"memory.max": "max"}, None),
+        ("0::/", {}, None),
+        ("0::/job/step", {"job/memory.max": "2000", "job/step/memory.max": "max"}, 2000),
+        ("0::/job/step", {"job/memory.max": "5000", "job/step/memory.max": "2000"}, 2000),
+        # the path is the host's, the tree the container's
+        ("0::/kubepods/pod/abc", {"memory.max": "3000"}, 3000),
+        ("0::/../other", {"memory.max": "3000"}, 3000),
+        ("4:memory:/docker/abc\n0::/", {"memory/memory.limit_in_bytes": "3000"}, 3000),
+        ("4:cpu,memory:/a\n3:cpu:/b", {"memory/a/memory.limit_in_bytes": "4000", "memory.max": "1"}, 4000),
+        ("4:memory:/\n0::/", {"memory/memory.limit_in_bytes": str(MAX_V1)}, None),
+        ("3:cpu:/b", {"memory/memory.limit_in_bytes": "4000"}, None),
+        ("", {"memory.max": "1"}, None),
+    ],
+)
+def test_the_memory_of_a_container(membership, files, limit, tmp_path):
+    (tmp_path / "cgroup").write_text(membership)
+    for name, content in files.items():
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{content}\n")
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert host_memory_bytes(tmp_path / "tree", tmp_path / "cgroup") == (limit or whole)
+    # another system
+    assert host_memory_bytes(tmp_path / "tree", tmp_path / "none") == whole

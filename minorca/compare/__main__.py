@@ -18,6 +18,7 @@ from minorca.config import choices
 from minorca.data.chat_template import TEMPLATES
 from minorca.errors import UserError, raise_problems
 from minorca.files.atomic import check_output, write_file
+from minorca.files.safe_io import user_path
 from minorca.generate.request import default_max_length
 from minorca.model.build import fast_dtype
 
@@ -25,6 +26,7 @@ from minorca.model.build import fast_dtype
 def main(argv: list[str]) -> None:
     args = _parse(argv)
     page, numbers = _outputs(args.output)
+    cli.outlive_readers()
     prompts, notes = read_prompts(args.prompts, args.format, args.limit)
     # plain text needs no template
     template = args.template if any(prompt.messages for prompt in prompts) else "none"
@@ -91,7 +93,7 @@ def _problems(args: argparse.Namespace) -> Iterator[UserError]:
 
 def _outputs(path: str) -> tuple[Path, Path]:
     """The page and the file of its numbers, in a directory that can be written."""
-    page = Path(path).expanduser()
+    page = user_path(path)
     if page.suffix != ".html":
         raise UserError(f"is {path}; expected a name that ends in .html", field="--output")
     numbers = page.with_suffix(".json")

@@ -16,7 +16,7 @@ SHADES = (0.01, 0.05, 0.2, 0.5, 1.0)
 
 def render_page(result: dict[str, Any]) -> str:
     """The page of a comparison, as `comparison.compare` returns it; all its text is escaped."""
-    source = TEMPLATE.read_text()
+    source = TEMPLATE.read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

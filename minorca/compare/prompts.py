@@ -15,6 +15,7 @@ from minorca.data.sources import Row, open_source, read_rows
 from minorca.data.tally import MAX_ERRORS
 from minorca.data.tokenizer import Tokenizer
 from minorca.errors import UserError, raise_problems
+from minorca.files.safe_io import user_path
 
 
 class Prompt(NamedTuple):
@@ -69,7 +70,7 @@ def read_prompts(path: str, format: Format | None, limit: int | None) -> tuple[l
     Raises:
         UserError: what is wrong with which rows, or there is none.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     is_text = suffix_of(file) == ".txt" or (file.is_file() and suffix_of(file) not in SUFFIXES)
     counts = Counter()
     if is_text and format is None:

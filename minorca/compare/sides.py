@@ -17,7 +17,7 @@ from minorca.data.chat_template import resolve_template
 from minorca.data.portable_files import load_chat
 from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.files.adapters import AdapterConfig
-from minorca.files.safe_io import find_file
+from minorca.files.safe_io import find_file, user_path
 from minorca.files.vocabulary import adapted_architecture, vocabulary_updates
 from minorca.generate.batch import MAX_SLOTS
 from minorca.generate.engine import Engine
@@ -83,7 +83,7 @@ def _base(adapter: Path, model: str | None) -> Path:
     config = AdapterConfig(adapter)
     field = "base_model_name_or_path"
     named = config.values.get(field)
-    if not isinstance(named, str) or not Path(named).expanduser().is_dir():
+    if not isinstance(named, str) or not user_path(named).is_dir():
         config.refuse(field, "expected a directory that is here; give the adapter's base with --model DIR")
     return model_directory(named)
 

@@ -100,6 +100,7 @@ def prepare(argv: list[str]) -> None:
         "minorca.data prepare", "Renders data.train and data.eval into the token store, where training finds them."
     )
     _, config = cli.parse_config(parser, argv)
+    cli.outlive_readers()
     tok, template = training_tokenizer(config)
     for setting in (config.data.train, config.data.eval):
         if sources := config.data.sources(setting):

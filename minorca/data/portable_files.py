@@ -12,38 +12,32 @@ from minorca.data.new_tokens import name_new_tokens
 from minorca.data.portable_template import portable_template
 from minorca.data.shipped_template import special_tokens
 from minorca.data.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer, check_vocabulary, load_tokenizer
-from minorca.data.tokenizer_files import chat_templates, embedding_rows, read_settings, token_ids
+from minorca.data.tokenizer_files import (
+    chat_templates,
+    embedding_rows,
+    read_settings,
+    token_ids,
+    tokenizer_names,
+    tokenizer_paths,
+)
 from minorca.errors import UserError
 from minorca.files.adapters import RECORD
-from minorca.files.safe_io import find_file, quote, read_json, read_optional_json, read_small
+from minorca.files.safe_io import find_file, quote, read_json, read_optional_json, read_small, user_path
 from minorca.model.quantization import Quantization
 
 log = logging.getLogger(__name__)
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model*", "tekken.json")
-SETTINGS = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
-TEMPLATE_FILES = ("*.jinja", "additional_chat_templates/*.jinja", "chat_template.json")
 # Tells tokenizers with equal vocabularies apart that split text in other ways.
 SAMPLE = "  Two spaces, naïve 日本語 🦜\n\n\tdef f(x):\n    return x ** 2 + 1234567890  # it's"
 
 
 def tokenizer_files(directory: Path) -> dict[str, bytes]:
     """The tokenizer's files in a directory, its settings and templates, by name."""
-    found = (path for pattern in (*TOKENIZERS, *SETTINGS, *TEMPLATE_FILES) for path in sorted(directory.glob(pattern)))
-    return {
-        path.relative_to(directory).as_posix(): read_small(path, MAX_TOKENIZER_BYTES)
-        for path in found
-        if find_file(path.parent, path.name)
-    }
+    return {name: read_small(path, MAX_TOKENIZER_BYTES) for name, path in tokenizer_paths(directory).items()}
 
 
 def has_tokenizer(directory: Path) -> bool:
-    return any(path for pattern in TOKENIZERS for path in directory.glob(pattern))
+    return any(find_file(directory, name) for name in tokenizer_names(directory))
 
 
 def portable_files(tok: Tokenizer, template: str | None, model: Path) -> dict[str, bytes]:
@@ -103,7 +97,7 @@ def load_chat(base: Tokenizer, rows: int, adapter: str | Path | None) -> tuple[T
     """
     if adapter is None:
         return base, None
-    directory = Path(adapter).expanduser()
+    directory = user_path(adapter)
     return _adapter_tokenizer(directory, base, rows), recorded_template(directory)
 
 

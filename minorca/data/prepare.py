@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -34,22 +33,16 @@ from minorca.data.store import (
 )
 from minorca.data.tally import Tally, raise_errors
 from minorca.data.tokenizer import Tokenizer
+from minorca.data.tokenizer_files import tokenizer_paths
 from minorca.errors import UserError
 from minorca.files.atomic import lock, publish, remove_unfinished, sha256
+from minorca.files.safe_io import cache_directory, find_file, user_path
 
 log = logging.getLogger(__name__)
 
-# What determines the rows beside the sources: files of the model, settings in `data`, libraries.
-MODEL_FILES = (
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tekken.json",
-    "config.json",
-    "params.json",
-    "generation_config.json",
-)
+# What determines the rows beside the sources and the tokenizer's files: files of the model, settings in `data`,
+# libraries.
+MODEL_FILES = ("config.json", "params.json")
 SETTINGS = ("limit", "seq_len", "train_on", "too_long", "empty_response", "bad_rows", "parse_control_tokens")
 LIBRARIES = ("tokenizers", "sentencepiece", "jinja2")
 # The counts that are listed after all others.
@@ -63,7 +56,7 @@ def prepare_store(sources: list[Source], tok: Tokenizer, template: str, data: Da
         UserError: a source or row that is invalid, a source of which no row is left, a directory that cannot be
             written.
     """
-    root = Path(data.store).expanduser() if data.store else _cache()
+    root = user_path(data.store) if data.store else cache_directory("rows", "data.store")
     readers = [open_source(source, data.limit) for source in sources]
     name = _fingerprint(readers, tok, template, data)
     directory = root / name
@@ -82,14 +75,9 @@ def prepare_store(sources: list[Source], tok: Tokenizer, template: str, data: Da
     return replace(store, sources=located)
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minorca" / "rows"
-
-
 def _fingerprint(readers: list[SourceReader], tok: Tokenizer, template: str, data: DataConfig) -> str:
     """The name of the directory: a hash of everything that determines the rows."""
-    patterns = ("tokenizer*", "additional_chat_templates/*.jinja", *MODEL_FILES)
-    files = [file for pattern in patterns for file in tok.path.glob(pattern)]
+    files = tokenizer_paths(tok.path) | {name: find_file(tok.path, name) for name in MODEL_FILES}
     # Installed only where a model needs it.
     optional = ["mistral-common"] if tok.file.name == "tekken.json" else []
     key = {
@@ -97,7 +85,7 @@ def _fingerprint(readers: list[SourceReader], tok: Tokenizer, template: str, dat
         "renderer": RENDERER_VERSION,
         "libraries": [importlib.metadata.version(library) for library in (*LIBRARIES, *optional)],
         "sources": [reader.identity() for reader in readers],
-        "tokenizer": {str(path.relative_to(tok.path)): sha256(path) for path in files if path.is_file()},
+        "tokenizer": {name: sha256(path) for name, path in files.items() if path},
         "template": template,
         "settings": {name: getattr(data, name) for name in SETTINGS},
     } | ({"new tokens": tok.new_tokens} if tok.new_tokens else {})

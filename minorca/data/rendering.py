@@ -325,7 +325,16 @@ def _render_in_processes(
 ) -> Iterator[RenderedChunk]:
     waiting: deque = deque()
     started = (tok.path, tok.new_tokens, data, template)
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, started)
+    try:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, started)
+    # its locks are files there
+    except OSError as error:
+        remedy = (
+            "mount it writable with some free space (docker run --shm-size 64m), or start on one core (taskset -c 0)"
+        )
+        raise UserError(
+            f"processes share locks there, which cannot be made ({error}); {remedy}", path="/dev/shm"
+        ) from None
     try:
         for source, chunk in chunks:
             with _blocking_sigint():

@@ -36,6 +36,8 @@ MAX_MEMORY = 2**30
 # What a tokenizer may take more, by its size.
 BYTES_PER_SECOND = 2 * 10**6
 PROBE = "tokenizer_probe.py"
+# What the process needs of our environment to find jinja2 and the time; keys and tokens stay here.
+ENVIRONMENT = ("HOME", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE", "TZ", "TZDIR")
 # Exit statuses that are not the template's fault: sent by a user, or by the system when it runs out of memory.
 EXTERNAL_SIGNALS = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGUSR1)
 
@@ -95,6 +97,7 @@ class _Worker:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
+                    env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
                 )
             except OSError as error:
                 raise NoReply(f"no process could be started for it ({error})") from None

@@ -17,7 +17,7 @@ from minorca.data.formats import check_columns, convert_record
 from minorca.data.hub import open_hub
 from minorca.data.row_files import SUFFIXES, RowError, RowFile, open_file, suffix_of
 from minorca.errors import UserError
-from minorca.files.safe_io import read_json
+from minorca.files.safe_io import read_json, user_path
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def open_source(source: Source, limit: int | None) -> SourceReader:
         UserError: no such file, an unknown file type, a hub data set that cannot be read, a split that it lacks.
     """
     name = source.path
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         files = _open_directory(path, source)
     elif path.is_file():

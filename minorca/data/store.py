@@ -211,7 +211,7 @@ def finish_store(directory: Path, token_type: str, sources: list[dict]) -> None:
     """Completes a store whose arrays are written: meta.json and the manifest."""
     checksum = _map_arrays(directory, token_type).sha256()
     meta = {"format": FORMAT, "tokens": token_type, "sources": sources, "sha256": checksum}
-    (directory / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+    (directory / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_manifest(directory)
 
 

@@ -29,6 +29,7 @@ from minorca.data.tokenizer_files import (
     read_text,
     special_names,
     token_ids,
+    tokenizer_names,
 )
 from minorca.errors import UserError
 from minorca.files.safe_io import find_file, quote, read_small
@@ -368,9 +369,7 @@ def load_tokenizer(path: str | Path, new_tokens: tuple[str, ...] = ()) -> Tokeni
         UserError: no tokenizer file, one that cannot be read, or settings beside it that contradict it.
     """
     directory = model_directory(path)
-    versions = sorted((file.name for file in directory.glob("tokenizer.model.v*")), reverse=True)
-    names = ("tokenizer.json", "tokenizer.model", *versions, "tekken.json")
-    file = next(filter(None, (find_file(directory, name) for name in names)), None)
+    file = next(filter(None, (find_file(directory, name) for name in tokenizer_names(directory))), None)
     if file is None:
         raise UserError(
             "no tokenizer found; expected tokenizer.json, tokenizer.model, tokenizer.model.v* or tekken.json: "

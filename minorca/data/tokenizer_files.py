@@ -26,6 +26,10 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 # the keys that name one special token each, in the order in which transformers adds those that the vocabulary lacks
 _SPECIAL_KEYS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+# a tokenizer's version as Mistral's files name it
+_VERSIONED = re.compile(r"tokenizer\.model\.v\d+(m\d+)?")
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 class AddedToken(NamedTuple):
@@ -34,6 +38,37 @@ class AddedToken(NamedTuple):
     source: Path
     id: int
     token: tokenizers.AddedToken
+
+
+def tokenizer_names(directory: Path) -> list[str]:
+    """The names that a tokenizer's own file may have, in the order in which they are looked for."""
+    found = (file.name for file in directory.glob("tokenizer.model.v*"))
+    versions = sorted(filter(_VERSIONED.fullmatch, found), reverse=True)
+    return ["tokenizer.json", "tokenizer.model", *versions, "tekken.json"]
+
+
+def tokenizer_paths(directory: Path) -> dict[str, Path]:
+    """The files in a directory from which ids and rendered conversations follow, by their path within it.
+
+    What lies beside them under other names, as tokenizer.model.old, is not looked at.
+
+    Raises:
+        UserError: a file that `find_file` refuses.
+    """
+    names = (*tokenizer_names(directory), *_SETTINGS, *_TEMPLATES)
+    found = {name: find_file(directory, name) for name in names}
+    return {name: path for name, path in found.items() if path} | _additional_templates(directory)
+
+
+def _additional_templates(directory: Path) -> dict[str, Path]:
+    folder = find_directory(directory, "additional_chat_templates")
+    if folder is None:
+        return {}
+    names = sorted(file.name for file in folder.glob("*.jinja"))
+    if len(names) > MAX_TEMPLATES:
+        raise UserError(f"holds {len(names)} templates; expected at most {MAX_TEMPLATES}", path=folder)
+    found = {f"{folder.name}/{name}": find_file(folder, name) for name in names}
+    return {name: path for name, path in found.items() if path}
 
 
 def read_settings(directory: Path) -> dict:
@@ -114,12 +149,8 @@ def chat_templates(directory: Path, settings: dict) -> dict[str, str]:
     templates = {}
     if file := find_file(directory, "chat_template.jinja"):
         templates["default"] = read_text(file, MAX_TEMPLATE_CHARACTERS)
-    if folder := find_directory(directory, "additional_chat_templates"):
-        names = sorted(file.name for file in folder.glob("*.jinja"))
-        if len(names) > MAX_TEMPLATES:
-            raise UserError(f"holds {len(names)} templates; expected at most {MAX_TEMPLATES}", path=folder)
-        for file in filter(None, (find_file(folder, name) for name in names)):
-            templates[file.stem] = read_text(file, MAX_TEMPLATE_CHARACTERS)
+    for file in _additional_templates(directory).values():
+        templates[file.stem] = read_text(file, MAX_TEMPLATE_CHARACTERS)
     if "default" in templates:
         return templates
     for name, values in (("tokenizer_config.json", settings), ("chat_template.json", None)):

@@ -23,6 +23,7 @@ from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.errors import UserError, raise_problems
 from minorca.evaluate import suites
 from minorca.files.atomic import check_output, write_file
+from minorca.files.safe_io import cache_directory
 from minorca.files.vocabulary import adapted_architecture
 from minorca.model.architecture import read_architecture
 from minorca.model.build import fast_dtype, load_model, prepack
@@ -47,6 +48,8 @@ def main(argv: list[str]) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm_eval is not installed; pip install 'minorca[eval]', or lm_eval==0.4.13")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if args.output:
+        cli.outlive_readers()
     with _ranks() as world:
         if world and world.rank:
             logging.disable(logging.CRITICAL)
@@ -233,9 +236,9 @@ def _load(
     args: argparse.Namespace, world: World | None, tok: Tokenizer, template: str | None, of_model: dict[str, object]
 ) -> "MinorcaLM":
     from minorca.evaluate.harness import MinorcaLM
-    from minorca.evaluate.result_cache import ResultCache, default_directory
+    from minorca.evaluate.result_cache import ResultCache
 
-    cache = None if args.no_cache else ResultCache(args.cache or default_directory(), of_model)
+    cache = None if args.no_cache else ResultCache(args.cache or cache_directory("results", "--cache"), of_model)
     dtype = DTYPES[args.dtype] if args.dtype else fast_dtype()
     device = world.device if world else None
     model = prepack(load_model(args.model, dtype, device, args.adapter, args.quantize, args.double_quant))

@@ -8,7 +8,6 @@ arithmetic. Two adapters of one model never share a result.
 import dataclasses
 import hashlib
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from minorca.data.tokenizer import Tokenizer
 from minorca.errors import UserError
 from minorca.files.adapters import adapter_file
 from minorca.files.atomic import sha256
-from minorca.files.safe_io import quote
+from minorca.files.safe_io import quote, user_path
 from minorca.files.weights import open_model
 from minorca.model.quantization import Quantization
 
@@ -36,10 +35,6 @@ ELSEWHERE = "choose another directory by --cache, or give --no-cache"
 BATCH = 500
 
 
-def default_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minorca" / "results"
-
-
 def identity(
     model: str | Path, adapter: str | Path | None, quantization: Quantization | None, tok: Tokenizer
 ) -> dict[str, object]:
@@ -51,7 +46,7 @@ def identity(
     files = open_model(model, quantization)
     paths = [*files.paths, tok.file]
     if adapter is not None:
-        directory = Path(adapter).expanduser()
+        directory = user_path(adapter)
         paths += [adapter_file(directory), directory / "adapter_config.json"]
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(sha256, paths))

@@ -17,6 +17,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--format", choices=["hf"], default="hf", help="the layout to write")
     cli.add_quantization(parser, "nf4: write the weights in 4 bits, as bitsandbytes does")
     args = parser.parse_args(argv)
+    cli.outlive_readers()
     export(args.model, args.adapter, Path(args.output), parse_quantization(args.quantize, args.double_quant))
 
 

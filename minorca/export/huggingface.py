@@ -22,7 +22,7 @@ from minorca.export.effect import share_kept
 from minorca.files import bitsandbytes
 from minorca.files.adapters import open_adapter, other_base, read_adapter_settings
 from minorca.files.atomic import publish
-from minorca.files.safe_io import find_file, read_json
+from minorca.files.safe_io import find_file, read_json, user_path
 from minorca.files.tensor_files import write_tensors
 from minorca.files.vocabulary import MatrixUpdate, adapt
 from minorca.files.weights import ModelFiles, check_quantizable, open_model
@@ -115,7 +115,7 @@ def _print_effect(arch: Architecture, base: list[ExportedTensor], merged: list[E
 def _files_beside(source: ModelFiles, adapter: str | Path | None) -> dict[str, bytes]:
     """Tokenizer, chat template and stop ids, those that the adapter brings before the model's, by file name."""
     directory = source.directory
-    brought = [] if adapter is None else [Path(adapter).expanduser()]
+    brought = [] if adapter is None else [user_path(adapter)]
     beside = next(filter(has_tokenizer, [directory, *brought]), None)
     if beside is None:
         return tokenizer_files(directory)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minorca.errors import UserError, raise_problems
-from minorca.files.safe_io import find_file, quote, read_json, read_optional_json
+from minorca.files.safe_io import find_file, quote, read_json, read_optional_json, user_path
 from minorca.files.tensor_files import TensorFiles
 from minorca.model.architecture import MAX_NUMBER, MAX_SIZE
 from minorca.model.layout import (
@@ -167,7 +167,7 @@ def other_base(directory: str | Path, quantization: Quantization | None) -> Othe
     Raises:
         UserError: an invalid record.
     """
-    path = Path(directory).expanduser() / RECORD
+    path = user_path(directory) / RECORD
     record = read_record(path.parent)
     if not record:
         return None

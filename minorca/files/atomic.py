@@ -16,7 +16,7 @@ from typing import TextIO
 
 from safetensors import SafetensorError
 
-from minorca.errors import UserError
+from minorca.errors import UserError, disk_reason
 from minorca.files.safe_io import find_file, quote, read_json
 
 MANIFEST = "MANIFEST.json"
@@ -63,7 +63,8 @@ def publish(directory: Path, write: Callable[[Path], None], owner: str = "") -> 
         temporary.rename(directory)
         sync(directory.parent)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot be written ({error}); nothing half-written was left", path=directory) from None
+        reason = disk_reason(error, directory)
+        raise UserError(f"cannot be written ({reason}); nothing half-written was left", path=directory) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -134,7 +135,7 @@ def write_file(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(data)
         temporary.replace(target)
     except OSError as error:
-        raise UserError(f"cannot be written ({error})", path=path) from None
+        raise UserError(f"cannot be written ({disk_reason(error, path)})", path=path) from None
     finally:
         # a name may be too long
         with contextlib.suppress(OSError):
@@ -192,11 +193,11 @@ def lock(path: Path) -> TextIO | None:
         except BlockingIOError:
             file.close()
             return None
+        file.truncate(0)
+        # without a buffer, which a full disk would let no one close
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     except OSError as error:
-        raise UserError(f"cannot be locked ({error})", path=path) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+        raise UserError(f"cannot be locked ({disk_reason(error, path)})", path=path) from None
     return file
 
 

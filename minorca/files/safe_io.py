@@ -24,6 +24,27 @@ def quote(value) -> str:
     return _short_repr.repr(value)
 
 
+def user_path(name: str | Path) -> Path:
+    """A path as users write it: ~ and ~NAME are home directories, where these are known."""
+    return Path(os.path.expanduser(name))
+
+
+def cache_directory(kind: str, instead: str | None = None) -> Path:
+    """Where files of a kind are kept that can be made again, by default in ~/.cache.
+
+    Args:
+        instead: another setting that chooses the directory, for the error.
+
+    Raises:
+        UserError: nobody says where the home directory is, as for a container's user without an entry in /etc/passwd.
+    """
+    root = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if root.startswith("~"):
+        message = "is not set, and this user has no home directory; set it to a directory"
+        raise UserError(message, field="XDG_CACHE_HOME", advice=instead and f"or set {instead}")
+    return Path(root, "minorca", kind)
+
+
 def find_file(directory: Path, name: str) -> Path | None:
     """A regular file in a directory, or None if there is none.
 

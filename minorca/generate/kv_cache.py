@@ -10,11 +10,10 @@ Axes in names: L layers, N slots, S positions of a buffer, P some of these posit
 H query heads, K key/value heads, D head size, M = (H + 2 K) D, P = D/2 (`cos_NP`, `frequencies_P`).
 """
 
-import os
-
 import torch
 from torch import Tensor
 
+from minorca.device import host_memory_bytes
 from minorca.errors import UserError, memory_asked_for
 from minorca.model.architecture import Architecture
 from minorca.model.attention import PackedAttention
@@ -175,8 +174,7 @@ def check_memory(cache: KVCache, model: Mistral) -> None:
         unused = torch.cuda.memory_reserved(cache.device) - torch.cuda.memory_allocated(cache.device)
         free = torch.cuda.mem_get_info(cache.device)[0] + unused
     else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        free = total - sum(parameter.nbytes for parameter in model.parameters())
+        free = host_memory_bytes() - sum(parameter.nbytes for parameter in model.parameters())
         # which become dense before the first step (`prepack`)
         packed = [projection.base for _, projection in model.projections() if isinstance(projection.base, NF4Weight)]
         values = sum(base.out_features * base.in_features for base in packed)

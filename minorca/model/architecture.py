@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from minorca.errors import UserError, raise_problems
-from minorca.files.safe_io import find_file, quote, read_json
+from minorca.files.safe_io import find_file, quote, read_json, user_path
 from minorca.model.quantization import INSTEAD
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Architecture:
 
 def model_directory(path: str | Path) -> Path:
     """`path` as a directory that exists; a hub id gets the command that downloads it."""
-    directory = Path(path).expanduser()
+    directory = user_path(path)
     if directory.is_dir():
         return directory
     if directory.exists():

@@ -1,12 +1,11 @@
 """What runs are planned for: GPUs on which this engine runs, and this machine's CPU."""
 
 import difflib
-import os
 from dataclasses import dataclass, replace
 
 import torch
 
-from minorca.device import default_device
+from minorca.device import default_device, host_memory_bytes
 from minorca.errors import UserError
 from minorca.plan.rates import Rates
 
@@ -104,8 +103,7 @@ def machine(name: str, ranks: int) -> Machine:
         UserError: it is not known, or too old.
     """
     if name.lower() == "cpu":
-        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Machine("cpu", (), whole // ranks, 0, 0, 0.0, 0.0, 0.0)
+        return Machine("cpu", (), host_memory_bytes() // ranks, 0, 0, 0.0, 0.0, 0.0)
     known = {_plain(each): gpu for gpu in GPUS for each in (gpu.name, *gpu.torch_names)}
     matches = {gpu.name: gpu for each, gpu in known.items() if each.endswith(_plain(name))}
     if len(matches) == 1:

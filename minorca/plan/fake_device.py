@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from minorca.errors import UserError
+from minorca.files.safe_io import cache_directory
 from minorca.model import attention as backends
 from minorca.plan.devices import Machine, machine
 from minorca.plan.recorder import Recorder
@@ -44,15 +45,18 @@ def unavailable() -> str | None:
     """Why there can be no fake GPU in this process; None where there can."""
     if torch.cuda.is_available():
         return "this process sees a GPU; set CUDA_VISIBLE_DEVICES= (empty)"
-    if shutil.which("g++") or _library().exists():
-        return None
+    try:
+        if shutil.which("g++") or _library().exists():
+            return None
+    except UserError as error:
+        return str(error)
     return "a plan for a GPU needs a C++ compiler; install g++ (Debian's package g++)"
 
 
 def _library() -> Path:
     """Where fake_cuda.cpp is compiled to, once for each version of it and of torch."""
     key = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {torch.__file__}".encode()).hexdigest()[:16]
-    return Path.home() / ".cache" / "minorca" / f"fake-cuda-{key}.so"
+    return cache_directory(f"fake-cuda-{key}.so")
 
 
 def load_library() -> None:

@@ -10,6 +10,7 @@ import ipaddress
 import logging
 import os
 import re
+import resource
 import socket
 import sys
 from collections.abc import Iterator
@@ -28,14 +29,20 @@ from minorca.generate.engine import Engine, open_engine
 from minorca.model.architecture import Architecture, read_architecture
 from minorca.serve.app import make_app
 from minorca.serve.engine_thread import EngineThread
+from minorca.serve.http import Connection, Listener
 from minorca.serve.service import Model, Service
 
 # Seconds that running requests have to finish after SIGINT or SIGTERM.
 SHUTDOWN_SECONDS = 30
+# Of these the process itself has some 20 open, and `Listener` leaves 16 free.
+MIN_DESCRIPTORS = 64
+# the environment's, of which the API key is where the command line has none
+KEY_VARIABLE = "MINORCA_API_KEY"
 
 
 def main(argv: list[str]) -> None:
     args = _parse(argv)
+    cli.outlive_readers()
     directories = _name_models(args.model, args.adapter)
     # Before the model is loaded, which may take minutes.
     with _listen(args.host, args.port) as listener:
@@ -82,7 +89,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 chooses a free port; default: 8000")
     parser.add_argument(
-        "--api-key", metavar="KEY", help="the key that clients must send; safer in the environment: MINORCA_API_KEY"
+        "--api-key", metavar="KEY", help=f"the key that clients must send; safer in the environment: {KEY_VARIABLE}"
     )
     parser.add_argument("--slots", type=int, default=8, metavar="N", help="requests that run at once; default: 8")
     parser.add_argument(
@@ -102,8 +109,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _problems(args: argparse.Namespace) -> Iterator[UserError]:
     if not 0 <= args.port < 2**16:
         yield UserError("must be from 0 to 65535", field="--port")
-    if args.api_key == "":
-        yield UserError("must not be empty", field="--api-key")
+    keys = {"--api-key": args.api_key, f"the environment's {KEY_VARIABLE}": os.environ.get(KEY_VARIABLE)}
+    for field, key in keys.items():
+        # which the message must not quote; clients cannot send other characters
+        if key is not None and not (key and key == key.strip() and key.isprintable()):
+            yield UserError("is empty, or has a space around it or a control character; fix or unset it", field=field)
     if not 1 <= args.slots <= 4096:
         yield UserError("must be from 1 to 4096", field="--slots")
     if args.queue < 0:
@@ -139,12 +149,17 @@ def _load_chats(directories: dict[str, str | None], arch: Architecture, args: ar
     return models
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int) -> Listener:
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors < MIN_DESCRIPTORS:
+        raise UserError(
+            f"{descriptors} files and connections may be open; allow {MIN_DESCRIPTORS}, or better 1024 (ulimit -n)"
+        )
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind, protocol)
+        listener = Listener(family, kind, protocol)
         # Allows a restart while connections of the last server are in TIME_WAIT.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -162,14 +177,14 @@ def _check_max_length(max_length: int | None, arch: Architecture) -> None:
 async def _serve(
     engine: Engine,
     models: dict[str, Model],
-    listener: socket.socket,
+    listener: Listener,
     args: argparse.Namespace,
 ) -> None:
     """Serves until a signal comes or the engine fails."""
     address = listener.getsockname()[0]
     is_local = ipaddress.ip_address(address).is_loopback
     hosts = {"localhost", "127.0.0.1", "[::1]", args.host.lower()} if is_local else None
-    key = args.api_key or os.environ.get("MINORCA_API_KEY") or None
+    key = args.api_key or os.environ.get(KEY_VARIABLE)
     thread = EngineThread(engine, args.queue)
     server = _make_server(make_app(Service(thread, models), key, hosts))
 
@@ -177,11 +192,12 @@ async def _serve(
         server.should_exit = True
 
     thread.on_failure = shut_down
+    listener.on_refusal = thread.metrics.connections_refused.inc
     thread.start()
     try:
         if not is_local and not key:
             print(
-                "minorca: warning: other machines can use this server without an API key; set MINORCA_API_KEY",
+                f"minorca: warning: other machines can use this server without an API key; set {KEY_VARIABLE}",
                 file=sys.stderr,
             )
         # A collection of garbage, which a long body starts, need not look through all that was loaded.
@@ -200,6 +216,7 @@ def _make_server(app: FastAPI) -> uvicorn.Server:
     logging.getLogger("uvicorn.error").addFilter(_is_not_cancellation)
     config = uvicorn.Config(
         app,
+        http=Connection,
         log_config=None,
         log_level="error",
         access_log=False,

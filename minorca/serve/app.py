@@ -29,7 +29,7 @@ def make_app(service: Service, key: str | None = None, hosts: set[str] | None = 
         key: the API key that clients must send; None: none.
         hosts: the host names by which the server may be addressed; None: any.
     """
-    page = PAGE.read_text()
+    page = PAGE.read_text(encoding="utf-8")
     error_responses: dict[int | str, dict[str, Any]] = {code: {"model": ErrorResponse} for code in ("4XX", "5XX")}
     app = FastAPI(title="minorca", docs_url=None, redoc_url=None, responses=error_responses)
     app.router.route_class = JSONRoute

@@ -39,6 +39,11 @@ class Metrics:
             registry=registry,
         )
         self.refused = Counter("minorca_refused", "HTTP errors, by status", ["status"], registry=registry)
+        self.connections_refused = Counter(
+            "minorca_connections_refused",
+            "Connections closed at once, because few descriptors were left",
+            registry=registry,
+        )
         self.prompt_tokens = Counter(
             "minorca_prompt_tokens", "Prompt tokens; a prompt with several choices counts once", registry=registry
         )

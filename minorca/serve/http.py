@@ -1,10 +1,12 @@
-"""HTTP below the endpoints: host and key checks, JSON bodies, event streams, and clients that disconnect."""
+"""HTTP below the endpoints: connections, host and key checks, JSON bodies, event streams, clients that disconnect."""
 
 import asyncio
 import contextlib
 import hmac
 import os
 import re
+import resource
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -15,6 +17,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from minorca.files.safe_io import parse_json, quote
 from minorca.serve.errors import APIError
@@ -28,8 +31,51 @@ INLINE_CHARACTERS = 2**16
 MAX_DRAINED_BYTES = 64 * 2**20
 # Seconds until a client that does not read its stream is disconnected.
 SEND_TIMEOUT = 30
+# Seconds until a client that has not sent the head of a request is disconnected.
+HEAD_TIMEOUT = 10
+# Descriptors that connections leave free for files and for a template's process.
+RESERVED_DESCRIPTORS = 16
 # Paths that need no API key.
 PUBLIC_PATHS = ("/", "/health")
+
+
+class Listener(socket.socket):
+    """A listening socket that closes a connection at once where few descriptors would be left.
+
+    Attributes:
+        on_refusal: called for each of these.
+    """
+
+    on_refusal: Callable[[], None] | None = None
+
+    def accept(self):
+        connection, address = super().accept()
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # the number of a new descriptor is the lowest that is free
+        if connection.fileno() < limit - RESERVED_DESCRIPTORS:
+            return connection, address
+        connection.close()
+        if self.on_refusal:
+            self.on_refusal()
+        # after which asyncio waits for the next one
+        raise ConnectionAbortedError
+
+
+class Connection(AutoHTTPProtocol):
+    """uvicorn's, which alone would wait for a first request for ever."""
+
+    # of uvicorn's two implementations
+    loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
+    cycle: object
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(HEAD_TIMEOUT, self._close_unless_asked)
+
+    def _close_unless_asked(self) -> None:
+        if self.cycle is None:
+            self.transport.close()
 
 
 class Guard:
@@ -85,7 +131,7 @@ class Guard:
         if not self.key or path in PUBLIC_PATHS:
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        matches = hmac.compare_digest(key.strip().encode("latin-1"), os.fsencode(self.key))
+        matches = hmac.compare_digest(key.strip(" ").encode("latin-1"), os.fsencode(self.key))
         if scheme.lower() == "bearer" and matches:
             return None
         return APIError(

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import threading
 import time
 
 from minorca import cli
@@ -28,9 +29,17 @@ def main(argv: list[str]) -> None:
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if not args.dry_run:
+        cli.outlive_readers()
+        threading.excepthook = _report_of_thread
         train(config, args.profile)
     elif os.environ.get("RANK", "0") == "0":
         dry_run(config)
+
+
+def _report_of_thread(args: threading.ExceptHookArgs) -> None:
+    # TensorBoard's hands its error to the run, which says it in a line
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(args)
 
 
 def _parse(parser: cli.Parser, argv: list[str]) -> tuple[argparse.Namespace, Config]:

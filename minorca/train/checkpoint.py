@@ -30,7 +30,7 @@ from minorca.data.store import TokenStore
 from minorca.errors import UserError, raise_problems
 from minorca.files.adapters import adapter_file
 from minorca.files.atomic import MANIFEST, publish, sha256, temporary_path, verify_manifest, write_manifest
-from minorca.files.safe_io import read_json
+from minorca.files.safe_io import quote, read_json, user_path
 from minorca.files.tensor_files import FLOATS, open_exactly, write_tensors
 from minorca.model.architecture import Architecture
 from minorca.train.best import Best
@@ -47,8 +47,6 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 MOMENTS = "optimizer.safetensors"
 BEST = "best.safetensors"
-# of a key that only the checkpoint has
-_UNKNOWN = object()
 _NAME = re.compile(r"step-(\d{8})")
 # settings that no number of a run follows from: where and how often it writes, on what it runs, and what the identity
 # holds by its content
@@ -73,6 +71,10 @@ _CHANGEABLE = {f"train.{key}" for key in ("steps", "epochs", "keep_best", "early
 _CHANGEABLE |= {key for key in settings() if key.startswith("optim.")} - {"optim.name"}
 
 
+class OtherVersion(UserError):
+    """A checkpoint, undamaged, that another version of minorca wrote."""
+
+
 def identity(
     config: Config, arch: Architecture, weights: list[Path], store: TokenStore, held_out: TokenStore | None
 ) -> dict:
@@ -89,9 +91,9 @@ def identity(
     values["the held-out rows' sha256"] = held_out.sha256() if held_out else None
     init = config.lora.init
     values["the initial adapter's sha256"] = sha256(adapter_file(Path(init))) if init else None
-    if config.has_reference:
-        directory = config.adapters.get("dpo.reference")
-        values["the reference"] = sha256(adapter_file(Path(directory))) if directory else config.dpo.reference
+    directory = config.adapters.get("dpo.reference")
+    reference = sha256(adapter_file(Path(directory))) if directory else config.dpo.reference
+    values["the reference"] = reference if config.has_reference else None
     values |= {f"the base's {key}": value for key, value in dataclasses.asdict(arch).items()}
     with ThreadPoolExecutor() as pool:
         digests = pool.map(sha256, weights)
@@ -229,9 +231,9 @@ def verify(directory: Path) -> State:
     verify_manifest(directory)
     path = directory / "state.json"
     values = read_json(path)
-    if values.get("format") != FORMAT:
-        raise UserError(_other_format(values.get("format")), path=path)
     kinds = typing.get_type_hints(State)
+    if values.get("format") != FORMAT or values.keys() - kinds:
+        raise OtherVersion(_other_version(values, kinds), path=path)
     added = {key.name: key.default for key in dataclasses.fields(State) if key.default is not dataclasses.MISSING}
     values = added | values
     if {name: type(value) for name, value in values.items()} != kinds:
@@ -249,11 +251,18 @@ def verify(directory: Path) -> State:
     return state
 
 
-def _other_format(found: object) -> str:
-    remedy = "finish the run with the version that began it, or choose another train.output"
+_REMEDY = "finish the run with the version that began it, or choose another train.output"
+
+
+def _other_version(values: dict, known: Iterable[str]) -> str:
+    """Of the content of a state.json."""
+    found = values.get("format")
     if found is None:
-        return f"the checkpoint has no format number: an earlier version of minorca wrote it; {remedy}"
-    return f"the checkpoint has format {found!r}; this version of minorca reads format {FORMAT}; {remedy}"
+        return f"the checkpoint has no format number: an earlier version of minorca wrote it; {_REMEDY}"
+    what = f"has {quote(sorted(values.keys() - known))}, unknown to this version"
+    if found != FORMAT:
+        what = f"has format {quote(found)}; this version of minorca reads format {FORMAT}"
+    return f"a newer version of minorca wrote the checkpoint: it {what}; {_REMEDY}"
 
 
 def find(config: Config) -> Path | None:
@@ -274,7 +283,7 @@ def find(config: Config) -> Path | None:
         return existing[-1] if existing else None
     if resume == "last-good":
         return _last_undamaged(directory, existing)
-    path = Path(resume).expanduser()
+    path = user_path(resume)
     # it started this run, which has checkpoints of its own since
     if existing and path.resolve().parent != directory.resolve():
         log.info("%s: has checkpoints of its own; %s was their start", directory, path)
@@ -290,6 +299,8 @@ def _last_undamaged(directory: Path, existing: list[Path]) -> Path | None:
         try:
             verify(path)
             return path
+        except OtherVersion:
+            raise
         except UserError as error:
             log.warning("skipped: %s", error)
     if existing:
@@ -310,13 +321,21 @@ def read_state(directory: Path, now: dict, config: Config) -> State:
     """
     try:
         state = verify(directory)
+    except OtherVersion:
+        raise
     except UserError as error:
         if config.train.resume == "auto":
             error.advice = "to resume from the newest undamaged checkpoint, set train.resume to last-good"
         raise
-    differences = changes(state.run, now).items()
+    differences = changes(state.run, now)
+    # files of the base have names of their own
+    if unknown := [key for key in differences if key not in now and not key.endswith("'s sha256")]:
+        what = f"it has {', '.join(unknown)}, unknown to this version"
+        raise OtherVersion(f"a newer version of minorca wrote the checkpoint: {what}; {_REMEDY}", path=directory)
     raise_problems(
-        _refusal(directory, config.start_key, key, *values) for key, values in differences if key not in _CHANGEABLE
+        _refusal(directory, config.start_key, key, *values)
+        for key, values in differences.items()
+        if key not in _CHANGEABLE
     )
     if config.train.resume != "last-good" and (later := _later(state, config)):
         raise UserError(
@@ -333,14 +352,11 @@ def changes(then: dict, now: dict) -> dict[str, tuple[object, object]]:
     """
     absent = defaults()
     before = {key: then.get(key, absent.get(key)) for key in sorted(now.keys() | then.keys())}
-    return {key: (value, now.get(key, _UNKNOWN)) for key, value in before.items() if now.get(key) != value}
+    return {key: (value, now.get(key)) for key, value in before.items() if now.get(key) != value}
 
 
 def _refusal(directory: Path, start_key: str, key: str, before: object, after: object) -> UserError:
-    if after is _UNKNOWN:
-        message = f"was {before!r} in the checkpoint and is unknown to this version; use the one that wrote it"
-    else:
-        message = f"was {before!r} in the checkpoint and is {after!r} now; set it back"
+    message = f"was {before!r} in the checkpoint and is {after!r} now; set it back"
     advice = "or choose another train.output"
     # an adapter fits a network and settings of its own alone
     if not key.startswith(("model.", "lora.", "the base's", "the initial", "train.full", "train.new_tokens")):

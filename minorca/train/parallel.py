@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from minorca.config import ParallelConfig
+from minorca.device import host_memory_bytes
 from minorca.errors import UserError
 from minorca.model.network import Mistral
 from minorca.train.offload import HostMemory, input_on_host
@@ -31,8 +32,7 @@ from minorca_kernels import NF4Weight
 def memory_per_rank(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return host_memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def shards(model: nn.Module, config: ParallelConfig, world: World) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from minorca.config import Config
-from minorca.errors import UserError
+from minorca.errors import MACHINE_ERRORS, UserError, disk_reason
 from minorca.signals import Terminated, signals_noted
 from minorca.train import checkpoint, metrics, parallel
 from minorca.train.best import Best
@@ -30,19 +30,8 @@ from minorca.train.task_evaluation import open_tasks
 
 log = logging.getLogger("minorca.train")
 
-# what a disk reports that is full, lost, or not ours to write, under any of the files that a step writes
-DISK_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EIO,
-    errno.ESTALE,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.EACCES,
-    errno.EISDIR,
-}
+# what may be reported of any of the files that a step writes
+DISK_ERRORS = MACHINE_ERRORS | {errno.EEXIST, errno.ENAMETOOLONG, errno.EISDIR}
 
 
 def train(config: Config, profile: bool = False) -> None:
@@ -67,10 +56,14 @@ def train(config: Config, profile: bool = False) -> None:
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, config, world.size) from error
         except OSError as error:
+            if error.errno == errno.ENOENT and config.output in Path(os.fsdecode(error.filename)).parents:
+                message = "was removed while the run wrote there; start the run again, in an output that stays"
+                raise UserError(message, path=os.fsdecode(error.filename)) from error
             if error.errno not in DISK_ERRORS:
                 raise
+            reason = disk_reason(error, config.output)
             raise UserError(
-                f"{error}; what was saved is intact, and the same command resumes from there", path=config.output
+                f"{reason}; what was saved is intact, and the same command resumes from there", path=config.output
             ) from error
     if signum:
         raise KeyboardInterrupt if signum == signal.SIGINT else Terminated(signum)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed.fsdp import FSDPModule
@@ -12,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from minorca.config import EvalConfig
 from minorca.data.tokenizer import Tokenizer
 from minorca.errors import UserError
+from minorca.files.safe_io import user_path
 from minorca.model.network import Mistral
 from minorca.train.ranks import World
 
@@ -79,7 +79,7 @@ def open_tasks(config: EvalConfig) -> TaskEvaluation | None:
         raise UserError(message, field="eval.tasks")
     from minorca.evaluate.task_files import load_tasks
 
-    include_path = Path(config.include_path).expanduser() if config.include_path else None
+    include_path = user_path(config.include_path) if config.include_path else None
     try:
         tasks, manager = load_tasks(config.tasks, include_path, config.limit, config.num_fewshot)
     except UserError as error:

@@ -18,6 +18,7 @@ from minorca.config import Source
 from minorca.data import prepare as module
 from minorca.data import rendering, store
 from minorca.data.__main__ import main
+from minorca.data.portable_files import portable_files
 from minorca.data.tokenizer import load_tokenizer
 from tests.data.samples import RECORDS, path_of, prepare, records, same_rows, write
 from tests.data.test_tekken import FILE
@@ -87,6 +88,33 @@ def test_rows_are_rendered_again_if_anything_changed(change, model, data, render
             prepare(changed, model)
     else:
         assert prepare(changed, model).path != store.path and renderings
+
+
+def test_what_is_not_read_is_not_opened(model, data, tmp_path):
+    """Not even to find the store: a link out of the model's directory is nobody's business but its owner's."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "secret.jinja").write_text("my secret template")
+    store = prepare(data, model)
+    links = ["tokenizer.old", "tokenizer.model.old", "tokenizer.model.v3.bak", "tokenizer.json.bak", "old.jinja"]
+    for name in links:
+        (model / name).symlink_to(elsewhere / "secret.jinja")
+    (model / "additional_chat_templates").symlink_to(elsewhere)
+    opened = []
+    sys.addaudithook(lambda event, given: opened.append(str(given[0])) if event == "open" else None)
+    assert prepare(data, model).path == store.path
+    files = portable_files(load_tokenizer(model), "chatml", model)
+    assert opened and not [path for path in opened if path.endswith(("secret.jinja", *links))]
+    assert not any(b"my secret" in content for content in files.values())
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "chat_template.jinja", "tekken.json"])
+def test_a_link_out_in_place_of_a_file_that_counts_is_refused(name, model, data, tmp_path):
+    (tmp_path / "elsewhere").write_text("secret")
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name}: is a symbolic link to .*elsewhere, outside its directory"):
+        prepare(data, model)
 
 
 @pytest.mark.parametrize("name, value", [("RENDERER_VERSION", -1), ("FORMAT", -1), ("LIBRARIES", ("jinja2",))])

@@ -812,6 +812,18 @@ def test_a_conversation_that_exhausts_a_template_is_not_all_of_them(monkeypatch)
     assert time.monotonic() - began < 0.5 and ask("x" * 4000) == "ok"
 
 
+@pytest.mark.parametrize("secret", ["MINORCA_API_KEY", "OPENAI_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"])
+def test_the_process_of_a_template_has_no_secrets(secret, monkeypatch):
+    monkeypatch.setenv(secret, "sesame")
+    worker = sandbox._Worker()
+    monkeypatch.setattr(sandbox, "_worker", worker)
+    try:
+        assert rendered("a") == "a"
+        assert b"sesame" not in Path(f"/proc/{sandbox_process().pid}/environ").read_bytes()
+    finally:
+        worker.stop()
+
+
 def test_the_process_of_a_template_can_open_nothing():
     """If a template escaped from Jinja's sandbox: no file, no process, no bytes on a disk."""
     code = (

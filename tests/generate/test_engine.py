@@ -308,7 +308,7 @@ def test_weights_in_four_bits_count_as_what_they_become(save_mistral, monkeypatc
     dense = sum(parameter.nbytes for parameter in theirs.parameters())
     for memory, fits in ((dense, False), (dense + 10 * cache.bytes(cache.max_capacity), True)):
         sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}
-        monkeypatch.setattr("minorca.generate.kv_cache.os.sysconf", sizes.get)
+        monkeypatch.setattr("minorca.device.os.sysconf", sizes.get)
         with contextlib.nullcontext() if fits else pytest.raises(UserError, match="are free after loading"):
             check_memory(cache, model)
 

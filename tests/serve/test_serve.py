@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -56,6 +57,14 @@ from minorca import cli
 from minorca.generate import engine
 from minorca.serve import __main__ as serve
 engine.Engine.step = lambda self: 1 / 0
+cli.run(serve.main)
+"""
+FEW_DESCRIPTORS = """
+import resource
+from minorca import cli
+from minorca.serve import __main__ as serve, http
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+http.HEAD_TIMEOUT = 2
 cli.run(serve.main)
 """
 
@@ -755,6 +764,30 @@ def test_a_client_that_does_not_read_is_disconnected(monkeypatch):
     assert freed and sent == ["http.response.start", "http.response.body"]
 
 
+def test_connections_end_before_descriptors_do(talker):
+    """Those beyond are closed in silence and counted; those that ask for nothing make room."""
+    with serving("--model", talker, program=("-c", FEW_DESCRIPTORS)) as server, contextlib.ExitStack() as stack:
+        url = httpx.URL(server.url)
+        connections = []
+        for n in range(120):
+            connection = stack.enter_context(socket.create_connection((url.host, url.port), timeout=30))
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"GET /metrics HT" if n % 2 else b"")
+            connections.append(connection)
+        first, idle, half_a_head = connections[:3]
+        with contextlib.suppress(ConnectionResetError):
+            assert connections[-1].recv(1) == b""
+        first.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert first.recv(12) == b"HTTP/1.1 200"
+        assert idle.recv(1) == half_a_head.recv(1) == b""
+        refused = server.metric("connections_refused_total")
+        assert 64 < refused < 110
+        completed: Any = server.client().completions.create(model="talker", prompt="a", max_tokens=2)
+        assert completed.usage.completion_tokens == 2 and server.metric("connections_refused_total") == refused
+        stack.close()
+        assert server.end(signal.SIGTERM) == (143, "")
+
+
 def test_too_many_requests(talking):
     """All choices of a request are admitted or refused together; too many for an idle server are an error."""
     client = talking.client()
@@ -830,7 +863,7 @@ def test_the_health_of_a_dead_engine(talker):
     assert asyncio.run(statuses()) == (503, 503)
 
 
-def test_what_a_user_can_fix(talker):
+def test_what_a_user_can_fix(talker, monkeypatch):
     def complaint(*options):
         with pytest.raises(UserError) as error:
             serve_command.main([str(option) for option in options])
@@ -838,7 +871,14 @@ def test_what_a_user_can_fix(talker):
 
     model = ("--model", talker, "--port", 0)
     assert "nowhere" in complaint("--model", talker / "nowhere", "--port", 0)
-    assert "--slots" in complaint(*model, "--slots", 0) and "--api-key" in complaint(*model, "--api-key", "")
+    for key in ("", " ", " sesame", "sesame\n", "ses\x00ame", "\u00a0sesame"):
+        assert "--api-key is empty, or has" in (said := complaint(*model, "--api-key", key)) and "ame" not in said
+        # which cannot hold every character
+        if "\x00" not in key:
+            monkeypatch.setenv("MINORCA_API_KEY", key)
+            assert "MINORCA_API_KEY is empty, or has" in (said := complaint(*model)) and "sesame" not in said
+    monkeypatch.delenv("MINORCA_API_KEY")
+    assert "--slots" in complaint(*model, "--slots", 0)
     assert "template mistral-v3 needs the control token [INST]" in complaint(*model, "--template", "mistral-v3")
     assert "8192 positions" in complaint(*model, "--max-length", 8193)
     assert "NAME=DIR" in complaint(*model, "--adapter", "a/x", "--adapter", "b/x")
@@ -849,6 +889,8 @@ def test_what_a_user_can_fix(talker):
         port = other.getsockname()[1]
         assert str(port) in complaint("--model", talker, "--port", port)
     assert "no.such.host" in complaint("--model", talker, "--host", "no.such.host")
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (32, 32))
+    assert "32 files and connections may be open; allow 64" in complaint(*model)
 
 
 # --------------------------------------------------------------------------------------------------------------- random
