@@ -21,13 +21,14 @@ from minorca_kernels.nf4 import (
     CODE_BOOK,
     DYNAMIC_MAP,
     NESTED_BLOCK,
-    dequantize_absmax_definition,
     dequantize_nf4_definition,
 )
 from minorca_kernels.operator import operator
 
 # of 64 weights that a program of 4 warps reads back: 32 registers a thread, so that a multiprocessor is full
 BLOCKS = 64
+# rows that the CPU reads back at once
+CPU_ROWS = 1024
 
 
 def tables(device: torch.device | str | None = None) -> Tensor:
@@ -45,16 +46,25 @@ def nested_parts(nested_absmax: Tensor, part_table: Tensor) -> list[tuple[Tensor
 
 def _dequantize_cpu(out_NK: Tensor, weight: list[Tensor]) -> None:
     codes, absmax, _, *nested = weight
-    if not nested:
-        out_NK.copy_(
-            dequantize_nf4_definition(codes, absmax.view(torch.float32).view(-1), out_NK.dtype).view_as(out_NK)
+    # not part by part: in a plan, on fake tensors, the parts' sizes are not known
+    for start in range(0, len(codes), CPU_ROWS):
+        rows = slice(start, start + CPU_ROWS)
+        scales = _scales(absmax, *nested, rows) if nested else absmax[rows].view(torch.float32)
+        out_NK[rows].copy_(
+            dequantize_nf4_definition(codes[rows], scales.reshape(-1), out_NK.dtype).view_as(out_NK[rows])
         )
-        return
-    stops = nested[1].view(torch.int32)[1:, 0].tolist()
-    rows = zip(*(t.tensor_split(stops) for t in (out_NK, codes, absmax)), nested_parts(*nested))
-    for part_NK, part_codes, part_absmax, part_nested in rows:
-        scales = dequantize_absmax_definition(part_absmax, *part_nested)
-        part_NK.copy_(dequantize_nf4_definition(part_codes, scales, out_NK.dtype).view_as(part_NK))
+
+
+def _scales(absmax: Tensor, nested_absmax: Tensor, part_table: Tensor, rows: slice) -> Tensor:
+    """The absmax of rows of all parts, fp32 [rows, K/64]; as `dequantize_absmax_definition`."""
+    codes = absmax[rows]
+    table = part_table.view(torch.int32)
+    number = torch.arange(rows.start, rows.start + len(codes), dtype=torch.int32)
+    part = torch.bucketize(number, table[:, 0].contiguous(), right=True) - 1
+    block = (number - table[part, 0])[:, None] * codes.shape[1] + torch.arange(codes.shape[1])
+    nested = table[part, 1][:, None] + block // NESTED_BLOCK
+    values = torch.tensor(DYNAMIC_MAP, dtype=torch.float32).index_select(0, codes.reshape(-1).int()).view(codes.shape)
+    return values * nested_absmax.view(torch.float32).view(-1)[nested] + table[:, 2].view(torch.float32)[part][:, None]
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton

@@ -214,6 +214,16 @@ def test_preferences_need_little_more_than_fine_tuning():
     assert less < more < 1.1 * less
 
 
+def test_a_plan_of_quantized_weights_on_the_cpu():
+    """Projections that are stored as one matrix of several parts are read back on fake tensors."""
+    whole = Case("").config
+    quantized = changed(whole, {"model.quantize": "nf4"})
+    nf4, fp32 = (Estimator(SMALL, machine("cpu", 1), 1)(config).memory["weights"] for config in (quantized, whole))
+    # embedding and head are not quantized
+    ends = 2 * SMALL.vocab_size * SMALL.hidden_size * 4
+    assert 0.1 < (nf4 - ends) / (fp32 - ends) < 0.15
+
+
 PREFERENCES = {
     "dpo": [],
     "with values computed before": ["--dpo.precompute=true"],
