@@ -6,7 +6,6 @@ SIGINT and SIGTERM.
 
 import argparse
 import dataclasses
-import difflib
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from minorca.config import Config, Source, default_of, fields
 from minorca.config_file import load_yaml, read_config, suggestion
-from minorca.errors import RunEnded, UserError, one_line, raise_problems
+from minorca.errors import RunEnded, UserError, nearest, one_line, raise_problems
 from minorca.signals import Terminated, raise_terminated
 
 
@@ -91,9 +90,7 @@ def _unknown_options(parser: Parser, surplus: list[str], suggest: Callable[[str]
     for word in surplus:
         if word.startswith("--"):
             name = word.partition("=")[0]
-            hint = suggest(name[2:])
-            if not hint and (near := difflib.get_close_matches(name, known, n=1)):
-                hint = f"; did you mean {near[0]}?"
+            hint = suggest(name[2:]) or nearest(name, known)
             yield UserError(f"is an unknown option{hint} (see {parser.prog} --help)", field=name)
         elif not after_option:
             yield UserError(f"unexpected argument {word} (see {parser.prog} --help)")
