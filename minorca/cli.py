@@ -6,7 +6,6 @@ its number: 130 SIGINT, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1, 152 SIGXCPU.
 
 import argparse
 import dataclasses
-import difflib
 import os
 import signal
 import sys
@@ -16,7 +15,14 @@ from pathlib import Path
 
 from minorca.config import Config, Source, default_of, fields
 from minorca.config_file import load_yaml, read_config, suggestion
-from minorca.errors import MACHINE_ERRORS, RunEnded, UserError, one_line, raise_problems
+from minorca.errors import (
+    MACHINE_ERRORS,
+    RunEnded,
+    UserError,
+    nearest,
+    one_line,
+    raise_problems,
+)
 from minorca.signals import STOPPING, Terminated, raise_when_stopped
 from minorca.streams import end_line, flush_output, is_of_output, open_streams, outlive_readers
 
@@ -92,9 +98,7 @@ def _unknown_options(parser: Parser, surplus: list[str], suggest: Callable[[str]
     for word in surplus:
         if word.startswith("--"):
             name = word.partition("=")[0]
-            hint = suggest(name[2:])
-            if not hint and (near := difflib.get_close_matches(name, known, n=1)):
-                hint = f"; did you mean {near[0]}?"
+            hint = suggest(name[2:]) or nearest(name, known)
             yield UserError(f"is an unknown option{hint} (see {parser.prog} --help)", field=name)
         elif not after_option:
             yield UserError(f"unexpected argument {word} (see {parser.prog} --help)")

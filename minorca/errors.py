@@ -1,5 +1,6 @@
 """The exceptions that end a command without a traceback."""
 
+import difflib
 import errno
 import os
 from collections.abc import Iterable
@@ -78,6 +79,12 @@ class UserErrors(UserError):
     @property
     def problems(self) -> list[UserError]:
         return self._problems
+
+
+def nearest(name: str, known: Iterable[str], n: int = 1) -> str:
+    """The end of a message about an unknown name: those of the known ones that were meant, perhaps; or nothing."""
+    near = difflib.get_close_matches(name, known, n=n)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def raise_problems(problems: Iterable[UserError]) -> None:

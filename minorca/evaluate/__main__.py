@@ -185,8 +185,8 @@ def _evaluate(args: argparse.Namespace, world: World | None) -> None:
         of_model = identity(args.model, args.adapter, quantization, tok)
     lm = _load(args, world, tok, template, of_model)
     started = time.perf_counter()
-    results = _evaluate_tasks(args, lm, chosen.manager.load(chosen.tasks)) if chosen else None
-    scores = suites.run(prepared, lambda loaded: _evaluate_tasks(args, lm, loaded))
+    results = _evaluate_tasks(args, world, lm, chosen.manager.load(chosen.tasks)) if chosen else None
+    scores = suites.run(prepared, lambda loaded: _evaluate_tasks(args, world, lm, loaded))
     failure = None
     if bench:
         of_bench, failure = _evaluate_mt_bench(args, world, lm, bench, of_model)
@@ -245,7 +245,9 @@ def _load(
     return MinorcaLM(model, tok, template or "auto", add_bos=args.bos, cache=cache, world=world, slots=args.slots)
 
 
-def _evaluate_tasks(args: argparse.Namespace, lm: "MinorcaLM", loaded: "TaskDict") -> dict[str, Any]:
+def _evaluate_tasks(
+    args: argparse.Namespace, world: World | None, lm: "MinorcaLM", loaded: "TaskDict"
+) -> dict[str, Any]:
     """lm_eval's results."""
     from minorca.evaluate.harness import evaluate_tasks
 
@@ -256,7 +258,7 @@ def _evaluate_tasks(args: argparse.Namespace, lm: "MinorcaLM", loaded: "TaskDict
         "fewshot_as_multiturn": args.chat and not args.fewshot_in_one_turn,
     }
     # standard errors, for which lm_eval may take all cores, are needed once
-    if int(os.environ.get("RANK", 0)):
+    if world and world.rank:
         options["bootstrap_iters"] = 0
     return evaluate_tasks(lm, loaded, args.num_fewshot, **options)
 

@@ -29,6 +29,7 @@ from minorca.evaluate.answers import Answers
 from minorca.evaluate.generation import generate_texts, read_options
 from minorca.evaluate.result_cache import ResultCache
 from minorca.evaluate.scoring import Scorer, build_trie
+from minorca.evaluate.task_rows import shots_of
 from minorca.files.safe_io import quote
 from minorca.generate.engine import CHUNK, Engine
 from minorca.generate.request import default_max_length
@@ -55,10 +56,7 @@ def evaluate_tasks(lm: LM, loaded: TaskDict, num_fewshot: int | None = None, **o
         options: of lm_eval's evaluate.
     """
     for task in loaded["tasks"].values():
-        given = task.get_config("num_fewshot")
-        # a task that says 0 cannot be asked otherwise
-        if given is None or (num_fewshot is not None and given != 0):
-            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        task.set_config(key="num_fewshot", value=shots_of(task, num_fewshot))
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     # its decorator hides its parameters from type checkers
     evaluate: Any = evaluator.evaluate

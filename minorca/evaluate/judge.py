@@ -156,7 +156,8 @@ class Judge:
             pool.shutdown(cancel_futures=True)
             progress.close()
         if failures:
-            match, failure = next((pair for pair in failures if pair[1].refused), failures[0])
+            # whatever the order in which they failed: a refusal, or the first of the questions
+            match, failure = min(failures, key=lambda pair: (not pair[1].refused, matches.index(pair[0])))
             kept = "the others are in it, and " if judged else ""
             raise UserError(
                 f"{len(matches) - len(judged)} of {len(matches)} judgments did not come; question {match.question_id}, "

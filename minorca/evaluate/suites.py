@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from minorca.errors import UserError, raise_problems
 from minorca.evaluate import bigbench
 from minorca.evaluate.published import AGIEVAL_MEAN, BIGBENCH_MEAN, FOUR, GPT4ALL_MEAN, SIX
-from minorca.evaluate.task_data import local_files, task_configs
+from minorca.evaluate.task_data import data_files, task_configs
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -191,8 +191,7 @@ def prepare(name: str, data: Path = DATA, limit: int | None = None) -> Prepared:
 def _load(config: TaskConfig, manager: "TaskManager", limit: int | None) -> "Task":
     from minorca.evaluate.task_rows import check_rows
 
-    files = local_files(config)
-    evaluated = files.get(config.get("test_split") or config["validation_split"], [])
+    evaluated = data_files(config, config.get("test_split") or config["validation_split"])
     log = logging.getLogger("lm_eval.api.task")
     level = log.level
     # it warns of what its own files leave to defaults
@@ -201,17 +200,18 @@ def _load(config: TaskConfig, manager: "TaskManager", limit: int | None) -> "Tas
         task: Any = manager.load([config])["tasks"][config["task"]]
     # whatever it raises where a file cannot be read, or its rows lack a column
     except Exception as error:
-        raise _why(config, [path for paths in files.values() for path in paths], evaluated, error) from error
+        raise _why(config, evaluated, error) from error
     finally:
         log.setLevel(level)
     check_rows(task, config["task"], evaluated, limit, is_known=True)
     return task
 
 
-def _why(config: TaskConfig, files: list[str], evaluated: list[str], error: Exception) -> UserError:
+def _why(config: TaskConfig, evaluated: list[str], error: Exception) -> UserError:
     """Why lm_eval cannot make a task of its files."""
     from minorca.evaluate.task_rows import check_first_row, file_problems
 
+    files = data_files(config)
     place = Path(files[0]).parent if files else None
     try:
         raise_problems(file_problems(files))
@@ -231,7 +231,7 @@ def _schema_problems(config: TaskConfig) -> Iterator[UserError]:
 
     from minorca.evaluate.task_rows import template_problems
 
-    for file in (path for paths in local_files(config).values() for path in paths):
+    for file in data_files(config):
         try:
             rows = datasets.load_dataset(config["dataset_path"], data_files=file, split="train")
         except Exception as error:

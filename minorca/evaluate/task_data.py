@@ -6,7 +6,7 @@ configuration's name where there are several.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,13 @@ def task_configs(pattern: str, shots: int, data: Path) -> list[dict[str, Any]]:
     return configs
 
 
-def local_files(config: dict[str, Any]) -> dict[str, list[str]]:
-    """The files of a task by split; none of a data set of the hub."""
-    return (config.get("dataset_kwargs") or {}).get("data_files", {})
+def data_files(config: Mapping[str, Any], split: str | None = None) -> list[str]:
+    """The local files of a task's data, or of a split of it, as its configuration names them."""
+    named = (config.get("dataset_kwargs") or {}).get("data_files") or []
+    if isinstance(named, dict):
+        named = list(named.values()) if split is None else named.get(split, [])
+    named = [named] if isinstance(named, str) else named
+    return [path for item in named for path in ([item] if isinstance(item, str) else item)]
 
 
 def _splits(config: dict) -> dict[str, str]:

@@ -4,7 +4,6 @@ lm_eval reports mistakes in a task's file or its data by a traceback, or takes t
 the user's own, like a configuration: they may name Python functions, which lm_eval runs.
 """
 
-import difflib
 import fnmatch
 import glob
 import random
@@ -25,12 +24,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from minorca.errors import UserError, raise_problems
+from minorca.errors import UserError, nearest, raise_problems
+from minorca.evaluate.task_data import data_files
 from minorca.evaluate.task_rows import (
     check_examples,
     check_first_row,
     check_rows,
-    data_files,
     example_problems,
     file_problems,
     shots_of,
@@ -132,14 +131,9 @@ def _unknown(names: Iterable[str], manager: TaskManager) -> Iterator[UserError]:
     for name in names:
         matches = _matches(name, manager)
         if not matches:
-            yield UserError(f"{name} is an unknown task{_hint(name, manager)}", field="--tasks")
+            yield UserError(f"{name} is an unknown task{nearest(name, _names(manager), n=3)}", field="--tasks")
         for match in matches:
             yield from _unknown_members(match, manager)
-
-
-def _hint(name: str, manager: TaskManager) -> str:
-    near = difflib.get_close_matches(name, _names(manager), n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _unreadable(include_path: Path | None) -> Iterator[UserError]:
@@ -237,7 +231,8 @@ def _unknown_members(name: str, manager: TaskManager) -> Iterator[UserError]:
     for entry in _entries(name, manager):
         for member, is_own in _members(entry.cfg or {}) if entry.kind is Kind.GROUP else ():
             if not is_own and member not in manager.task_index:
-                yield UserError(f"has the unknown {member}{_hint(member, manager)}", path=entry.yaml_path, field="task")
+                hint = nearest(member, _names(manager), n=3)
+                yield UserError(f"has the unknown {member}{hint}", path=entry.yaml_path, field="task")
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -251,9 +246,7 @@ def _file_problems(leaf: Entry) -> Iterator[UserError]:
         return
     known = {field.name for field in fields(TaskConfig)} | STRUCTURE
     for key in sorted(config.keys() - known, key=str):
-        near = difflib.get_close_matches(str(key), known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        yield UserError(f"is an unknown key{hint}", path=leaf.yaml_path, field=str(key))
+        yield UserError(f"is an unknown key{nearest(str(key), known)}", path=leaf.yaml_path, field=str(key))
     kind = config.get("output_type", ALL_OUTPUT_TYPES[0])
     if kind not in ALL_OUTPUT_TYPES:
         expected = ", ".join(ALL_OUTPUT_TYPES)
@@ -311,9 +304,7 @@ def _type_problems(config: Mapping[str, Any]) -> Iterator[UserError]:
         for key, known in (() if is_own else (("metric", METRIC_REGISTRY),)) + (("aggregation", AGGREGATION_REGISTRY),):
             name = metric.get(key)
             if isinstance(name, str) and name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                yield UserError(f"has the unknown {key} {name}{hint}", field="metric_list")
+                yield UserError(f"has the unknown {key} {name}{nearest(name, known)}", field="metric_list")
 
 
 def _kind_problems(task: Task) -> Iterator[UserError]:

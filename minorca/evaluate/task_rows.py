@@ -4,7 +4,6 @@ whether its answer is one of the choices.
 lm_eval reports such mistakes by a traceback, by a warning without a row, or takes them for something else.
 """
 
-import difflib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,20 +19,11 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.utils import env
 
 from minorca.data.row_files import RowError, open_file
-from minorca.errors import UserError, raise_problems
+from minorca.errors import UserError, nearest, raise_problems
 from minorca.files.safe_io import quote
 
 # what of a task's file makes a text of a row
 TEMPLATES = ("doc_to_text", "doc_to_choice", "doc_to_target")
-
-
-def data_files(config: Mapping[str, Any], split: str | None = None) -> list[str]:
-    """The local files of a task's data, or of a split of it, as its configuration names them."""
-    named = (config.get("dataset_kwargs") or {}).get("data_files") or []
-    if isinstance(named, dict):
-        named = list(named.values()) if split is None else named.get(split, [])
-    named = [named] if isinstance(named, str) else named
-    return [path for item in named for path in ([item] if isinstance(item, str) else item)]
 
 
 def file_problems(files: Sequence[str]) -> Iterator[UserError]:
@@ -76,10 +66,8 @@ def template_problems(
         if template.isidentifier() and not (isinstance(choices, list) and template in choices):
             names = {template}
         for name in sorted(names - set(columns)):
-            near = difflib.get_close_matches(name, columns, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            message = f"names the column {name}, which the data lack (they have {', '.join(columns)}){hint}"
-            yield UserError(message, path=path, field=field)
+            message = f"names the column {name}, which the data lack (they have {', '.join(columns)})"
+            yield UserError(message + nearest(name, columns), path=path, field=field)
 
 
 def writes_by_config(task: ConfigurableTask) -> bool:

@@ -252,7 +252,7 @@ def test_rows_that_a_suite_cannot_use_are_named(path, change, message, tmp_path,
 
 def paths_of(member: suites.Member, data: Path) -> list:
     try:
-        return [task_data.local_files(config) for config in member.configure(data)]
+        return [task_data.data_files(config) for config in member.configure(data)]
     except UserError:
         return []
 
