@@ -30,7 +30,7 @@ def requests(model: str, max_length: int) -> list[tuple[str, bytes]]:
         [{"role": "user", "content": "a"}] * (BODY_BYTES // 40),
         short,
     ]
-    prompts: list[Any] = ["x" * BODY_BYTES, [1] * (BODY_BYTES // 3), [[1]] * (BODY_BYTES // 5), ["a"] * 10**5]
+    prompts: list[Any] = ["x" * BODY_BYTES, [1] * (BODY_BYTES // 3), [[1]] * (BODY_BYTES // 5), [[1]] * (2**17 - 2), ["a"] * 10**5]
     many = dict.fromkeys(map(str, range(10**5)), 1)
     bodies = [("/v1/chat/completions", {"messages": messages}) for messages in chats]
     bodies += [("/v1/completions", {"prompt": prompt}) for prompt in prompts]

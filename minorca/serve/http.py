@@ -24,6 +24,9 @@ from minorca.serve.errors import APIError
 
 # Of a request body; the ids of 32768 tokens take 0.2 million.
 MAX_BODY_BYTES = 2 * 2**20
+# Of lists and objects in a body, counted by their brackets, those in texts too: to parse 400,000 takes 0.2 s, in which
+# no other thread runs.
+MAX_BRACKETS = 2**17
 # A body of fewer is parsed within a millisecond.
 INLINE_CHARACTERS = 2**16
 # More than MAX_BODY_BYTES are read up to here and dropped, because most clients read the error only after they have
@@ -171,6 +174,8 @@ class JSONRequest(HTTPRequest):
         # Also ValueError: invalid UTF-8 and numbers with too many digits; RecursionError: nesting that is too deep.
         try:
             text = (await self.body()).decode()
+            if text.count("[") + text.count("{") > MAX_BRACKETS:
+                raise APIError(400, f"the body has more than {MAX_BRACKETS} opening brackets")
             if len(text) < INLINE_CHARACTERS:
                 return parse_json(text)
             # Beside the streams; in this thread it would stop them.

@@ -15,13 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 # it warns of kernels that an optimizer does not use, for GPUs that this machine may not have
 logging.getLogger("torchao").setLevel(logging.ERROR)
 
 # not among the requirements
 from torchao.optim import AdamW8bit as TorchaoAdamW  # noqa: E402  # pyright: ignore[reportMissingImports]
-from torchao.optim.subclass_8bit import OptimState8bit  # noqa: E402  # pyright: ignore[reportMissingImports]
+from torchao.optim.subclass_8bit import (  # noqa: E402  # pyright: ignore[reportMissingImports]
+    OptimState8bit,
+    get_qmap_signed,
+    get_qmap_unsigned,
+)
+
+# The values of its codes, which it computes once: not on the fake tensors of a plan, whose numbers are none.
+with _disable_current_modes():
+    get_qmap_signed()
+    get_qmap_unsigned()
 
 # the scale of a block takes 4 bytes
 MIN_BLOCK = 16

@@ -56,7 +56,7 @@ def train(config: Config, profile: bool = False) -> None:
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, config, world.size) from error
         except OSError as error:
-            if error.errno == errno.ENOENT and config.output in Path(os.fsdecode(error.filename)).parents:
+            if error.errno == errno.ENOENT and config.output in Path(os.fsdecode(error.filename or "")).parents:
                 message = "was removed while the run wrote there; start the run again, in an output that stays"
                 raise UserError(message, path=os.fsdecode(error.filename)) from error
             if error.errno not in DISK_ERRORS:

@@ -636,6 +636,11 @@ def test_invalid_bodies(server):
                 httpx.post(f"{server.url}/v1/{path}", content=content, headers={"Content-Type": "application/json"})
             )
             assert len(problem["message"]) < 2000, name
+    for lists, message in ((2**17, "more than 131072 opening brackets"), (2**17 - 2, "expected a string")):
+        problem = assert_error(
+            httpx.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": [[]] * lists}, timeout=60)
+        )
+        assert message in problem["message"]
     # What a page of another site can send without a preflight request.
     for kind in (
         "text/plain",
