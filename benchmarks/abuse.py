@@ -30,7 +30,13 @@ def requests(model: str, max_length: int) -> list[tuple[str, bytes]]:
         [{"role": "user", "content": "a"}] * (BODY_BYTES // 40),
         short,
     ]
-    prompts: list[Any] = ["x" * BODY_BYTES, [1] * (BODY_BYTES // 3), [[1]] * (BODY_BYTES // 5), [[1]] * (2**17 - 2), ["a"] * 10**5]
+    prompts: list[Any] = [
+        "x" * BODY_BYTES,
+        [1] * (BODY_BYTES // 3),
+        [[1]] * (BODY_BYTES // 5),
+        [[1]] * (2**17 - 2),
+        ["a"] * 10**5,
+    ]
     many = dict.fromkeys(map(str, range(10**5)), 1)
     bodies = [("/v1/chat/completions", {"messages": messages}) for messages in chats]
     bodies += [("/v1/completions", {"prompt": prompt}) for prompt in prompts]
@@ -55,9 +61,9 @@ async def longest_pause(server: "Server", question: str, seconds: float) -> floa
 
 
 async def abuse(server: "Server", question: str, seconds: float) -> dict[str, Any]:
-    """What another client's stream sees beside one that sends the longest prompts, and beside the abusive one."""
+    """What a client's stream sees alone, beside a client that sends the longest prompts, and beside the abusive one."""
     longest = {"model": server.model, "prompt": [1] * (server.max_length - 1), "max_tokens": 1}
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {"alone_seconds": await longest_pause(server, question, seconds)}
     statuses: Counter[str] = Counter()
     slowest = 0.0
 

@@ -36,6 +36,9 @@ from minorca.serve.service import Model, Service
 SHUTDOWN_SECONDS = 30
 # Of these the process itself has some 20 open, and `Listener` leaves 16 free.
 MIN_DESCRIPTORS = 64
+# For which one thread may keep the interpreter's lock from another. With Python's 5 ms a client that keeps this process
+# at work makes a step of 25 ms last for seconds.
+SWITCH_SECONDS = 5e-5
 # the environment's, of which the API key is where the command line has none
 KEY_VARIABLE = "MINORCA_API_KEY"
 
@@ -202,6 +205,8 @@ async def _serve(
             )
         # A collection of garbage, which a long body starts, need not look through all that was loaded.
         gc.freeze()
+        # The engine's thread takes the lock hundreds of times a step.
+        sys.setswitchinterval(SWITCH_SECONDS)
         _announce(listener, models, engine)
         await server.serve(sockets=[listener])
     finally:

@@ -1,5 +1,6 @@
 """The HTTP application: endpoints, error handlers and the chat page."""
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def make_app(service: Service, key: str | None = None, hosts: set[str] | None = 
     error_responses: dict[int | str, dict[str, Any]] = {code: {"model": ErrorResponse} for code in ("4XX", "5XX")}
     app = FastAPI(title="minorca", docs_url=None, redoc_url=None, responses=error_responses)
     app.router.route_class = JSONRoute
+    app.state.long_bodies = asyncio.Lock()
 
     def respond(error: HTTPException) -> Response:
         service.thread.metrics.refused.labels(error.status_code).inc()

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -29,6 +30,9 @@ MAX_BODY_BYTES = 2 * 2**20
 MAX_BRACKETS = 2**17
 # A body of fewer is parsed within a millisecond.
 INLINE_CHARACTERS = 2**16
+# Between two longer ones, as a multiple of the time that the first took to parse: what its validation takes and as many
+# streams' steps as pass meanwhile.
+PAUSE = 20
 # More than MAX_BODY_BYTES are read up to here and dropped, because most clients read the error only after they have
 # sent it all.
 MAX_DRAINED_BYTES = 64 * 2**20
@@ -174,14 +178,23 @@ class JSONRequest(HTTPRequest):
         # Also ValueError: invalid UTF-8 and numbers with too many digits; RecursionError: nesting that is too deep.
         try:
             text = (await self.body()).decode()
-            if text.count("[") + text.count("{") > MAX_BRACKETS:
-                raise APIError(400, f"the body has more than {MAX_BRACKETS} opening brackets")
             if len(text) < INLINE_CHARACTERS:
                 return parse_json(text)
-            # Beside the streams; in this thread it would stop them.
-            return await run_in_threadpool(parse_json, text)
+            return await self._parse_long(text)
         except (ValueError, RecursionError) as error:
             raise APIError(400, f"the body is not valid JSON ({error})") from None
+
+    async def _parse_long(self, text: str) -> Any:
+        """Parses in a thread, one body at a time: between two the streams go on."""
+        turn = self.app.state.long_bodies
+        await turn.acquire()
+        began = time.perf_counter()
+        try:
+            if text.count("[") + text.count("{") > MAX_BRACKETS:
+                raise APIError(400, f"the body has more than {MAX_BRACKETS} opening brackets")
+            return await run_in_threadpool(parse_json, text)
+        finally:
+            asyncio.get_running_loop().call_later(PAUSE * (time.perf_counter() - began), turn.release)
 
 
 class JSONRoute(APIRoute):

@@ -22,6 +22,7 @@ import httpx
 import openai
 import pytest
 import torch
+from fastapi import FastAPI, Request
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
@@ -568,6 +569,34 @@ def test_a_text_that_is_too_long_is_not_looked_at(name, directory, monkeypatch):
     with pytest.raises(APIError, match="characters exceed the maximum length of 256 tokens") as error:
         Service(thread, {})._set_prompts(body, Model(tok, "chatml"), [])
     assert error.value.code == "context_length_exceeded" and error.value.param in LENGTHY[name]
+
+
+def test_between_two_long_bodies_streams_go_on(monkeypatch):
+    """However many clients send them: parsing holds the interpreter's lock."""
+    times = []
+
+    def parse(text):
+        began = time.perf_counter()
+        time.sleep(0.01)
+        times.append((began, time.perf_counter()))
+        return {}
+
+    monkeypatch.setattr(http, "parse_json", parse)
+    app = FastAPI()
+    app.state.long_bodies = asyncio.Lock()
+
+    @app.post("/")
+    async def read(request: Request) -> dict:
+        await http.JSONRequest(request.scope, request.receive).json()
+        return {}
+
+    async def send():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            await asyncio.gather(*(client.post("/", json="x" * http.INLINE_CHARACTERS) for _ in range(3)))
+
+    asyncio.run(send())
+    (_, first), (second, end), (third, _) = sorted(times)
+    assert second - first > 0.01 * http.PAUSE < third - end
 
 
 @pytest.mark.parametrize("template", ["chatml", "jinja"])
