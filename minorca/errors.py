@@ -114,7 +114,9 @@ def memory_asked_for(error: Exception) -> str:
 
 def disk_reason(error: Exception, path: Path) -> str:
     """What a disk reports of a path; one whose inodes are used up says that no space is left, which `df` denies."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    # as safetensors says it
+    is_full = f"(os error {errno.ENOSPC})" in str(error)
+    if is_full or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
         directory = next(parent for parent in path.absolute().parents if parent.exists())
         disk = os.statvfs(directory)
         if disk.f_files and not disk.f_favail:

@@ -113,7 +113,9 @@ def test_an_output_that_is_removed_under_a_run(gone, workplace, tmp_path):
         ("store", "size=4k,nr_inodes=1", ".lock: cannot be locked (its disk has no inodes left"),
         ("store", "size=4k,nr_inodes=2", "its disk has no inodes left"),
         ("store", "ro", "Read-only file system"),
+        # two numbers, so that the first file without one is of safetensors or ours
         ("output", "size=400k,nr_inodes=9", "its disk has no inodes left"),
+        ("output", "size=400k,nr_inodes=12", "its disk has no inodes left"),
         ("output", "size=4k", "No space left on device"),
     ],
 )
