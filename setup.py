@@ -18,7 +18,7 @@ setup(
     package_data={"minorca.serve": ["page.html"], "minorca.compare": ["page.html"], "minorca.plan": ["fake_cuda.cpp"]},
     # from the lowest to the newest that tests/test_requirements.py has run; SECURITY.md lists what each is for
     install_requires=[
-        "torch>=2.11,<2.14",
+        "torch>=2.11,<2.15",
         "triton>=3.6,<3.10",
         "safetensors>=0.6.2,<0.9",
         "sentencepiece>=0.2.1,<0.3",

@@ -28,6 +28,7 @@ def requests(model: str, max_length: int) -> list[tuple[str, bytes]]:
         [{"role": "user", "content": "".join(f"\ue000{n}:" for n in range(10**5))}],
         [{"role": "user", "content": [{"type": "text", "text": "a"}] * (BODY_BYTES // 40)}],
         [{"role": "user", "content": "a"}] * (BODY_BYTES // 40),
+        [{"role": "user", "content": "a"} | dict.fromkeys(map(str, range(150)), 1)] * 1000,
         short,
     ]
     prompts: list[Any] = [

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from minorca.config import Source
+from minorca.data.hub import open_hub
 from minorca.errors import UserError, disk_reason
+from minorca.evaluate.task_files import load_tasks
 from minorca.files.atomic import lock, write_file
 from minorca.files.safe_io import cache_directory, user_path
 from tests.helpers import ENVIRONMENT, ROOT, wait_until
@@ -29,7 +32,7 @@ def homeless(monkeypatch):
         raise KeyError(f"getpwuid(): uid not found: {uid}")
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    for name in ("HOME", "XDG_CACHE_HOME"):
+    for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -37,6 +40,10 @@ def test_a_user_without_a_home(homeless, monkeypatch, tmp_path):
     for kind, instead in (("rows", "data.store"), ("results", "--cache")):
         with pytest.raises(UserError, match=f"^XDG_CACHE_HOME is not set, and .* or set {instead}$"):
             cache_directory(kind, instead)
+    # where `datasets` would make a directory named ~
+    for load in (lambda: load_tasks(["answers"], ROOT / "examples" / "evaluation"), lambda: open_hub(Source("a/b"), 1)):
+        with pytest.raises(UserError, match="^XDG_CACHE_HOME is not set, and .* or set HF_HOME$"):
+            load()
     # named as any other path that does not exist
     for path in ("~/model", "~nobody-of-this-name/model"):
         assert user_path(path) == Path(path)

@@ -8,14 +8,16 @@ from typing import Any
 from minorca.config import Source
 from minorca.data.row_files import NumberedRecord, RowFile, drop_null_fields
 from minorca.errors import UserError
+from minorca.files.safe_io import check_hub_cache
 
 
 def open_hub(source: Source, limit: int | None) -> RowFile:
     """Opens a hub id, or hub-id:FILE. With a limit, at most that many rows are downloaded.
 
     Raises:
-        UserError: a data set that cannot be read, or one without the split.
+        UserError: a data set that cannot be read, or one without the split; no home directory for its cache.
     """
+    check_hub_cache()
     import datasets
 
     repository, _, file = source.path.partition(":")

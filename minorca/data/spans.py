@@ -28,17 +28,28 @@ def encode_spans(tok: Tokenizer, encode: Callable[[str], list[int]], spans: list
     prefix = ""
     # Where earlier spans end, in characters and in ids.
     borders = [(0, 0)]
+    # Whether a token was split so far back that the text as a whole will have other ids there whatever follows.
+    differs = False
     for text, is_trained in spans:
         prefix += text
-        together = None
-        if len(prefix) - encoder.start > 2 * CONTEXT:
-            together = _encode_end(encode, prefix, text, ids, borders)
-        if together is None:
-            together = encoder(prefix)
-            if together[: len(ids)] != ids:
-                together = ids + encode(text)
-        trained += [is_trained] * (len(together) - len(ids))
-        ids = together
+        is_long = len(prefix) - encoder.start > 2 * CONTEXT
+        new = _encode_end(encode, prefix, text, ids, borders) if is_long else None
+        # Encoding the whole at every span would take time that grows with the square of the text.
+        if new is None and not (is_long and differs and not encoder.may_advance(prefix)):
+            first = encoder.head
+            # `ids` has the whole head, or they differ.
+            known = ids[first:]
+            whole = encoder(prefix)
+            if not differs and whole[: len(known)] == known:
+                new = whole[len(known) :]
+            elif not differs:
+                # In the head it will stay so; elsewhere, if it is not near the end.
+                same = next((n for n, (a, b) in enumerate(zip(whole, known)) if a != b), len(whole))
+                differs = first + same < encoder.head or (is_long and same < len(whole) - EDGE)
+        if new is None:
+            new = encode(text)
+        ids += new
+        trained += [is_trained] * len(new)
         borders.append((len(prefix), len(ids)))
     return Rendered(ids, trained)
 
@@ -46,7 +57,7 @@ def encode_spans(tok: Tokenizer, encode: Callable[[str], list[int]], spans: list
 def _encode_end(
     encode: Callable[[str], list[int]], prefix: str, text: str, ids: list[int], borders: list[tuple[int, int]]
 ) -> list[int] | None:
-    """The ids of `prefix`, which ends in `text` and of which `ids` are known, by encoding its end alone.
+    """The ids of `text`, which ends `prefix` and before which `ids` are known, by encoding the end of `prefix` alone.
 
     None if the ids of the context before `text` are not those known, but for the tokens at its start.
     """
@@ -59,7 +70,7 @@ def _encode_end(
         end = len(known) + shift
         if len(known) > 2 * EDGE and window[EDGE + shift : end - EDGE] == known[EDGE:-EDGE]:
             crosses = window[end - EDGE : end] != known[-EDGE:]
-            return ids + (encode(text) if crosses else window[end:])
+            return encode(text) if crosses else window[end:]
     return None
 
 
@@ -74,8 +85,9 @@ class _IncrementalEncoder:
     or in a normalized text) encode everything again.
 
     Attributes:
-        head: the ids up to and including a control string.
+        head: the number of ids up to and including a control string.
         start: where that string starts in the text.
+        searched: up to where the text was searched for one that comes later.
     """
 
     def __init__(self, tok: Tokenizer, encode: Callable[[str], list[int]]):
@@ -83,11 +95,20 @@ class _IncrementalEncoder:
         self.encode = encode
         self.control = set(tok.control_ids.values())
         self.longest = max(map(len, tok.control_ids), default=0)
-        self.head: list[int] = []
+        self.head = 0
         self.start = 0
+        self.searched = 0
+
+    def may_advance(self, text: str) -> bool:
+        """Whether encoding `text` may find a later control string before which the ids do not change."""
+        # One near the end was not taken.
+        start = max(self.start + 1, self.searched - self.longest)
+        self.searched = len(text)
+        return any(_splits_text(self.tok, piece) for piece in self.tok.split_control(text[start:])[1::2])
 
     def __call__(self, text: str) -> list[int]:
-        # The control string's id is in `head` already.
+        """The ids of `text` that come after the head, as it was before this call."""
+        # The control string's id is in the head already.
         new = self.encode(text[self.start :])[1 if self.head else 0 :]
         pieces = self.tok.split_control(text[self.start :])
         end = self.start
@@ -99,12 +120,12 @@ class _IncrementalEncoder:
                 cut = (n // 2, end - len(piece))
         # Where the control strings are among the ids; the first is in `head`, if there is one.
         places = [place for place, i in enumerate(new) if i in self.control]
-        ids = self.head + new
         first = 1 if self.head else 0
         if cut and cut[0] >= first and len(places) == len(pieces) // 2 - first:
-            self.head = self.head + new[: places[cut[0] - first] + 1]
+            self.head += places[cut[0] - first] + 1
             self.start = cut[1]
-        return ids
+        self.searched = len(text)
+        return new
 
 
 @lru_cache(maxsize=4096)

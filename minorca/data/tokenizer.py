@@ -256,11 +256,11 @@ class JsonTokenizer(Tokenizer):
         return self._parsing.get_vocab(with_added_tokens=True), {token.content for token in added if not token.special}
 
     def _encode_text(self, text: str) -> list[int]:
-        with library_errors(self.file):
+        with library_errors(self.file, text):
             return _encode_unlocked(self._text_only, text)
 
     def _encode_template(self, text: str) -> list[int]:
-        with library_errors(self.file):
+        with library_errors(self.file, text):
             return _encode_unlocked(self._parsing, text)
 
     def token_id(self, token: str) -> int | None:
@@ -329,7 +329,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._encode_piece(text, self._prefixes_text)
 
     def _encode_piece(self, text: str, prefixed: bool) -> list[int]:
-        with library_errors(self.file):
+        with library_errors(self.file, text):
             return self._model.encode(text) if prefixed else self._model.encode(ANCHOR + text)[len(self._anchor) :]
 
     def _encode_template(self, text: str) -> list[int]:

@@ -17,7 +17,7 @@ from minorca.files.safe_io import find_directory, find_file, quote, read_optiona
 
 # Limits for untrusted files, each several times the largest in use: Gemma's tokenizer.json has 33 million bytes and its
 # tokenizer.model 4 million; a chat template 20 thousand characters, and a model ships two or three.
-MAX_TOKENIZER_BYTES = 100 * 10**6
+MAX_TOKENIZER_BYTES = 40 * 10**6
 MAX_TEMPLATE_CHARACTERS = 10**6
 MAX_TEMPLATES = 100
 
@@ -225,11 +225,14 @@ def check_tokenizer(file: Path, kind: str, content: str) -> None:
 
 
 @contextmanager
-def library_errors(file: Path) -> Iterator[None]:
+def library_errors(file: Path, text: str | None = None) -> Iterator[None]:
     """Turns whatever a tokenizer library raises into a UserError about its file.
 
     Some faults of a file show only when text is encoded, and some as a panic in Rust, which does not derive from
     Exception.
+
+    Args:
+        text: what is encoded; None: the file is read.
     """
     try:
         yield
@@ -237,14 +240,24 @@ def library_errors(file: Path) -> Iterator[None]:
         raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise _corrupt(file, error) from None
+            raise _corrupt(file, error) if text is None else _unable(file, error, text) from None
         raise
 
 
-def _corrupt(file: Path, error: BaseException) -> UserError:
-    reason = " ".join(str(error).split())[:500]
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500]
+
+
+def _unable(file: Path, error: BaseException, text: str) -> UserError:
     return UserError(
-        f"cannot be read as a tokenizer ({reason}); download it again (a file of a few hundred bytes is a Git LFS "
-        f"pointer, not the tokenizer)",
+        f"cannot encode {quote(text)} ({_reason(error)}); use the tokenizer that the model was published with",
+        path=file,
+    )
+
+
+def _corrupt(file: Path, error: BaseException) -> UserError:
+    return UserError(
+        f"cannot be read as a tokenizer ({_reason(error)}); download it again (a file of a few hundred bytes is a Git "
+        f"LFS pointer, not the tokenizer)",
         path=file,
     )

@@ -36,7 +36,7 @@ from minorca.evaluate.task_rows import (
     writes_by_config,
 )
 from minorca.evaluate.task_trial import try_tasks
-from minorca.files.safe_io import quote
+from minorca.files.safe_io import check_hub_cache, quote
 
 # what a task's file may have beside the fields of TaskConfig
 STRUCTURE = {"tag", "group", "task_list", "include", "class"}
@@ -66,8 +66,9 @@ def load_tasks(
 
     Raises:
         UserError: unknown names; task files that are invalid; data that is missing, or lacks what its task names; too
-            few examples.
+            few examples; no home directory for their cache.
     """
+    check_hub_cache()
     if include_path is not None and not include_path.is_dir():
         raise UserError("is not a directory; expected one with the YAML files of tasks", field="--include-path")
     names = [name.strip() for name in names if name.strip()]

@@ -45,6 +45,12 @@ def cache_directory(kind: str, instead: str | None = None) -> Path:
     return Path(root, "minorca", kind)
 
 
+def check_hub_cache() -> None:
+    """Raises UserError where the datasets library would find no home directory: it would make one named ~ here."""
+    if not os.environ.get("HF_HOME"):
+        cache_directory("hub", "HF_HOME")
+
+
 def find_file(directory: Path, name: str) -> Path | None:
     """A regular file in a directory, or None if there is none.
 

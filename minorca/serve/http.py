@@ -38,8 +38,9 @@ PAUSE = 20
 MAX_DRAINED_BYTES = 64 * 2**20
 # Seconds until a client that does not read its stream is disconnected.
 SEND_TIMEOUT = 30
-# Seconds until a client that has not sent the head of a request is disconnected.
+# Seconds until a client that has not sent the head of a request is disconnected, and a body is refused.
 HEAD_TIMEOUT = 10
+BODY_TIMEOUT = 60
 # Descriptors that connections leave free for files and for a template's process.
 RESERVED_DESCRIPTORS = 16
 # Paths that need no API key.
@@ -69,19 +70,29 @@ class Listener(socket.socket):
 
 
 class Connection(AutoHTTPProtocol):
-    """uvicorn's, which alone would wait for a first request for ever."""
+    """uvicorn's, which alone would wait for ever for a first request, and for the rest of a head that has begun."""
 
-    # of uvicorn's two implementations
+    # of uvicorn's two implementations; the request that is or was served last
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
-    cycle: object
+    cycle: Any
+    timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
-        self.loop.call_later(HEAD_TIMEOUT, self._close_unless_asked)
+        self._await_head()
 
-    def _close_unless_asked(self) -> None:
-        if self.cycle is None:
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._await_head()
+
+    def _await_head(self) -> None:
+        self.timer = self.loop.call_later(HEAD_TIMEOUT, self._close_after, self.cycle)
+
+    def _close_after(self, last: Any) -> None:
+        self.timer = None
+        if self.cycle is last:
             self.transport.close()
 
 
@@ -158,7 +169,12 @@ class JSONRequest(HTTPRequest):
             content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
             if content_type != "application/json":
                 raise APIError(400, f"invalid Content-Type {quote(content_type)}; expected application/json")
-            self._body = await self._read_body()
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT):
+                    self._body = await self._read_body()
+            except TimeoutError:
+                late = f"the body was not complete after {BODY_TIMEOUT} seconds"
+                raise APIError(408, late, headers={"Connection": "close"}) from None
         return self._body
 
     async def _read_body(self) -> bytes:

@@ -97,6 +97,39 @@ TOKENIZERS: dict[str, Callable[[Path], None]] = {
     "an expression doubles": tokenizer_json(chain("normalizer", [replace(RARE, RARE * 2, "Regex")] * 25)),
     "an empty match doubles": tokenizer_json(chain("normalizer", [replace(f"(?={RARE})", RARE, "Regex")] * 25)),
     "a decoder doubles": tokenizer_json(chain("decoder", [replace(RARE, RARE * 2)] * 40)),
+    "a step removes it from texts of words": tokenizer_json(
+        chain(
+            "normalizer",
+            [replace("\u2003", "\u2003\u2003"), {"type": "Strip", "strip_left": True, "strip_right": True}] * 24,
+        )
+    ),
+    "an expression removes it from texts of itself": tokenizer_json(
+        chain("normalizer", [replace(RARE, RARE * 2), replace(f"^{RARE}+$", "", "Regex")] * 20)
+    ),
+    "an expression, and what it writes": tokenizer_json(
+        chain("normalizer", [replace(RARE, "q" * 90, "Regex"), replace("q", "z" * 90)])
+    ),
+    "texts of two replacements": tokenizer_json(
+        chain("normalizer", [replace("..", ".-" * 8), replace("-.", "." * 16)] * 2)
+    ),
+    "bytes after what removes the sample": tokenizer_json(
+        chain("normalizer", [replace(r"[\s\S]*The quick[\s\S]*", "", "Regex"), *[{"type": "ByteLevel"}] * 12])
+    ),
+    "ignoring case, one for two": tokenizer_json(chain("normalizer", [replace("(?i)ss", "ß" * 20, "Regex")] * 2)),
+    "a decoder that removes it from texts of itself": tokenizer_json(
+        chain("decoder", [replace(RARE, RARE * 2), replace(f"^{RARE}+$", "", "Regex")] * 20)
+    ),
+    "words of any length": tokenizer_json(
+        {
+            "model": {
+                "type": "WordPiece",
+                "vocab": {"b": 0, "##b": 1},
+                "unk_token": "b",
+                "continuing_subword_prefix": "##",
+                "max_input_chars_per_word": 10**9,
+            }
+        }
+    ),
     "a long beginning": tokenizer_json({"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}}),
     "1000 special tokens of 1000 ids": tokenizer_json(template(1000, 1000)),
     "the text 2000 times": tokenizer_json(template(0, 1, text=2000)),
@@ -171,6 +204,57 @@ def table(columns: Callable[[], Any], suffix: str = "parquet", **options: Any) -
     return make
 
 
+def number(value: int, length: int = 0) -> bytes:
+    """A number as parquet's metadata have it, in so many bytes."""
+    return varint(2 * value ^ value >> 63, length)
+
+
+def varint(value: int, length: int = 0) -> bytes:
+    digits = [value >> shift & 127 for shift in range(0, 70, 7)]
+    while len(digits) > max(1, length) and digits[-1] == 0:
+        digits.pop()
+    return bytes([digit | 128 for digit in digits[:-1]] + digits[-1:])
+
+
+def forged(make: Callable[[Path], Path], says: int, of: Callable[[Any], int], page: bool = False) -> Callable:
+    """A parquet file whose footer, or whose first page's header, has another number than that of the first column."""
+
+    def forge(directory: Path) -> Path:
+        from pyarrow.parquet import read_metadata
+
+        path = make(directory)
+        content, chunk = path.read_bytes(), read_metadata(path).row_group(0).column(0)
+        start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+        head, tail = content[:start], content[start:]
+        old = number(of(chunk))
+        new = number(says, len(old))
+        changed = head.replace(old, new, 1) + tail if page else head + tail.replace(old, new)
+        assert changed != content and len(changed) == len(content)
+        path.write_bytes(changed)
+        return path
+
+    return forge
+
+
+def lengths_of_texts(directory: Path) -> Path:
+    """A page of 1000 texts in DELTA_BYTE_ARRAY, whose own lengths are those of 300 million."""
+    from pyarrow.parquet import read_metadata, write_table
+
+    path = directory / "rows.parquet"
+    schema = pyarrow.schema([pyarrow.field("question", pyarrow.string(), nullable=False)])
+    options = {"compression": "none", "store_schema": False, "write_statistics": False}
+    write_table(pyarrow.table({"question": ["a"] * 1000}, schema=schema), path, **DELTA, **options)
+    chunk = read_metadata(path).row_group(0).column(0)
+    # One block of numbers of no bits: its size, its one part, how many numbers, the first and the least, then the bits.
+    numbers = b"".join(varint(value) for value in (2**30, 1, 3 * 10**8, 0, 0)) + b"\0"
+    size = number(2 * len(numbers))
+    header = b"\x15\0\x15" + size + b"\x15" + size + b"\x2c\x15" + number(1000) + b"\x15\x0e\x15\6\x15\6\0\0"
+    page = (header + numbers * 2).ljust(chunk.total_compressed_size, b"\0")
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + page + content[4 + len(page) :])
+    return path
+
+
 def repeated(count: int, text: str = "x" * 900_000) -> pyarrow.Array:
     """A text so many times, stored once."""
     return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * count, pyarrow.int32()), [text])
@@ -212,15 +296,25 @@ def text(name: str, *blocks: tuple[str, int]) -> Callable[[Path], Path]:
 
 
 MEGABYTE = "x" * 10**6
+LARGE_PAGE = table(lambda: ["x" * 9 * 10**7], use_dictionary=False, write_statistics=False)
+LARGE_ENTRY = table(lambda: repeated(2, "x" * 9 * 10**7), write_statistics=False)
+NUMBERS = table(lambda: lists(pyarrow.array([1]).take(pyarrow.array([0] * 10**7)), 1), write_statistics=False)
+# Each text as how much of the last one it begins with, and its rest.
+DELTA = {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY", "data_page_size": 10**9}
 ROWS: dict[str, Callable[[Path], Path]] = {
     "a text for thousands of rows": table(lambda: repeated(2000)),
     "a text for thousands of messages": table(lambda: lists(messages(20_000), 200)),
     "a text for all messages of one row": table(lambda: lists(messages(5000), 1), compression="gzip"),
     "a text for all items of a map": table(lambda: map_items(5000)),
-    "a large page": table(lambda: ["x" * 9 * 10**7], use_dictionary=False),
+    "a large page": LARGE_PAGE,
     "bytes of one length": table(lambda: pyarrow.array([b"x" * 10**6] * 300, pyarrow.binary(10**6))),
-    "many numbers": table(lambda: lists(pyarrow.array([1]).take(pyarrow.array([0] * 10**7)), 1)),
+    "many numbers": NUMBERS,
     "many nulls": table(lambda: lists(pyarrow.nulls(10**7, pyarrow.int64()), 1)),
+    "a large page that the footer hides": forged(LARGE_PAGE, 200, lambda chunk: chunk.total_uncompressed_size),
+    "a large entry that the footer hides": forged(LARGE_ENTRY, 200, lambda chunk: chunk.total_uncompressed_size),
+    "numbers that the footer hides": forged(NUMBERS, 1, lambda chunk: chunk.num_values),
+    "beginnings of a text": table(lambda: ["x" * 10**6] * 90, **DELTA),
+    "beginnings of a text in lists": table(lambda: lists(pyarrow.array(["x" * 10**6] * 90), 1), **DELTA),
     "a dictionary of Arrow's": table(lambda: repeated(2000), "arrow"),
     "views of Arrow's": table(lambda: views(2000), "arrow"),
     "a line": text("rows.jsonl.gz", (MEGABYTE, 90)),

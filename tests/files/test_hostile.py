@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 import signal
@@ -21,12 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.parquet
 import pytest
+import tokenizers
 import torch
+from pyarrow.parquet import read_table, write_table
 from safetensors.torch import load_file
 
 from minorca import UserError, load_model, load_tokenizer, render_chat
-from minorca.data import sandbox
+from minorca.data import sandbox, tokenizer_probe
 from minorca.data.row_files import drop_null_fields, open_file
 from minorca.export.__main__ import export
 from minorca.files.adapters import read_adapter_settings
@@ -36,7 +40,19 @@ from minorca.model.architecture import read_architecture
 from tests import fuzzing
 from tests.data.test_chat_template import CHATML, turns, with_template
 from tests.data.test_tokenizer import byte_level, orca
-from tests.files.hostile_files import ROWS, TOKENIZERS, chain, encode_rare, measure, replace, table, tokenizer_json
+from tests.files.hostile_files import (
+    LARGE_PAGE,
+    ROWS,
+    TOKENIZERS,
+    chain,
+    encode_rare,
+    forged,
+    lengths_of_texts,
+    measure,
+    replace,
+    table,
+    tokenizer_json,
+)
 from tests.files.test_weights import (
     BIN,
     FILE,
@@ -547,14 +563,94 @@ def test_tokenizers_that_lengthen_text(name, tmp_path):
     assert taken.seconds < 10 and taken.bytes < 100 * 2**20, taken
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_no_text_becomes_longer_than_the_bound(seed):
+    """Of steps drawn at random, of which some meet what others write."""
+    draw = random.Random(seed)
+    letters = "aAbß ▁é\u0301ﬁﷺ한"
+
+    def text(most: int) -> str:
+        return "".join(draw.choices(letters, k=draw.randint(0, most)))
+
+    def step() -> dict:
+        kind = draw.choice(
+            ["String", "Regex", "Regex", *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "ByteLevel", "Nmt")]
+        )
+        if kind == "String":
+            return replace(text(2) or "a", text(4))
+        if kind == "Regex":
+            expressions = [
+                "a+",
+                "(?=a)",
+                "[aA]",
+                r"\s",
+                "a|bb",
+                "(?i)ss",
+                ".",
+                "ab?",
+                r"\b",
+                "[^a]",
+                "^",
+                "aa",
+                "a{2}?",
+                "b*",
+            ]
+            return replace(draw.choice(expressions), text(4), "Regex")
+        return {"type": kind}
+
+    for _ in range(30):
+        part = chain("normalizer", [step() for _ in range(draw.randint(1, 5))])
+        normalizer = tokenizers.Tokenizer.from_str(
+            json.dumps(part | {"model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}})
+        ).normalizer
+        largest = tokenizer_probe._before(normalizer, tokenizer_probe._Weights()).largest
+        for given in (*letters, *(text(12) for _ in range(20))):
+            try:
+                normalized = normalizer.normalize_str(given)
+            except BaseException as error:
+                # The library's own, of some steps after each other.
+                assert type(error).__name__ == "PanicException"
+            else:
+                # Empty matches: one more than characters, for each step.
+                assert len(normalized) <= largest * (len(given) + 5), (part, given)
+
+
 @pytest.mark.parametrize("kind", ["String", "Regex"])
 def test_tokenizers_that_replace_much_are_read(kind, tmp_path):
     """Each character once, by one or by a few: however many rules there are, no text becomes much longer."""
     rules = dict(zip("‘’“”–—«»•·", '\'\'""--""**')) | {"ﬁ": "fi", "ﬄ": "ffl", "…": "...", "™": "(tm)"}
-    rules |= {"½": "1/2", "€": "EUR", "ß": "ss"} if kind == "String" else {}
+    rules |= {"½": "1/2", "€": "EUR", "ß": "ss", "\n": "<0x0A>", "\t": "<0x09>", "\r": "<0x0D>"}
     tokenizer_json(chain("normalizer", [replace(*rule, kind) for rule in rules.items()]))(tmp_path)
     tok = load_tokenizer(tmp_path)
     assert tok.encode("".join(rules)) == tok.encode("".join(rules.values()))
+
+
+@pytest.mark.parametrize(
+    "normalizers",
+    [
+        [
+            replace("\\S+@\\S+", "<email>", "Regex"),
+            replace("https?://\\S+", "<url>", "Regex"),
+            replace("\\d{4,}", "<number>", "Regex"),
+        ],
+        [{"type": "NFKC"}, {"type": "ByteLevel"}],
+        [{"type": "NFKD"}, {"type": "Lowercase"}, {"type": "StripAccents"}, {"type": "NFC"}],
+        [
+            {
+                "type": "BertNormalizer",
+                "clean_text": True,
+                "handle_chinese_chars": True,
+                "strip_accents": None,
+                "lowercase": True,
+            }
+        ],
+        [replace("(?=[A-Z])", " ", "Regex"), replace(" {2,}", " ", "Regex"), {"type": "Prepend", "prepend": "▁"}],
+    ],
+    ids=["names", "bytes", "letters", "bert", "spaces"],
+)
+def test_tokenizers_in_use_are_read(normalizers, tmp_path):
+    tokenizer_json(chain("normalizer", normalizers))(tmp_path)
+    assert load_tokenizer(tmp_path).encode("a@b.c https://d.e/f 12345 ﷺ")
 
 
 def test_a_tokenizers_dropout_is_off(tmp_path, caplog):
@@ -575,7 +671,7 @@ def test_a_tokenizer_that_panics(tmp_path):
     directory = byte_level(tmp_path)
     split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     write(directory / "tokenizer.json", read(directory / "tokenizer.json") | {"pre_tokenizer": split})
-    assert f"{directory}/tokenizer.json: cannot be read as a tokenizer (" in refusal(
+    assert f"{directory}/tokenizer.json: cannot encode 'aaaaa" in refusal(
         load_tokenizer(directory).encode, "a" * 50 + "b"
     )
 
@@ -588,11 +684,77 @@ def test_rows_that_unpack_to_much(name, tmp_path):
     """Refused, or read with a few pieces of them in memory."""
     path = ROWS[name](tmp_path)
     taken = measure(lambda directory: sum(1 for _ in open_file(path).records()), tmp_path)
-    if name in ("a text for thousands of rows", "a dictionary of Arrow's", "views of Arrow's"):
-        assert taken.said == "no error: 2000", taken
+    if name in ("a text for thousands of rows", "a dictionary of Arrow's", "views of Arrow's", "beginnings of a text"):
+        assert taken.said == f"no error: {90 if name.startswith('beginnings') else 2000}", taken
     else:
         assert taken.said.startswith(f"{path}: ") and "unpacks to more than" in taken.said, taken
     assert taken.seconds < 10 and taken.bytes < 400 * 2**20, taken
+
+
+@pytest.mark.parametrize(
+    "says, of, complaint",
+    [
+        (200, lambda chunk: chunk.total_uncompressed_size - 23, "cannot be read as parquet"),
+        (8000, lambda chunk: chunk.total_compressed_size - 23, "the pages of column question are broken"),
+        (-1, lambda chunk: chunk.total_compressed_size - 23, "the pages of column question are broken"),
+    ],
+    ids=["unpacks to less", "is longer than the file", "is negative"],
+)
+def test_rows_that_lie_in_pages_that_lie(says, of, complaint, tmp_path):
+    """A chunk is one page here, after its header of 23 bytes."""
+    path = forged(LARGE_PAGE, says, of, page=True)(tmp_path)
+    taken = measure(lambda directory: sum(1 for _ in open_file(path).records()), tmp_path)
+    assert taken.said.startswith(f"{path}: ") and complaint in taken.said, taken
+    assert taken.seconds < 10 and taken.bytes < 200 * 2**20, taken
+
+
+def test_rows_that_lie_of_their_lengths(tmp_path):
+    path = lengths_of_texts(tmp_path)
+    taken = measure(lambda directory: sum(1 for _ in open_file(path).records()), tmp_path)
+    assert taken.said == f"{path}: cannot be read as parquet (the pages of column question are broken)", taken
+    assert taken.seconds < 10 and taken.bytes < 200 * 2**20, taken
+
+
+ENCODINGS = ["PLAIN", "DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_tables_are_read_in_any_encoding(encoding, version, compression, tmp_path):
+    """Of flat and nested columns, with nulls, on many pages."""
+    texts = [f"{'x' * (n % 50)}{n}" if n % 7 else None for n in range(5000)]
+    columns = {"text": texts, "lists": [[text, "a"] if text else None for text in texts[:3000]] + [None] * 2000}
+    columns["required"] = pyarrow.array(list(map(str, range(5000))))
+    path = tmp_path / "rows.parquet"
+    fields = [pyarrow.field("required", pyarrow.string(), nullable=False)]
+    schema = pyarrow.schema([("text", pyarrow.string()), ("lists", pyarrow.list_(pyarrow.string())), *fields])
+    encodings = dict.fromkeys(["text", "lists.list.element", "required"], encoding)
+    options = {"data_page_size": 4000, "data_page_version": version, "compression": compression}
+    write_table(
+        pyarrow.table(columns, schema=schema),
+        path,
+        use_dictionary=False,
+        column_encoding=encodings,
+        write_page_checksum=True,
+        write_batch_size=64,
+        **options,
+    )
+    assert [record for _, record in open_file(path).records()] == read_table(path).to_pylist()
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_tables_of_views_are_read(stored, tmp_path):
+    columns = {
+        "text": pyarrow.array(["a", None, "b" * 70] * 800, pyarrow.string_view()),
+        "bytes": pyarrow.array([b"a", b"\xff" * 50, None] * 800, pyarrow.binary_view()),
+        "lists": pyarrow.array([["a", None], [], ["b" * 70] * 2] * 800, pyarrow.list_view(pyarrow.string())),
+        "views": pyarrow.array([["a", "b" * 70], None, []] * 800, pyarrow.list_(pyarrow.string_view())),
+    }
+    expected = pyarrow.table(columns).to_pylist()
+    write_table(pyarrow.table(columns), tmp_path / "rows.parquet", store_schema=stored)
+    for path in (tmp_path / "rows.parquet", table(lambda: columns, "arrow")(tmp_path)):
+        assert [record for _, record in open_file(path).records()] == expected
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
@@ -615,6 +777,29 @@ def test_tables_are_read_as_arrow_reads_them(suffix, tmp_path):
     assert found == [
         {name: drop_null_fields(value) for name, value in record.items()} for record in expected.to_pylist()
     ]
+
+
+def test_row_groups_of_nested_texts(tmp_path):
+    turns = [[{"role": "user", "content": f"{n % 7}"}] for n in range(300)]
+    pyarrow.parquet.write_table(pyarrow.table({"turns": turns}), tmp_path / "rows.parquet", row_group_size=100)
+    found = [record for _, record in open_file(tmp_path / "rows.parquet").records()]
+    assert found == [{"turns": one} for one in turns]
+
+
+def test_broken_footers_end_in_an_error(tmp_path):
+    """pyarrow ends the process where it is asked for what some of them say of a column."""
+    path = tmp_path / "rows.parquet"
+    turns = [[{"role": "user", "content": f"{n % 7}"}] for n in range(300)]
+    pyarrow.parquet.write_table(pyarrow.table({"turns": turns, "n": range(300)}), path, row_group_size=100)
+    content = path.read_bytes()
+    start = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    draw = random.Random(0)
+    for _ in range(100):
+        broken = bytearray(content)
+        broken[draw.randrange(start, len(content))] = draw.randrange(256)
+        path.write_bytes(broken)
+        said = measure(lambda directory: sum(1 for _ in open_file(path).records()), tmp_path).said
+        assert said.startswith((f"{path}: ", "no error: ")), said
 
 
 # ----------------------------------------------------------------------------------------------------------- templates

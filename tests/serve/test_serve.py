@@ -65,7 +65,7 @@ import resource
 from minorca import cli
 from minorca.serve import __main__ as serve, http
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-http.HEAD_TIMEOUT = 2
+http.HEAD_TIMEOUT = http.BODY_TIMEOUT = 2
 cli.run(serve.main)
 """
 
@@ -808,12 +808,21 @@ def test_connections_end_before_descriptors_do(talker):
             with contextlib.suppress(ConnectionError):
                 connection.sendall(b"GET /metrics HT" if n % 2 else b"")
             connections.append(connection)
-        first, idle, half_a_head = connections[:3]
+        first, half_a_head, idle, answered, half_a_body = connections[:5]
         with contextlib.suppress(ConnectionResetError):
             assert connections[-1].recv(1) == b""
         first.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert first.recv(12) == b"HTTP/1.1 200"
+        # The second head is waited for no longer than the first.
+        answered.sendall(b"TP/1.1\r\nHost: localhost\r\n\r\nGET /metrics HT")
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        half_a_body.sendall(head + b"Content-Length: 9\r\n\r\n{")
         assert idle.recv(1) == half_a_head.recv(1) == b""
+        assert half_a_body.recv(12) == b"HTTP/1.1 408"
+        began = time.monotonic()
+        while answered.recv(2**16):
+            pass
+        assert time.monotonic() - began < 9
         refused = server.metric("connections_refused_total")
         assert 64 < refused < 110
         completed: Any = server.client().completions.create(model="talker", prompt="a", max_tokens=2)
