@@ -1,7 +1,7 @@
 """How every command parses its arguments, and how it ends.
 
 Exit status: 0 done; 2 for what the user can fix, with a line for each problem on standard error; after a signal 128 and
-its number: 130 SIGINT, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1, 152 SIGXCPU.
+its number: 130 SIGINT, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1, 140 SIGUSR2, 152 SIGXCPU.
 """
 
 import argparse

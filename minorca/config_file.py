@@ -320,16 +320,8 @@ def _type_errors(details: list, values: dict[str, dict]) -> Iterator[UserError]:
             yield UserError(message, field=name)
 
 
-def write_config(config: Config, path: Path) -> None:
-    """The whole resolved configuration, as a file that `--config` reads."""
-    # not needed to read one
-    from minorca.files.atomic import write_file
-
-    write_file(path, config_text(config))
-
-
 def config_text(config: Config) -> str:
-    """What `write_config` writes."""
+    """The whole resolved configuration, as a file that `--config` reads."""
     return _dump(config.nested())
 
 
@@ -344,7 +336,7 @@ def _dump(values: dict) -> str:
 
 
 def is_config_text(content: bytes) -> bool:
-    """Whether this may be what `write_config` wrote, in this version or an earlier one: a person's file has comments,
+    """Whether this may be of `config_text`, in this version or an earlier one: a person's file has comments,
     another layout or fewer sections.
     """
     import yaml

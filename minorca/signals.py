@@ -6,8 +6,8 @@ import signal
 import threading
 from collections.abc import Iterator
 
-# beside SIGINT: an end, a terminal that is closed, a scheduler's warning, a limit of processor time
-STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+# beside SIGINT: an end, a terminal that is closed, schedulers' warnings, a limit of processor time
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class Terminated(BaseException):

@@ -1,6 +1,7 @@
 """Standard streams as they may be: closed, full, without a reader, or of an encoding that lacks what is written."""
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -38,13 +39,21 @@ _opened: dict[str, _Descriptor] = {}
 
 
 def open_streams() -> None:
-    """Gives this process standard streams that take any text; what Python found closed leads nowhere.
+    """Gives this process standard streams that take any text; what Python found closed leads nowhere, but a result that
+    is printed to a closed standard output is an error.
 
     An error of standard error, which nobody could be told of, is never raised. Streams that somebody has replaced stay.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            # of the closed descriptors the lowest, which the next file would get else, and what is printed
+        if getattr(sys, name) is not None:
+            continue
+        # of the closed descriptors the lowest, which the next file would get else, and what is printed
+        if name == "stdout":
+            # writing to it fails, as to the closed one
+            descriptor = _opened[name] = _Descriptor(os.open(os.devnull, os.O_RDONLY), "w")
+            sys.stdout = io.TextIOWrapper(io.BufferedWriter(descriptor), "utf-8", "backslashreplace")
+            logging.raiseExceptions = False
+        else:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -95,8 +104,8 @@ def flush_output() -> None:
     """
     sys.stdout.flush()
     output = _opened.get("stdout")
-    # a reader that has gone wants to be told nothing
-    if output and output.failure and not isinstance(output.failure, BrokenPipeError):
+    # who has closed it, or has gone, wants to be told nothing
+    if output and output.failure and output.failure.errno not in (errno.EBADF, errno.EPIPE):
         end_line()
         lost = f"standard output could not be written ({output.failure.strerror}), and some of it is lost"
         print(f"minorca: warning: {lost}", file=sys.stderr)

@@ -9,7 +9,7 @@ import yaml
 from minorca import UserError
 from minorca.cli import config_parser, parse_config
 from minorca.config import Config, defaults
-from minorca.config_file import _ELSEWHERE, settings, write_config
+from minorca.config_file import _ELSEWHERE, config_text, settings
 from tests.helpers import ROOT
 
 # every setting with its documented default; the two paths have none
@@ -393,9 +393,8 @@ def test_numbers_with_an_exponent_are_numbers(read):
 def test_what_is_written_reads_back_equal(text, read, tmp_path):
     config = read(text)
     file = tmp_path / "written.yaml"
-    write_config(config, file)
+    file.write_text(config_text(config))
     assert parse_config(config_parser("minorca.train", ""), ["--config", str(file)])[1] == config
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml", "written.yaml"]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
@@ -479,10 +478,9 @@ def test_a_range_is_reported_beside_an_unknown_section(read):
 
 
 @pytest.mark.parametrize("name", ["1e5", "a: b", "[x]", "null", "ünïcode", "two words", "007"])
-def test_a_run_of_any_name_can_be_read_back(name, read, tmp_path):
+def test_a_run_of_any_name_can_be_read_back(name, read):
     config = read(MINIMAL, "--train.output", name) if name != "null" else read(MINIMAL)
-    write_config(config, tmp_path / "config.yaml")
-    assert read((tmp_path / "config.yaml").read_text()) == config
+    assert read(config_text(config)) == config
 
 
 @pytest.mark.parametrize("text", ["[{path: a}", "{path: a}", "[{path: a, weight: 2]"])

@@ -30,6 +30,7 @@ cli.run(main)
 """
 LOST = "minorca: warning: standard output could not be written (No space left on device), and some of it is lost\n"
 FAILED = "minorca: error: standard output cannot be written (No space left on device)\n"
+CLOSED = "minorca: error: standard output cannot be written (Bad file descriptor)\n"
 
 
 def say(words: str, path, shell: str, **environment) -> tuple[int, str, str]:
@@ -53,7 +54,10 @@ def say(words: str, path, shell: str, **environment) -> tuple[int, str, str]:
         ("files fails", ">/dev/full", 2, "minorca: error: what is \u4e8c\n"),
         ("fails", "2>/dev/full", 2, ""),
         ("bar", "2>/dev/full", 0, ""),
-        ("bar", ">&- 2>&- <&-", 0, ""),
+        ("files bar", ">&- 2>&- <&-", 0, ""),
+        ("bar", ">&- 2>&- <&-", 2, ""),
+        ("", ">&-", 2, CLOSED),
+        ("files now", ">&-", 0, ""),
         ("fails", ">&-", 2, "minorca: error: what is \u4e8c\n"),
         ("now", "| true", 0, ""),
         ("files now fails", "| true", 0, "minorca: error: what is \u4e8c\n"),

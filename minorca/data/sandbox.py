@@ -39,7 +39,7 @@ PROBE = "tokenizer_probe.py"
 # What the process needs of our environment to find jinja2 and the time; keys and tokens stay here.
 ENVIRONMENT = ("HOME", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "PYTHONUSERBASE", "TZ", "TZDIR")
 # Exit statuses that are not the template's fault: sent by a user, or by the system when it runs out of memory.
-EXTERNAL_SIGNALS = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGUSR1)
+EXTERNAL_SIGNALS = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP, -signal.SIGUSR1, -signal.SIGUSR2)
 
 
 class TemplateFailed(Exception):

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -83,14 +84,20 @@ def remove_unfinished(directory: Path, names: Collection[str]) -> None:
     for path in (*leftovers, directory):
         if path.is_dir():
             if foreign := sorted({entry.name for entry in path.iterdir()} - set(names)):
-                raise UserError(
-                    f"is damaged, and holds {foreign[0]}, which is none of its files; move it away", path=path
-                )
+                state = "is damaged" if path == directory else "was not finished"
+                raise UserError(f"{state}, and holds {foreign[0]}, which is none of its files; move it away", path=path)
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_device(path: Path) -> bool:
-    return path.is_relative_to("/dev") or (path.exists() and not path.is_file())
+    """Whether a path, or what it links to, is written to as it is: a device, a pipe, or a file that is already open, as
+    /dev/stdout.
+    """
+    if path.parent in (Path("/dev/fd"), Path("/proc/self/fd")) or path in (Path("/dev/stdout"), Path("/dev/stderr")):
+        return True
+    if path.is_symlink() and path.exists():
+        return _is_device(path.parent / path.readlink())
+    return path.exists() and not path.is_file()
 
 
 def check_output(path: Path, marker: str, beside: Sequence[Path] = ()) -> None:
@@ -110,15 +117,20 @@ def check_output(path: Path, marker: str, beside: Sequence[Path] = ()) -> None:
     places = [path] if _is_device(path) else [path, path.parent]
     if path.is_dir() or not all(os.access(place, os.W_OK) for place in places if place.exists()):
         raise UserError("is not a file that can be written; choose another --output", path=path)
-    if path.is_file() and (content := path.read_bytes()) and marker.encode() not in content:
+    # what standard output leads to is appended to
+    is_replaced = path.is_file() and not _is_device(path)
+    if is_replaced and (content := path.read_bytes()) and marker.encode() not in content:
         raise UserError("exists, and this command has not written it; choose another --output", path=path)
     for other in beside:
         if other.exists() and not path.exists():
             raise UserError(f"exists, and would be written with {path.name}; choose another --output", path=other)
 
 
-def write_file(path: Path, content: str | bytes) -> None:
-    """Writes a file, text in UTF-8, in place of what was there; a device, such as /dev/stdout, is written to.
+def write_file(path: Path, content: str | bytes, owner: str = "") -> None:
+    """Writes a file, text in UTF-8, in place of what was there, once it is on the disk; a device, such as /dev/stdout,
+    is written to.
+
+    owner: as of `temporary_path`.
 
     Raises:
         UserError: it cannot be written; a file that was there is still there.
@@ -126,13 +138,16 @@ def write_file(path: Path, content: str | bytes) -> None:
     data = content.encode() if isinstance(content, str) else content
     # a link is not replaced, but what it leads to
     target = path.resolve()
-    temporary = temporary_path(target)
+    temporary = temporary_path(target, owner)
     try:
         if _is_device(path):
-            with path.open("wb") as stream:
+            # what was printed before comes first where both lead to one file
+            sys.stdout.flush()
+            with path.open("ab") as stream:
                 stream.write(data)
             return
         temporary.write_bytes(data)
+        sync(temporary)
         temporary.replace(target)
     except OSError as error:
         raise UserError(f"cannot be written ({disk_reason(error, path)})", path=path) from None

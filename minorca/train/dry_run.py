@@ -19,7 +19,7 @@ from minorca.train.forecast import Forecast
 from minorca.train.inputs import Inputs, read_inputs
 from minorca.train.optim import check_optimizer, learning_rate
 from minorca.train.output import check_output
-from minorca.train.run import find_earlier, why_finished
+from minorca.train.run import check_goes_on, find_earlier, why_finished
 from minorca.train.run_length import RunLength, run_length
 from minorca.train.task_evaluation import open_tasks
 
@@ -44,6 +44,8 @@ def dry_run(config: Config) -> None:
         schedule = inputs.schedule(config)
         length = run_length(config, schedule)
         finished = why_finished(state, length, config) if state else None
+        if not (finished and config.outcome.is_dir()):
+            check_goes_on(config, found, state)
         _print_model(config, inputs)
         _print_length(config, inputs, length)
         if found:

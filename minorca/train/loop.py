@@ -287,6 +287,8 @@ class Run:
             files,
             self.run_id,
         )
+        if self.record:
+            self.record.check_file()
 
     def finish(self) -> None:
         """Publishes what was trained, of a run that has done all its steps, and closes the record."""

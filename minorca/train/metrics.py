@@ -2,6 +2,7 @@
 its MFU.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -199,6 +200,14 @@ class Record:
         """The size and SHA-256 of metrics.jsonl, once it is on the disk."""
         os.fsync(self.file.fileno())
         return self.bytes, self.sha256.hexdigest()
+
+    def check_file(self) -> None:
+        """Raises UserError: metrics.jsonl is another file by now, and what is written to this one is lost."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self.file.fileno()), self.path.stat()):
+                return
+        remedy = "what was saved is intact; put the file back with all its lines, or move it away to go on without them"
+        raise UserError(f"was removed while the run wrote there, or replaced; {remedy}", path=self.path)
 
     def close(self, phases: dict[str, float]) -> None:
         """Ends the record with a summary, `phases` those after the last step."""

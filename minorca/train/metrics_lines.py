@@ -2,7 +2,7 @@
 
 A checkpoint says how many bytes the file had when it was written, and their SHA-256; an earlier version's does not, and
 the steps alone are compared. What follows these lines the run computes again, and it is removed, a last line that was
-cut among it; but lines of evaluations after the checkpoint's step are kept, for they are not repeated.
+cut among it; but a line of an evaluation and one of tasks after the checkpoint's step are kept: neither is repeated.
 """
 
 import hashlib
@@ -15,9 +15,10 @@ from typing import Any
 
 from minorca.errors import UserError
 from minorca.train.checkpoint import State
-from minorca.train.curves import is_of_tasks
 
 log = logging.getLogger("minorca.train")
+
+FOREIGN = "is not a line of a run"
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,23 @@ def kept_lines(output: Path, found: Path | None, state: State | None) -> Kept:
     first = end
     while first and (line := _parse(lines[first - 1])) and line["step"] == step:
         first -= 1
-    kept, evaluated, has_tasks = end, None, False
+    kept, evaluated, kinds = end, None, set()
     for n in range(first, len(lines)):
         line = _parse(lines[n])
         if line is None or line["step"] > step:
             continue
+        kind = _kind(line)
         if n >= end:
-            if n > kept or line["step"] < step or "loss" in line:
-                raise _refused(path, n + 1, f"is of step {line['step']}, and follows the lines up to step {step}", step)
+            if n > kept or line["step"] < step or kind == "step":
+                surplus = f"is of step {line['step']}, and follows the lines up to step {step}"
+                raise _refused(path, f"line {n + 1}", surplus, step)
+            if kind is None or kind in kinds:
+                raise _refused(path, f"line {n + 1}", f"is a second line of {kind}" if kind else FOREIGN, step)
             kept += 1
-        if "eval_loss" in line:
-            evaluated = math.nan if line["eval_loss"] is None else float(line["eval_loss"])
-        has_tasks |= is_of_tasks(line)
-    return Kept(b"".join(lines[:kept]), len(lines) - kept, evaluated, has_tasks)
+        if kind == "an evaluation":
+            evaluated = math.nan if line["eval_loss"] is None else line["eval_loss"]
+        kinds.add(kind)
+    return Kept(b"".join(lines[:kept]), len(lines) - kept, evaluated, "tasks" in kinds)
 
 
 def _vouched_for(path: Path, lines: list[bytes], state: State) -> int:
@@ -79,35 +84,57 @@ def _vouched_for(path: Path, lines: list[bytes], state: State) -> int:
     known = (n for n, line in enumerate(values) if line and "loss" in line and line["step"] <= state.step)
     end = 1 + max(known, default=-1)
     if not end:
+        # a last line may have been cut; a whole one is another's, or was changed
+        if lines and lines[0].endswith(b"\n") and values[0] is None:
+            raise _refused(path, "line 1", FOREIGN, state.step)
         log.warning("%s: has no lines up to step %d; it begins after it", path, state.step)
         return 0
-    number = -1
+    number, kinds = -1, set()
     for n, line in enumerate(values[:end]):
-        if line is None:
-            raise _refused(path, n + 1, "is not a line of a run", state.step)
+        kind = _kind(line) if line else None
+        if line is None or kind is None:
+            raise _refused(path, f"line {n + 1}", FOREIGN, state.step)
         # evaluations follow their step; the lines of a run that began from another's checkpoint do not begin with 1
-        expected = number + ("loss" in line) if n else line["step"]
+        expected = number + (kind == "step") if n else line["step"]
         if line["step"] != expected:
-            raise _refused(path, n + 1, f"is of step {line['step']}; expected step {expected}", state.step)
+            unexpected = f"is of step {line['step']}; expected step {expected}"
+            raise _refused(path, f"line {n + 1}", unexpected, state.step)
         number = expected
+        if kind == "step":
+            kinds.clear()
+        if kind in kinds:
+            raise _refused(path, f"line {n + 1}", f"is a second line of {kind}", state.step)
+        kinds.add(kind)
     if number != state.step:
         missing = f"is of step {number}; the lines of steps {number + 1} to {state.step} are missing"
-        raise _refused(path, end, missing, state.step)
+        raise _refused(path, f"line {end}", missing, state.step)
     if is_known:
-        raise _refused(path, end, f"or one before it is not as the run wrote it up to step {state.step}", state.step)
+        last = sum(line is not None and line["step"] <= state.step for line in values)
+        raise _refused(path, f"lines 1 to {last}", "are not as the run wrote them", state.step)
     return end
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """None where it is no whole line of a run."""
+    """None where it is no whole line with a step as a run writes it, without a byte order mark or a carriage return."""
     try:
-        values = json.loads(line)
-    except ValueError:
+        values = json.loads(line.decode())
+    except (ValueError, RecursionError):
         return None
-    is_line = line.endswith(b"\n") and isinstance(values, dict) and isinstance(values.get("step"), int)
+    is_line = line.endswith(b"}\n") and isinstance(values, dict) and type(values.get("step")) is int
     return values if is_line else None
 
 
-def _refused(path: Path, line: int, message: str, step: int) -> UserError:
+def _kind(line: dict[str, Any]) -> str | None:
+    """Of what a line is: a step, an evaluation or tasks; None where a run writes none like it."""
+    if not all(value is None or isinstance(value, int | float) for value in line.values()):
+        return None
+    if "loss" in line:
+        return "step"
+    if "eval_loss" in line:
+        return None if isinstance(line["eval_loss"], int) else "an evaluation"
+    return "tasks" if all(name.startswith("eval_") for name in line.keys() - {"step"}) else None
+
+
+def _refused(path: Path, where: str, message: str, step: int) -> UserError:
     remedy = f"put the file back as it was, or move it away to go on without the lines up to step {step}"
-    return UserError(f"{message}; {remedy}", path=path, where=f"line {line}")
+    return UserError(f"{message}; {remedy}", path=path, where=where)

@@ -1,7 +1,7 @@
 """The directory of a run: whose it is, what the run makes in it, and that no other run writes there.
 
-OUTPUT/run.json says what is the run's: the names that it makes there, the SHA-256 of the config.yaml that it wrote, and
-a random id, which is part of the name of whatever is not complete yet. Nothing else is written, renamed or removed.
+OUTPUT/run.json says what is the run's: the names that it makes there, the SHA-256 of the settings that it wrote, and a
+random id, which is part of the name of whatever is not complete yet. Nothing else is written, renamed or removed.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minorca.config import Config
-from minorca.config_file import config_text, is_config_text, write_config
+from minorca.config_file import config_text, is_config_text
 from minorca.errors import UserError
 from minorca.files.atomic import MANIFEST, is_lock, lock, sha256, write_file
 from minorca.files.safe_io import quote, read_json
@@ -30,6 +30,13 @@ FILE = "run.json"
 LOCK = ".lock"
 # where the resolved settings are written if a person has edited config.yaml
 RESOLVED = "config.resolved.yaml"
+# what a run may make there
+DIRECTORIES = {"checkpoints", "tensorboard", "profile", "wandb", "adapter", "model"}
+FILES = {"config.yaml", "metrics.jsonl", "curves.png", "wandb-id"}
+# what file systems, schedulers and `| tee` may have put where a run is to begin
+HARMLESS = re.compile(r"\..*|lost\+found|.*\.(log|out|err)")
+# what is left of a run that was killed while it wrote its first run.json
+UNFINISHED = re.compile(re.escape(FILE) + r"\.tmp-([0-9a-f]{32}){1,2}")
 
 
 @dataclasses.dataclass
@@ -41,12 +48,14 @@ class RunFiles:
         id: 32 random hexadecimal digits.
         made: the names in the directory that are the run's.
         config_sha256: of the config.yaml that it wrote last, and of the one before.
+        resolved_sha256: the same of config.resolved.yaml.
     """
 
     format: int
     id: str
     made: list[str]
     config_sha256: list[str]
+    resolved_sha256: list[str] = dataclasses.field(default_factory=list)
 
 
 def check_output(config: Config, profile: bool = False) -> None:
@@ -56,7 +65,7 @@ def check_output(config: Config, profile: bool = False) -> None:
         UserError: the output directory cannot be made or written to, or holds what no run, or not this one, has made.
     """
     output = config.output
-    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
+    parent = next(path for path in (output, *output.absolute().parents) if os.path.lexists(path))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"is {output}, but {parent} is not a writable directory; choose another", field="train.output")
     if output.is_dir():
@@ -65,26 +74,38 @@ def check_output(config: Config, profile: bool = False) -> None:
 
 def _names(config: Config, profile: bool) -> set[str]:
     """What a run with these settings makes in its directory."""
-    names = {"config.yaml", "metrics.jsonl", "checkpoints", "curves.png", "tensorboard", config.outcome.name}
-    names |= {"profile"} if profile else set()
-    return names | ({"wandb", "wandb-id"} if config.train.wandb else set())
+    unused = {"adapter", "model"} - {config.outcome.name}
+    unused |= set() if profile else {"profile"}
+    unused |= set() if config.train.wandb else {"wandb", "wandb-id"}
+    return (DIRECTORIES | FILES) - unused
 
 
 def _read(output: Path, names: set[str]) -> RunFiles:
     """What run.json says, `names` added to what is the run's; as much for a run of an earlier version, without it."""
     present = {path.name for path in output.iterdir()}
+    others = {name for name in present if not HARMLESS.fullmatch(name)}
+    if LOCK in present:
+        others = {name for name in others if not UNFINISHED.fullmatch(name)}
     if FILE in present:
-        run = _parse(output / FILE)
-    elif present - {LOCK} and not _is_of_earlier_version(output):
-        run = None
+        run = _parse(output)
+    elif _is_of_earlier_version(output):
+        # which may have made any of them
+        run = RunFiles(FORMAT, uuid.uuid4().hex, sorted(DIRECTORIES | FILES), [])
     else:
-        run = RunFiles(FORMAT, uuid.uuid4().hex, sorted(names), [])
-    if run is None or (LOCK in present and not is_lock(output / LOCK)):
+        run = None if others else RunFiles(FORMAT, uuid.uuid4().hex, sorted(names), [])
+    is_locked = LOCK not in present or is_lock(output / LOCK)
+    if run is None or not is_locked:
         message = "is not empty, and what it holds is no run of minorca"
-        raise UserError(f"{message}: {_listed(present)}; choose another train.output", path=output)
+        listed = _listed(others | (set() if is_locked else {LOCK}))
+        raise UserError(f"{message}: {listed}; choose another train.output", path=output)
     if foreign := (names - set(run.made)) & present:
         message = f"holds {_listed(foreign)}, which this run has not made"
         raise UserError(f"{message}; move it away, or choose another train.output", path=output)
+    for name in sorted(names & present):
+        path, is_directory = output / name, name in DIRECTORIES
+        if not (path.is_dir() if is_directory else path.is_file()):
+            kind = "directory" if is_directory else "file"
+            raise UserError(f"is not a {kind}, which a run makes there; move it away", path=path)
     return dataclasses.replace(run, made=sorted(names | set(run.made)))
 
 
@@ -94,15 +115,32 @@ def _listed(names: set[str]) -> str:
     return ", ".join(name if name.isprintable() else quote(name) for name in shown) + more
 
 
-def _parse(path: Path) -> RunFiles | None:
-    """None where the file is another tool's."""
+def _parse(output: Path) -> RunFiles | None:
+    """None where run.json is another tool's, and there is no run.
+
+    Raises:
+        UserError: it is a link, of a newer version, or damaged.
+    """
+    path = output / FILE
+    if path.is_symlink():
+        raise UserError("is a link, and a run would write what it leads to; put the file itself there", path=path)
     try:
-        run = RunFiles(**read_json(path))
-        names = all(isinstance(text, str) for text in (*run.made, *run.config_sha256))
-        return run if names and run.format == FORMAT and re.fullmatch("[0-9a-f]{32}", run.id) else None
-    # other keys, or of another type
-    except (UserError, TypeError):
-        return None
+        values = read_json(path)
+    except UserError:
+        values = {}
+    if isinstance(values.get("id"), str) and re.fullmatch("[0-9a-f]{32}", values["id"]):
+        known = {key.name for key in dataclasses.fields(RunFiles)}
+        if values.get("format", FORMAT) != FORMAT or values.keys() - known:
+            message = "was written by a newer version of minorca; go on with that one, or choose another train.output"
+            raise UserError(message, path=path)
+        # keys are missing, or of another type
+        with contextlib.suppress(TypeError):
+            run = RunFiles(**values)
+            if all(isinstance(text, str) for text in (*run.made, *run.config_sha256, *run.resolved_sha256)):
+                return run
+    if _is_of_earlier_version(output):
+        raise UserError("is damaged, or another tool's; move it away, and the run goes on", path=path)
+    return None
 
 
 def _is_of_earlier_version(output: Path) -> bool:
@@ -113,10 +151,30 @@ def _is_of_earlier_version(output: Path) -> bool:
 
 
 def _is_unedited(path: Path, written_sha256: list[str]) -> bool:
-    """Whether config.yaml is what the run wrote. An earlier version has not recorded that, but wrote it in one form."""
-    if not path.is_file():
+    """Whether a file of settings is what the run wrote. An earlier version has not recorded that, but wrote it in one
+    form.
+    """
+    # what a link leads to is a person's
+    if path.is_symlink() or not path.is_file():
         return False
     return sha256(path) in written_sha256 if written_sha256 else is_config_text(path.read_bytes())
+
+
+def check_settings(config: Config) -> None:
+    """Raises UserError: the settings of a run that goes on would replace a file that a person has edited."""
+    if config.output.is_dir():
+        _settings_file(config.output, _read(config.output, set()))
+
+
+def _settings_file(output: Path, run: RunFiles) -> Path:
+    """Where settings are written: config.yaml, or where a person has edited it a file beside it."""
+    path, resolved = output / "config.yaml", output / RESOLVED
+    if not os.path.lexists(path) or _is_unedited(path, run.config_sha256):
+        return path
+    if os.path.lexists(resolved) and not (RESOLVED in run.made and _is_unedited(resolved, run.resolved_sha256)):
+        message = "is not as the run wrote it, and its settings go there, for config.yaml was edited too; move it away"
+        raise UserError(message, path=resolved)
+    return resolved
 
 
 def claim(config: Config, profile: bool) -> str:
@@ -127,33 +185,39 @@ def claim(config: Config, profile: bool) -> str:
         The run's id.
 
     Raises:
-        UserError: as `check_output`.
+        UserError: as `check_output` and `check_settings`.
     """
     output = config.output
     run = _read(output, _names(config, profile))
-    path = output / "config.yaml"
-    if path.exists() and not _is_unedited(path, run.config_sha256):
-        log.warning("%s: was edited and is left as it is; the run's settings are in %s", path, RESOLVED)
-        path = output / RESOLVED
+    path = _settings_file(output, run)
+    text = config_text(config)
+    # the former one too: the process may be killed before the new one is written
+    digests = [hashlib.sha256(text.encode()).hexdigest(), *([sha256(path)] if path.exists() else [])]
+    if path.name == RESOLVED:
+        log.warning("%s: config.yaml was edited and is left as it is; the run's settings are in %s", output, RESOLVED)
         run.made = sorted({*run.made, RESOLVED})
+        run.resolved_sha256 = digests
     else:
-        # the former one too: the process may be killed before the new one is written
-        before = [sha256(path)] if path.exists() else []
-        run.config_sha256 = [hashlib.sha256(config_text(config).encode()).hexdigest(), *before]
-    write_file(output / FILE, json.dumps(dataclasses.asdict(run), indent=2) + "\n")
-    write_config(config, path)
+        run.config_sha256 = digests
+    write_file(output / FILE, json.dumps(dataclasses.asdict(run), indent=2) + "\n", run.id)
+    write_file(path, text, run.id)
     (output / "checkpoints").mkdir(exist_ok=True)
-    for leftover in (*output.glob(f"*.tmp-{run.id}*"), *output.glob(f"checkpoints/*.tmp-{run.id}*")):
-        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished = [path for path in output.iterdir() if UNFINISHED.fullmatch(path.name) and path.is_file()]
+    for leftover in (*unfinished, *output.glob(f"*.tmp-{run.id}*"), *output.glob(f"checkpoints/*.tmp-{run.id}*")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
     return run.id
 
 
 def set_outcome_aside(outcome: Path, step: int) -> None:
     """Renames what lies where the run's result is to be: it would say that the run is finished."""
-    if outcome.exists():
+    # a link that leads nowhere too
+    if os.path.lexists(outcome):
         name = f"{outcome.name}-before-step-{step + 1:08d}"
         aside = outcome.with_name(name)
-        if aside.exists():
+        if os.path.lexists(aside):
             aside = outcome.with_name(f"{name}-{uuid.uuid4().hex[:8]}")
         outcome.rename(aside)
         log.info("%s: the run goes on; its %s is now %s", outcome.parent, outcome.name, aside.name)

@@ -21,7 +21,7 @@ from minorca.train.loop import Run
 from minorca.train.memory import out_of_memory, weights_do_not_fit
 from minorca.train.metrics_lines import kept_lines
 from minorca.train.optim import check_optimizer
-from minorca.train.output import check_output, claim, create_output, output_lock, set_outcome_aside
+from minorca.train.output import check_output, check_settings, claim, create_output, output_lock, set_outcome_aside
 from minorca.train.precompute import with_reference
 from minorca.train.profiling import profiled
 from minorca.train.ranks import World, init_distributed
@@ -101,6 +101,7 @@ def _train(
             metrics.draw(output)
         return None
 
+    check_goes_on(config, found, state)
     if forecast:
         forecast.check(inputs.store.lengths)
     # rank 0 may have waited for it
@@ -171,7 +172,7 @@ def find_earlier(config: Config, identity: dict) -> tuple[Path | None, checkpoin
     """The checkpoint that the run resumes from, and what it says; None where the run starts afresh.
 
     Raises:
-        UserError: it cannot resume from there or with its metrics.jsonl, or would write over a finished run.
+        UserError: it cannot resume from there, or would write over a finished run.
     """
     found = checkpoint.find(config)
     if not found and config.outcome.exists():
@@ -180,9 +181,13 @@ def find_earlier(config: Config, identity: dict) -> tuple[Path | None, checkpoin
             "train.output",
             path=config.output,
         )
-    state = checkpoint.read_state(found, identity, config) if found else None
+    return found, checkpoint.read_state(found, identity, config) if found else None
+
+
+def check_goes_on(config: Config, found: Path | None, state: checkpoint.State | None) -> None:
+    """Raises UserError: a run that is not finished cannot go on with its metrics.jsonl, or its edited settings."""
     kept_lines(config.output, found, state)
-    return found, state
+    check_settings(config)
 
 
 def why_finished(state: checkpoint.State, length: RunLength, config: Config) -> str | None:

@@ -215,7 +215,9 @@ def test_a_signal_while_loading_ends_at_once(owner, name, workplace, tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, pytest.param(signal.SIGXCPU, marks=pytest.mark.slow)]
+)
 def test_schedulers_and_terminals_signals_save_too(signum, workplace, tmp_path):
     """The exit status is 128 and the signal's number, and other signals after it change nothing."""
     process = training(workplace(**SIGNALLED | {"train.steps": 2000}))
