@@ -186,7 +186,13 @@ STATIONS = {
 }
 
 
-@pytest.mark.parametrize("station", STATIONS)
+# Those that between them have every tokenizer and every kind of template.
+FAST = ("Instruct-v0.3", "another", "jinja")
+
+
+@pytest.mark.parametrize(
+    "station", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in STATIONS if name not in FAST)]
+)
 def test_the_same_ids_at_every_station(station, workplace, save_mistral, monkeypatch, capsys):
     """Trained on OpenOrca's rows, the adapter asks with the template of training in `generate` and over HTTP, and so
     does what is exported in transformers, where the greedy answer is the same and ends at the same ids."""

@@ -49,6 +49,7 @@ def test_logits_equal_transformers(both):
     assert relative_error(logits, expected) <= 1e-5 and torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
+@pytest.mark.slow
 def test_200_greedy_tokens_equal_transformers(both):
     ours, theirs, tok, _ = both
     prompt = render_chat(tok, MESSAGES)

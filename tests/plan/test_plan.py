@@ -232,7 +232,9 @@ PREFERENCES = {
 }
 
 
-@pytest.mark.parametrize("name", PREFERENCES)
+@pytest.mark.parametrize(
+    "name", ["dpo", "kto", *(pytest.param(name, marks=pytest.mark.slow) for name in PREFERENCES if " " in name)]
+)
 def test_plans_of_preferences(name, options, capsys):
     """No adapter is read; a reference needs a copy of what is trained, and values computed before none."""
     dpo = [*options, "--gpu=cpu", "--data.format=preference", "--train.objective=dpo"]
@@ -248,6 +250,7 @@ def test_memory_beside_what_is_allocated(case):
     assert abs(compare(case)["error"]) <= NEAR
 
 
+@pytest.mark.slow
 def test_memory_of_moments_in_8_bits():
     """Codes and scales are the optimizer's, a quarter of fp32's moments, and nothing is counted twice."""
     pytest.importorskip("torchao")
