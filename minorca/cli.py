@@ -15,14 +15,7 @@ from pathlib import Path
 
 from minorca.config import Config, Source, default_of, fields
 from minorca.config_file import load_yaml, read_config, suggestion
-from minorca.errors import (
-    MACHINE_ERRORS,
-    RunEnded,
-    UserError,
-    nearest,
-    one_line,
-    raise_problems,
-)
+from minorca.errors import MACHINE_ERRORS, RunEnded, UserError, nearest, one_line, raise_problems
 from minorca.signals import STOPPING, Terminated, raise_when_stopped
 from minorca.streams import end_line, flush_output, is_of_output, open_streams, outlive_readers
 

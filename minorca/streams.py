@@ -44,17 +44,14 @@ def open_streams() -> None:
 
     An error of standard error, which nobody could be told of, is never raised. Streams that somebody has replaced stay.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is not None:
-            continue
-        # of the closed descriptors the lowest, which the next file would get else, and what is printed
-        if name == "stdout":
-            # writing to it fails, as to the closed one
-            descriptor = _opened[name] = _Descriptor(os.open(os.devnull, os.O_RDONLY), "w")
-            sys.stdout = io.TextIOWrapper(io.BufferedWriter(descriptor), "utf-8", "backslashreplace")
-            logging.raiseExceptions = False
-        else:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
+    # writing to standard output fails, as to the closed one
+    for name, mode, access in (("stdin", "r", os.O_RDONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            # of the closed descriptors the lowest, which the next file would get else, and what is printed
+            descriptor = os.open(os.devnull, access)
+            stream = open(descriptor, mode, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not getattr(sys, f"__{name}__") or name in _opened:

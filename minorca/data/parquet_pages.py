@@ -14,11 +14,11 @@ _FIELDS = {DATA_PAGE: ((5, 1), (5, 2)), DATA_PAGE_V2: ((8, 1), (8, 4))}
 # What some old writers' chunks are longer than they say; Arrow reads as much.
 _SLACK = 100
 
-
 # The numbers in a struct of Thrift's by the path of their fields, which has the places of items in lists. The last of a
 # number of 64 bits is negative.
 _Numbers = dict[tuple[int, ...], int]
-_CODECS = ("UNCOMPRESSED", "SNAPPY", "GZIP", "LZO", "BROTLI", "LZ4", "ZSTD", "LZ4_RAW")
+# pyarrow's names of the footer's codecs.
+_CODECS = (None, "snappy", "gzip", "lzo", "brotli", "lz4_raw", "zstd", "lz4_raw")
 
 
 class Chunk(NamedTuple):
@@ -28,13 +28,13 @@ class Chunk(NamedTuple):
         start: where its first page begins.
         size: the bytes that it takes in the file.
         values: how many values it has.
-        codec: how its pages are compressed.
+        codec: how its pages are compressed, as pyarrow names it; None: they are not.
     """
 
     start: int
     size: int
     values: int
-    codec: str
+    codec: str | None
 
 
 class Pages(NamedTuple):
@@ -112,7 +112,7 @@ def read(data: Any, chunk: Chunk, column: Any, most: int) -> Pages:
     return Pages(values, sum(sizes), max(sizes), encodings)
 
 
-def _unpack(page: bytes, fields: _Numbers, codec: str, column: Any) -> bytes:
+def _unpack(page: bytes, fields: _Numbers, codec: str | None, column: Any) -> bytes:
     """The values of a data page, without its levels."""
     from pyarrow import Codec
 
@@ -120,8 +120,8 @@ def _unpack(page: bytes, fields: _Numbers, codec: str, column: Any) -> bytes:
     if levels < 0:
         raise IndexError
     size, page = fields[2,] - levels, page[levels:]
-    if codec != "UNCOMPRESSED" and fields.get((8, 7, 0), 1) and page:
-        page = Codec("lz4_raw" if codec == "LZ4" else codec.lower()).decompress(page, max(0, size), asbytes=True)
+    if codec and fields.get((8, 7, 0), 1) and page:
+        page = Codec(codec).decompress(page, max(0, size), asbytes=True)
     # Levels that repeat and levels that say what is null, each after its length.
     for most, path in ((column.max_repetition_level, (5, 4)), (column.max_definition_level, (5, 3))):
         if fields[1,] == DATA_PAGE and most > 0:

@@ -71,7 +71,7 @@ def _try_json(content: str) -> None:
     for name, part in (("pre_tokenizer", tokenizer.pre_tokenizer), ("normalizer", tokenizer.normalizer)):
         weights = _before(part, weights)
         _check(f"its {name} can make a text", weights.largest, 1)
-    decoded = _before(tokenizer.decoder, _Weights(), _STEPS | _DECODER_STEPS)
+    decoded = _before(tokenizer.decoder, _Weights(), _DECODER_STEPS)
     _check("its decoder can make a text", decoded.largest, 1)
     for text in ("", SAMPLE, *LONG):
         _check("its ids are", len(tokenizer.encode(text).ids), len(text))
@@ -255,8 +255,8 @@ _STEPS: dict[str, Callable[[dict, _Weights], _Weights]] = {
     ),
     lambda step, weights: weights,
 )
-# Those that in a decoder do something else.
-_DECODER_STEPS: dict[str, Callable[[dict, _Weights], _Weights]] = {
+# Some do something else in a decoder.
+_DECODER_STEPS = _STEPS | {
     # Bytes become any character, and a replacement character where they are not UTF-8; <0x41> becomes A.
     "ByteLevel": lambda step, weights: weights.least(weights.largest),
     "ByteFallback": lambda step, weights: weights.raised("<0x", weights.largest),

@@ -15,6 +15,7 @@ from typing import Any
 
 from minorca.errors import UserError
 from minorca.train.checkpoint import State
+from minorca.train.curves import is_of_tasks
 
 log = logging.getLogger("minorca.train")
 
@@ -130,9 +131,9 @@ def _kind(line: dict[str, Any]) -> str | None:
         return None
     if "loss" in line:
         return "step"
-    if "eval_loss" in line:
-        return None if isinstance(line["eval_loss"], int) else "an evaluation"
-    return "tasks" if all(name.startswith("eval_") for name in line.keys() - {"step"}) else None
+    if is_of_tasks(line):
+        return "tasks" if all(name.startswith("eval_") for name in line.keys() - {"step"}) else None
+    return None if isinstance(line["eval_loss"], int) else "an evaluation"
 
 
 def _refused(path: Path, where: str, message: str, step: int) -> UserError:
