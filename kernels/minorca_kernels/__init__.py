@@ -17,7 +17,13 @@ from minorca_kernels.cross_entropy import (
     linear_cross_entropy_definition,
     linear_entropy_definition,
 )
-from minorca_kernels.decode_attention import decode_attention, decode_attention_definition, decode_groups
+from minorca_kernels.decode_attention import (
+    decode_attention,
+    decode_attention_definition,
+    decode_spans,
+    read_span,
+    span_of,
+)
 from minorca_kernels.dequantize_nf4 import dequantize_nf4
 from minorca_kernels.draw import draw, draw_definition
 from minorca_kernels.frozen_weight import (
@@ -65,9 +71,9 @@ __all__ = [
     "attention_definition",
     "decode_attention",
     "decode_attention_definition",
-    "decode_groups",
     "decode_positions",
     "decode_positions_definition",
+    "decode_spans",
     "dequantize_nf4",
     "draw",
     "draw_definition",
@@ -81,6 +87,7 @@ __all__ = [
     "lora_linear_definition",
     "norm_lora_linear",
     "norm_lora_linear_definition",
+    "read_span",
     "repetition_penalty",
     "repetition_penalty_definition",
     "rms_norm",
@@ -91,6 +98,7 @@ __all__ = [
     "rope_into_cache",
     "rope_into_cache_definition",
     "rope_tables",
+    "span_of",
     "padding_pays",
     "swiglu",
     "swiglu_definition",

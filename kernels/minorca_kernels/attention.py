@@ -150,6 +150,22 @@ def _tile_start(begin, tile, jumps, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _accumulate(
+    acc, m_i, l_i, scores, v_ptr, row, stride_v_token, SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Adds a tile of keys to the running sums of a softmax, in base 2."""
+    # in base 2 the scale and log2(e) are one factor, which is fused with the subtraction
+    m_new = tl.maximum(m_i, tl.max(scores, 1) * (SCALE * _LOG2E))
+    p = tl.exp2(scores * (SCALE * _LOG2E) - m_new[:, None])
+    alpha = tl.exp2(m_i - m_new)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None]
+    p = p.to(v_ptr.dtype.element_ty)
+    acc = add_dot(acc, p, _load_rows(v_ptr, row, stride_v_token, D, BLOCK_D))
+    return acc, m_new, l_i
+
+
+@triton.jit
 def _forward_inner(
     acc, m_i, l_i, q, token, first, last_ptr, k_ptr, v_ptr, loop, S, stride_k_token, stride_v_token,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
@@ -165,15 +181,7 @@ def _forward_inner(
                 # a query past the last token is as the last one: one that sees nothing would divide by zero
                 visible &= tl.minimum(token, S - 1)[:, None] <= tl.load(last_ptr + row)[None, :]
             scores = tl.where(visible, scores, float("-inf"))
-        # in base 2 the scale and log2(e) are one factor, which is fused with the subtraction
-        m_new = tl.maximum(m_i, tl.max(scores, 1) * (SCALE * _LOG2E))
-        p = tl.exp2(scores * (SCALE * _LOG2E) - m_new[:, None])
-        alpha = tl.exp2(m_i - m_new)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        m_i = m_new
-        acc = acc * alpha[:, None]
-        p = p.to(v_ptr.dtype.element_ty)
-        acc = add_dot(acc, p, _load_rows(v_ptr, row, stride_v_token, D, BLOCK_D))
+        acc, m_i, l_i = _accumulate(acc, m_i, l_i, scores, v_ptr, row, stride_v_token, SCALE, D, BLOCK_D)
     return acc, m_i, l_i
 
 

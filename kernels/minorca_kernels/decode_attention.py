@@ -1,17 +1,20 @@
 # Triton takes plain numbers for constexpr parameters.
 # pyright: reportArgumentType=false
-"""Attention of one query a sequence to a rolling buffer of keys and values, for generating a token at a time.
+"""Attention of one query a sequence to keys and values in pages, for generating a token at a time.
 
-Source: Flash-Decoding (Dao et al. 2023): the filled slots are split among programs, whose partial outputs are combined
-by their log-sum-exp. The query heads of a key head are the rows of one tile, so that keys and values, nearly all of
-what is read, are read once. Nothing is atomic, so results repeat to the bit. For inference only: they have no backward.
+A sequence's keys and values lie in pages of S positions; its page table says which page holds its positions
+[0, S), [S, 2 S) and so on, so that sequences can share the pages of a common beginning (PagedAttention, Kwon et al.
+2023, arXiv:2309.06180). Source of the split: Flash-Decoding (Dao et al. 2023): the filled positions are split among
+programs, whose partial outputs are combined by their log-sum-exp. The query heads of a key head are the rows of one
+tile, so that keys and values, nearly all of what is read, are read once. Nothing is atomic, so results repeat to the
+bit. For inference only: they have no backward.
 
-Axes: N sequences, S slots of each, H query heads, K key heads (query head h reads key head h // (H // K)), G = H // K
-query heads of a key head, D head size. In the CPU's implementation, a lowercase n is a group of sequences.
+Axes: N sequences, P pages, S positions of a page, B pages of a sequence, H query heads, K key heads (query head h reads
+key head h // (H // K)), G = H // K query heads of a key head, D head size, C the visible positions of one sequence.
 """
 
-import itertools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,39 +22,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minorca_kernels.attention import _INITIAL_MAX, _forward_inner, _load_rows, _store_rows, unit_stride
+from minorca_kernels.attention import _INITIAL_MAX, _accumulate, _load_rows, _store_rows, unit_stride
+from minorca_kernels.dot import dot
 from minorca_kernels.operator import accumulate_dtype, compute_capability, multiprocessor_count, operator, uses_triton
 
-# Filled slots of a split: a constant, so that no bit of a sequence's result depends on the others. Partial outputs are
-# then a sixty-fourth of the keys and values of 8 heads of 128 in bf16, if 4 query heads share each. At 32 x 4,096 slots
-# on an H200, splits of 128 took 1.26 times as long as a number of splits chosen to fill the GPU.
+# Filled positions of a split, which lie at absolute positions: constants, so that no bit of a sequence's result depends
+# on the others. Partial outputs are then a sixty-fourth of the keys and values of 8 heads of 128 in bf16, if 4 query
+# heads share each. At 32 x 4,096 positions on an H200, splits of 128 took 1.26 times as long as a number of splits
+# chosen to fill the GPU.
 SPLIT = 256
 # Partial outputs that one program combines at once.
 BLOCK_SPLITS = 16
 
 
-def decode_attention_definition(q_NHD: Tensor, k_NSKD: Tensor, v_NSKD: Tensor, lengths_N: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over the filled slots of each sequence's own buffer.
+def decode_attention_definition(
+    q_NHD: Tensor, k_PSKD: Tensor, v_PSKD: Tensor, table_NB: Tensor, lengths_N: Tensor, window: int | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over the last `window` positions of each sequence.
 
     Args:
         q_NHD: queries [N, H, D].
-        k_NSKD: keys [N, S, K, D], rotated already, so that their order does not matter.
-        v_NSKD: values [N, S, K, D].
-        lengths_N: integers [N]. Sequence n sees the slots [0, lengths[n]), all S where it is longer; 0 gives zeros.
+        k_PSKD: pages of keys [P, S, K, D], rotated already.
+        v_PSKD: pages of values [P, S, K, D].
+        table_NB: integers [N, B], the page of a sequence's positions [b S, (b + 1) S); pages of which no position is
+            visible may be any.
+        lengths_N: integers [N]. Sequence n sees the positions [max(0, lengths[n] - window), lengths[n]); 0 gives zeros.
+        window: positions that a query sees, its own included; None: all.
 
     Returns:
         [N, H, D] in q's dtype; scores and softmax are in fp32 (fp64 for fp64).
     """
-    slots, kv_heads, head_dim = k_NSKD.shape[1:]
+    kv_heads, head_dim = k_PSKD.shape[2:]
     dtype = accumulate_dtype(q_NHD.dtype)
-    empty_NS = torch.arange(slots, device=q_NHD.device) >= lengths_N[:, None]
-    empty_N11S = empty_NS[:, None, None]
+    k_NCKD, v_NCKD = (pages[table_NB.long()].flatten(1, 2).to(dtype) for pages in (k_PSKD, v_PSKD))
+    position_C = torch.arange(k_NCKD.shape[1], device=q_NHD.device)
+    hidden_NC = position_C >= lengths_N[:, None]
+    if window is not None:
+        hidden_NC |= position_C < lengths_N[:, None] - window
+    hidden_N11C = hidden_NC[:, None, None]
     q_NKGD = q_NHD.unflatten(1, (kv_heads, -1)).to(dtype)
-    scores_NKGS = torch.einsum("nkgd,nskd->nkgs", q_NKGD, k_NSKD.to(dtype)) * head_dim**-0.5
-    weights_NKGS = scores_NKGS.masked_fill(empty_N11S, -torch.inf).softmax(-1).masked_fill(empty_N11S, 0)
-    # an empty slot may hold NaN, and 0 * NaN is NaN
-    v_NSKD = v_NSKD.to(dtype).masked_fill(empty_NS[..., None, None], 0)
-    return torch.einsum("nkgs,nskd->nkgd", weights_NKGS, v_NSKD).flatten(1, 2).to(q_NHD.dtype)
+    scores_NKGC = torch.einsum("nkgd,nckd->nkgc", q_NKGD, k_NCKD) * head_dim**-0.5
+    weights_NKGC = scores_NKGC.masked_fill(hidden_N11C, -torch.inf).softmax(-1).masked_fill(hidden_N11C, 0)
+    # a position that is hidden may hold NaN, and 0 * NaN is NaN
+    v_NCKD = v_NCKD.masked_fill(hidden_NC[..., None, None], 0)
+    return torch.einsum("nkgc,nckd->nkgd", weights_NKGC, v_NCKD).flatten(1, 2).to(q_NHD.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ Triton
@@ -61,19 +75,27 @@ def decode_attention_definition(q_NHD: Tensor, k_NSKD: Tensor, v_NSKD: Tensor, l
 
 
 @triton.jit
-def _load_filled(lengths_ptr, n, mask, S):
-    """The number of filled slots of sequence n, or of several."""
-    return tl.minimum(tl.load(lengths_ptr + n, mask=mask, other=0), S).to(tl.int32)
+def _visible(lengths_ptr, n, mask, WINDOW: tl.constexpr):
+    """Of sequence n, or of several: the first visible position, and one past the last. WINDOW: 0 for none."""
+    length = tl.load(lengths_ptr + n, mask=mask, other=0).to(tl.int32)
+    return tl.maximum(length - WINDOW, 0) if WINDOW else length * 0, length
+
+
+@triton.jit
+def _splits(first, length, SPLIT: tl.constexpr):
+    """The split of the first visible position, and the number of splits from there on."""
+    return first // SPLIT, tl.cdiv(length, SPLIT) - first // SPLIT
 
 
 # `max_splits` is not specialised, so that the code compiled without a GPU is the code that runs on one.
 @triton.jit(do_not_specialize=["max_splits"])
 def _split_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, partial_out_ptr, lse2_ptr, S, max_splits,
-    stride_q_row, stride_q_head, stride_k_row, stride_k_slot, stride_k_head, stride_v_row, stride_v_slot, stride_v_head,
+    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, partial_out_ptr, lse2_ptr, max_splits,
+    stride_q_row, stride_q_head, stride_k_page, stride_k_slot, stride_k_head, stride_v_page, stride_v_slot,
+    stride_v_head, stride_table,
     SCALE: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    N: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, N: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     # The heads of a slot are adjacent in memory, and so run side by side.
     kv_head = tl.program_id(0).to(tl.int64)
@@ -83,27 +105,35 @@ def _split_kernel(
     acc_dtype: tl.constexpr = lse2_ptr.dtype.element_ty
     row = tl.arange(0, BLOCK_M)
     sequence = tl.arange(0, BLOCK_SEQUENCES)
-    splits = tl.cdiv(_load_filled(lengths_ptr, sequence, sequence < N, S), SPLIT)
+    firsts, lengths = _visible(lengths_ptr, sequence, sequence < N, WINDOW)
+    _, splits = _splits(firsts, lengths, SPLIT)
     # Splits are counted through all sequences.
     ends = tl.cumsum(splits, 0)
     for item in range(tl.program_id(1), tl.sum(splits, 0), tl.num_programs(1)):
         n = tl.sum((ends <= item).to(tl.int64), 0)
-        split = item - tl.max(tl.where(ends <= item, ends, 0), 0)
-        begin = split * SPLIT
-        end = tl.minimum(begin + SPLIT, _load_filled(lengths_ptr, n, True, S))
+        # among the visible splits of its sequence
+        index = item - tl.max(tl.where(ends <= item, ends, 0), 0)
+        first, length = _visible(lengths_ptr, n, True, WINDOW)
+        begin = (_splits(first, length, SPLIT)[0] + index) * SPLIT
+        end = tl.minimum(begin + SPLIT, length)
+        # tiles lie at absolute positions too
+        start = tl.maximum(begin, first // BLOCK_N * BLOCK_N)
         q = _load_rows(q_ptr + n * stride_q_row, tl.minimum(row, GROUP - 1), stride_q_head, D, BLOCK_D)
         acc = tl.zeros([BLOCK_M, BLOCK_D], acc_dtype)
         m_i = tl.full([BLOCK_M], _INITIAL_MAX, acc_dtype)
         l_i = tl.zeros([BLOCK_M], acc_dtype)
-        first = tl.full([BLOCK_M], begin, tl.int32)
-        last = tl.full([BLOCK_M], end - 1, tl.int32)
-        tiles = tl.cdiv(end - begin, BLOCK_N)
-        acc, m_i, l_i = _forward_inner(
-            acc, m_i, l_i, q, last, first, None, k_ptr + n * stride_k_row, v_ptr + n * stride_v_row,
-            (begin, tiles, ()),
-            end, stride_k_slot, stride_v_slot, SCALE, D, BLOCK_D, BLOCK_N, True,
-        )  # fmt: skip
-        offset = (n * K + kv_head) * GROUP * max_splits + split
+        for tile in range(0, tl.cdiv(end - start, BLOCK_N)):
+            position = start + tile * BLOCK_N
+            page = tl.load(table_ptr + n * stride_table + position // PAGE).to(tl.int64)
+            key = position + tl.arange(0, BLOCK_N)
+            slot = tl.minimum(key, end - 1) % PAGE
+            k = _load_rows(k_ptr + page * stride_k_page, slot, stride_k_slot, D, BLOCK_D)
+            visible = (first <= key) & (key < end)
+            scores = tl.where(visible[None, :], dot(q, tl.trans(k), acc_dtype), float("-inf"))
+            acc, m_i, l_i = _accumulate(
+                acc, m_i, l_i, scores, v_ptr + page * stride_v_page, slot, stride_v_slot, SCALE, D, BLOCK_D
+            )
+        offset = (n * K + kv_head) * GROUP * max_splits + index
         _store_rows(partial_out_ptr + offset * D, row, GROUP, max_splits * D, acc / l_i[:, None], D, BLOCK_D)
         tl.store(lse2_ptr + offset + row * max_splits, m_i + tl.log2(l_i), mask=row < GROUP)
 
@@ -114,17 +144,18 @@ def _combine_kernel(
     lse2_ptr,
     lengths_ptr,
     out_ptr,
-    S,
     max_splits,
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):
     n = tl.program_id(1).to(tl.int64)
     head = n * H + tl.program_id(0)
-    splits = tl.cdiv(_load_filled(lengths_ptr, n, True, S), SPLIT)
+    first, length = _visible(lengths_ptr, n, True, WINDOW)
+    _, splits = _splits(first, length, SPLIT)
     d = tl.arange(0, BLOCK_D)
     acc_dtype: tl.constexpr = lse2_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK_D], acc_dtype)
@@ -161,30 +192,39 @@ def _tiles(dtype: torch.dtype, block_d: int) -> dict[str, int]:
     return {"BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
-def _decode_attention_triton(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    q, k, v = unit_stride(q, k, v)
+def _decode_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, window: int | None
+) -> Tensor:
+    q, k, v, table = unit_stride(q, k, v, table)
     sequences, heads, head_dim = q.shape
-    slots, kv_heads = k.shape[1:3]
+    page, kv_heads = k.shape[1:3]
     group = heads // kv_heads
     block_d = max(triton.next_power_of_2(head_dim), 16)
     # a product takes at least 16 rows
     block_m = max(triton.next_power_of_2(group), 16)
-    max_splits = triton.cdiv(slots, SPLIT)
+    positions = table.shape[1] * page
+    max_splits = triton.cdiv(positions, SPLIT)
+    if window is not None:
+        # one more, where the window begins within a split
+        max_splits = min(max_splits, triton.cdiv(window, SPLIT) + 1)
     # two programs a multiprocessor, at most as many as there may be splits
     programs = min(max(2 * multiprocessor_count(q.device) // kv_heads, 1), sequences * max_splits)
     out = q.new_empty(q.shape)
     dtype = accumulate_dtype(q.dtype)
     partial_out = q.new_empty(sequences, heads, max_splits, head_dim, dtype=dtype)
     lse2 = q.new_empty(sequences, heads, max_splits, dtype=dtype)
-    constants: dict[str, Any] = {"D": head_dim, "BLOCK_D": block_d, "SPLIT": SPLIT}
+    constants: dict[str, Any] = {"D": head_dim, "BLOCK_D": block_d, "SPLIT": SPLIT, "WINDOW": window or 0}
     split_constants = {"SCALE": head_dim**-0.5, "K": kv_heads, "GROUP": group, "BLOCK_M": block_m, **constants}
-    split_constants |= {"N": sequences, "BLOCK_SEQUENCES": triton.next_power_of_2(sequences)}
-    strides = *q.stride()[:2], *k.stride()[:3], *v.stride()[:3]
+    split_constants |= {"N": sequences, "BLOCK_SEQUENCES": triton.next_power_of_2(sequences), "PAGE": page}
+    tiles = _tiles(q.dtype, block_d)
+    # a tile lies in one page
+    tiles["BLOCK_N"] = min(tiles["BLOCK_N"], page)
+    strides = *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], table.stride(0)
     _split_kernel[kv_heads, programs](
-        q, k, v, lengths, partial_out, lse2, slots, max_splits, *strides, **split_constants, **_tiles(q.dtype, block_d)
+        q, k, v, table, lengths, partial_out, lse2, max_splits, *strides, **split_constants, **tiles
     )
     _combine_kernel[heads, sequences](
-        partial_out, lse2, lengths, out, slots, max_splits, **constants, H=heads, BLOCK_SPLITS=BLOCK_SPLITS
+        partial_out, lse2, lengths, out, max_splits, **constants, H=heads, BLOCK_SPLITS=BLOCK_SPLITS
     )
     return out
 
@@ -192,27 +232,43 @@ def _decode_attention_triton(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -
 # ----------------------------------------------------------------------------------------------------- plain PyTorch
 
 
-def decode_groups(lengths: list[int], slots: int) -> list[tuple[int, int, int]]:
-    """Groups adjacent sequences that have filled as many slots: (first sequence, one past the last, filled slots).
+class Span(NamedTuple):
+    """Where a sequence's keys lie that a query sees: positions [start, stop) of these pages, laid end to end."""
 
-    On the CPU, `decode_attention` makes one call of torch's kernel a group, which reads the filled slots alone. The
-    groups can be computed once for all layers.
-    """
-    groups = []
-    start = 0
-    for filled, members in itertools.groupby(min(length, slots) for length in lengths):
-        stop = start + len(list(members))
-        groups.append((start, stop, filled))
-        start = stop
-    return groups
+    pages: Tensor | slice
+    start: int
+    stop: int
 
 
-def _decode_attention_torch(q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[int, int, int]]) -> Tensor:
+def span_of(pages: Sequence[int], size: int, start: int, stop: int) -> Span:
+    """Of a sequence whose positions [b size, (b + 1) size) are in pages[b], the positions [start, stop)."""
+    first = start // size
+    used = pages[first : -(-stop // size)]
+    is_run = all(page == used[0] + place for place, page in enumerate(used))
+    chosen = slice(used[0], used[0] + len(used)) if used and is_run else torch.tensor(used, dtype=torch.int64)
+    return Span(chosen, start - first * size, stop - first * size)
+
+
+def read_span(pages_PSKD: Tensor, span: Span) -> Tensor:
+    """Its keys or values [C, K, D]: a view where its pages are adjacent."""
+    chosen = pages_PSKD[span.pages] if isinstance(span.pages, slice) else pages_PSKD.index_select(0, span.pages)
+    return chosen.flatten(0, 1)[span.start : span.stop]
+
+
+def decode_spans(tables: Sequence[Sequence[int]], lengths: Sequence[int], size: int, window: int | None) -> list[Span]:
+    """What each sequence's query sees. On the CPU `decode_attention` takes them computed once for all layers."""
+    return [
+        span_of(pages, size, 0 if window is None else max(0, length - window), length)
+        for pages, length in zip(tables, lengths)
+    ]
+
+
+def _decode_attention_torch(q: Tensor, k: Tensor, v: Tensor, spans: list[Span]) -> Tensor:
     """Torch's flash kernel, with the query heads of a key head as its queries.
 
     In bf16 that is six times as fast as one query and `enable_gqa`. The number of queries is padded to a multiple of 4:
     otherwise the scratch memory of torch's threads, which is one allocation, is not aligned to 16 bytes, and the last
-    bits of a sum depend on which thread computes it, and so on the number of sequences.
+    bits of a sum depend on which thread computes it.
     """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     sequences, heads, head_dim = q.shape
@@ -221,43 +277,50 @@ def _decode_attention_torch(q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[
     q_NKGD = q.view(sequences, kv_heads, group, head_dim)
     if group % 4:
         q_NKGD = F.pad(q_NKGD, (0, 0, 0, -group % 4))
-    outs = []
-    for start, stop, filled in groups:
-        q_nKGD = q_NKGD[start:stop]
-        k_nKSD = k[start:stop, :filled].transpose(1, 2)
-        v_nKSD = v[start:stop, :filled].transpose(1, 2)
-        outs.append(flash(q_nKGD, k_nKSD, v_nKSD)[0] if filled else torch.zeros_like(q_nKGD))
-    out_NKGD = outs[0] if len(outs) == 1 else torch.cat(outs)
+    out_NKGD = torch.zeros_like(q_NKGD)
+    for n, span in enumerate(spans):
+        if span.stop:
+            k_1KCD, v_1KCD = (read_span(pages, span).transpose(0, 1)[None] for pages in (k, v))
+            out_NKGD[n : n + 1] = flash(q_NKGD[n : n + 1], k_1KCD, v_1KCD)[0]
     return out_NKGD[:, :, :group].reshape(q.shape).contiguous()
 
 
 # --------------------------------------------------------------------------------------------------------- operator
 
 
-def _decode_attention_cpu(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+def _decode_attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, window: int | None
+) -> Tensor:
     q, k, v = unit_stride(q, k, v)
-    return _decode_attention_torch(q, k, v, decode_groups(lengths.tolist(), k.shape[1]))
+    return _decode_attention_torch(q, k, v, decode_spans(table.tolist(), lengths.tolist(), k.shape[1], window))
 
 
 _decode_attention = operator(
-    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor lengths) -> Tensor",
+    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lengths, int? window=None) -> Tensor",
     cuda=_decode_attention_triton,
     cpu=_decode_attention_cpu,
-    fake=lambda q, k, v, lengths: q.new_empty(q.shape),
+    fake=lambda q, k, v, table, lengths, window=None: q.new_empty(q.shape),
 )
 
 
 def decode_attention(
-    q_NHD: Tensor, k_NSKD: Tensor, v_NSKD: Tensor, lengths_N: Tensor, groups: list[tuple[int, int, int]] | None = None
+    q_NHD: Tensor,
+    k_PSKD: Tensor,
+    v_PSKD: Tensor,
+    table_NB: Tensor,
+    lengths_N: Tensor,
+    window: int | None = None,
+    spans: list[Span] | None = None,
 ) -> Tensor:
-    """`decode_attention_definition`, split among programs.
+    """`decode_attention_definition`, split among programs; S must be a power of two from 16.
 
-    No bit of a sequence's result depends on other sequences, or on the contents or number of empty slots.
+    No bit of a sequence's result depends on other sequences, on which pages hold it, or on what is not visible.
 
     Args:
-        q_NHD: like k and v, it may be a view; with groups, its last stride is 1.
-        groups: `decode_groups` of the lengths, which the CPU otherwise computes for each layer; CUDA ignores them.
+        q_NHD: like k and v, it may be a view; with spans, its last stride is 1.
+        spans: `decode_spans` of the tables and lengths, which the CPU otherwise computes for each layer; CUDA ignores
+            them.
     """
-    if groups is None or uses_triton(q_NHD):
-        return _decode_attention(q_NHD, k_NSKD, v_NSKD, lengths_N)
-    return _decode_attention_torch(q_NHD, k_NSKD, v_NSKD, groups)
+    if spans is None or uses_triton(q_NHD):
+        return _decode_attention(q_NHD, k_PSKD, v_PSKD, table_NB, lengths_N, window)
+    return _decode_attention_torch(q_NHD, k_PSKD, v_PSKD, spans)

@@ -2,7 +2,8 @@
 
 In a decoding step each layer would otherwise launch three small kernels, and what all layers share a dozen. For
 inference only.
-Axes: N sequences, M = (H + 2 K) D columns, H query heads, K key heads, D head size, P = D/2, S positions of the cache.
+Axes: N sequences, M = (H + 2 K) D columns, H query heads, K key heads, D head size, P = D/2, S positions of the
+cache, B pages of a sequence.
 """
 
 import torch
@@ -107,22 +108,28 @@ def rope_into_cache(
 
 
 def decode_positions_definition(
-    lengths_N: Tensor, active_N: Tensor, frequencies_P: Tensor, capacity: int
+    lengths_N: Tensor, active_N: Tensor, frequencies_P: Tensor, table_NB: Tensor, page: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The place of each sequence's next token in a rolling cache, one buffer of `capacity` positions a sequence.
+    """The place of each sequence's next token in a cache of pages.
 
     Args:
         lengths_N: int64 [N], the tokens of each sequence; one more for active ones afterwards, in place.
         active_N: int64 [N], 1 for active sequences and 0 for others.
         frequencies_P: from `rope_frequencies`.
+        table_NB: int32 [N, B], the pages of each sequence.
+        page: the positions of a page. Page 0 is scratch, where inactive sequences write.
 
     Returns:
         cos and sin [N, P] fp32, as `rope_tables` of the next tokens' positions; the index that `rope_into_cache` takes,
-        counted through all buffers, and the filled positions of each buffer afterwards, 0 of inactive ones: int64 [N].
+        counted through all pages, and the tokens of each sequence afterwards, 0 of inactive ones: int64 [N].
     """
     angles_NP = lengths_N.float()[:, None] * frequencies_P
-    index_N = torch.arange(len(lengths_N), device=lengths_N.device) * capacity + lengths_N % capacity
-    filled_N = (lengths_N + 1).clamp(max=capacity) * active_N
+    own_N = torch.arange(len(lengths_N), device=lengths_N.device)
+    # an inactive sequence may be as long as its table
+    place_N = (lengths_N // page).clamp(max=table_NB.shape[1] - 1)
+    target_N = table_NB[own_N, place_N].long() * page + lengths_N % page
+    index_N = torch.where(active_N == 1, target_N, own_N % page)
+    filled_N = (lengths_N + 1) * active_N
     lengths_N += active_N
     return angles_NP.cos(), angles_NP.sin(), index_N, filled_N
 
@@ -136,7 +143,9 @@ def _decode_positions_kernel(
     sin_ptr,
     index_ptr,
     filled_ptr,
-    capacity,
+    table_ptr,
+    stride_table,
+    PAGE: tl.constexpr,
     P: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -148,33 +157,35 @@ def _decode_positions_kernel(
     angle = position.to(tl.float32) * tl.load(frequencies_ptr + pair, mask=mask, other=0.0)
     tl.store(cos_ptr + n * P + pair, tl.cos(angle), mask=mask)
     tl.store(sin_ptr + n * P + pair, tl.sin(angle), mask=mask)
-    tl.store(index_ptr + n, n * capacity + position % capacity)
-    tl.store(filled_ptr + n, tl.minimum(position + 1, capacity) * active)
+    page = tl.load(table_ptr + n * stride_table + position // PAGE, mask=active == 1, other=0).to(tl.int64)
+    tl.store(index_ptr + n, page * PAGE + tl.where(active == 1, position, n) % PAGE)
+    tl.store(filled_ptr + n, (position + 1) * active)
     # Whatever thread stores, all have loaded.
     tl.debug_barrier()
     tl.store(lengths_ptr + n, position + active)
 
 
 def _decode_positions_triton(
-    lengths: Tensor, active: Tensor, frequencies: Tensor, capacity: int
+    lengths: Tensor, active: Tensor, frequencies: Tensor, table: Tensor, page: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outs = _empty_positions(lengths, active, frequencies, capacity)
+    outs = _empty_positions(lengths, active, frequencies, table, page)
     pairs = len(frequencies)
+    constants = {"PAGE": page, "P": pairs, "BLOCK_P": triton.next_power_of_2(pairs)}
     _decode_positions_kernel[(len(lengths),)](
-        lengths, active, frequencies, *outs, capacity, P=pairs, BLOCK_P=triton.next_power_of_2(pairs), num_warps=1
+        lengths, active, frequencies, *outs, table, table.stride(0), **constants, num_warps=1
     )
     return outs
 
 
 def _empty_positions(
-    lengths: Tensor, active: Tensor, frequencies: Tensor, capacity: int
+    lengths: Tensor, active: Tensor, frequencies: Tensor, table: Tensor, page: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cos, sin = (frequencies.new_empty(len(lengths), len(frequencies)) for _ in range(2))
     return cos, sin, torch.empty_like(lengths), torch.empty_like(lengths)
 
 
 _decode_positions = operator(
-    "decode_positions(Tensor(a!) lengths, Tensor active, Tensor frequencies, int capacity) -> "
+    "decode_positions(Tensor(a!) lengths, Tensor active, Tensor frequencies, Tensor table, int page) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
     cuda=_decode_positions_triton,
     cpu=decode_positions_definition,
@@ -183,8 +194,8 @@ _decode_positions = operator(
 
 
 def decode_positions(
-    lengths_N: Tensor, active_N: Tensor, frequencies_P: Tensor, capacity: int
+    lengths_N: Tensor, active_N: Tensor, frequencies_P: Tensor, table_NB: Tensor, page: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`decode_positions_definition`, in one kernel."""
     function = _decode_positions if uses_triton(lengths_N) else decode_positions_definition
-    return function(lengths_N, active_N, frequencies_P, capacity)
+    return function(lengths_N, active_N, frequencies_P, table_NB, page)

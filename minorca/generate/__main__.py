@@ -127,13 +127,13 @@ def _adapters(args: argparse.Namespace) -> dict[str, str]:
     return {ADAPTER: args.adapter} if args.adapter else {}
 
 
-def _open_engine(args: argparse.Namespace, reuse: bool = False) -> Engine:
+def _open_engine(args: argparse.Namespace) -> Engine:
     quantization = {"quantize": args.quantize, "double_quant": args.double_quant}
-    return open_engine(args.model, _adapters(args), slots=1, reuse=reuse, alone=True, **quantization)
+    return open_engine(args.model, _adapters(args), slots=1, alone=True, **quantization)
 
 
 def _chat(args: argparse.Namespace, tok: Tokenizer, arch: Architecture, sampling: Sampling) -> None:
-    engine = _open_engine(args, reuse=True)
+    engine = _open_engine(args)
 
     def answer(prompt: list[int]) -> Generator[int, None, None]:
         with contextlib.closing(engine.stream(_make_request(args, prompt, tok, arch, sampling))) as tokens:

@@ -1,13 +1,19 @@
 """A scheduler for generation with continuous batching (Yu et al. 2022, Orca).
 
-The batch has a fixed number of slots. A request takes a free slot, its prompt is prefilled in chunks, and then every
-step adds one token to each running sequence; a slot is free again when its sequence ends. Prompts are prefilled one by
-one, in chunks of one size, and a step always computes all slots, so that the bits of an answer depend on its request,
-the number of slots and the chunk size alone, not on the other requests.
+The batch has a fixed number of slots. A request takes a free slot, reads of the cache what it holds of its prompt, and
+computes the rest in chunks; then every step adds one token to each running sequence. A slot is free again when its
+sequence ends. A step computes chunks of several prompts in one forward of at most a fixed number of tokens (Sarathi,
+Agrawal et al. 2023, arXiv:2308.16369), so that the running answers wait for one such forward at most, and a step of
+decoding always computes all slots.
+
+On the CPU, where products do not depend on the number of rows that are computed together, the bits of an answer depend
+on its request and the number of slots alone, but for tokens of its prompt that this engine has generated: their keys
+and values are those that decoding computed. On a GPU they also depend on what is computed in the same forward of a
+prompt.
 
 On CUDA the sampled ids are copied to the host while the next step is already running.
 
-Axes in names: N slots, T tokens, H hidden, V vocabulary; 1V is the one row of logits after a prompt.
+Axes in names: N slots, T tokens, H hidden, V vocabulary; M prompts that end with this step.
 """
 
 import signal
@@ -15,6 +21,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Generator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,19 +29,22 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from minorca.generate.decode_step import DecodeStep
-from minorca.generate.kv_cache import KVCache, check_memory
+from minorca.generate.kv_cache import KVCache, affordable_pages
+from minorca.generate.prompts import choose_chunks
 from minorca.generate.request import Request, Sequence, Token, check_request, default_max_length
 from minorca.generate.results import PendingTokens
 from minorca.generate.sampling import Sampler
 from minorca.model.build import fast_dtype, load_adapters, load_model, prepack
-from minorca.model.lora import AdapterChoice
+from minorca.model.lora import NO_ADAPTER, AdapterChoice
 from minorca.model.network import Mistral
 from minorca.signals import signals_noted
 from minorca_kernels import FrozenWeight
 
-# Prompt tokens that are prefilled between two decoding steps, by type of device: a GPU's products need more rows, until
+# Prompt tokens that are computed between two decoding steps, by type of device: a GPU's products need more rows, until
 # their time is that of arithmetic and not of reading the weights.
-CHUNK = {"cuda": 2048, "cpu": 512}
+CHUNK = {"cuda": 2048, "cpu": 256}
+# A forward of a prompt has a multiple of so many rows: torch's products of fewer than 12 sum in other orders.
+ROWS = {"cuda": 1, "cpu": 16}
 
 
 class Engine:
@@ -45,10 +55,7 @@ class Engine:
         slots: the number of sequences that are generated at once.
         max_length: the maximum number of tokens of a prompt and its continuation; by default the model's positions.
         adapters: what `load_adapters` returned for this model; None: requests cannot name an adapter.
-        reuse: keep the cache of the last sequence, and prefill only what follows the longest common prefix with the
-            next prompt. Needs `slots=1`. Chunks then start at other positions, so the last bits may depend on the
-            history.
-        chunk: the number of prompt tokens that are prefilled at once; by default 2048 on CUDA, 512 on the CPU.
+        chunk: the number of prompt tokens that are computed at once; by default 2048 on CUDA, 256 on the CPU.
 
     Raises:
         UserError: the key/value cache does not fit in memory.
@@ -60,21 +67,17 @@ class Engine:
         slots: int = 8,
         max_length: int | None = None,
         adapters: AdapterChoice | None = None,
-        reuse: bool = False,
         chunk: int | None = None,
     ):
-        if reuse and slots > 1:
-            raise ValueError("reuse needs slots=1: decoding writes into the buffers of inactive slots")
         weight = model.embedding.weight
         self.model = model
         self.slots = slots
-        self.reuse = reuse
         self.device = weight.device
         self.chunk = chunk or CHUNK[self.device.type]
         self.vocab_size = model.arch.vocab_size
         self.max_length = max_length or default_max_length(model.arch)
-        self.cache = KVCache(model.arch, slots, self.max_length, model.dtype, self.device)
-        check_memory(self.cache, model)
+        pages = affordable_pages(model, slots, self.max_length, self.chunk)
+        self.cache = KVCache(model.arch, slots, self.max_length, model.dtype, self.device, self.chunk, pages)
         self._adapters = adapters or AdapterChoice([], self.device)
         self._sampler = Sampler(slots, self.vocab_size, self.device)
         self._decode_step = DecodeStep(model, self.cache, self._sampler, self._adapters)
@@ -83,13 +86,10 @@ class Engine:
 
         self._waiting: deque[Request] = deque()
         self._running: dict[Request, Sequence] = {}
-        self._prefilling: deque[Sequence] = deque()
+        # In their order of arrival.
+        self._prefilling: list[Sequence] = []
         self._pending: deque[PendingTokens] = deque()
         self._free_slots = list(range(slots))
-        # What each slot's cache was computed from: an adapter and token ids.
-        self._cached: list[tuple[str | None, list[int]]] = [(None, [])] * slots
-        # The logits after the prompt of each slot that decodes.
-        self._prompt_logits: dict[int, Tensor] = {}
         # False during a step, and after one that an error interrupted: some layers may have cached more tokens than
         # others.
         self._consistent = True
@@ -152,7 +152,7 @@ class Engine:
     # --------------------------------------------------------------------------------------------------- steps
 
     def step(self) -> list[Token]:
-        """Prefills up to one chunk, then adds a token to every running sequence.
+        """Computes up to one chunk of the prompts, then adds a token to every running sequence.
 
         Returns:
             The tokens that have reached the host. On CUDA the newest ones follow with the next call.
@@ -174,14 +174,18 @@ class Engine:
         return self._collect()
 
     def _admit(self) -> None:
+        """Gives free slots to waiting requests, in their order of arrival, while the cache has room for them."""
         while self._waiting and self._free_slots:
-            request = self._waiting.popleft()
+            request = self._waiting[0]
+            length = len(request.prompt) + request.max_new_tokens
+            if not self.cache.fits(length):
+                break
+            self._waiting.popleft()
             sequence = Sequence(request, self._free_slots.pop(0), *self._to_device(request))
+            self.cache.open(sequence.slot, request.adapter, length)
             self._running[request] = sequence
             self._prefilling.append(sequence)
             self._adapter_N[sequence.slot : sequence.slot + 1] = sequence.adapter_1
-            if self.reuse:
-                self._keep_common_prefix(sequence)
 
     def _to_device(self, request: Request) -> tuple[Tensor, Tensor, Tensor]:
         """Copies what the device has to know of a request, at once; on CUDA the host does not wait for it."""
@@ -193,68 +197,48 @@ class Engine:
         after = 1 + len(sampling)
         return packed[:1], packed[1:after], packed[after:]
 
-    def _keep_common_prefix(self, sequence: Sequence) -> None:
-        request, slot = sequence.request, sequence.slot
-        adapter, cached = self._cached[slot]
-        # Without the last token, which is computed again for its logits.
-        prompt = request.prompt[:-1] if adapter == request.adapter else []
-        shorter = min(len(cached), len(prompt))
-        common = next((i for i in range(shorter) if cached[i] != prompt[i]), shorter)
-        self.cache.set_length(slot, common if self.cache.holds(slot, common) else 0)
-
     def _prefill(self) -> None:
-        """Prefills prompts in their order of arrival until a chunk's number of tokens is reached."""
-        budget = self.chunk
-        while self._prefilling and budget > 0:
-            budget -= self._prefill_chunk(self._prefilling[0])
+        """Computes chunks of prompts in one forward; after its last one, samples a prompt's first token."""
+        chunks = choose_chunks(self._prefilling, self.cache, self.chunk)
+        if not chunks:
+            return
+        tokens = sum(length for _, length in chunks)
+        fill = -tokens % ROWS[self.device.type]
+        ids, adapters, ending, rows = [], [], [], []
+        for sequence, length in chunks:
+            start = self.cache.lengths[sequence.slot]
+            ids.append(sequence.prompt_T[start : start + length])
+            adapters.append(sequence.adapter_1.expand(length))
+            if start + length == len(sequence.request.prompt):
+                ending.append(sequence)
+                rows.append(sum(map(len, ids)) - 1)
+        ids.append(ids[0].new_zeros(fill))
+        adapters.append(torch.full_like(ids[-1], NO_ADAPTER))
+        self._adapters.choose(torch.cat(adapters), any(sequence.request.adapter is not None for sequence, _ in chunks))
+        attend = self.cache.prefill([(sequence.slot, length) for sequence, length in chunks], tokens + fill)
+        logits_MV = self.model(torch.cat(ids), attend=attend, head=partial(self._logits, rows))
+        for sequence, _ in chunks:
+            self.cache.record(sequence.slot, sequence.request.prompt, sequence in ending)
+        for row, sequence in enumerate(ending):
+            self._start_decoding(sequence, logits_MV[row : row + 1])
 
-    def _prefill_chunk(self, sequence: Sequence) -> int:
-        """Prefills a prompt's next chunk; after the last one, samples the first token. Returns the chunk's length."""
-        request, slot = sequence.request, sequence.slot
-        shared_1V = self._copy_prefilled(sequence)
-        if shared_1V is not None:
-            self._start_decoding(sequence, shared_1V)
-            return 0
-        start = self.cache.lengths[slot]
-        ids_T = sequence.prompt_T[start : start + self.chunk]
-        is_last = start + len(ids_T) == len(request.prompt)
-        self._adapters.choose(sequence.adapter_1, request.adapter is not None)
-        head = self._last_logits if is_last else self._no_logits
-        logits_1V = self.model(ids_T, attend=self.cache.prefill(slot, len(ids_T)), head=head)
-        if is_last:
-            self._start_decoding(sequence, logits_1V)
-        return len(ids_T)
-
-    @staticmethod
-    def _last_logits(hidden_TH: Tensor, head: FrozenWeight) -> Tensor:
-        return head.linear(hidden_TH[-1:])
-
-    @staticmethod
-    def _no_logits(hidden_TH: Tensor, head: FrozenWeight) -> None:
-        return None
-
-    def _copy_prefilled(self, sequence: Sequence) -> Tensor | None:
-        """Copies the cache of a slot that has the same prompt and adapter; returns the logits after the prompt."""
-        request = sequence.request
-        length = len(request.prompt)
-        for other, logits_1V in self._prompt_logits.items():
-            if self._cached[other] == (request.adapter, request.prompt) and self.cache.holds(other, length):
-                self.cache.copy_prefix(other, sequence.slot, length)
-                return logits_1V
-        return None
+    def _logits(self, rows: list[int], hidden_TH: Tensor, head: FrozenWeight) -> Tensor | None:
+        """Of these rows, whose number is filled up as a forward's is."""
+        if not rows:
+            return None
+        fill = -len(rows) % ROWS[self.device.type]
+        return head.linear(hidden_TH[rows + [rows[0]] * fill])
 
     def _start_decoding(self, sequence: Sequence, logits_1V: Tensor) -> None:
-        """Samples the first token of a prompt that is prefilled, and activates its slot."""
+        """Samples the first token of a prompt that is computed, and activates its slot."""
         request, slot = sequence.request, sequence.slot
-        self._prefilling.popleft()
-        self._cached[slot] = (request.adapter, request.prompt)
-        self._prompt_logits[slot] = logits_1V
+        self._prefilling.remove(sequence)
         own = slice(slot, slot + 1)
         self._sampler.set(slot, request.sampling, sequence.words_4, sequence.prompt_T)
+        self.cache.set_active(slot, True)
         ids_1 = self._sampler(logits_1V, self.cache.lengths_N[own], own, self._sampler.ops(own))
         self._decode_step.tokens_N[own] = ids_1
         self._pending.append(PendingTokens([(0, sequence)], ids_1, logits_1V))
-        self.cache.set_active(slot, True)
         self._count_scheduled(sequence)
 
     def _decode(self) -> None:
@@ -295,14 +279,8 @@ class Engine:
         del self._running[request]
         if sequence in self._prefilling:
             self._prefilling.remove(sequence)
-        self.cache.set_active(slot, False)
         self._sampler.clear(slot)
-        self._prompt_logits.pop(slot, None)
-        if self.reuse and self._consistent:
-            self._cached[slot] = (request.adapter, (request.prompt + sequence.ids)[: self.cache.lengths[slot]])
-        else:
-            self._cached[slot] = (None, [])
-            self.cache.set_length(slot, 0)
+        self.cache.close(slot, request.prompt + sequence.ids if self._consistent else None)
         self._free_slots.append(slot)
 
 
@@ -311,7 +289,6 @@ def open_engine(
     adapters: Mapping[str, str | Path],
     slots: int,
     max_length: int | None = None,
-    reuse: bool = False,
     alone: bool = False,
     quantize: str | None = None,
     double_quant: bool = True,
@@ -323,7 +300,7 @@ def open_engine(
     Args:
         path: the model's directory.
         adapters: PEFT adapters' directories by the names that requests use.
-        slots, max_length, reuse: as `Engine` takes them.
+        slots, max_length: as `Engine` takes them.
         alone: every request uses the adapter, if there is one, which may then change the embedding and head.
         quantize, double_quant: as `load_model` takes them.
 
@@ -336,7 +313,7 @@ def open_engine(
     seconds = time.perf_counter() - started
     gigabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
     adapter_choice = load_adapters(model, dict(adapters), alone)
-    engine = Engine(model, slots, max_length, adapter_choice, reuse)
+    engine = Engine(model, slots, max_length, adapter_choice)
     # After the engine has checked the memory beside the model's parameters, which this replaces.
     prepack(model)
     speed = f"{gigabytes:.2f} GB in {seconds:.2f} s, {gigabytes / seconds:.1f} GB/s"

@@ -1,159 +1,279 @@
-"""The rolling key/value cache.
+"""The key/value cache: pages that sequences take as they grow, and share where they begin alike.
 
-The batch has N slots, each for one sequence. A slot's buffer has `capacity` positions: at most as many as the attention
-window has keys, and position p of the sequence is stored at p mod capacity. Keys are stored after RoPE, so their order
-in the buffer does not matter, and a full buffer holds exactly what the next query may see (mistral-inference's rolling
-buffer; Jiang et al. 2023, arXiv:2310.06825). The buffers of all slots grow together, as far as the longest sequence
-needs.
+The batch has N slots, each for one sequence. A page holds the keys and values of `PAGE` positions in all layers; each
+slot has a table of its pages. Full pages, and the last one of a prompt, are kept in a tree (prefix_tree.py) under the
+tokens they were computed from, so that another sequence that begins with these tokens reads them instead of computing
+them again; they are overwritten when their memory is needed. With a window, pages that it has passed are given back.
 
-Axes in names: L layers, N slots, S positions of a buffer, P some of these positions, T tokens,
-H query heads, K key/value heads, D head size, M = (H + 2 K) D, P = D/2 (`cos_NP`, `frequencies_P`).
+A query's result does not depend on how a prompt was divided into chunks: on the CPU the queries of a page, and those
+only, are computed together, with all keys up to the end of the page, most of which are masked at the beginning of one.
+
+Axes in names: L layers, N slots, B pages of a slot, S positions of a page, P pages of the cache (P = D/2 in `cos_NP`
+and `frequencies_P`), T tokens, C keys of a query, R blocks of queries, H query heads, K key/value heads, G = H // K,
+D head size, M = (H + 2 K) D.
 """
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minorca.device import host_memory_bytes
-from minorca.errors import UserError, memory_asked_for
+from minorca.errors import UserError
+from minorca.generate.prefix_tree import Node, PrefixTree
 from minorca.model.architecture import Architecture
-from minorca.model.attention import PackedAttention
+from minorca.model.attention import PackedAttention, visible
 from minorca.model.network import Mistral
 from minorca_kernels import (
     NF4Weight,
     decode_attention,
-    decode_groups,
     decode_positions,
+    decode_spans,
+    read_span,
+    rope,
     rope_frequencies,
     rope_into_cache,
+    rope_tables,
+    span_of,
 )
+from minorca_kernels.operator import uses_triton
 
-# Buffers grow to a multiple of this many positions.
-CAPACITY_MULTIPLE = 64
+# Positions of a page, and queries of a block on the CPU.
+PAGE = 128
 # The share of the free memory that the cache may take; the rest is for activations.
 MAX_MEMORY_SHARE = 0.9
+# Pages that no sequence is counted for: the one where inactive slots write, and the source of a copy.
+SPARE_PAGES = 2
+
+
+@dataclass
+class _Slot:
+    """One sequence.
+
+    Attributes:
+        key: what its tokens' keys and values depend on beside them: its adapter.
+        length: its tokens that the cache holds, with those that the window has passed.
+        reserved: the most pages that it will hold at once; 0: the slot is free.
+        pages: by place; 0 where the window has passed.
+        nodes: of the tree, by place, for the pages that are in it.
+        passed: how many of its pages the window has passed.
+        tail: the node of its last page, which it goes on writing into.
+    """
+
+    key: Hashable = None
+    length: int = 0
+    reserved: int = 0
+    pages: list[int] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    passed: int = 0
+    tail: Node | None = None
 
 
 class KVCache:
-    """Keys and values of N sequences: one buffer [N, S, K, D] of each for every layer.
+    """Keys and values of N sequences, in pages [P, S, K, D] of each layer.
 
-    `prefill` and `decode` return an attend object for `Mistral.forward`: for the next tokens of one slot, or for the
-    next token of every active slot. `lengths` counts the tokens of each slot's sequence, including those that the
-    window has passed; `active` says which slots take part in decoding. Both are kept on the host and, as `lengths_N`
-    and `active_N`, on the device.
+    `prefill` and `decode` return an attend object for `Mistral.forward`: for the next tokens of some slots, or for the
+    next token of every active slot. `lengths` counts the tokens of each slot's sequence; `active` says which slots take
+    part in decoding.
 
     Args:
-        max_length: the maximum number of tokens of a sequence. With a window sequences may be longer.
+        max_length: the maximum number of tokens of a sequence.
         dtype: of keys and values.
+        chunk: the maximum number of tokens of a slot in one `prefill`.
+        pages: None: as many as all slots need at most.
     """
 
-    def __init__(self, arch: Architecture, slots: int, max_length: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        arch: Architecture,
+        slots: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        chunk: int = 512,
+        pages: int | None = None,
+    ):
         self.window = arch.window
         self.max_length = max_length
-        self.max_capacity = min(max_length, arch.window or max_length)
-        self.capacity = 0
-        self.dtype = dtype
+        self.chunk = chunk
         self.device = device
-        self.lengths = [0] * slots
-        self.active = [False] * slots
-        self.lengths_N = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.active_N = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.group = arch.heads // arch.kv_heads
+        self.pages = pages or slots * pages_of(max_length, arch.window, chunk) + SPARE_PAGES
+        self.tree = PrefixTree(self.pages, PAGE, arch.window)
         self.frequencies_P = rope_frequencies(arch.head_dim, arch.rope_theta, device)
-        self._head_shape = (arch.kv_heads, arch.head_dim)
-        self.k_LNSKD = [self._buffer(0) for _ in range(arch.layers)]
-        self.v_LNSKD = [self._buffer(0) for _ in range(arch.layers)]
+        # Zeros, because a masked key is multiplied by 0. The host's memory is taken when it is written to.
+        self.kv_L2PSKD = torch.zeros(
+            arch.layers, 2, self.pages, PAGE, arch.kv_heads, arch.head_dim, dtype=dtype, device=device
+        )
+        self.active_N = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.lengths_N = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.table_NB = torch.zeros(slots, -(-max_length // PAGE), dtype=torch.int32, device=device)
+        self.active = [False] * slots
+        self._slots = [_Slot() for _ in range(slots)]
+        # The pages of all slots together, at most `pages`.
+        self._reserved = SPARE_PAGES
 
-    def _buffer(self, capacity: int) -> Tensor:
-        return torch.zeros(len(self.lengths), capacity, *self._head_shape, dtype=self.dtype, device=self.device)
+    @property
+    def lengths(self) -> list[int]:
+        return [slot.length for slot in self._slots]
 
-    def bytes(self, capacity: int) -> int:
-        """The size of all buffers at this capacity."""
-        kv_heads, head_dim = self._head_shape
-        token_bytes = 2 * len(self.k_LNSKD) * kv_heads * head_dim * self.dtype.itemsize
-        return len(self.lengths) * capacity * token_bytes
+    # ----------------------------------------------------------------------------------------------- sequences
 
-    def reserve(self, length: int) -> None:
-        """Grows the buffers for sequences of `length` tokens.
+    def fits(self, length: int) -> bool:
+        """Whether a slot can be opened for a sequence of so many tokens."""
+        return self._reserved + pages_of(length, self.window, self.chunk) <= self.pages
 
-        Raises:
-            ValueError: `length` exceeds `max_length`, and there is no window that would let old keys be overwritten.
-            UserError: memory ran out; the cache is as it was.
+    def open(self, number: int, key: Hashable, length: int) -> None:
+        """Makes a slot that of a new sequence, which will have at most `length` tokens; it must fit."""
+        slot = self._slots[number] = _Slot(key, reserved=pages_of(length, self.window, self.chunk))
+        self._reserved += slot.reserved
+
+    def extend(self, number: int, prompt: Sequence[int]) -> int:
+        """Takes over what the cache holds of a slot's prompt from its length on; returns the new length.
+
+        It is less than the prompt's, whose last token has to be computed for its logits.
         """
-        if length > self.max_length and self.max_capacity != self.window:
-            raise ValueError(f"the cache was created for at most {self.max_length} tokens a sequence, got {length}")
-        if min(length, self.max_capacity) <= self.capacity:
-            return
-        wanted = max(length, 2 * self.capacity)
-        capacity = min(wanted + -wanted % CAPACITY_MULTIPLE, self.max_capacity)
-        try:
-            # One layer at a time, so that only one buffer exists twice.
-            for buffers in (self.k_LNSKD, self.v_LNSKD):
-                for layer, buffer in enumerate(buffers):
-                    grown = self._buffer(capacity)
-                    grown[:, : self.capacity] = buffer
-                    buffers[layer] = grown
-        except BaseException as error:
-            self._undo_growth()
-            if not isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise UserError(
-                f"the KV cache cannot grow to {self.bytes(capacity) / 1e9:.1f} GB for {len(self.lengths)} slots of "
-                f"{capacity} tokens: {memory_asked_for(error)} Use fewer slots or a smaller maximum length"
-            ) from error
-        self.capacity = capacity
+        slot = self._slots[number]
+        if slot.length != len(slot.nodes) * PAGE:
+            return slot.length
+        path, tail, length = self.tree.match(slot.key, prompt[:-1], slot.nodes)
+        if length > slot.length:
+            passed = self.tree.first_visible(length)
+            new = path[max(len(slot.nodes), passed) :]
+            self.tree.use(new)
+            slot.pages += [
+                0 if place < passed else path[place].page or 0 for place in range(len(slot.nodes), len(path))
+            ]
+            self._pass(slot, passed)
+            slot.nodes = path
+            slot.length = length
+            if tail is not None:
+                self._copy(slot, tail, length % PAGE)
+        return slot.length
 
-    def _undo_growth(self) -> None:
-        """Positions are counted through the buffers of all slots, so layers of different capacities would disagree."""
-        for buffers in (self.k_LNSKD, self.v_LNSKD):
-            for layer, grown in enumerate(buffers):
-                if grown.shape[1] > self.capacity:
-                    # By way of the host, because the device may have no room for both.
-                    kept_NSKD = torch.stack([slot_SKD[: self.capacity].cpu() for slot_SKD in grown])
-                    del grown
-                    buffers[layer] = kept_NSKD
-                    buffers[layer] = kept_NSKD.to(self.device)
+    def _copy(self, slot: _Slot, tail: Node, tokens: int) -> None:
+        """Copies a page's first tokens into a new page at the slot's end."""
+        # So that it is not handed out as the new page.
+        self.tree.use([tail])
+        page = self._new_page(slot)
+        self.kv_L2PSKD[:, :, page, :tokens] = self.kv_L2PSKD[:, :, tail.page, :tokens]
+        self.tree.leave([tail])
 
-    def reserve_next(self, length: int) -> None:
-        """Grows the buffers for `length` tokens and, within `max_length`, for one more.
+    def _new_page(self, slot: _Slot) -> int:
+        page = self.tree.allocate()
+        self.kv_L2PSKD[:, :, page].zero_()
+        slot.pages.append(page)
+        return page
 
-        A decoding step writes a key for inactive slots too: at the position of their next token, where it will be
-        overwritten.
+    def _pass(self, slot: _Slot, passed: int) -> None:
+        """Gives back the pages before this place."""
+        held = range(slot.passed, min(passed, len(slot.pages)))
+        self.tree.leave([slot.nodes[place] for place in held if place < len(slot.nodes)])
+        for place in held:
+            if slot.tail is not None and place == len(slot.nodes):
+                self.tree.take(slot.tail)
+                slot.tail = None
+            if place >= len(slot.nodes) and slot.pages[place]:
+                self.tree.free(slot.pages[place])
+            slot.pages[place] = 0
+        slot.passed = max(slot.passed, passed)
+
+    def record(self, number: int, tokens: Sequence[int], is_prompt_end: bool) -> None:
+        """Makes what a slot has computed of its prompt, its first `length` tokens, available to others."""
+        slot = self._slots[number]
+        self._insert_full(slot, tokens[: slot.length])
+        rest = tuple(tokens[len(slot.nodes) * PAGE : slot.length])
+        parent = slot.nodes[-1] if slot.nodes else self.tree.root(slot.key)
+        if is_prompt_end and rest and rest not in parent.children:
+            slot.tail = self.tree.insert(parent, rest, slot.pages[-1])
+
+    def _insert_full(self, slot: _Slot, tokens: Sequence[int]) -> None:
+        for place in range(len(slot.nodes), len(tokens) // PAGE):
+            self._insert(slot, tuple(tokens[place * PAGE : (place + 1) * PAGE]))
+
+    def _insert(self, slot: _Slot, tokens: tuple[int, ...]) -> None:
+        place = len(slot.nodes)
+        parent = slot.nodes[-1] if slot.nodes else self.tree.root(slot.key)
+        node = self.tree.insert(parent, tokens, slot.pages[place] or None)
+        if place < slot.passed:
+            self.tree.leave([node])
+        else:
+            slot.pages[place] = node.page or 0
+        slot.nodes.append(node)
+
+    def close(self, number: int, tokens: Sequence[int] | None) -> None:
+        """Frees a slot.
+
+        Args:
+            tokens: those of its sequence, whose beginning, as far as it was computed, is kept for others; None: what
+                was not recorded is not kept.
         """
-        self.reserve(min(length + 1, max(length, self.max_length)))
+        slot = self._slots[number]
+        self.set_active(number, False)
+        if slot.tail is not None:
+            tail = slot.tail.tokens
+            slot.pages[len(slot.nodes)] = self.tree.take(slot.tail)
+            if tokens is None:
+                self._insert(slot, tail)
+        if tokens is not None:
+            computed = tokens[: slot.length]
+            self._insert_full(slot, computed)
+            if rest := tuple(computed[len(slot.nodes) * PAGE :]):
+                self._insert(slot, rest)
+        for page in slot.pages[len(slot.nodes) :]:
+            if page:
+                self.tree.free(page)
+        self.tree.leave(slot.nodes[slot.passed :])
+        self._reserved -= slot.reserved
+        self._slots[number] = _Slot()
 
-    def holds(self, slot: int, length: int) -> bool:
-        """Whether a sequence can continue from the slot's first `length` tokens: all of them, or a part if none was
-        overwritten."""
-        return length == self.lengths[slot] or length < self.lengths[slot] < self.capacity
+    # ------------------------------------------------------------------------------------------------ forwards
 
-    def set_length(self, slot: int, length: int) -> None:
-        """Declares the slot's first `length` tokens, which its buffer must hold, to be its sequence; 0 empties it."""
-        self.lengths[slot] = length
-        self.lengths_N[slot].fill_(length)
+    def prefill(self, segments: Sequence[tuple[int, int]], rows: int) -> "_PrefillAttention":
+        """The attend object for the next tokens of some slots, end to end: (slot, number of tokens) of each.
 
-    def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """Makes the first `length` tokens of slot `source`, which must hold them, the sequence of slot `target`."""
-        for buffer in (*self.k_LNSKD, *self.v_LNSKD):
-            buffer[target, :length] = buffer[source, :length]
-        self.set_length(target, length)
+        They count as part of their sequences from now on. Up to `rows`, what the forward computes is meaningless.
+        """
+        placed = []
+        for number, tokens in segments:
+            slot = self._slots[number]
+            self._pass(slot, self.tree.first_visible(slot.length))
+            start, slot.length = slot.length, slot.length + tokens
+            self._reserve(slot)
+            placed.append(_Segment(slot.pages, start, slot.length))
+        return _PrefillAttention(self, placed, rows)
 
-    def set_active(self, slot: int, active: bool) -> None:
+    def _reserve(self, slot: _Slot) -> None:
+        """Allocates the pages of a slot's length."""
+        if slot.length > self.max_length:
+            raise ValueError(f"the cache was created for at most {self.max_length} tokens a sequence")
+        while len(slot.pages) * PAGE < slot.length:
+            self._new_page(slot)
+
+    def set_active(self, number: int, active: bool) -> None:
         """Includes a slot in decoding, or excludes it."""
-        self.active[slot] = active
-        self.active_N[slot].fill_(int(active))
-
-    def prefill(self, slot: int, tokens: int) -> "_PrefillAttention":
-        """The attend object for the next `tokens` tokens of a slot, which count as part of its sequence from now on."""
-        start = self.lengths[slot]
-        self.reserve_next(start + tokens)
-        attend = _PrefillAttention(self, slot, start, tokens)
-        self.set_length(slot, start + tokens)
-        return attend
+        if active:
+            slot = self._slots[number]
+            row = torch.tensor(slot.pages, dtype=torch.int32)
+            if self.device.type == "cuda":
+                row = row.pin_memory()
+            self.table_NB[number, : len(row)].copy_(row, non_blocking=True)
+            self.lengths_N[number].fill_(slot.length)
+        self.active[number] = active
+        self.active_N[number].fill_(int(active))
 
     def advance(self) -> None:
         """The host's part of a decoding step: reserves and counts one more token for every active slot."""
-        active_lengths = [length for length, active in zip(self.lengths, self.active) if active]
-        self.reserve_next(1 + max(active_lengths, default=0))
-        self.lengths = [length + active for length, active in zip(self.lengths, self.active)]
+        for number, slot in enumerate(self._slots):
+            if self.active[number]:
+                self._pass(slot, self.tree.first_visible(slot.length))
+                before = len(slot.pages)
+                slot.length += 1
+                self._reserve(slot)
+                if len(slot.pages) > before:
+                    self.table_NB[number, before].fill_(slot.pages[-1])
 
     def decode(self) -> "_DecodeAttention":
         """The attend object for the next token of every slot, [N], after `advance`.
@@ -162,17 +282,30 @@ class KVCache:
         """
         return _DecodeAttention(self, self.lengths_N)
 
+    def spans(self) -> list:
+        """What the active slots' queries see, after `advance`, for `decode_attention` on the CPU."""
+        lengths = [slot.length * active for slot, active in zip(self._slots, self.active)]
+        return decode_spans([slot.pages for slot in self._slots], lengths, PAGE, self.window)
 
-def check_memory(cache: KVCache, model: Mistral) -> None:
-    """Checks that a fully grown cache fits beside the weights: a running sequence could not be moved elsewhere.
+
+def pages_of(length: int, window: int | None, chunk: int) -> int:
+    """The most pages that a sequence of so many tokens holds at once."""
+    pages = -(-length // PAGE)
+    # The window and a chunk, neither of which begins with a page.
+    return pages if window is None else min(pages, -(-(window + chunk) // PAGE) + 1)
+
+
+def affordable_pages(model: Mistral, slots: int, max_length: int, chunk: int) -> int:
+    """The pages of a cache beside a model's weights: as many as all slots need at most, or as have room.
 
     Raises:
-        UserError: it does not fit.
+        UserError: there is no room for one sequence of `max_length` tokens.
     """
-    if cache.device.type == "cuda":
+    arch, device = model.arch, model.embedding.weight.device
+    if device.type == "cuda":
         # What torch keeps of freed tensors, as of an engine before this one, counts as taken for the driver.
-        unused = torch.cuda.memory_reserved(cache.device) - torch.cuda.memory_allocated(cache.device)
-        free = torch.cuda.mem_get_info(cache.device)[0] + unused
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
     else:
         free = host_memory_bytes() - sum(parameter.nbytes for parameter in model.parameters())
         # which become dense before the first step (`prepack`)
@@ -180,58 +313,131 @@ def check_memory(cache: KVCache, model: Mistral) -> None:
         values = sum(base.out_features * base.in_features for base in packed)
         free += sum(parameter.nbytes for base in packed for parameter in base.parameters())
         free -= values * model.embedding.weight.itemsize
-    needed = cache.bytes(cache.max_capacity)
-    if needed > MAX_MEMORY_SHARE * free:
+    page_bytes = 2 * arch.layers * PAGE * arch.kv_heads * arch.head_dim * model.dtype.itemsize
+    one = pages_of(max_length, arch.window, chunk)
+    room = int(MAX_MEMORY_SHARE * free) // page_bytes
+    if room < one + SPARE_PAGES:
         raise UserError(
-            f"the KV cache needs {needed / 1e9:.1f} GB for {len(cache.lengths)} slots of {cache.max_capacity} "
-            f"tokens, {free / 1e9:.1f} GB are free after loading; use fewer slots or a smaller maximum length"
+            f"the KV cache needs {(one + SPARE_PAGES) * page_bytes / 1e9:.1f} GB for one sequence of {max_length} "
+            f"tokens, {max(free, 0) / 1e9:.1f} GB are free after loading; use a smaller maximum length"
         )
+    return min(slots * one + SPARE_PAGES, room)
 
 
-class _PrefillAttention(PackedAttention):
-    """Attention of a slot's next T tokens to themselves and to the cached tokens before them."""
+class _Segment(NamedTuple):
+    """A slot's next tokens: positions [start, stop), and the pages of these and of all before them."""
 
-    def __init__(self, cache: KVCache, slot: int, start: int, tokens: int):
-        past = start if cache.window is None else min(start, cache.window - 1)
-        super().__init__(None, tokens, cache.window, cache.device, past)
-        self.positions = self.positions + (start - past)
+    pages: list[int]
+    start: int
+    stop: int
+
+
+class _PrefillAttention:
+    """Attention of some slots' next tokens to themselves and to the cached tokens before them."""
+
+    def __init__(self, cache: KVCache, segments: list[_Segment], rows: int):
         self.cache = cache
-        self.slot = slot
-        self.start = start
-        self.stop = start + tokens
+        self.tokens = sum(segment.stop - segment.start for segment in segments)
+        empty = rows - self.tokens
+        positions, index = [], []
+        for pages, start, stop in segments:
+            position_T = torch.arange(start, stop)
+            positions.append(position_T)
+            index.append(torch.tensor(pages)[position_T // PAGE] * PAGE + position_T % PAGE)
+        # What fills the rows up goes into the page that is nobody's.
+        positions.append(torch.zeros(empty, dtype=torch.int64))
+        index.append(torch.arange(empty) % PAGE)
+        self.positions, self.index_T = (torch.cat(parts).to(cache.device) for parts in (positions, index))
+        self.attend = (_Documents if uses_triton(self.positions) else _Blocks)(cache, segments)
 
-    def __call__(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-        buffers_SKD = self.cache.k_LNSKD[layer][self.slot], self.cache.v_LNSKD[layer][self.slot]
-        capacity = self.cache.capacity
-        first = self.start - self.past
-        if self.stop <= capacity:
-            # Nothing is overwritten: the buffer is the sequence.
-            for buffer_SKD, new_TKD in zip(buffers_SKD, (k_TKD, v_TKD)):
-                buffer_SKD[self.start : self.stop] = new_TKD
-            return super().__call__(layer, q_THD, *(buffer_SKD[first : self.stop] for buffer_SKD in buffers_SKD))
-        past_P = torch.arange(first, self.start, device=q_THD.device) % capacity
-        k_SKD, v_SKD = (torch.cat((old[past_P], new)) for old, new in zip(buffers_SKD, (k_TKD, v_TKD)))
-        out_THD = super().__call__(layer, q_THD, k_SKD, v_SKD)
-        kept_P = torch.arange(max(self.start, self.stop - capacity), self.stop, device=q_THD.device) % capacity
-        for buffer_SKD, new_TKD in zip(buffers_SKD, (k_TKD, v_TKD)):
-            buffer_SKD[kept_P] = new_TKD[-capacity:]
+    def rope_tables(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+        """As `PackedAttention.rope_tables`."""
+        return rope_tables(self.positions, head_dim, theta)
+
+    def of_qkv(self, layer: int, qkv_TM: Tensor, cos_TP: Tensor, sin_TP: Tensor, heads: int, kv_heads: int) -> Tensor:
+        """As `PackedAttention.of_qkv`."""
+        k_PSKD, v_PSKD = self.cache.kv_L2PSKD[layer]
+        q_THD, *new = rope(qkv_TM, cos_TP, sin_TP, heads, kv_heads)
+        for pages_PSKD, new_TKD in zip((k_PSKD, v_PSKD), new):
+            pages_PSKD.flatten(0, 1).index_copy_(0, self.index_T, new_TKD)
+        out_THD = torch.zeros_like(q_THD)
+        out_THD[: self.tokens] = self.attend(layer, q_THD[: self.tokens], k_PSKD, v_PSKD)
         return out_THD
 
 
+class _Documents:
+    """Each segment as a document with a past, for a GPU's kernels.
+
+    The past begins with a page, whatever the chunk, so that the kernels' tiles of keys are those of the whole prompt.
+    """
+
+    def __init__(self, cache: KVCache, segments: list[_Segment]):
+        self.documents = []
+        for pages, start, stop in segments:
+            first = cache.tree.first_visible(start) * PAGE
+            attend = PackedAttention(None, stop - start, cache.window, cache.device, start - first)
+            self.documents.append((attend, span_of(pages, PAGE, first, stop)))
+
+    def __call__(self, layer: int, q_THD: Tensor, k_PSKD: Tensor, v_PSKD: Tensor) -> Tensor:
+        parts = q_THD.split([len(attend.positions) for attend, _ in self.documents])
+        outs = [
+            attend(layer, q_THD, read_span(k_PSKD, span), read_span(v_PSKD, span))
+            for q_THD, (attend, span) in zip(parts, self.documents)
+        ]
+        return torch.cat(outs)
+
+
+class _Blocks:
+    """Queries in blocks of a page, with the keys of each, for torch's flash kernel on the CPU.
+
+    A block is always computed whole and with as many keys, whatever queries are wanted, so that no bit of a query's
+    result depends on the chunk. The heads of a key head are the rows of one product.
+    """
+
+    def __init__(self, cache: KVCache, segments: list[_Segment]):
+        window, dtype = cache.window, cache.kv_L2PSKD.dtype
+        self.group = cache.group
+        self.spans = []
+        self.masks = []
+        places = []
+        for pages, start, stop in segments:
+            for block in range(start // PAGE, -(-stop // PAGE)):
+                begin, end = block * PAGE, (block + 1) * PAGE
+                first = 0 if window is None else max(0, begin - window + 1) // PAGE * PAGE
+                sees_SC = visible(torch.arange(begin, end), torch.arange(first, end), window)
+                mask_SC = torch.zeros(sees_SC.shape, dtype=dtype).masked_fill_(~sees_SC, -torch.inf)
+                self.masks.append(mask_SC.repeat(self.group, 1))
+                places.append(torch.arange(max(begin, start), min(end, stop)) - begin + PAGE * len(self.spans))
+                self.spans.append(span_of(pages, PAGE, first, end))
+        # Of each token its row in the blocks.
+        self.place_T = torch.cat(places)
+
+    def __call__(self, layer: int, q_THD: Tensor, k_PSKD: Tensor, v_PSKD: Tensor) -> Tensor:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        blocks, group = len(self.spans), self.group
+        heads, head_dim = q_THD.shape[1:]
+        kv_heads = heads // group
+        q_rows = q_THD.new_zeros(blocks * PAGE, heads, head_dim).index_copy_(0, self.place_T, q_THD)
+        q_RKGSD = q_rows.view(blocks, PAGE, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
+        q_RKQD = q_RKGSD.reshape(blocks, kv_heads, group * PAGE, head_dim)
+        out_RKQD = torch.empty_like(q_RKQD)
+        for n, (span, mask) in enumerate(zip(self.spans, self.masks)):
+            k_1KCD, v_1KCD = (read_span(pages, span).transpose(0, 1)[None] for pages in (k_PSKD, v_PSKD))
+            out_RKQD[n : n + 1] = flash(q_RKQD[n : n + 1], k_1KCD, v_1KCD, attn_mask=mask)[0]
+        out_RKGSD = out_RKQD.view(blocks, kv_heads, group, PAGE, head_dim)
+        return out_RKGSD.permute(0, 3, 1, 2, 4).reshape(-1, heads, head_dim)[self.place_T]
+
+
 class _DecodeAttention:
-    """Attention of one token a slot; in a full buffer its key replaces the one that has just left the window."""
+    """Attention of one token a slot."""
 
     def __init__(self, cache: KVCache, lengths_N: Tensor):
         """Counts the new tokens into `lengths_N`."""
-        capacity = cache.capacity
         self.cache = cache
         self.cos_NP, self.sin_NP, self.index_N, self.filled_N = decode_positions(
-            lengths_N, cache.active_N, cache.frequencies_P, capacity
+            lengths_N, cache.active_N, cache.frequencies_P, cache.table_NB, PAGE
         )
-        self.groups = None
-        if cache.device.type == "cpu":
-            filled = [min(length, capacity) * active for length, active in zip(cache.lengths, cache.active)]
-            self.groups = decode_groups(filled, capacity)
+        self.spans = cache.spans() if cache.device.type == "cpu" else None
 
     def rope_tables(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
         """As `PackedAttention.rope_tables`; the cache knows both numbers."""
@@ -239,8 +445,8 @@ class _DecodeAttention:
 
     def of_qkv(self, layer: int, qkv_NM: Tensor, cos_NP: Tensor, sin_NP: Tensor, heads: int, kv_heads: int) -> Tensor:
         """As `PackedAttention.of_qkv`; the cache knows the numbers of heads."""
-        k_NSKD = self.cache.k_LNSKD[layer]
-        v_NSKD = self.cache.v_LNSKD[layer]
-        caches = k_NSKD.flatten(0, 1), v_NSKD.flatten(0, 1)
+        cache = self.cache
+        k_PSKD, v_PSKD = cache.kv_L2PSKD[layer]
+        caches = k_PSKD.flatten(0, 1), v_PSKD.flatten(0, 1)
         q_NHD = rope_into_cache(qkv_NM, cos_NP, sin_NP, *caches, self.index_N)
-        return decode_attention(q_NHD, k_NSKD, v_NSKD, self.filled_N, self.groups)
+        return decode_attention(q_NHD, k_PSKD, v_PSKD, cache.table_NB, self.filled_N, cache.window, self.spans)

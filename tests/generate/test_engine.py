@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from minorca import load_model
 from minorca.errors import UserError
 from minorca.generate.engine import Engine
-from minorca.generate.kv_cache import KVCache, check_memory
+from minorca.generate.kv_cache import SPARE_PAGES, KVCache, affordable_pages, pages_of
 from minorca.generate.request import Request
 from minorca.generate.sampling import Sampling
 from minorca.model.build import load_adapters, prepack
@@ -41,6 +42,13 @@ def ids(tokens: list) -> list[int]:
 def logprobs(tokens: list) -> torch.Tensor:
     """[T, V] of a request that asked for all of the vocabulary."""
     return torch.stack([torch.tensor([value for _, value in sorted(token.top)]) for token in tokens])
+
+
+@pytest.fixture(autouse=True, params=[16, 128])
+def page(request, monkeypatch):
+    """Pages that the prompts here fill, and the real ones."""
+    monkeypatch.setattr("minorca.generate.kv_cache.PAGE", request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -85,25 +93,27 @@ def two_threads():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 # Two and three query heads a key head.
-@pytest.mark.parametrize("packed, heads", [(False, 4), (True, 6)])
-def test_no_bit_depends_on_the_neighbours(dtype, packed, heads, two_threads, save_mistral):
-    """With the same slots and chunk: whatever the other requests are and ask for; greedy and sampled."""
-    model = load_model(save_mistral(sliding_window=WINDOW, num_attention_heads=heads, head_dim=16)[0], dtype, "cpu")
+@pytest.mark.parametrize("packed, heads, window", [(False, 4, WINDOW), (True, 6, WINDOW), (True, 4, None)])
+def test_no_bit_depends_on_the_neighbours(dtype, packed, heads, window, two_threads, save_mistral):
+    """With the same slots: whatever the other requests are and ask for, in which chunks the prompt was computed, and
+    what of it an earlier prompt had computed; greedy and sampled."""
+    model = load_model(save_mistral(sliding_window=window, num_attention_heads=heads, head_dim=16)[0], dtype, "cpu")
     model = prepack(model) if packed else model
     asked = [Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=1)]
-    alone = [
-        run(Engine(model, 4, 200, chunk=16), Request(prompt(45), 25, sampling, logprobs=128))[0] for sampling in asked
-    ]
+    long = prompt(205)
+    alone = [run(Engine(model, 4, 300), Request(long, 25, sampling, logprobs=128))[0] for sampling in asked]
     others = [
         lambda: [Request(prompt(n, n), 30 - n // 2) for n in (5, 20, 40)],
-        # Of the same length in every step.
-        lambda: [Request(prompt(45, n), 25) for n in range(3)],
+        # Of the same length in every step, and of the same beginning.
+        lambda: [Request(prompt(205, n), 25) for n in range(1, 3)] + [Request(long[:150] + prompt(20), 9)],
         lambda: [Request(prompt(50), 3, Sampling(temperature=2.0, repetition_penalty=2.0))],
     ]
+    engines = [Engine(model, 4, 300, chunk=chunk) for chunk in (7, 100, 256)]
+    run(engines[2], Request(long[:99], 1))
     for sampling, expected in zip(asked, alone):
-        for beside in others:
-            ours = Request(prompt(45), 25, sampling, logprobs=128)
-            tokens = run(Engine(model, 4, 200, chunk=16), ours, *beside())[0]
+        for engine, beside in zip(engines, others):
+            ours = Request(long, 25, sampling, logprobs=128)
+            *_, tokens = run(engine, *beside(), ours)
             assert ids(tokens) == ids(expected) and torch.equal(logprobs(tokens), logprobs(expected))
 
 
@@ -151,39 +161,45 @@ def test_a_request_can_be_cancelled_at_any_time(model):
         assert ids([token for token in tokens if token.request is going]) == ids(expected)
 
 
-def test_memory_stays_within_the_window(model):
-    """At most W positions a sequence, in the model's dtype; a short answer takes fewer, and past W nothing grows."""
-    engine = Engine(model, 2, 4000)
-    arch = model.arch
-    token_bytes = 2 * arch.layers * arch.kv_heads * arch.head_dim * 4
+def test_memory_stays_within_the_window(model, page):
+    """A long sequence holds the pages of its window and of one chunk; what has ended is kept until it is needed."""
+    engine = Engine(model, 2, 4000, chunk=64)
+    most = pages_of(4000, WINDOW, 64)
+    assert engine.cache.pages == 2 * most + SPARE_PAGES
+    tree = engine.cache.tree
     engine.add(Request(prompt(10), 3 * WINDOW))
-    engine.add(Request(prompt(500), 20))
-    sizes = []
+    engine.add(Request(prompt(1500), 20))
     while engine.busy:
         engine.step()
-        sizes.append(sum(t.nbytes for buffers in (engine.cache.k_LNSKD, engine.cache.v_LNSKD) for t in buffers))
-    assert sizes[-1] == sizes[len(sizes) // 2] == 2 * WINDOW * token_bytes
+        assert tree.available >= SPARE_PAGES - 1
+    assert tree.available == engine.cache.pages - 1 and tree.cached
 
 
-def test_without_a_window_the_cache_grows_as_it_is_needed(save_mistral):
+def test_sequences_take_the_pages_that_they_need(save_mistral, page):
     model = load_model(save_mistral(sliding_window=None)[0], torch.float32, "cpu")
-    engine = Engine(model, 1, 400)
-    run(engine, Request(prompt(20), 5))
-    assert engine.cache.capacity == 64
-    run(engine, Request(prompt(20), 100))
-    assert engine.cache.capacity == 128
-    run(engine, Request(prompt(300), 100))
-    assert engine.cache.capacity == 400
+    engine = Engine(model, 2, 1000)
+    engine.add(Request(prompt(300), 100))
+    engine.add(Request(prompt(20), 100))
+    for _ in range(50):
+        engine.step()
+    held = engine.cache.pages - 1 - engine.cache.tree.available
+    assert held == sum(-(-length // page) for length in engine.cache.lengths)
 
 
-def test_a_cache_without_a_window_does_not_roll(save_mistral):
-    """Past its maximum length it would overwrite keys that are still visible."""
-    arch = load_model(save_mistral(sliding_window=64)[0], torch.float32, "cpu").arch
-    cache = KVCache(arch, 1, 6, torch.float32, torch.device("cpu"))
-    cache.prefill(0, 6)
-    cache.set_active(0, True)
-    with pytest.raises(ValueError, match="created for at most 6 tokens"):
-        cache.advance()
+def test_requests_wait_for_pages(save_mistral, page):
+    """Where not all slots can have sequences of the maximum length, none is begun that could not end."""
+    model = load_model(save_mistral(sliding_window=None)[0], torch.float32, "cpu")
+    few = SPARE_PAGES + 2 * pages_of(150, None, 512)
+    engine = Engine(model, 4, 200)
+    engine.cache = engine._decode_step._cache = KVCache(model.arch, 4, 200, torch.float32, engine.device, 256, few)
+    requests = [Request(prompt(100, n), 50) for n in range(5)]
+    assert list(map(ids, run(engine, *requests))) == [
+        ids(run(Engine(model, 1, 200), request)[0]) for request in requests
+    ]
+    for request in requests:
+        engine.add(request)
+    engine.step()
+    assert (engine.running, engine.waiting) == (2, 3)
 
 
 class Counted:
@@ -195,19 +211,21 @@ class Counted:
 
 
 def test_samples_of_one_prompt_share_its_prefill(model):
+    """The others compute its last token alone."""
     asked = Sampling(temperature=1.0, seed=5)
     apart = [run(Engine(model, 4, 200), Request(prompt(70), 20, asked, sample=n))[0] for n in range(3)]
     counted = Counted(model)
     together = run(Engine(model, 4, 200), *(Request(prompt(70), 20, asked, sample=n) for n in range(3)))
     assert list(map(ids, together)) == list(map(ids, apart)) and len({tuple(ids(tokens)) for tokens in together}) == 3
-    assert counted.tokens == [70, *[4] * 19]
+    # filled up to multiples of 16
+    assert counted.tokens == [80, 4, 16, *[4] * 19]
 
 
 @pytest.mark.parametrize("window", [None, 1000, WINDOW])
-def test_a_conversation_is_prefilled_once(window, save_mistral):
-    """Each turn prefills only what follows the longest common prefix; all of it if the window has moved past that."""
+def test_a_conversation_is_read_once(window, save_mistral, page):
+    """Each turn computes only what follows the longest common prefix; all of it if the window has moved past that."""
     model = load_model(save_mistral(sliding_window=window)[0], torch.float32, "cpu")
-    engine = Engine(model, 1, 500, reuse=True)
+    engine = Engine(model, 2, 500)
     counted = Counted(model)
     said = []
     held = []
@@ -217,12 +235,12 @@ def test_a_conversation_is_prefilled_once(window, save_mistral):
         if change is not None:
             said[change] += 1
         same = next((i for i, (a, b) in enumerate(zip(held, said)) if a != b), len(held))
-        if window == WINDOW and same < len(held):
-            same = 0
         counted.tokens.clear()
         (tokens,) = run(engine, Request(list(said), 10))
-        assert sum(counted.tokens) - 9 == len(said) - same
-        (cold,) = run(Engine(model, 1, 500), Request(list(said), 10))
+        if window != WINDOW or same == len(held):
+            computed = len(said) - same
+            assert sum(counted.tokens) - 2 * 9 == computed + -computed % 16
+        (cold,) = run(Engine(model, 2, 500), Request(list(said), 10))
         assert ids(tokens) == ids(cold)
         said += ids(tokens)
         # Without the newest id, which is not in the cache.
@@ -231,7 +249,7 @@ def test_a_conversation_is_prefilled_once(window, save_mistral):
 
 def test_ctrl_c_within_a_step_leaves_a_consistent_cache(model):
     """The signal comes between two layers; the step is completed first, and the next turn reuses what was cached."""
-    engine = Engine(model, 1, 300, reuse=True)
+    engine = Engine(model, 1, 300)
     said = prompt(40)
     layers = []
 
@@ -255,7 +273,7 @@ def test_ctrl_c_within_a_step_leaves_a_consistent_cache(model):
 @pytest.mark.parametrize("fails_at", [3, 4, 11])
 def test_a_cache_is_not_reused_after_an_error_within_a_step(model, fails_at):
     """Some layers have cached more tokens than others then: the next turn prefills everything."""
-    engine = Engine(model, 1, 300, reuse=True, chunk=16)
+    engine = Engine(model, 1, 300, chunk=16)
     said = prompt(40)
     calls = []
 
@@ -270,8 +288,6 @@ def test_a_cache_is_not_reused_after_an_error_within_a_step(model, fails_at):
     hook.remove()
     assert not engine.busy
     assert ids(run(engine, Request(said, 30))[0]) == ids(run(Engine(model, 1, 300), Request(said, 30))[0])
-    with pytest.raises(ValueError, match="reuse needs slots=1"):
-        Engine(model, 2, reuse=True)
 
 
 def test_a_request_can_be_added_again(model):
@@ -295,71 +311,40 @@ def test_an_adapter_with_infinite_values_is_refused(model, save_mistral, tmp_pat
 
 def test_a_cache_that_does_not_fit_in_memory_is_refused(save_mistral):
     model = load_model(save_mistral(sliding_window=None)[0], torch.float32, "cpu")
-    message = "the KV cache needs .* GB for 8 slots of 1000000000 tokens, .* GB are free .* use fewer slots"
+    message = "the KV cache needs .* GB for one sequence of 10000000000 tokens, .* GB are free .* a smaller maximum"
     with pytest.raises(UserError, match=message):
-        Engine(model, 8, 10**9)
+        Engine(model, 8, 10**10)
 
 
-def test_weights_in_four_bits_count_as_what_they_become(save_mistral, monkeypatch):
+def page_bytes(model, page: int) -> int:
+    arch = model.arch
+    return 2 * arch.layers * page * arch.kv_heads * arch.head_dim * 4
+
+
+def test_weights_in_four_bits_count_as_what_they_become(save_mistral, monkeypatch, page):
     """On a CPU they are dense once they are used."""
     directory, theirs = save_mistral(intermediate_size=128)
     model = load_model(directory, torch.float32, "cpu", quantize="nf4")
-    cache = KVCache(model.arch, 1, 8, torch.float32, torch.device("cpu"))
     dense = sum(parameter.nbytes for parameter in theirs.parameters())
-    for memory, fits in ((dense, False), (dense + 10 * cache.bytes(cache.max_capacity), True)):
+    for memory, fits in ((dense, False), (dense + 10 * page_bytes(model, page), True)):
         sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}
         monkeypatch.setattr("minorca.device.os.sysconf", sizes.get)
         with contextlib.nullcontext() if fits else pytest.raises(UserError, match="are free after loading"):
-            check_memory(cache, model)
+            # as many as have room
+            assert affordable_pages(model, 100, 8, 512) == 9
 
 
-def test_memory_that_torch_keeps_is_free(model, monkeypatch):
+def test_memory_that_torch_keeps_is_free(model, monkeypatch, page):
     """After a first engine, the driver counts torch's cache of freed tensors as taken."""
-    cache = KVCache(model.arch, 1, 100, torch.float32, torch.device("cpu"))
-    cache.device = torch.device("cuda")
-    needed = cache.bytes(cache.max_capacity)
+    needed = 10 * page_bytes(model, page)
+    weight = SimpleNamespace(device=torch.device("cuda"), itemsize=4)
+    model = SimpleNamespace(arch=model.arch, dtype=torch.float32, embedding=SimpleNamespace(weight=weight))
     for reserved, fits in ((0, False), (needed, True)):
-        figures = {"mem_get_info": (needed, 2 * needed), "memory_reserved": needed + reserved}
+        figures = {"mem_get_info": (0, 2 * needed), "memory_reserved": needed + reserved}
         for name, value in ({"memory_allocated": needed} | figures).items():
             monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
         with contextlib.nullcontext() if fits else pytest.raises(UserError, match="are free after loading"):
-            check_memory(cache, model)
-
-
-# Of the keys of the first and the last layer, and of the last layer's values.
-@pytest.mark.parametrize("fails_at", [0, 2, 5])
-def test_growth_is_all_or_nothing(fails_at, save_mistral, monkeypatch):
-    """After it ran out of memory, every layer is as it was, and the sequence that needs no growth goes on unchanged."""
-    model = load_model(save_mistral(num_hidden_layers=3, initializer_range=0.2)[0], torch.float32, "cpu")
-    asked = lambda: Request(prompt(20), 40)  # noqa: E731
-    (alone,) = run(Engine(model, 2, 400), asked())
-    engine = Engine(model, 2, 400)
-    cache = engine.cache
-    engine.add(going := asked())
-    found = [token for _ in range(5) for token in engine.step()]
-    before = [(t.clone(), t.stride()) for t in (*cache.k_LNSKD, *cache.v_LNSKD)]
-    allocate = cache._buffer
-    calls = []
-
-    def fail(capacity):
-        calls.append(capacity)
-        if len(calls) > fails_at:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. Of the allocated memory ...")
-        return allocate(capacity)
-
-    monkeypatch.setattr(cache, "_buffer", fail)
-    engine.add(long := Request(prompt(200), 50))
-    with pytest.raises(UserError, match=r"cannot grow to 0.0 GB for 2 slots of 256 tokens: .* allocate 2 GiB. Use"):
-        engine.step()
-    after = (*cache.k_LNSKD, *cache.v_LNSKD)
-    assert all(torch.equal(t, kept) and t.stride() == stride for t, (kept, stride) in zip(after, before, strict=True))
-    engine.cancel(long)
-    while engine.busy:
-        found += engine.step()
-    assert ids(found) == ids(alone) and {token.request for token in found} == {going}
-    # Once there is memory, it can grow.
-    monkeypatch.undo()
-    assert ids(run(engine, Request(prompt(200), 50))[0]) == ids(run(Engine(model, 2, 400), Request(prompt(200), 50))[0])
+            assert affordable_pages(model, 1, page, 512) == 3
 
 
 def test_each_request_chooses_its_adapter(save_mistral, tmp_path):
