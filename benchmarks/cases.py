@@ -453,23 +453,28 @@ def tree_attentions(shape: Shape, tokens: int) -> Iterator[Case]:
     yield Case("attention", "backward", name, inputs, providers, "matmul", {}, 2 * size, 5 * flops // 2)
 
 
-def decoding(shape: Shape, sequences: int, slots: int) -> Iterator[Case]:
-    """One query for each sequence, and a full buffer of `slots` keys and values."""
+def decoding(shape: Shape, sequences: int, positions: int) -> Iterator[Case]:
+    """One query for each sequence, and the keys and values of `positions`, in pages that lie in no order."""
+    page = 128
+    places = positions // page
 
     def inputs(device, dtype):
         q = torch.randn(sequences, shape.heads, shape.head_dim, device=device, dtype=dtype)
         k, v = (
-            torch.randn(sequences, slots, shape.kv_heads, shape.head_dim, device=device, dtype=dtype) for _ in range(2)
+            torch.randn(sequences * places, page, shape.kv_heads, shape.head_dim, device=device, dtype=dtype)
+            for _ in range(2)
         )
-        return q, k, v, torch.full((sequences,), slots, device=device)
+        table = torch.randperm(sequences * places, device=device).view(sequences, places).int()
+        return q, k, v, table, torch.full((sequences,), positions, device=device)
 
-    def sdpa(q, k, v, lengths):
-        k, v = (t.transpose(1, 2) for t in (k, v))
+    def sdpa(q, k, v, table, lengths):
+        # as if they lay in order: torch's reads no tables
+        k, v = (t.view(sequences, positions, *t.shape[2:]).transpose(1, 2) for t in (k, v))
         return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
 
     providers = {"ours": ours.decode_attention, "plain": ours.decode_attention_definition, "torch": sdpa}
-    size = 2 * BYTES * sequences * slots * shape.kv_heads * shape.head_dim
-    name = f"{sequences} x {slots}"
+    size = 2 * BYTES * sequences * positions * shape.kv_heads * shape.head_dim
+    name = f"{sequences} x {positions}"
     # below 64 MiB, launching takes most of the time
     targets = {"ours": 0.80} if size >= 2**26 else {}
     yield Case("decode attention", "forward", name, inputs, providers, "copy", targets, size)

@@ -296,10 +296,10 @@ def _decode_attention_cpu(
 
 
 _decode_attention = operator(
-    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lengths, int? window=None) -> Tensor",
+    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor table, Tensor lengths, int? window) -> Tensor",
     cuda=_decode_attention_triton,
     cpu=_decode_attention_cpu,
-    fake=lambda q, k, v, table, lengths, window=None: q.new_empty(q.shape),
+    fake=lambda q, k, v, table, lengths, window: q.new_empty(q.shape),
 )
 
 

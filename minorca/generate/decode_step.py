@@ -26,8 +26,7 @@ class DecodeStep:
 
     A step, sampling included, runs on the device alone. On CUDA its first run is eager, because kernels are compiled
     and chosen then; later ones replay a CUDA graph. There is one graph for each set of sampling operations, with and
-    without adapters, and graphs are captured anew when the buffers of the cache grow. If one cannot be captured, all
-    further steps are eager.
+    without adapters. If one cannot be captured, all further steps are eager.
 
     `tokens_N` holds the last token of each slot.
     """
@@ -42,7 +41,6 @@ class DecodeStep:
         self._uses_graphs = cache.device.type == "cuda" and not isinstance(model.embedding.weight, DTensor)
         self._warmed_up: set[tuple[SamplingOps, bool]] = set()
         self._graphs: dict[tuple[SamplingOps, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._captured_capacity = 0
 
     def run(self) -> Tensor:
         """Advances every active slot by one token, after `KVCache.advance` and `AdapterChoice.choose`.
@@ -53,10 +51,6 @@ class DecodeStep:
         ops = self._sampler.ops(slice(None))
         if not self._uses_graphs:
             return self._compute(ops)
-        if self._captured_capacity != self._cache.capacity:
-            self._warmed_up.clear()
-            self._graphs.clear()
-            self._captured_capacity = self._cache.capacity
         key = (ops, self._adapters.in_use)
         if key not in self._warmed_up:
             self._warmed_up.add(key)

@@ -91,14 +91,14 @@ def with_graphs(engine: Engine) -> Engine:
 
 
 def requests(adapters=(None,)) -> list[Request]:
-    """Greedy, drawn, filtered and penalized; of other lengths; past a growth of the cache and past the window."""
+    """Greedy, drawn, filtered and penalized; of other lengths; past a page and past the window."""
     sampled = [
         Sampling(),
         Sampling(temperature=1.0, seed=1),
         Sampling(temperature=0.8, top_p=0.9, top_k=20, repetition_penalty=1.3, seed=2),
     ]
     return [
-        Request(prompt(3 + 2 * n), 6 + 2 * n, sampling, adapter=adapters[n % len(adapters)])
+        Request(prompt(10 + 2 * n), 6 + 2 * n, sampling, adapter=adapters[n % len(adapters)])
         for n, sampling in enumerate(sampled)
     ]
 
@@ -109,7 +109,7 @@ triton_only = pytest.mark.skipif(not INTERPRETED, reason="the CPU's implementati
 @triton_only
 @pytest.mark.parametrize("window", [None, 12])
 def test_a_replayed_step_is_the_plain_step(window, emulated, save_mistral, tmp_path, monkeypatch):
-    monkeypatch.setattr("minorca.generate.kv_cache.CAPACITY_MULTIPLE", 8)
+    monkeypatch.setattr("minorca.generate.kv_cache.PAGE", 16)
     # rows of logits that are not aligned unless they are made so
     sizes = {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 130}
     directory, base = save_mistral(sliding_window=window, initializer_range=0.2, **sizes)
@@ -120,7 +120,7 @@ def test_a_replayed_step_is_the_plain_step(window, emulated, save_mistral, tmp_p
         list(map(ids, run(engine, *requests((None, "one")))))
         for engine in (Engine(model, 2, 100, adapters), with_graphs(Engine(model, 2, 100, adapters)))
     )
-    assert captured == plain and len(emulated) > 3
+    assert captured == plain and len(emulated) >= 2
 
 
 @triton_only

@@ -108,7 +108,7 @@ def test_no_bit_depends_on_the_neighbours(dtype, packed, heads, window, two_thre
         lambda: [Request(prompt(205, n), 25) for n in range(1, 3)] + [Request(long[:150] + prompt(20), 9)],
         lambda: [Request(prompt(50), 3, Sampling(temperature=2.0, repetition_penalty=2.0))],
     ]
-    engines = [Engine(model, 4, 300, chunk=chunk) for chunk in (7, 100, 256)]
+    engines = [Engine(model, 4, 300, chunk=chunk) for chunk in (48, 100, 256)]
     run(engines[2], Request(long[:99], 1))
     for sampling, expected in zip(asked, alone):
         for engine, beside in zip(engines, others):

@@ -119,24 +119,30 @@ def test_chunks_of_a_prompt(window):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("heads, kv_heads, size", [(9, 3, 64), (32, 8, 128), (8, 1, 80)])
-def test_decoding_in_a_graph(dtype, heads, kv_heads, size):
+@pytest.mark.parametrize("window", [None, 300])
+def test_decoding_in_a_graph(dtype, heads, kv_heads, size, window):
     """A graph captured once is right for other lengths and values; no bit of a row depends on the other rows."""
     q = torch.randn(5, heads, size, device=DEVICE, dtype=dtype)
-    k, v = torch.randn(5, 1000, 2 * kv_heads, size, device=DEVICE, dtype=dtype).split(kv_heads, 2)
+    table = torch.randperm(5 * 8, device=DEVICE).view(5, 8).int()
+    k, v = torch.randn(5 * 8, 128, 2 * kv_heads, size, device=DEVICE, dtype=dtype).split(kv_heads, 2)
+    own = table[0].long()
+    kept = k[own], v[own]
     lengths = torch.ones(5, dtype=torch.int64, device=DEVICE)
     # compiles the kernels
-    decode_attention(q, k, v, lengths)
+    decode_attention(q, k, v, table, lengths, window)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = decode_attention(q, k, v, lengths)
+        out = decode_attention(q, k, v, table, lengths, window)
     results = []
-    for others in ([0, 1, 999, 1000], [2000, 64, 65, 300]):
+    for others in ([0, 1, 999, 1000], [1024, 64, 65, 300]):
         lengths.copy_(torch.tensor([700, *others]))
-        for t in (q, k, v):
-            t[1:].normal_()
+        q[1:].normal_()
+        for t, ours in zip((k, v), kept):
+            t.normal_()
+            t[own] = ours
         graph.replay()
-        exact = decode_attention_definition(q.double(), k.double(), v.double(), lengths)
-        plain = decode_attention_definition(q, k, v, lengths)
+        exact = decode_attention_definition(q.double(), k.double(), v.double(), table, lengths, window)
+        plain = decode_attention_definition(q, k, v, table, lengths, window)
         assert relative_error(out, exact) <= 2 * relative_error(plain, exact) + torch.finfo(dtype).eps
         results.append(out[0].clone())
     assert torch.equal(*results)
