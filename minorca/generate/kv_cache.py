@@ -59,6 +59,7 @@ class _Slot:
         pages: by place; 0 where the window has passed.
         nodes: of the tree, by place, for the pages that are in it.
         passed: how many of its pages the window has passed.
+        left: how many of its nodes it does not use any more.
         tail: the node of its last page, which it goes on writing into.
     """
 
@@ -68,6 +69,7 @@ class _Slot:
     pages: list[int] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
     passed: int = 0
+    left: int = 0
     tail: Node | None = None
 
 
@@ -140,15 +142,12 @@ class KVCache:
             return slot.length
         path, tail, length = self.tree.match(slot.key, prompt[:-1], slot.nodes)
         if length > slot.length:
-            passed = self.tree.first_visible(length)
-            new = path[max(len(slot.nodes), passed) :]
+            new = path[len(slot.nodes) :]
             self.tree.use(new)
-            slot.pages += [
-                0 if place < passed else path[place].page or 0 for place in range(len(slot.nodes), len(path))
-            ]
-            self._pass(slot, passed)
             slot.nodes = path
+            slot.pages += [node.page or 0 for node in new]
             slot.length = length
+            self._pass(slot)
             if tail is not None:
                 self._copy(slot, tail, length % PAGE)
         return slot.length
@@ -167,18 +166,25 @@ class KVCache:
         slot.pages.append(page)
         return page
 
-    def _pass(self, slot: _Slot, passed: int) -> None:
-        """Gives back the pages before this place."""
-        held = range(slot.passed, min(passed, len(slot.pages)))
-        self.tree.leave([slot.nodes[place] for place in held if place < len(slot.nodes)])
-        for place in held:
-            if slot.tail is not None and place == len(slot.nodes):
+    def _pass(self, slot: _Slot) -> None:
+        """Gives back the pages that the slot's next token does not see."""
+        passed = min(self.tree.first_visible(slot.length), len(slot.pages))
+        for place in range(slot.passed, passed):
+            if place == len(slot.nodes) and slot.tail is not None:
                 self.tree.take(slot.tail)
                 slot.tail = None
             if place >= len(slot.nodes) and slot.pages[place]:
                 self.tree.free(slot.pages[place])
             slot.pages[place] = 0
         slot.passed = max(slot.passed, passed)
+        self._leave_passed(slot)
+
+    def _leave_passed(self, slot: _Slot) -> None:
+        # The last one stays in use, and so in the tree: it is the parent of what the slot computes next.
+        stop = min(slot.passed, len(slot.nodes) - 1)
+        if stop > slot.left:
+            self.tree.leave(slot.nodes[slot.left : stop])
+            slot.left = stop
 
     def record(self, number: int, tokens: Sequence[int], is_prompt_end: bool) -> None:
         """Makes what a slot has computed of its prompt, its first `length` tokens, available to others."""
@@ -197,11 +203,10 @@ class KVCache:
         place = len(slot.nodes)
         parent = slot.nodes[-1] if slot.nodes else self.tree.root(slot.key)
         node = self.tree.insert(parent, tokens, slot.pages[place] or None)
-        if place < slot.passed:
-            self.tree.leave([node])
-        else:
+        if place >= slot.passed:
             slot.pages[place] = node.page or 0
         slot.nodes.append(node)
+        self._leave_passed(slot)
 
     def close(self, number: int, tokens: Sequence[int] | None) -> None:
         """Frees a slot.
@@ -225,7 +230,7 @@ class KVCache:
         for page in slot.pages[len(slot.nodes) :]:
             if page:
                 self.tree.free(page)
-        self.tree.leave(slot.nodes[slot.passed :])
+        self.tree.leave(slot.nodes[slot.left :])
         self._reserved -= slot.reserved
         self._slots[number] = _Slot()
 
@@ -239,7 +244,7 @@ class KVCache:
         placed = []
         for number, tokens in segments:
             slot = self._slots[number]
-            self._pass(slot, self.tree.first_visible(slot.length))
+            self._pass(slot)
             start, slot.length = slot.length, slot.length + tokens
             self._reserve(slot)
             placed.append(_Segment(slot.pages, start, slot.length))
@@ -268,7 +273,7 @@ class KVCache:
         """The host's part of a decoding step: reserves and counts one more token for every active slot."""
         for number, slot in enumerate(self._slots):
             if self.active[number]:
-                self._pass(slot, self.tree.first_visible(slot.length))
+                self._pass(slot)
                 before = len(slot.pages)
                 slot.length += 1
                 self._reserve(slot)
@@ -291,8 +296,8 @@ class KVCache:
 def pages_of(length: int, window: int | None, chunk: int) -> int:
     """The most pages that a sequence of so many tokens holds at once."""
     pages = -(-length // PAGE)
-    # The window and a chunk, neither of which begins with a page.
-    return pages if window is None else min(pages, -(-(window + chunk) // PAGE) + 1)
+    # The window and a chunk, neither of which begins with a page, and the last page that is in the tree.
+    return pages if window is None else min(pages, -(-(window + chunk) // PAGE) + 2)
 
 
 def affordable_pages(model: Mistral, slots: int, max_length: int, chunk: int) -> int:
