@@ -15,6 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Generator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -197,7 +198,8 @@ class Engine:
         request, slot = sequence.request, sequence.slot
         adapter, cached = self._cached[slot]
         # Without the last token, which is computed again for its logits.
-        prompt = request.prompt[:-1] if adapter == request.adapter else []
+        reusable = adapter == request.adapter and request.prompt_logprobs is None
+        prompt = request.prompt[:-1] if reusable else []
         shorter = min(len(cached), len(prompt))
         common = next((i for i in range(shorter) if cached[i] != prompt[i]), shorter)
         self.cache.set_length(slot, common if self.cache.holds(slot, common) else 0)
@@ -220,6 +222,8 @@ class Engine:
         is_last = start + len(ids_T) == len(request.prompt)
         self._adapters.choose(sequence.adapter_1, request.adapter is not None)
         head = self._last_logits if is_last else self._no_logits
+        if sequence.prompt_scores:
+            head = sequence.prompt_scores.head
         logits_1V = self.model(ids_T, attend=self.cache.prefill(slot, len(ids_T)), head=head)
         if is_last:
             self._start_decoding(sequence, logits_1V)
@@ -237,6 +241,8 @@ class Engine:
         """Copies the cache of a slot that has the same prompt and adapter; returns the logits after the prompt."""
         request = sequence.request
         length = len(request.prompt)
+        if request.prompt_logprobs is not None:
+            return None
         for other, logits_1V in self._prompt_logits.items():
             if self._cached[other] == (request.adapter, request.prompt) and self.cache.holds(other, length):
                 self.cache.copy_prefix(other, sequence.slot, length)
@@ -250,7 +256,8 @@ class Engine:
         self._cached[slot] = (request.adapter, request.prompt)
         self._prompt_logits[slot] = logits_1V
         own = slice(slot, slot + 1)
-        self._sampler.set(slot, request.sampling, sequence.words_4, sequence.prompt_T)
+        settings = request.sampling, sequence.words_5, sequence.prompt_T, request.stop_ids, request.min_new_tokens
+        self._sampler.set(slot, *settings)
         ids_1 = self._sampler(logits_1V, self.cache.lengths_N[own], own, self._sampler.ops(own))
         self._decode_step.tokens_N[own] = ids_1
         self._pending.append(PendingTokens([(0, sequence)], ids_1, logits_1V))
@@ -269,7 +276,7 @@ class Engine:
 
     def _count_scheduled(self, sequence: Sequence) -> None:
         sequence.scheduled += 1
-        if sequence.scheduled == sequence.request.max_new_tokens:
+        if sequence.scheduled >= sequence.request.max_new_tokens:
             self.cache.set_active(sequence.slot, False)
 
     # ------------------------------------------------------------------------------------------------- results
@@ -279,13 +286,13 @@ class Engine:
         in_flight = 1 if self.device.type == "cuda" and any(self.cache.active) else 0
         tokens: list[Token] = []
         while len(self._pending) > in_flight:
-            for sequence, token, logprob, top in self._pending.popleft().wait():
+            for sequence, token in self._pending.popleft().wait():
                 request = sequence.request
                 # Cancelled, or ended by a stop id, while this token was being computed.
                 if self._running.get(request) is not sequence:
                     continue
-                finish_reason = sequence.append(token)
-                tokens.append(Token(request, token, logprob, top, finish_reason))
+                finish_reason = sequence.append(token.id)
+                tokens.append(replace(token, finish_reason=finish_reason))
                 if finish_reason:
                     self._release(sequence)
         return tokens

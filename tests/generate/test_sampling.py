@@ -30,8 +30,8 @@ def draws(logits_V: torch.Tensor, sampling: Sampling, slots: int = DRAWS, prompt
     wide = Sampler(slots, VOCABULARY, torch.device("cpu"))
     choose(sampler, 0, sampling, prompt=prompt)
     wide.settings = sampler.settings * slots
-    wide.words_N4 = sampler.words_N4.repeat(slots, 1)
-    wide.words_N4[:, 0] = torch.arange(slots) * 7919
+    wide.words_N5 = sampler.words_N5.repeat(slots, 1)
+    wide.words_N5[:, 0] = torch.arange(slots) * 7919
     wide.seen_NV = sampler.seen_NV.repeat(slots, 1)
     return wide(logits_V.repeat(slots, 1), torch.full((slots,), position), slice(None), wide.ops(slice(None)))
 
