@@ -66,7 +66,8 @@ class Token:
         id: -1 where the request asks for none: with `max_new_tokens` 0.
         top: (id, log-probability) of the most likely tokens, where `Request.logprobs` asked for them.
         finish_reason: None, or why this token is the request's last: "stop" (a stop id) or "length".
-        prompt: with the first token, the prompt's tokens after the first, where `Request.prompt_logprobs` asked for them.
+        prompt: with the first token, the prompt's tokens after its first, where `Request.prompt_logprobs` asked for
+            them.
     """
 
     request: Request
