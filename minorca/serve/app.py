@@ -55,7 +55,7 @@ def make_app(service: Service, key: str | None = None, hosts: set[str] | None = 
 def _add_error_handlers(app: FastAPI, respond: Callable[[HTTPException], Response]) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: HTTPRequest, error: HTTPException) -> Response:
-        if error.status_code in (404, 405):
+        if error.status_code in (404, 405) and not isinstance(error, APIError):
             return respond(
                 HTTPException(error.status_code, f"{error.detail}: {request.method} {request.url.path}", error.headers)
             )

@@ -489,7 +489,7 @@ UNSERVED = {
 }
 # The field that is reported -> what is sent in place of the fields of a valid body.
 INVALID = {
-    "model": [{"model": 1}, {"model": None}, {"model": "tiny\ud800"}],
+    "model": [{"model": 1}, {"model": None}],
     "messages": [
         {"messages": []},
         {"messages": None},
@@ -529,7 +529,15 @@ INVALID = {
     "presence_penalty": [{"presence_penalty": -2.5}],
     "logit_bias": [
         {"logit_bias": bias}
-        for bias in ({"5": 101}, {"5": True}, {"a": 1}, {"-1": 1}, {"260": 1}, [], dict.fromkeys(map(str, range(1025)), 1))
+        for bias in (
+            {"5": 101},
+            {"5": True},
+            {"a": 1},
+            {"-1": 1},
+            {"260": 1},
+            [],
+            dict.fromkeys(map(str, range(1025)), 1),
+        )
     ],
     "stop_token_ids": [{"stop_token_ids": ids} for ids in ([-1], [260], [True], ["5"], 5, [5] * 1025)],
     "min_tokens": [{"min_tokens": -1}, {"min_tokens": 4, "max_tokens": 3}, {"min_tokens": 256}],
@@ -773,7 +781,14 @@ def test_paths_methods_and_hosts(server, client):
         with pytest.raises(openai.NotFoundError, match="expected one of tiny, adapter, own") as error:
             ask()
         assert (error.value.code, error.value.param) == ("model_not_found", "model")
+    content = json.dumps({"model": "tiny\ud800", "prompt": "a"})
+    headers = {"Content-Type": "application/json"}
+    assert_error(httpx.post(f"{server.url}/v1/completions", content=content, headers=headers), 404)
     assert_error(httpx.get(f"{server.url}/v1/completions"), 405)
+    for path in ("/", "/health", "/metrics", "/version", "/v1/models", "/v1/models/tiny", "/openapi.json"):
+        head, get = (httpx.request(method, server.url + path) for method in ("HEAD", "GET"))
+        assert head.status_code == get.status_code == 200 and head.content == b"" != get.content
+        assert head.headers["content-type"] == get.headers["content-type"]
     assert_error(httpx.get(f"{server.url}/%ff%00<script>"), 404)
     port = server.url.rpartition(":")[2]
     for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "", "localhost:x", "[::1"):
