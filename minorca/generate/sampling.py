@@ -120,13 +120,14 @@ class Adjustments:
         for rows_NV in (self.counts_NV, self.bias_NV, self.banned_NV):
             rows_NV[slot].zero_()
         if bias:
-            self.bias_NV[slot].index_copy_(0, self._to_device(list(bias)), self._to_device(list(bias.values())))
+            ids_T = self._to_device(list(bias), torch.int64)
+            self.bias_NV[slot].index_copy_(0, ids_T, self._to_device(list(bias.values()), torch.float32))
         if banned:
-            self.banned_NV[slot].index_fill_(0, self._to_device(list(banned)), True)
+            self.banned_NV[slot].index_fill_(0, self._to_device(list(banned), torch.int64), True)
         self.ban_end_N[slot].fill_(ban_end)
 
-    def _to_device(self, values: list[int] | list[float]) -> Tensor:
-        values_T = torch.tensor(values, dtype=torch.int64 if isinstance(values[0], int) else torch.float32)
+    def _to_device(self, values: list, dtype: torch.dtype) -> Tensor:
+        values_T = torch.tensor(values, dtype=dtype)
         if self.counts_NV.is_cuda:
             values_T = values_T.pin_memory()
         return values_T.to(self.counts_NV.device, non_blocking=True)

@@ -140,7 +140,7 @@ def test_penalties_and_biases_are_openais():
         Sampling(frequency_penalty=0.4),
         Sampling(presence_penalty=0.7),
         Sampling(presence_penalty=-0.2, frequency_penalty=-0.01),
-        Sampling(logit_bias={4: 1.5, 7: -100.0}),
+        Sampling(logit_bias={4: 2, 7: -100}),
         Sampling(
             presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=1.4, logit_bias={2: 0.75, 5: -1.0, 0: 0.5}
         ),

@@ -16,6 +16,7 @@ from minorca.generate.sampling import Sampling
 from tests.generate.test_engine import ids, run
 from tests.serve.test_serve import (  # noqa: F401
     ASK,
+    IN_FP32,
     SAYS,
     assert_error,
     client,
@@ -23,6 +24,7 @@ from tests.serve.test_serve import (  # noqa: F401
     greedy,
     prompt_of,
     server,
+    serving,
     talk,
     talker,
     talking,
@@ -309,3 +311,49 @@ def test_what_cannot_become_ids_or_text_is_named(path, field, body, server):  # 
     assert assert_error(httpx.post(f"{server.url}/{path}", json=body))["param"] == field
     problem = assert_error(httpx.post(f"{server.url}/{path}", json={"model": "x", "prompt": "a", "tokens": [1]}), 404)
     assert problem["code"] == "model_not_found"
+
+
+# ----------------------------------------------------------------------------------------------------------- harnesses
+
+
+@pytest.mark.slow
+def test_lm_eval_finds_the_scores_of_our_own_evaluation(save_mistral, tmp_path, monkeypatch):
+    """By its class for OpenAI's completions (`pip install tenacity`): every log-likelihood and generation of its tasks
+    of several kinds, in batches of token ids."""
+    pytest.importorskip("tenacity")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from minorca.evaluate.harness import MinorcaLM
+    from tests.evaluate.harness_oracle import save_bpe, write_tasks
+    from tests.evaluate.test_harness import evaluated
+
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    ids_of_text = {"bos_token_id": 0, "eos_token_id": 1}
+    model_directory, _ = save_mistral(vocab_size=400, max_position_embeddings=512, sliding_window=32, **ids_of_text)
+    save_bpe(model_directory, adds_bos=False)
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    write_tasks(tasks)
+    ours = MinorcaLM(load_model(model_directory, torch.float32, "cpu"), load_tokenizer(model_directory), add_bos=False)
+    expected = evaluated(ours, tasks)
+    with serving("--model", model_directory, "--slots", 3, "--queue", 2, program=("-c", IN_FP32)) as served:
+        theirs: Any = LocalCompletionsAPI
+        found = evaluated(
+            theirs(
+                model=model_directory.name,
+                tokenizer=str(model_directory),
+                base_url=f"{served.url}/v1/completions",
+                tokenizer_backend="huggingface",
+                batch_size=7,
+                max_length=512,
+                max_retries=1,
+            ),
+            tasks,
+        )
+    compared = 0
+    for task, metrics in expected["results"].items():
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                assert found["results"][task][name] == pytest.approx(value, rel=1e-4, abs=1e-6), (task, name)
+                compared += 1
+    assert compared > 8
