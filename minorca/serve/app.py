@@ -14,9 +14,10 @@ from starlette.exceptions import HTTPException
 
 from minorca import __version__
 from minorca.page_policy import inline_source
+from minorca.serve.completions import CompletionRequest
 from minorca.serve.errors import APIError, ErrorResponse, error_body
 from minorca.serve.http import Guard, JSONRoute
-from minorca.serve.protocol import ChatRequest, CompletionRequest
+from minorca.serve.protocol import ChatRequest
 from minorca.serve.service import Service
 from minorca.serve.tokenization import DetokenizeRequest, TokenizeRequest
 

@@ -76,6 +76,7 @@ class Service:
 
     async def tokenize(self, body: TokenizeRequest) -> dict:
         """vLLM's object with the ids of a text or conversation, which may have as many as a prompt."""
+        body.check()
         model = self._find_model(body.model or self.base)
         max_length = self.thread.engine.max_length
         self._check_characters(body.characters, body.prompt_field, model)
@@ -143,11 +144,12 @@ class Service:
             raise APIError(400, f"{body.num_choices} choices were requested; expected at most {MAX_PROMPTS}", "n")
         _check_ids(body.stop_token_ids, self.thread.engine.vocab_size, "stop_token_ids")
         texts = TokenTexts(model.tok)
+        stop_ids = {*body.stop_token_ids, *([] if body.ignore_eos else model.tok.stop_ids)}
         return {
             Request(
                 [],
                 sampling=body.sampling,
-                stop_ids={*body.stop_token_ids, *([] if body.ignore_eos else model.tok.stop_ids)},
+                stop_ids=stop_ids,
                 adapter=model.adapter,
                 logprobs=body.logprobs_count,
                 sample=i % body.n,

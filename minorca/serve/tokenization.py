@@ -2,12 +2,14 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import Field, PlainValidator
 
 from minorca.data.tokenizer import Tokenizer
+from minorca.serve.completions import RawText
 from minorca.serve.echo import spell
+from minorca.serve.errors import APIError
 from minorca.serve.fields import Body, Unsupported, is_ids
-from minorca.serve.protocol import MAX_MESSAGES, Conversation, Message, RawText
+from minorca.serve.protocol import MAX_MESSAGES, Conversation, Message
 from minorca.serve.unserved import UnservedChatFields
 
 
@@ -21,13 +23,13 @@ class TokenizeRequest(RawText, Conversation, UnservedChatFields):
     # Not supported.
     return_token_strs: Annotated[Any, Unsupported(False)] = False
 
-    @model_validator(mode="after")
-    def _check_prompt(self):
+    def check(self) -> None:
+        """Raises APIError for fields that exclude each other."""
         if (self.prompt is None) == (not self.messages):
-            raise ValueError("expected one of prompt and messages")
-        if self.messages and self.add_special_tokens and "add_special_tokens" in self.model_fields_set:
-            raise ValueError("add_special_tokens is not supported with messages; leave it out")
-        return self
+            raise APIError(400, "expected one of prompt and messages", "prompt")
+        adds_special = self.add_special_tokens and "add_special_tokens" in self.model_fields_set
+        if self.messages and adds_special:
+            raise APIError(400, "add_special_tokens is not supported with messages; leave it out", "add_special_tokens")
 
     @property
     def prompt_field(self) -> str:

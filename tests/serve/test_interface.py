@@ -202,6 +202,11 @@ def test_prompt_logprobs_are_vllms(client, server, directory, expected):  # noqa
     assert {len(entries) for entries in answer["prompt_logprobs"][1:]} == {1}
 
 
+def test_a_prompt_of_the_maximum_length_can_be_scored(server):  # noqa: F811
+    answer = post(server, "/v1/completions", prompt=[65] * 256, max_tokens=0, echo=True, logprobs=1, **BASE)
+    assert len(answer["choices"][0]["logprobs"]["tokens"]) == 256 == answer["usage"]["total_tokens"]
+
+
 def test_too_many_log_probabilities_are_refused(server):  # noqa: F811
     ask = {"model": "tiny", "prompt": ["a"] * 2000, "n": 2, "max_tokens": 255, "logprobs": 20}
     problem = assert_error(httpx.post(f"{server.url}/v1/completions", json=ask))
@@ -281,10 +286,9 @@ def test_text_becomes_ids_and_text_again(server, directory):  # noqa: F811
         assert found["max_model_len"] == 256
         assert post(server, "/detokenize", tokens=found["tokens"]) == {"prompt": text}
     assert post(server, "/tokenize", messages=ASK)["tokens"] == prompt_of(directory)
-    for fields, options in (({}, {}), ({"add_generation_prompt": False}, {"add_generation_prompt": False})):
-        tok = load_tokenizer(directory)
-        expected = minorca.render_chat(tok, ASK, **options)
-        assert post(server, "/tokenize", model="adapter", messages=ASK, **fields)["tokens"] == expected
+    header = minorca.render_chat(load_tokenizer(directory), ASK, add_generation_prompt=False)
+    asked = {"model": "adapter", "messages": ASK, "add_generation_prompt": False}
+    assert post(server, "/tokenize", **asked)["tokens"] == header != prompt_of(directory)
     assert post(server, "/tokenize", model="own", messages=ASK)["tokens"] == theirs.encode("hi!")
     assert post(server, "/detokenize", model="tiny", tokens=[]) == {"prompt": ""}
 
@@ -298,8 +302,9 @@ def test_text_becomes_ids_and_text_again(server, directory):  # noqa: F811
         ("tokenize", "messages", {"messages": [{"role": "user", "content": "x" * 300}]}),
         ("tokenize", "messages", {"messages": []}),
         ("tokenize", "return_token_strs", {"prompt": "a", "return_token_strs": True}),
-        ("tokenize", None, {"prompt": "a", "messages": ASK}),
-        ("tokenize", None, {}),
+        ("tokenize", "prompt", {"prompt": "a", "messages": ASK}),
+        ("tokenize", "prompt", {}),
+        ("tokenize", "add_special_tokens", {"messages": ASK, "add_special_tokens": True}),
         ("detokenize", "tokens", {"tokens": [258]}),
         ("detokenize", "tokens", {"tokens": [-1]}),
         ("detokenize", "tokens", {"tokens": [65] * 257}),

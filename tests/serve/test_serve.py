@@ -34,9 +34,10 @@ from minorca.model.architecture import read_architecture
 from minorca.serve import __main__ as serve_command
 from minorca.serve import fields, http
 from minorca.serve.app import make_app
+from minorca.serve.completions import CompletionRequest
 from minorca.serve.engine_thread import EngineThread
 from minorca.serve.errors import APIError, ErrorResponse
-from minorca.serve.protocol import ChatRequest, CompletionRequest
+from minorca.serve.protocol import ChatRequest
 from minorca.serve.service import Model, Service
 from tests.helpers import ROOT, random_adapter, random_mistral, save_tokenizer, wait_until
 
@@ -581,6 +582,8 @@ def test_invalid_fields_are_named(server):
     for more in (
         {"echo": 1},
         {"max_tokens": 0},
+        {"use_beam_search": True},
+        {"prompt_embeds": "AAAA"},
         {"best_of": 2},
         {"logprobs": 21},
         {"suffix": "x"},
