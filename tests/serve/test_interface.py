@@ -1,18 +1,24 @@
 """The interface that clients of OpenAI and vLLM use, beyond plain answers: asked of the command by OpenAI's client."""
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from typing import Any
 
 import httpx
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minorca
 from minorca import load_model, load_tokenizer
 from minorca.generate.engine import Engine
-from minorca.generate.request import Request
+from minorca.generate.request import Request, Token
 from minorca.generate.sampling import Sampling
+from minorca.serve.choice import Choice, TokenTexts
+from minorca.serve.completions import CompletionRequest
+from minorca.serve.echo import make_echo
+from tests.evaluate.harness_oracle import save_bpe
 from tests.generate.test_engine import ids, run
 from tests.serve.test_serve import (  # noqa: F401
     ASK,
@@ -123,11 +129,40 @@ def test_no_answer_is_asked_for(client, directory):  # noqa: F811
     assert answer.choices[0].message.content == tok.decode(greedy(directory, [prompt])[0])
 
 
-def test_control_tokens_of_prompts(client, directory):  # noqa: F811
-    """Here no tokenizer adds any, and the field is accepted with both values."""
-    for value in (True, False):
-        answer = client.completions.create(prompt=TEXT, extra_body={"add_special_tokens": value}, **BASE)
-        assert answer.usage.prompt_tokens == len(TEXT)
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("text", ["What do bees make?", "<s>What<|im_end|>", "What <s> is"])
+def test_bos_before_prompts_is_transformers(adds, text, tmp_path):
+    """None is added twice, which transformers does; the echo is the text as it was sent, or that of the ids."""
+    save_bpe(tmp_path, adds_bos=True)
+    tok = load_tokenizer(tmp_path)
+    body = CompletionRequest.model_validate({"model": "a", "prompt": text, "add_special_tokens": adds, "echo": True})
+    (found,) = body.encode_prompts(tok, "auto", 100)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    adds = adds and not text.startswith("<s>")
+    assert found == theirs.encode(text, add_special_tokens=adds)
+    assert make_echo(tok, found, text, True).text == text
+    echo = make_echo(tok, found, None, True)
+    assert echo.text == theirs.decode(found) and len(echo.offsets) == len(found)
+    spelled = [theirs.decode([i]) for i in found]
+    starts = [0, *accumulate(map(len, spelled))][:-1]
+    assert echo.offsets == starts
+    # A bos that the text has not has no place in it.
+    assert make_echo(tok, found, text, True).offsets == [max(0, start - adds * len("<s>")) for start in starts]
+
+
+def test_a_text_goes_on_where_its_prompt_ended(tmp_path):
+    """A space at the start of a completion is part of it: tokenizers of SentencePiece's kind drop that of a text."""
+    tokenizer = Tokenizer(models.BPE({"<s>": 0, "▁": 1, "a": 2, "b": 3, "▁b": 4}, [("▁", "b")]))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tok = load_tokenizer(tmp_path)
+    assert tok.decode(tok.encode("a b")) == "a b" and tok.decode([4]) == "b"
+    request = Request([2], 1)
+    for echo, text in ((None, " b"), (make_echo(tok, tok.encode("a"), "a", False), "a b")):
+        choice = Choice(0, tok, TokenTexts(tok), [], CompletionRequest(model="a", prompt="a").continues)
+        choice.echo = echo
+        assert choice.push(Token(request, 4, None, None, "length")) == choice.text == text
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
@@ -329,7 +364,7 @@ def test_lm_eval_finds_the_scores_of_our_own_evaluation(save_mistral, tmp_path, 
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     from minorca.evaluate.harness import MinorcaLM
-    from tests.evaluate.harness_oracle import save_bpe, write_tasks
+    from tests.evaluate.harness_oracle import write_tasks
     from tests.evaluate.test_harness import evaluated
 
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
