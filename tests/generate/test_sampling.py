@@ -83,7 +83,7 @@ def test_a_draw_depends_on_seed_sample_and_position_alone():
     neighbours = [
         Sampling(),
         Sampling(temperature=2.0, top_p=0.5),
-        Sampling(temperature=1.0, repetition_penalty=2.0, min_p=0.1),
+        Sampling(temperature=1.0, repetition_penalty=2.0, min_p=0.1, frequency_penalty=1.0, logit_bias={7: 9.0}),
     ]
     generator = torch.Generator().manual_seed(1)
     found = {}

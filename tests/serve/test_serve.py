@@ -1063,6 +1063,8 @@ def check_random_calls(server, examples: int) -> None:
             if isinstance(case.body, dict):
                 case.body = {k: v for k, v in case.body.items() if k != "max_completion_tokens"} | {"max_tokens": 2}
                 case.body["model"] = "tiny" if isinstance(case.body.get("model"), str) else case.body.get("model")
+                if type(case.body.get("n")) is int:
+                    case.body["n"] = min(case.body["n"], 3)
             response = case.call()
             statuses.add(response.status_code)
             assert response.status_code < 500, (case.body, response.text)
