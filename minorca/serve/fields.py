@@ -24,7 +24,8 @@ MAX_IDS = 1024
 MAX_UNKNOWN_FIELDS = 100
 MAX_NAME_LENGTH = 256
 
-_unknown_fields: set[str] = set()
+# Their names; None: it was logged that further ones are not.
+_unknown_fields: set[str | None] = set()
 
 
 class Unsupported:
@@ -72,8 +73,7 @@ def _warn_of(name: str) -> None:
         _unknown_fields.add(name)
         log.warning("unknown field %s of a request is ignored", quote(name))
     else:
-        # In place of a name: nothing more is logged.
-        _unknown_fields.add("")
+        _unknown_fields.add(None)
         log.warning("further unknown fields of requests are ignored without a warning")
 
 

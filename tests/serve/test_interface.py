@@ -160,7 +160,9 @@ def test_a_text_goes_on_where_its_prompt_ended(tmp_path):
     assert tok.decode(tok.encode("a b")) == "a b" and tok.decode([4]) == "b"
     request = Request([2], 1)
     for echo, text in ((None, " b"), (make_echo(tok, tok.encode("a"), "a", False), "a b")):
-        choice = Choice(0, tok, TokenTexts(tok), [], CompletionRequest.model_validate({"model": "a", "prompt": "a"}).continues)
+        choice = Choice(
+            0, tok, TokenTexts(tok), [], CompletionRequest.model_validate({"model": "a", "prompt": "a"}).continues
+        )
         choice.echo = echo
         assert choice.push(Token(request, 4, None, None, "length")) == choice.text == text
 
