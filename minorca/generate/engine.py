@@ -21,6 +21,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Generator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -204,37 +205,48 @@ class Engine:
             return
         tokens = sum(length for _, length in chunks)
         fill = -tokens % ROWS[self.device.type]
-        ids, adapters, ending, rows = [], [], [], []
+        ids, adapters = [], []
         for sequence, length in chunks:
             start = self.cache.lengths[sequence.slot]
             ids.append(sequence.prompt_T[start : start + length])
             adapters.append(sequence.adapter_1.expand(length))
-            if start + length == len(sequence.request.prompt):
-                ending.append(sequence)
-                rows.append(sum(map(len, ids)) - 1)
         ids.append(ids[0].new_zeros(fill))
         adapters.append(torch.full_like(ids[-1], NO_ADAPTER))
         self._adapters.choose(torch.cat(adapters), any(sequence.request.adapter is not None for sequence, _ in chunks))
         attend = self.cache.prefill([(sequence.slot, length) for sequence, length in chunks], tokens + fill)
-        logits_MV = self.model(torch.cat(ids), attend=attend, head=partial(self._logits, rows))
+        ending = [
+            sequence for sequence, _ in chunks if self.cache.lengths[sequence.slot] == len(sequence.request.prompt)
+        ]
+        logits_MV = self.model(torch.cat(ids), attend=attend, head=partial(self._prompt_head, chunks, ending))
         for sequence, _ in chunks:
             self.cache.record(sequence.slot, sequence.request.prompt, sequence in ending)
         for row, sequence in enumerate(ending):
             self._start_decoding(sequence, logits_MV[row : row + 1])
 
-    def _logits(self, rows: list[int], hidden_TH: Tensor, head: FrozenWeight) -> Tensor | None:
-        """Of these rows, whose number is filled up as a forward's is."""
-        if not rows:
+    def _prompt_head(
+        self, chunks: list[tuple[Sequence, int]], ending: list[Sequence], hidden_TH: Tensor, head: FrozenWeight
+    ) -> Tensor | None:
+        """The logits after the prompts that end [M, V], filled up as a forward is; scores those that ask for it."""
+        last = []
+        stop = 0
+        for sequence, length in chunks:
+            start, stop = stop, stop + length
+            if sequence.prompt_scores:
+                sequence.prompt_scores.score(hidden_TH[start:stop], head)
+            if sequence in ending:
+                last.append(stop - 1)
+        if not last:
             return None
-        fill = -len(rows) % ROWS[self.device.type]
-        return head.linear(hidden_TH[rows + [rows[0]] * fill])
+        fill = -len(last) % ROWS[self.device.type]
+        return head.linear(hidden_TH[last + last[:1] * fill])
 
     def _start_decoding(self, sequence: Sequence, logits_1V: Tensor) -> None:
         """Samples the first token of a prompt that is computed, and activates its slot."""
         request, slot = sequence.request, sequence.slot
         self._prefilling.remove(sequence)
         own = slice(slot, slot + 1)
-        self._sampler.set(slot, request.sampling, sequence.words_4, sequence.prompt_T)
+        settings = request.sampling, sequence.words_5, sequence.prompt_T, request.stop_ids, request.min_new_tokens
+        self._sampler.set(slot, *settings)
         self.cache.set_active(slot, True)
         ids_1 = self._sampler(logits_1V, self.cache.lengths_N[own], own, self._sampler.ops(own))
         self._decode_step.tokens_N[own] = ids_1
@@ -253,7 +265,7 @@ class Engine:
 
     def _count_scheduled(self, sequence: Sequence) -> None:
         sequence.scheduled += 1
-        if sequence.scheduled == sequence.request.max_new_tokens:
+        if sequence.scheduled >= sequence.request.max_new_tokens:
             self.cache.set_active(sequence.slot, False)
 
     # ------------------------------------------------------------------------------------------------- results
@@ -263,13 +275,13 @@ class Engine:
         in_flight = 1 if self.device.type == "cuda" and any(self.cache.active) else 0
         tokens: list[Token] = []
         while len(self._pending) > in_flight:
-            for sequence, token, logprob, top in self._pending.popleft().wait():
+            for sequence, token in self._pending.popleft().wait():
                 request = sequence.request
                 # Cancelled, or ended by a stop id, while this token was being computed.
                 if self._running.get(request) is not sequence:
                     continue
-                finish_reason = sequence.append(token)
-                tokens.append(Token(request, token, logprob, top, finish_reason))
+                finish_reason = sequence.append(token.id)
+                tokens.append(replace(token, finish_reason=finish_reason))
                 if finish_reason:
                     self._release(sequence)
         return tokens

@@ -23,8 +23,11 @@ def choose_chunks(waiting: Sequences[Sequence], cache: KVCache, budget: int) -> 
     """
     left = {}
     for sequence in waiting:
-        prompt = sequence.request.prompt
-        left[sequence] = len(prompt) - cache.extend(sequence.slot, prompt)
+        request = sequence.request
+        # scores need the hidden states of every token
+        reads = request.prompt_logprobs is None
+        length = cache.extend(sequence.slot, request.prompt) if reads else cache.lengths[sequence.slot]
+        left[sequence] = len(request.prompt) - length
     chosen: dict[Sequence, int] = {}
     beginnings: set[tuple] = set()
     turns = [(sequence, int(budget * FIRST_SHARE)) for sequence in waiting[:1]]
@@ -43,6 +46,8 @@ def choose_chunks(waiting: Sequences[Sequence], cache: KVCache, budget: int) -> 
 def _is_first(sequence: Sequence, cache: KVCache, beginnings: set[tuple]) -> bool:
     """Whether no other sequence of this step computes tokens of the same page."""
     request = sequence.request
+    if request.prompt_logprobs is not None:
+        return True
     size = cache.tree.size
     start = cache.lengths[sequence.slot] // size * size
     beginning = (request.adapter, start, *request.prompt[start : start + size])

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from minorca.generate.request import Sequence
+from minorca.generate.prompt_scores import to_host
+from minorca.generate.request import PromptToken, Sequence, Token
 
 
 class PendingTokens:
@@ -30,31 +31,30 @@ class PendingTokens:
         counts = [sequence.request.logprobs for _, sequence in rows if sequence.request.logprobs is not None]
         if counts:
             logprobs_NV = logits_NV.float().log_softmax(-1)
-            self._logprobs = _to_host(logprobs_NV.gather(-1, ids_N[:, None])[:, 0])
+            self._logprobs = to_host(logprobs_NV.gather(-1, ids_N[:, None])[:, 0])
             values, indices = logprobs_NV.topk(max(counts))
-            self._top = _to_host(values), _to_host(indices)
-        self._ids = _to_host(ids_N)
+            self._top = to_host(values), to_host(indices)
+        self._ids = to_host(ids_N)
         if ids_N.is_cuda:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def wait(self) -> Iterator[tuple[Sequence, int, float | None, list[tuple[int, float]] | None]]:
-        """Waits for the copies; yields each sequence with its id, the id's log-probability and the most likely ids."""
+    def wait(self) -> Iterator[tuple[Sequence, Token]]:
+        """Waits for the copies; yields each sequence with its token, whose finish reason is not known yet."""
         if self._copied:
             self._copied.synchronize()
         ids = self._ids.tolist()
         for row, sequence in self._rows:
-            logprob, top = self._scores(row, sequence.request.logprobs)
-            yield sequence, ids[row], logprob, top
+            request = sequence.request
+            logprob, top = self._scores(row, request.logprobs)
+            prompt = None
+            if sequence.prompt_scores:
+                prompt = [PromptToken(*scores) for scores in sequence.prompt_scores.rows()]
+                sequence.prompt_scores = None
+            yield sequence, Token(request, ids[row] if request.max_new_tokens else -1, logprob, top, None, prompt)
 
     def _scores(self, row: int, count: int | None) -> tuple[float | None, list[tuple[int, float]] | None]:
         if count is None or self._logprobs is None or self._top is None:
             return None, None
         values, indices = (t[row, :count].tolist() for t in self._top)
         return self._logprobs[row].item(), list(zip(indices, values))
-
-
-def _to_host(t: Tensor) -> Tensor:
-    if not t.is_cuda:
-        return t.clone()
-    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)

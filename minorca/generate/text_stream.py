@@ -22,13 +22,15 @@ class TextStream:
     Args:
         stop: strings that end the text; empty ones are ignored.
         continues: whether it continues another text: a space at its start is then kept, which `tok.decode` drops.
+        min_ids: a stop string that starts in the text of so many first ids does not end the text.
     """
 
-    def __init__(self, tok: Tokenizer, stop: Sequence[str] = (), continues: bool = False):
+    def __init__(self, tok: Tokenizer, stop: Sequence[str] = (), continues: bool = False, min_ids: int = 0):
         # Whether a stop string was found: the text ends before it, and `push` returns "" from then on.
         self.stopped = False
         self._tok = tok
         self._stop = tuple(string for string in stop if string)
+        self._unstoppable = min_ids
         self._control_ids = set(tok.control_ids.values())
         self._parts: list[str] = []
         # Decoded text that may be the beginning of a stop string.
@@ -47,6 +49,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Adds an id; returns the text that is final now: "" while a character or stop string may be incomplete."""
+        self._unstoppable -= 1
         if self.stopped or token in self._control_ids or token >= self._tok.vocab_size:
             return ""
         self._ids.append(token)
@@ -91,7 +94,7 @@ class TextStream:
         """Adds `new` to the text, except for the longest suffix that further text may complete to a stop string."""
         text = self._withheld + new
         end = len(text)
-        for start in range(end if self._stop else 0):
+        for start in range(end if self._stop and self._unstoppable < 0 else 0):
             rest = text[start:]
             self.stopped = rest.startswith(self._stop)
             may_stop = not is_last and any(string.startswith(rest) for string in self._stop)

@@ -12,11 +12,14 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
+from minorca import __version__
 from minorca.page_policy import inline_source
+from minorca.serve.completions import CompletionRequest
 from minorca.serve.errors import APIError, ErrorResponse, error_body
 from minorca.serve.http import Guard, JSONRoute
-from minorca.serve.protocol import ChatRequest, CompletionRequest
+from minorca.serve.protocol import ChatRequest
 from minorca.serve.service import Service
+from minorca.serve.tokenization import DetokenizeRequest, TokenizeRequest
 
 PAGE = Path(__file__).parent / "page.html"
 # Problems of one request body that are reported.
@@ -53,7 +56,7 @@ def make_app(service: Service, key: str | None = None, hosts: set[str] | None = 
 def _add_error_handlers(app: FastAPI, respond: Callable[[HTTPException], Response]) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: HTTPRequest, error: HTTPException) -> Response:
-        if error.status_code in (404, 405):
+        if error.status_code in (404, 405) and not isinstance(error, APIError):
             return respond(
                 HTTPException(error.status_code, f"{error.detail}: {request.method} {request.url.path}", error.headers)
             )
@@ -77,12 +80,27 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def completions(body: CompletionRequest, request: HTTPRequest) -> Response:
         return await service.respond(request, body)
 
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Response:
+        return JSONResponse(await service.tokenize(body))
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        return JSONResponse(await service.detokenize(body))
+
 
 def _add_information(app: FastAPI, service: Service, page: str) -> None:
     @app.get("/v1/models")
     async def models() -> Response:
-        entry = {"object": "model", "created": service.created, "owned_by": "minorca"}
-        return JSONResponse({"object": "list", "data": [{"id": name} | entry for name in service.models]})
+        return JSONResponse({"object": "list", "data": [service.describe_model(name) for name in service.models]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        return JSONResponse(service.describe_model(name))
+
+    @app.get("/version")
+    async def version() -> Response:
+        return JSONResponse({"version": __version__})
 
     @app.get("/health")
     async def health() -> Response:
@@ -112,8 +130,6 @@ def _validation_error(error: RequestValidationError) -> APIError:
 
 
 def _problem_message(problem: dict[str, Any]) -> str:
-    if problem["type"] == "extra_forbidden":
-        return "unknown field; leave it out"
     if problem["type"] == "value_error":
         # Raised by a validator of ours.
         return str(problem["ctx"]["error"])

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
+from itertools import islice
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -68,7 +69,7 @@ class EngineThread(threading.Thread):
     """Runs the engine. All methods but `run` are for the event loop's thread, in which it must be created.
 
     Args:
-        max_waiting: the number of requests that may wait for a slot.
+        max_waiting: the number of HTTP requests that may wait for a slot.
     """
 
     def __init__(self, engine: Engine, max_waiting: int):
@@ -76,7 +77,8 @@ class EngineThread(threading.Thread):
         self.engine = engine
         self.max_requests = engine.slots + max_waiting
         self.metrics = Metrics(engine)
-        # The completion of every admitted request.
+        # What was admitted and has not ended: HTTP requests, and their requests to the engine.
+        self.admitted: set[Completion] = set()
         self.completions: dict[Request, Completion] = {}
         # The exception that ended the engine. `on_failure` is called then.
         self.failure: Exception | None = None
@@ -109,7 +111,7 @@ class EngineThread(threading.Thread):
         self.join()
 
     def _deliver(self, tokens: list[Token]) -> None:
-        self.metrics.new_tokens.inc(len(tokens))
+        self.metrics.new_tokens.inc(sum(token.id >= 0 for token in tokens))
         for token in tokens:
             completion = self.completions.get(token.request)
             if completion:
@@ -117,7 +119,7 @@ class EngineThread(threading.Thread):
 
     def _fail(self, error: Exception) -> None:
         self.failure = error
-        for completion in set(self.completions.values()):
+        for completion in self.admitted:
             completion.received.put_nowait(None)
         if self.on_failure:
             self.on_failure()
@@ -126,8 +128,9 @@ class EngineThread(threading.Thread):
 class Completion:
     """The engine's work for one HTTP request: its choices, each of which is a request to the engine.
 
-    As a context manager it admits all of its requests, or raises APIError if there are too many; on exit it cancels
-    those that have not ended."""
+    As many of them as the engine has slots are submitted at a time, so that others come in between. As a context
+    manager it admits the HTTP request, or raises APIError if there are too many; on exit it cancels the choices that
+    have not ended."""
 
     def __init__(self, thread: EngineThread, choices: dict[Request, Choice]):
         self.thread = thread
@@ -137,30 +140,44 @@ class Completion:
         self.received: asyncio.Queue[Token | None] = asyncio.Queue()
         self._arrival = time.perf_counter()
         self._submitted = False
+        # The choices that wait for others of this request to end, and the number of those that have not ended.
+        self._waiting = iter(choices)
+        self._left = len(choices)
 
     def __enter__(self) -> "Completion":
         if self.thread.failure:
             raise APIError(503, "the engine has failed; the server is shutting down")
-        if len(self.thread.completions) + len(self.choices) > self.thread.max_requests:
+        if len(self.thread.admitted) >= self.thread.max_requests:
             raise APIError(
                 429,
                 "too many requests are in progress; try again later",
                 code="rate_limit_exceeded",
                 headers={"Retry-After": "1"},
             )
-        self.thread.completions |= dict.fromkeys(self.choices, self)
+        self.thread.admitted.add(self)
         return self
 
     def __exit__(self, *exception) -> None:
+        self.thread.admitted.discard(self)
         for request in self.choices:
-            self._end(request, "cancelled" if self._submitted else "refused")
+            if self.thread.completions.pop(request, None):
+                self.thread.call(self.thread.engine.cancel, request)
+        self.thread.metrics.finished.labels("cancelled" if self._submitted else "refused").inc(self._left)
         if self._submitted:
             self.thread.metrics.duration.observe(time.perf_counter() - self._arrival)
 
+    def _submit_next(self) -> None:
+        for request in islice(self._waiting, 1):
+            self.thread.completions[request] = self
+            self.thread.call(self.thread.engine.add, request)
+
     def _end(self, request: Request, reason: str) -> None:
-        if self.thread.completions.pop(request, None):
-            self.thread.metrics.finished.labels(reason).inc()
-            self.thread.call(self.thread.engine.cancel, request)
+        del self.thread.completions[request]
+        self._left -= 1
+        self.thread.metrics.finished.labels(reason).inc()
+        # A stop string, of which the engine does not know, leaves it running.
+        self.thread.call(self.thread.engine.cancel, request)
+        self._submit_next()
 
     async def generate(self) -> AsyncIterator[tuple[Choice, str]]:
         """Submits the requests; yields choices with their new text until all choices are finished.
@@ -170,14 +187,16 @@ class Completion:
         """
         self._submitted = True
         self.thread.metrics.prompt_tokens.inc(self.prompt_tokens)
-        for request in self.choices:
-            self.thread.call(self.thread.engine.add, request)
-        while any(request in self.thread.completions for request in self.choices):
+        for _ in range(self.thread.engine.slots):
+            self._submit_next()
+        is_first = True
+        while self._left:
             token = await self.received.get()
             if token is None:
                 raise APIError(500, "the engine has failed; the server is shutting down")
-            if not any(choice.tokens for choice in self.choices.values()):
+            if is_first:
                 self.thread.metrics.first_token.observe(time.perf_counter() - self._arrival)
+                is_first = False
             choice = self.choices[token.request]
             # Ended by a stop string, which the engine does not know of.
             if choice.finish_reason:

@@ -1,166 +1,120 @@
-"""The bodies of OpenAI's requests and responses, as far as this engine implements them.
+"""The bodies of OpenAI's requests and responses with vLLM's extensions, as far as this engine implements them.
 
-A field that is not implemented is an error unless it has the value that changes nothing, and so is an unknown field: a
-client that sends one expects an effect. Source: OpenAI's API reference, "Chat" and "Completions (legacy)", as its
-Python client types them."""
+A field that is not implemented is an error unless its value asks for nothing; an unknown field is ignored, with a
+warning in the log. Sources: those of unserved.py."""
 
 from abc import abstractmethod
-from itertools import islice
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetJsonSchemaHandler,
-    PlainValidator,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import core_schema
+from pydantic import Field, PlainValidator, ValidationInfo, field_validator
 
 from minorca.data.chat_template import render_chat
-from minorca.data.conversation import join_text_parts
 from minorca.data.tokenizer import Tokenizer
 from minorca.generate.sampling import Sampling
-from minorca.serve.choice import Choice, TokenLogprob
+from minorca.serve.choice import Choice, Echo, TokenLogprob
+from minorca.serve.fields import (
+    MAX_PROMPTS,
+    Body,
+    TextPart,
+    Unsupported,
+    read_content,
+    read_logit_bias,
+    read_stop,
+    read_stop_token_ids,
+)
+from minorca.serve.logprobs import chat_logprobs, prompt_logprobs
+from minorca.serve.unserved import UnservedChatFields, UnservedFields
 
-# Each unknown field is an error of its own, so not all of them are reported.
-MAX_UNKNOWN_FIELDS = 10
 # A chat template that comes with the model may take time quadratic in this.
 MAX_MESSAGES = 1024
-# Of one message's text, and the prompts of one request; a body of 2 MiB could have hundreds of thousands.
-MAX_PARTS = 1024
-MAX_PROMPTS = 4096
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 1024
 MAX_LOGPROBS = 20
 
 
-# --------------------------------------------------------------------------------------------------------- field types
-
-
-class Unsupported:
-    """Metadata of a field that is not implemented: it accepts only values without an effect."""
-
-    def __init__(self, *values):
-        self.values = values
-
-    def _check(self, value):
-        if value not in self.values:
-            raise ValueError(f"is not supported; leave it out or send {self.values[0]!r}")
-        return value
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(self._check)
-
-    def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler) -> dict:
-        return {"enum": list(self.values)}
-
-
-def _read_stop(value: Any) -> list[str]:
-    strings = [value] if isinstance(value, str) else value
-    if (
-        not isinstance(strings, list)
-        or len(strings) > MAX_STOP_STRINGS
-        or not all(isinstance(string, str) and 0 < len(string) <= MAX_STOP_LENGTH for string in strings)
-    ):
-        raise ValueError(
-            f"expected a string or a list of up to {MAX_STOP_STRINGS}, of 1 to {MAX_STOP_LENGTH} characters each"
-        )
-    return strings
-
-
-def _read_prompt(value: Any) -> list[str] | list[list[int]]:
-    if isinstance(value, str) or (value and _is_ids(value)):
-        return [value]
-    is_list = isinstance(value, list) and 0 < len(value) <= MAX_PROMPTS
-    if not is_list or not (all(isinstance(prompt, str) for prompt in value) or all(map(_is_ids, value))):
-        raise ValueError(f"expected a string, a list of token ids, or a list of up to {MAX_PROMPTS} of either")
-    return value
-
-
-def _is_ids(value: Any) -> bool:
-    # Not isinstance: a bool is an int.
-    return isinstance(value, list) and set(map(type, value)) <= {int}
-
-
-def _read_content(value: Any) -> str:
-    if isinstance(value, list) and len(value) > MAX_PARTS:
-        raise ValueError(f"expected at most {MAX_PARTS} parts")
-    return join_text_parts(value if isinstance(value, list) else [{"type": "text", "text": value}])
-
-
-# ------------------------------------------------------------------------------------------------------------- requests
-
-
-class _Object(BaseModel):
-    """A JSON object without unknown fields; null is the same as an absent field."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data):
-        if not isinstance(data, dict):
-            return data
-        unknown = (key for key in data if key not in cls.model_fields)
-        known = {key: value for key, value in data.items() if key in cls.model_fields and value is not None}
-        return known | dict.fromkeys(islice(unknown, MAX_UNKNOWN_FIELDS))
-
-
-class TextPart(_Object):
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Object):
+class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, PlainValidator(_read_content, json_schema_input_type=str | list[TextPart])]
+    content: Annotated[str, PlainValidator(read_content, json_schema_input_type=str | list[TextPart])]
     # No effect.
     name: str = ""
+    id: str = ""
+    cache_control: dict[str, Any] = {}
     # Fields of a response's message, which clients send back.
     refusal: Annotated[Any, Unsupported("")] = ""
     annotations: Annotated[Any, Unsupported([])] = []
     tool_calls: Annotated[Any, Unsupported([])] = []
     function_call: Annotated[Any, Unsupported({})] = {}
     audio: Annotated[Any, Unsupported({})] = {}
+    reasoning: Annotated[Any, Unsupported("")] = ""
+    reasoning_content: Annotated[Any, Unsupported("")] = ""
 
 
-class StreamOptions(_Object):
+class StreamOptions(Body):
     include_usage: bool = False
+    # vLLM's: whether every event has the usage so far.
+    continuous_usage_stats: bool = False
     # No effect.
     include_obfuscation: bool = False
 
 
-class GenerationRequest(_Object):
+class Conversation(Body):
+    """The fields of a request whose prompt is a conversation."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    # vLLM's: whether the last message, an answer, is continued, and whether an answer is asked for otherwise.
+    continue_final_message: bool = False
+    add_generation_prompt: bool = True
+
+    @field_validator("add_generation_prompt")
+    @classmethod
+    def _check_add_generation_prompt(cls, value: bool, info: ValidationInfo) -> bool:
+        # Only where it is sent.
+        if value and info.data.get("continue_final_message"):
+            raise ValueError("cannot be combined with continue_final_message; leave it out")
+        return value
+
+    @property
+    def characters(self) -> int:
+        return sum(len(message.content) for message in self.messages)
+
+    def render(self, tok: Tokenizer, template: str, max_tokens: int) -> list[int]:
+        """As `GenerationRequest.encode_prompts`, for the one prompt."""
+        # "developer" is OpenAI's newer name.
+        roles = {"developer": "system"}
+        return render_chat(
+            tok,
+            [{"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages],
+            template=template,
+            max_ids=max_tokens,
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+        )
+
+
+class GenerationRequest(UnservedFields):
     """The fields that both endpoints have, and how each endpoint writes its responses."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    min_tokens: int = Field(0, ge=0, lt=2**31)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, lt=2**31)
+    # -1 is vLLM's word for 0.
+    top_k: int = Field(0, ge=-1, lt=2**31)
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0, le=100)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: Annotated[
+        dict[int, float], PlainValidator(read_logit_bias, json_schema_input_type=dict[str, float])
+    ] = {}
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    n: int = Field(1, ge=1, lt=2**31)
-    stop: Annotated[list[str], PlainValidator(_read_stop, json_schema_input_type=str | list[str])] = []
+    n: int = Field(1, ge=1, le=MAX_PROMPTS)
+    stop: Annotated[list[str], PlainValidator(read_stop, json_schema_input_type=str | list[str])] = []
+    stop_token_ids: Annotated[list[int], PlainValidator(read_stop_token_ids, json_schema_input_type=list[int])] = []
+    ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    # Not supported.
-    frequency_penalty: Annotated[Any, Unsupported(0)] = 0
-    presence_penalty: Annotated[Any, Unsupported(0)] = 0
-    logit_bias: Annotated[Any, Unsupported({})] = {}
-    # No effect.
-    user: str = ""
-    metadata: dict[str, Any] = {}
-    store: bool = False
-    service_tier: str = ""
-    safety_identifier: str = ""
-    prompt_cache_key: str = ""
-    prompt_cache_retention: str = ""
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     # The field that holds the prompt, the prefix of response ids, and the "object" of responses and stream events.
     prompt_field: ClassVar[str]
@@ -168,14 +122,31 @@ class GenerationRequest(_Object):
     response_object: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    @property
+    @field_validator("prompt_logprobs")
+    @classmethod
+    def _check_prompt_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if info.data.get("stream"):
+            raise ValueError("is not supported in a stream; leave one of them out")
+        return value
+
+    @cached_property
     def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.seed)
+        return Sampling(
+            self.temperature,
+            self.top_p,
+            max(0, self.top_k),
+            self.min_p,
+            self.repetition_penalty,
+            self.seed,
+            self.presence_penalty,
+            self.frequency_penalty,
+            self.logit_bias,
+        )
 
     @property
+    @abstractmethod
     def continues(self) -> bool:
-        """Whether the new text continues a message."""
-        return False
+        """Whether the new text continues a text."""
 
     @property
     @abstractmethod
@@ -192,8 +163,23 @@ class GenerationRequest(_Object):
 
     @property
     @abstractmethod
+    def default_new_tokens(self) -> int | None:
+        """The limit where a request has none; None: the model's."""
+
+    @property
+    @abstractmethod
     def logprobs_count(self) -> int | None:
         """`Request.logprobs`: how many of the most likely tokens to return; None: no log-probabilities."""
+
+    @property
+    def prompt_logprobs_count(self) -> int | None:
+        """`Request.prompt_logprobs`."""
+        return self.prompt_logprobs
+
+    @property
+    def scores_stop_ids(self) -> bool:
+        """Whether log-probabilities are also of the stop id that ends an answer."""
+        return False
 
     @property
     @abstractmethod
@@ -208,9 +194,17 @@ class GenerationRequest(_Object):
             UserError: the chat template cannot render the messages, or a text cannot be encoded.
         """
 
+    def make_echo(self, index: int, tok: Tokenizer, ids: list[int]) -> Echo | None:
+        """What the choices of the prompt at `index`, which has these ids, start with."""
+        return None
+
     @abstractmethod
-    def response_choice(self, choice: Choice) -> dict:
-        """A finished choice in a response that is not streamed."""
+    def response_choice(self, choice: Choice, prompt: list[int]) -> dict:
+        """A finished choice in a response that is not streamed; `prompt` has its prompt's ids."""
+
+    def response_fields(self, choice: Choice, prompt: list[int]) -> dict:
+        """Fields of a response that is not streamed, from its first choice and the ids of its prompt."""
+        return {}
 
     @abstractmethod
     def stream_start(self, index: int) -> dict | None:
@@ -222,47 +216,32 @@ class GenerationRequest(_Object):
     ) -> dict:
         """New text of a choice or, with a finish reason, its end."""
 
+    def _format_prompt(self, choice: Choice, prompt: list[int]) -> dict:
+        """The field `prompt_logprobs`, where it is asked for."""
+        if self.prompt_logprobs is None or choice.prompt is None:
+            return {}
+        return {"prompt_logprobs": prompt_logprobs(prompt, choice.prompt, self.prompt_logprobs, choice.texts)}
 
-class ChatRequest(GenerationRequest):
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+
+class ChatRequest(Conversation, UnservedChatFields, GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
-    # vLLM's: whether the last message, an answer, is continued; the other field can only be its opposite.
-    continue_final_message: bool = False
-    add_generation_prompt: bool = True
     # Not supported.
     tools: Annotated[Any, Unsupported([])] = []
     tool_choice: Annotated[Any, Unsupported("none", "auto")] = "none"
-    functions: Annotated[Any, Unsupported([])] = []
-    function_call: Annotated[Any, Unsupported("none", "auto")] = "none"
     response_format: Annotated[Any, Unsupported({"type": "text"})] = {"type": "text"}
-    modalities: Annotated[Any, Unsupported(["text"])] = ["text"]
-    audio: Annotated[Any, Unsupported({})] = {}
-    prediction: Annotated[Any, Unsupported({})] = {}
-    web_search_options: Annotated[Any, Unsupported({})] = {}
-    reasoning_effort: Annotated[Any, Unsupported("none")] = "none"
-    verbosity: Annotated[Any, Unsupported("medium")] = "medium"
-    # No effect.
-    parallel_tool_calls: bool = True
 
     prompt_field: ClassVar[str] = "messages"
     id_prefix: ClassVar[str] = "chatcmpl"
     response_object: ClassVar[str] = "chat.completion"
     chunk_object: ClassVar[str] = "chat.completion.chunk"
 
-    @model_validator(mode="after")
-    def _check_top_logprobs(self):
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
-        return self
-
-    @field_validator("add_generation_prompt")
+    @field_validator("top_logprobs")
     @classmethod
-    def _check_add_generation_prompt(cls, value: bool, info: ValidationInfo) -> bool:
-        # Only where it is sent.
-        if value == info.data.get("continue_final_message"):
-            raise ValueError("must be the opposite of continue_final_message; leave it out")
+    def _check_top_logprobs(cls, value: int, info: ValidationInfo) -> int:
+        if value and not info.data.get("logprobs"):
+            raise ValueError("needs logprobs: true")
         return value
 
     @property
@@ -278,26 +257,23 @@ class ChatRequest(GenerationRequest):
         return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
 
     @property
+    def default_new_tokens(self) -> int | None:
+        return None
+
+    @property
     def logprobs_count(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
 
-    @property
-    def characters(self) -> int:
-        return sum(len(message.content) for message in self.messages)
-
     def encode_prompts(self, tok: Tokenizer, template: str, max_tokens: int) -> list[list[int]]:
-        # "developer" is OpenAI's newer name.
-        roles = {"developer": "system"}
-        messages = [{"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages]
-        ids = render_chat(
-            tok, messages, template=template, max_ids=max_tokens, continue_final_message=self.continue_final_message
-        )
-        return [ids]
+        return [self.render(tok, template, max_tokens)]
 
-    def response_choice(self, choice: Choice) -> dict:
+    def response_choice(self, choice: Choice, prompt: list[int]) -> dict:
         message = {"role": "assistant", "content": choice.text, "refusal": None}
-        logprobs = self._format_logprobs(choice.take_logprobs()) if self.logprobs else None
+        logprobs = chat_logprobs(choice.take_logprobs()) if self.logprobs else None
         return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+    def response_fields(self, choice: Choice, prompt: list[int]) -> dict:
+        return self._format_prompt(choice, prompt)
 
     def stream_start(self, index: int) -> dict | None:
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
@@ -308,94 +284,6 @@ class ChatRequest(GenerationRequest):
         return {
             "index": index,
             "delta": {} if finish_reason else {"content": text},
-            "logprobs": self._format_logprobs(logprobs) if logprobs else None,
+            "logprobs": chat_logprobs(logprobs) if logprobs else None,
             "finish_reason": finish_reason,
-        }
-
-    def _format_logprobs(self, logprobs: list[TokenLogprob]) -> dict:
-        def entry(text: str, logprob: float) -> dict:
-            # The bytes of an incomplete character cannot be read off its text.
-            return {"token": text, "bytes": None if "\ufffd" in text else list(text.encode()), "logprob": logprob}
-
-        content = [
-            entry(token.text, token.logprob) | {"top_logprobs": [entry(text, logprob) for text, logprob in token.top]}
-            for token in logprobs
-        ]
-        return {"content": content, "refusal": None}
-
-
-class CompletionRequest(GenerationRequest):
-    prompt: Annotated[
-        list[str] | list[list[int]],
-        PlainValidator(_read_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
-    ]
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    best_of: int | None = None
-    # Whether control strings in a prompt, such as [INST] or </s>, are control tokens; else they are plain text.
-    parse_control_tokens: bool = True
-    # Not supported.
-    echo: Annotated[Any, Unsupported(False)] = False
-    suffix: Annotated[Any, Unsupported("")] = ""
-
-    prompt_field: ClassVar[str] = "prompt"
-    id_prefix: ClassVar[str] = "cmpl"
-    response_object: ClassVar[str] = "text_completion"
-    chunk_object: ClassVar[str] = "text_completion"
-
-    @model_validator(mode="after")
-    def _check_best_of(self):
-        if self.best_of not in (None, self.n):
-            raise ValueError("best_of is not supported; leave it out or send the value of n")
-        return self
-
-    @property
-    def num_choices(self) -> int:
-        return self.n * len(self.prompt)
-
-    @property
-    def max_new_tokens_field(self) -> str:
-        return "max_tokens"
-
-    @property
-    def logprobs_count(self) -> int | None:
-        return self.logprobs
-
-    @property
-    def characters(self) -> int:
-        return max(len(prompt) if isinstance(prompt, str) else 0 for prompt in self.prompt)
-
-    def encode_prompts(self, tok: Tokenizer, template: str, max_tokens: int) -> list[list[int]]:
-        return [
-            tok.encode_rendered(prompt, self.parse_control_tokens) if isinstance(prompt, str) else prompt
-            for prompt in self.prompt
-        ]
-
-    def response_choice(self, choice: Choice) -> dict:
-        logprobs = None if self.logprobs is None else self._format_logprobs(choice.take_logprobs())
-        return {"index": choice.index, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
-
-    def stream_start(self, index: int) -> dict | None:
-        return None
-
-    def stream_chunk(
-        self, index: int, text: str, logprobs: list[TokenLogprob], finish_reason: str | None = None
-    ) -> dict:
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": self._format_logprobs(logprobs) if logprobs else None,
-            "finish_reason": finish_reason,
-        }
-
-    def _format_logprobs(self, logprobs: list[TokenLogprob]) -> dict:
-        def top(token: TokenLogprob) -> dict[str, float]:
-            # With the sampled token. Of several tokens with the same text, the most likely one is kept.
-            entries = [*token.top, (token.text, token.logprob)]
-            return dict(reversed(entries))
-
-        return {
-            "tokens": [token.text for token in logprobs],
-            "token_logprobs": [token.logprob for token in logprobs],
-            "top_logprobs": [top(token) for token in logprobs] if self.logprobs else None,
-            "text_offset": [token.offset for token in logprobs],
         }

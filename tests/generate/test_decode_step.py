@@ -96,6 +96,7 @@ def requests(adapters=(None,)) -> list[Request]:
         Sampling(),
         Sampling(temperature=1.0, seed=1),
         Sampling(temperature=0.8, top_p=0.9, top_k=20, repetition_penalty=1.3, seed=2),
+        Sampling(temperature=0.8, presence_penalty=0.5, frequency_penalty=0.5, logit_bias={5: 3.0}, seed=3),
     ]
     return [
         Request(prompt(10 + 2 * n), 6 + 2 * n, sampling, adapter=adapters[n % len(adapters)])

@@ -30,8 +30,8 @@ def draws(logits_V: torch.Tensor, sampling: Sampling, slots: int = DRAWS, prompt
     wide = Sampler(slots, VOCABULARY, torch.device("cpu"))
     choose(sampler, 0, sampling, prompt=prompt)
     wide.settings = sampler.settings * slots
-    wide.words_N4 = sampler.words_N4.repeat(slots, 1)
-    wide.words_N4[:, 0] = torch.arange(slots) * 7919
+    wide.words_N5 = sampler.words_N5.repeat(slots, 1)
+    wide.words_N5[:, 0] = torch.arange(slots) * 7919
     wide.seen_NV = sampler.seen_NV.repeat(slots, 1)
     return wide(logits_V.repeat(slots, 1), torch.full((slots,), position), slice(None), wide.ops(slice(None)))
 
@@ -83,7 +83,7 @@ def test_a_draw_depends_on_seed_sample_and_position_alone():
     neighbours = [
         Sampling(),
         Sampling(temperature=2.0, top_p=0.5),
-        Sampling(temperature=1.0, repetition_penalty=2.0, min_p=0.1),
+        Sampling(temperature=1.0, repetition_penalty=2.0, min_p=0.1, frequency_penalty=1.0, logit_bias={7: 9.0}),
     ]
     generator = torch.Generator().manual_seed(1)
     found = {}
@@ -124,5 +124,65 @@ def test_an_id_with_probability_zero_is_never_drawn():
 def test_settings_out_of_range_are_named():
     with pytest.raises(UserError, match="temperature.*; top_p.*; top_k.*; min_p.*; repetition_penalty"):
         Sampling(temperature=-1, top_p=0, top_k=-1, min_p=2, repetition_penalty=0)
+    with pytest.raises(UserError, match="presence_penalty.*; frequency_penalty.*; logit_bias"):
+        Sampling(presence_penalty=2.1, frequency_penalty=float("nan"), logit_bias={1: 101.0})
     with pytest.raises(UserError, match="temperature"):
         Sampling(temperature=float("nan"))
+
+
+def test_penalties_and_biases_are_openais():
+    """mu[j] -> mu[j] - c[j] * frequency - (c[j] > 0) * presence + bias[j], after the repetition penalty: greedy ids
+    against the formula in fp64, where the prompt counts for the repetition penalty alone."""
+    generator = torch.Generator().manual_seed(2)
+    logits_TV = torch.randn(60, VOCABULARY, generator=generator)
+    prompt = [0, 3, 3]
+    cases = [
+        Sampling(frequency_penalty=0.4),
+        Sampling(presence_penalty=0.7),
+        Sampling(presence_penalty=-0.2, frequency_penalty=-0.01),
+        Sampling(logit_bias={4: 2, 7: -100}),
+        Sampling(
+            presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=1.4, logit_bias={2: 0.75, 5: -1.0, 0: 0.5}
+        ),
+    ]
+    sampler = Sampler(len(cases) + 1, VOCABULARY, torch.device("cpu"))
+    for slot, sampling in enumerate(cases):
+        choose(sampler, slot, sampling, prompt=prompt)
+    drawn = []
+    for position, logits_V in enumerate(logits_TV):
+        ids_N = sampler(
+            logits_V.repeat(len(cases) + 1, 1),
+            torch.full((len(cases) + 1,), position),
+            slice(None),
+            sampler.ops(slice(None)),
+        )
+        drawn.append(ids_N.tolist())
+    for slot, sampling in enumerate([*cases, Sampling()]):
+        counts = dict.fromkeys(range(VOCABULARY), 0)
+        for logits_V, ids in zip(logits_TV.double().tolist(), drawn):
+            adjusted = []
+            for i, logit in enumerate(logits_V):
+                penalty = sampling.repetition_penalty if counts[i] or i in prompt else 1
+                logit = logit / penalty if logit > 0 else logit * penalty
+                logit -= counts[i] * sampling.frequency_penalty + (counts[i] > 0) * sampling.presence_penalty
+                adjusted.append(logit + sampling.logit_bias.get(i, 0))
+            assert ids[slot] == max(range(VOCABULARY), key=adjusted.__getitem__)
+            counts[ids[slot]] += 1
+
+
+def test_a_slot_that_is_used_again_is_not_adjusted():
+    sampler = Sampler(1, VOCABULARY, torch.device("cpu"))
+    choose(sampler, 0, Sampling(frequency_penalty=2.0, logit_bias={1: 100.0}))
+    assert sampler.ops(slice(None)).adjust
+    for sampling in (Sampling(presence_penalty=0.01), Sampling()):
+        sampler.clear(0)
+        choose(sampler, 0, sampling)
+        ids_N = sampler(LOGITS_V[None], torch.tensor([1]), slice(None), sampler.ops(slice(None)))
+        assert ids_N.item() == LOGITS_V.argmax()
+    assert not sampler.ops(slice(None)).adjust
+
+
+def test_requests_that_are_not_adjusted_take_no_memory():
+    sampler = Sampler(1, VOCABULARY, torch.device("cpu"))
+    choose(sampler, 0, Sampling(temperature=1.0, repetition_penalty=1.2, top_p=0.9))
+    assert sampler.adjustments is None and not sampler.ops(slice(None)).adjust
