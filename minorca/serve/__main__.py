@@ -24,6 +24,7 @@ from minorca.data.chat_template import TEMPLATES, resolve_template
 from minorca.data.portable_files import load_chat
 from minorca.data.tokenizer import check_vocabulary, load_tokenizer
 from minorca.errors import UserError, raise_problems
+from minorca.files.safe_io import quote
 from minorca.files.vocabulary import check_shares_vocabulary
 from minorca.generate.engine import Engine, open_engine
 from minorca.model.architecture import Architecture, read_architecture
@@ -41,6 +42,8 @@ MIN_DESCRIPTORS = 64
 SWITCH_SECONDS = 5e-5
 # the environment's, of which the API key is where the command line has none
 KEY_VARIABLE = "MINORCA_API_KEY"
+# In URLs, as browsers send them in lower case.
+HOST_NAME = r"([a-z0-9_.-]+|\[[0-9a-f:.]+\])"
 
 
 def main(argv: list[str]) -> None:
@@ -94,6 +97,21 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--api-key", metavar="KEY", help=f"the key that clients must send; safer in the environment: {KEY_VARIABLE}"
     )
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="an origin, as https://chat.example, whose pages may read responses; *: those of all; may be repeated",
+    )
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a host name by which clients may address the server beside this machine's own names, as that of a proxy "
+        "in front; with it no others are accepted, whatever --host is; may be repeated",
+    )
     parser.add_argument("--slots", type=int, default=8, metavar="N", help="requests that run at once; default: 8")
     parser.add_argument(
         "--queue", type=int, default=64, metavar="N", help="requests that may wait for a slot; default: 64"
@@ -110,6 +128,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _problems(args: argparse.Namespace) -> Iterator[UserError]:
+    for origin in args.cors_origin:
+        if origin != "*" and not re.fullmatch(f"[a-z][a-z0-9+.-]*://{HOST_NAME}(:[0-9]+)?", origin):
+            expected = "https://chat.example or http://localhost:3000, in lower case and without a path; or *"
+            yield UserError(f"is {quote(origin)}; expected an origin as {expected}", field="--cors-origin")
+    for name in args.allowed_host:
+        if not re.fullmatch(HOST_NAME, name.lower()):
+            expected = "without a scheme or port; an IPv6 address in brackets"
+            yield UserError(f"is {quote(name)}; expected a host name {expected}", field="--allowed-host")
     if not 0 <= args.port < 2**16:
         yield UserError("must be from 0 to 65535", field="--port")
     keys = {"--api-key": args.api_key, f"the environment's {KEY_VARIABLE}": os.environ.get(KEY_VARIABLE)}
@@ -186,10 +212,10 @@ async def _serve(
     """Serves until a signal comes or the engine fails."""
     address = listener.getsockname()[0]
     is_local = ipaddress.ip_address(address).is_loopback
-    hosts = {"localhost", "127.0.0.1", "[::1]", args.host.lower()} if is_local else None
+    hosts = _host_names(args) if is_local or args.allowed_host else None
     key = args.api_key or os.environ.get(KEY_VARIABLE)
     thread = EngineThread(engine, args.queue)
-    server = _make_server(make_app(Service(thread, models), key, hosts))
+    server = _make_server(make_app(Service(thread, models), key, hosts, args.cors_origin))
 
     def shut_down() -> None:
         server.should_exit = True
@@ -214,6 +240,12 @@ async def _serve(
         thread.stop()
     if thread.failure:
         raise thread.failure
+
+
+def _host_names(args: argparse.Namespace) -> set[str]:
+    """The names by which clients may address the server, as they are in URLs."""
+    own = f"[{args.host}]" if ":" in args.host else args.host
+    return {"localhost", "127.0.0.1", "[::1]", *(name.lower() for name in (own, *args.allowed_host))}
 
 
 def _make_server(app: FastAPI) -> uvicorn.Server:
