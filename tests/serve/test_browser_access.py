@@ -1,4 +1,4 @@
-"""Which web pages can use the server: by cross-origin requests (CORS, as the Fetch standard has it), and by host names."""
+"""Which web pages can use the server: by cross-origin requests (CORS, in the Fetch standard), and by host names."""
 
 import httpx
 import pytest
