@@ -20,14 +20,16 @@ import uvicorn
 from fastapi import FastAPI
 
 from minorca import cli
-from minorca.data.chat_template import TEMPLATES, resolve_template
-from minorca.data.portable_files import load_chat
+from minorca.data.chat_template import TEMPLATES
 from minorca.data.tokenizer import check_vocabulary, load_tokenizer
 from minorca.errors import UserError, raise_problems
-from minorca.files.safe_io import quote
+from minorca.files.safe_io import quote, user_path
 from minorca.files.vocabulary import check_shares_vocabulary
+from minorca.files.weights import open_model
 from minorca.generate.engine import Engine, open_engine
 from minorca.model.architecture import Architecture, read_architecture
+from minorca.model.quantization import parse_quantization
+from minorca.serve.adapters import RuntimeAdapters, read_chat
 from minorca.serve.app import make_app
 from minorca.serve.engine_thread import EngineThread
 from minorca.serve.http import Connection, Listener
@@ -84,6 +86,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="a LoRA adapter in PEFT's format, which clients use as the model NAME (default: the directory's name); "
         "may be repeated",
     )
+    parser.add_argument(
+        "--runtime-adapters",
+        metavar="DIR",
+        help="let clients load adapters from directories below DIR, and unload them, while the server runs",
+    )
     cli.add_quantization(parser, "nf4: quantize the model while it loads, as a QLoRA adapter was trained on it")
     parser.add_argument(
         "--template",
@@ -136,6 +143,8 @@ def _problems(args: argparse.Namespace) -> Iterator[UserError]:
         if not re.fullmatch(HOST_NAME, name.lower()):
             expected = "without a scheme or port; an IPv6 address in brackets"
             yield UserError(f"is {quote(name)}; expected a host name {expected}", field="--allowed-host")
+    if args.runtime_adapters is not None and not user_path(args.runtime_adapters).is_dir():
+        yield UserError(f"is {quote(args.runtime_adapters)}; expected a directory", field="--runtime-adapters")
     if not 0 <= args.port < 2**16:
         yield UserError("must be from 0 to 65535", field="--port")
     keys = {"--api-key": args.api_key, f"the environment's {KEY_VARIABLE}": os.environ.get(KEY_VARIABLE)}
@@ -169,12 +178,8 @@ def _load_chats(directories: dict[str, str | None], arch: Architecture, args: ar
     check_vocabulary(base, arch.vocab_size, args.model)
     models = {}
     for name, directory in directories.items():
-        tok, recorded = load_chat(base, arch.vocab_size, directory)
-        template = args.template or recorded or "auto"
-        # A model without any template can still complete text.
-        if template != "auto":
-            resolve_template(tok, template)
-        models[name] = Model(tok, template, None if directory is None else name)
+        adapter = None if directory is None else name
+        models[name] = read_chat(base, arch.vocab_size, directory, args.template, adapter)
     return models
 
 
@@ -215,7 +220,8 @@ async def _serve(
     hosts = _host_names(args) if is_local or args.allowed_host else None
     key = args.api_key or os.environ.get(KEY_VARIABLE)
     thread = EngineThread(engine, args.queue)
-    server = _make_server(make_app(Service(thread, models), key, hosts, args.cors_origin))
+    service = Service(thread, models)
+    server = _make_server(make_app(service, key, hosts, args.cors_origin, _runtime_adapters(service, args)))
 
     def shut_down() -> None:
         server.should_exit = True
@@ -240,6 +246,13 @@ async def _serve(
         thread.stop()
     if thread.failure:
         raise thread.failure
+
+
+def _runtime_adapters(service: Service, args: argparse.Namespace) -> RuntimeAdapters | None:
+    if args.runtime_adapters is None:
+        return None
+    quantization = open_model(args.model, parse_quantization(args.quantize, args.double_quant)).quantization
+    return RuntimeAdapters(service, user_path(args.runtime_adapters).resolve(), args.template, quantization)
 
 
 def _host_names(args: argparse.Namespace) -> set[str]:

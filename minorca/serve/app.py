@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from minorca.page_policy import inline_source
+from minorca.serve.adapters import RuntimeAdapters, add_endpoints
 from minorca.serve.errors import APIError, ErrorResponse, error_body
 from minorca.serve.http import Guard, JSONRoute
 from minorca.serve.protocol import ChatRequest, CompletionRequest
@@ -25,7 +26,11 @@ MAX_PROBLEMS = 10
 
 
 def make_app(
-    service: Service, key: str | None = None, hosts: set[str] | None = None, origins: Collection[str] = ()
+    service: Service,
+    key: str | None = None,
+    hosts: set[str] | None = None,
+    origins: Collection[str] = (),
+    adapters: RuntimeAdapters | None = None,
 ) -> FastAPI:
     """The whole interface.
 
@@ -33,6 +38,7 @@ def make_app(
         key: the API key that clients must send; None: none.
         hosts: the host names by which the server may be addressed; None: any.
         origins: whose pages may read responses, beside this server's own; "*": all.
+        adapters: loads and unloads adapters for clients; None: there are no such endpoints.
     """
     page = PAGE.read_text(encoding="utf-8")
     error_responses: dict[int | str, dict[str, Any]] = {code: {"model": ErrorResponse} for code in ("4XX", "5XX")}
@@ -60,13 +66,15 @@ def make_app(
     _add_error_handlers(app, respond)
     _add_generation(app, service)
     _add_information(app, service, page)
+    if adapters:
+        add_endpoints(app, adapters)
     return app
 
 
 def _add_error_handlers(app: FastAPI, respond: Callable[[HTTPException], Response]) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: HTTPRequest, error: HTTPException) -> Response:
-        if error.status_code in (404, 405):
+        if error.status_code in (404, 405) and not isinstance(error, APIError):
             return respond(
                 HTTPException(error.status_code, f"{error.detail}: {request.method} {request.url.path}", error.headers)
             )
