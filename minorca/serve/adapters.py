@@ -174,8 +174,9 @@ class RuntimeAdapters:
 
 def _as_client_sees(problem: UserError, directory: Path, path: str) -> UserError:
     """A problem whose file is named as the client names its directory."""
-    is_inside = problem.path is not None and Path(problem.path).is_relative_to(directory)
-    file = Path(path, Path(problem.path).relative_to(directory)) if problem.path and is_inside else None
+    file = None
+    if problem.path is not None and Path(problem.path).is_relative_to(directory):
+        file = Path(path, Path(problem.path).relative_to(directory))
     return UserError(problem.message, path=file, where=problem.where, field=problem.field, advice=problem.advice)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -105,7 +106,7 @@ def test_a_conversation(page):
     assert sent[0]["temperature"] == 0 and (SAYS * 1000).startswith(kept)
     said = [{"role": "assistant", "content": kept}, {"role": "user", "content": "And <b>then</b>?"}]
     assert sent[1]["messages"] == [*sent[0]["messages"], *said]
-    page.get_by_role("button", name="Clear conversation").click()
+    page.get_by_role("button", name="Clear").click()
     sync_api.expect(page.get_by_role("log").locator("p")).to_have_count(0)
     ask(page, "Again")
     sync_api.expect(answer).to_contain_text("tick")
@@ -169,7 +170,7 @@ def test_the_conversation_and_settings_outlive_the_page(page, server):
     open_page(page, server)
     sync_api.expect(page.locator("p.assistant").nth(1)).to_contain_text("tick")
     sync_api.expect(page.locator("footer span").nth(1)).to_contain_text("stopped")
-    page.get_by_role("button", name="Clear conversation").click()
+    page.get_by_role("button", name="Clear").click()
     assert page.evaluate("localStorage.getItem('conversation')") is None
     open_page(page, server)
     assert page.get_by_role("log").locator("p").count() == 0
@@ -194,7 +195,7 @@ def test_what_is_exported_can_be_trained_on(page, tmp_path):
     file = tmp_path / download.value.suggested_filename
     assert file.suffix == ".jsonl"
     download.value.save_as(file)
-    rows = list(read_rows(open_source(Source(str(file), format="messages"), None), None, Counter()))
+    rows: list[Any] = list(read_rows(open_source(Source(str(file), format="messages"), None), None, Counter()))
     assert len(rows) == 2
     for row, text in zip(rows, page.locator(".turn").last.locator("p.assistant").all()):
         contents = [message["content"] for message in row.content.messages]
