@@ -116,8 +116,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME",
-        help="a host name by which clients may address the server beside this machine's own names, as that of a proxy "
-        "in front; with it no others are accepted, whatever --host is; may be repeated",
+        help="a host name for this server, beside this machine's own; no other name is accepted; may be repeated",
     )
     parser.add_argument("--slots", type=int, default=8, metavar="N", help="requests that run at once; default: 8")
     parser.add_argument(
