@@ -121,8 +121,9 @@ def _read_prompt(args: argparse.Namespace) -> str | None:
         if args.prompt == "":
             raise UserError("is empty; expected text", field="--prompt")
         return args.prompt
-    is_file = args.prompt_file not in (None, "-")
-    name = args.prompt_file if is_file else "standard input"
+    file_name: str = args.prompt_file or "-"
+    is_file = file_name != "-"
+    name = file_name if is_file else "standard input"
     try:
         with user_path(name).open("rb") if is_file else contextlib.nullcontext(sys.stdin.buffer) as file:
             content = file.read(MAX_PROMPT_BYTES + 1)
