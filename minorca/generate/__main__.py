@@ -121,7 +121,7 @@ def _read_prompt(args: argparse.Namespace) -> str | None:
         if args.prompt == "":
             raise UserError("is empty; expected text", field="--prompt")
         return args.prompt
-    file_name: str = args.prompt_file or "-"
+    file_name: str = "-" if args.prompt_file is None else args.prompt_file
     is_file = file_name != "-"
     name = file_name if is_file else "standard input"
     try:
