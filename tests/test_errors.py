@@ -107,6 +107,7 @@ def edit(path: str, **changes) -> None:
 
 WEIGHTS, ADAPTER = "model/model.safetensors", "adapter/adapter_model.safetensors"
 GENERATE = ["--model", "model", "--prompt", "Hello"]
+FROM_FILE = ["--model", "model", "--prompt-file"]
 # what damages the directory, options, expected message
 GENERATING = {
     "no directory": (None, ["--model", "./nowhere", "--prompt", "x"], r"./nowhere: no such directory"),
@@ -160,8 +161,24 @@ GENERATING = {
     "too much mass": (None, [*GENERATE, "--top-p", "1.5"], "--top-p must be over 0 and at most 1"),
     "less than none": (None, [*GENERATE, "--top-k", "-1"], "--top-k must be 0"),
     "all at once": (None, [*GENERATE, "--top-k", "-1", "--top-p", "2"], "--top-p must be .*\n.*--top-k must be"),
-    "no prompt": (None, ["--model", "model"], "one of the arguments --prompt --chat is required"),
+    "no prompt": (None, ["--model", "model"], "one of the arguments --prompt --prompt-file --chat is required"),
     "empty prompt": (None, ["--model", "model", "--prompt", "", "--raw"], "--prompt is empty"),
+    "empty message": (None, ["--model", "model", "--prompt", ""], "--prompt is empty"),
+    "no prompt file": (None, [*FROM_FILE, "nowhere.txt"], "nowhere.txt: cannot be read .*No such file"),
+    "a directory of prompts": (None, [*FROM_FILE, "model"], "model: cannot be read .*Is a directory"),
+    "a prompt without end": (None, [*FROM_FILE, "/dev/zero"], "/dev/zero: has more than 67108864 bytes"),
+    "an impossible name": (None, [*FROM_FILE, "a\0b"], "cannot be read .*null byte"),
+    "prompt in Latin-1": (
+        lambda: Path("prompt.txt").write_bytes(b"caf\xe9"),
+        [*FROM_FILE, "prompt.txt"],
+        "prompt.txt: is not valid UTF-8 at byte 3; convert it to UTF-8",
+    ),
+    "empty prompt file": (
+        lambda: Path("prompt.txt").write_text("\n"),
+        [*FROM_FILE, "prompt.txt"],
+        "prompt.txt: is empty; write the prompt into it",
+    ),
+    "two prompts": (None, [*GENERATE, "--prompt-file", "rows.jsonl"], "not allowed with argument --prompt"),
     "unknown option": (
         None,
         [*GENERATE, "--max-tokens", "5"],

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Generator, Iterator
 
@@ -11,6 +12,7 @@ from minorca.data.chat_template import TEMPLATES, render_chat
 from minorca.data.portable_files import load_chat
 from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.errors import UserError, raise_problems
+from minorca.files.safe_io import user_path
 from minorca.files.vocabulary import adapted_architecture
 from minorca.generate.engine import Engine, open_engine
 from minorca.generate.request import Request, check_request, default_max_length
@@ -22,11 +24,14 @@ from minorca.model.architecture import Architecture, read_architecture
 DEFAULT_NEW_TOKENS = 512
 # The name by which requests choose the adapter of --adapter.
 ADAPTER = "adapter"
+# Far more than any model's positions hold.
+MAX_PROMPT_BYTES = 64 * 2**20
 
 
 def main(argv: list[str]) -> None:
     args = _parse(argv)
     sampling = _read_sampling(args)
+    args.prompt = _read_prompt(args)
     tok = load_tokenizer(args.model)
     arch = read_architecture(args.model)
     check_vocabulary(tok, arch.vocab_size, args.model)
@@ -45,7 +50,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format")
     cli.add_quantization(parser, "nf4: quantize the model while it loads, as a QLoRA adapter was trained on it")
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--prompt", metavar="TEXT", help="a user message; with --raw, the text to continue")
+    mode.add_argument(
+        "--prompt", metavar="TEXT", help="a user message; with --raw, the text to continue; -: standard input"
+    )
+    mode.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="read the prompt from a file in UTF-8; -: standard input. The newline at its end, which editors add, is "
+        "left out, but kept with --raw",
+    )
     mode.add_argument("--chat", action="store_true", help="chat in the terminal; /help there lists the commands")
     parser.add_argument("--system", metavar="TEXT", help="the system prompt")
     parser.add_argument(
@@ -53,7 +66,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         choices=TEMPLATES,
         help="the chat template; default: that of the adapter's training, or auto",
     )
-    parser.add_argument("--raw", action="store_true", help="continue the text of --prompt, without a chat template")
+    parser.add_argument("--raw", action="store_true", help="continue the text of the prompt, without a chat template")
     parser.add_argument(
         "--no-parse-control-tokens",
         dest="parse_control_tokens",
@@ -96,6 +109,36 @@ def _problems(args: argparse.Namespace) -> Iterator[UserError]:
         _read_sampling(args)
     except UserError as error:
         yield from error.problems
+
+
+def _read_prompt(args: argparse.Namespace) -> str | None:
+    """The text of --prompt or --prompt-file; None: neither was given.
+
+    Raises:
+        UserError: it cannot be read, is not UTF-8, or is empty.
+    """
+    if args.prompt_file is None and args.prompt != "-":
+        if args.prompt == "":
+            raise UserError("is empty; expected text", field="--prompt")
+        return args.prompt
+    file_name: str = "-" if args.prompt_file is None else args.prompt_file
+    is_file = file_name != "-"
+    name = file_name if is_file else "standard input"
+    try:
+        with user_path(name).open("rb") if is_file else contextlib.nullcontext(sys.stdin.buffer) as file:
+            content = file.read(MAX_PROMPT_BYTES + 1)
+        if len(content) > MAX_PROMPT_BYTES:
+            raise UserError(f"has more than {MAX_PROMPT_BYTES} bytes; expected a prompt", path=name)
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"is not valid UTF-8 at byte {error.start}; convert it to UTF-8", path=name) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read ({error}); expected a text file with the prompt", path=name) from None
+    if not args.raw:
+        text = text.removesuffix("\r\n" if text.endswith("\r\n") else "\n")
+    if not text:
+        raise UserError("is empty; write the prompt into it", path=name)
+    return text
 
 
 @contextlib.contextmanager

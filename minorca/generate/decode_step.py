@@ -70,6 +70,11 @@ class DecodeStep:
         graph.replay()
         return logits_NV
 
+    def reset_graphs(self) -> None:
+        """Captures steps with adapters anew, after the model's adapters have changed."""
+        self._warmed_up = {key for key in self._warmed_up if not key[1]}
+        self._graphs = {key: graph for key, graph in self._graphs.items() if not key[1]}
+
     def _capture(self, ops: SamplingOps) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         graph = torch.cuda.CUDAGraph()
         # Capturing that fails leaves its own stream as the current one.

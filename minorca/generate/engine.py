@@ -35,8 +35,15 @@ from minorca.generate.prompts import choose_chunks
 from minorca.generate.request import Request, Sequence, Token, check_request, default_max_length
 from minorca.generate.results import PendingTokens
 from minorca.generate.sampling import Sampler
-from minorca.model.build import fast_dtype, load_adapters, load_model, prepack
-from minorca.model.lora import NO_ADAPTER, AdapterChoice
+from minorca.model.build import (
+    fast_dtype,
+    install_adapters,
+    load_adapters,
+    load_model,
+    prepack,
+    remove_adapter,
+)
+from minorca.model.lora import NO_ADAPTER, AdapterChoice, LoRA
 from minorca.model.network import Mistral
 from minorca.signals import signals_noted
 from minorca_kernels import FrozenWeight
@@ -100,7 +107,32 @@ class Engine:
     @property
     def adapters(self) -> list[str]:
         """The names that `Request.adapter` may have."""
-        return self._adapters.names
+        return [name for name in self._adapters.names if name not in self._adapters.removed]
+
+    def add_adapter(self, name: str, loras: dict[int, LoRA]) -> None:
+        """Adds an adapter that `read_adapter` has read for the model, between two steps.
+
+        Args:
+            name: what requests call it. It tells caches of different adapters apart, also of those that were removed.
+
+        Raises:
+            ValueError: the engine has an adapter of that name, or had one.
+            torch.OutOfMemoryError: the engine is as it was.
+        """
+        install_adapters(self.model, self._adapters, {name: loras})
+        self._decode_step.reset_graphs()
+
+    def remove_adapter(self, name: str) -> None:
+        """Removes an adapter between two steps, and frees its memory.
+
+        Raises:
+            ValueError: a request uses it.
+        """
+        if any(request.adapter == name for request in (*self._running, *self._waiting)):
+            raise ValueError(f"a request uses the adapter {name}")
+        remove_adapter(self.model, self._adapters, name)
+        self.cache.tree.forget(name)
+        self._decode_step.reset_graphs()
 
     @property
     def running(self) -> int:

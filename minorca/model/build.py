@@ -14,9 +14,10 @@ from minorca.files.adapters import load_adapter, open_adapter, other_base, read_
 from minorca.files.vocabulary import adapt, check_shares_vocabulary
 from minorca.files.weights import load_weights, open_model
 from minorca.model.architecture import Architecture
-from minorca.model.lora import AdapterChoice, LoRA, RowLoRA, adapter_parameters, add_adapters, pad_for_adapters
+from minorca.model.lora import AdapterChoice, LoRA, adapter_parameters, add_adapters, pad_for_adapters
 from minorca.model.network import Mistral
 from minorca.model.quantization import Quantization, parse_quantization
+from minorca.model.row_lora import RowLoRA
 from minorca_kernels import DenseWeight, NF4Weight, PrepackedWeight
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def load_model(
     model = build_model(files.arch, dtype, files.quantization)
     adapter = None if vocabulary_only else adapter
     if adapter is not None:
-        _warn_of_other_base(adapter, files.quantization)
+        warn_of_other_base(adapter, files.quantization)
         add_adapters(model, read_adapter_settings(adapter).of_projections(), dtype)
         open_adapter(adapter, adapter_parameters(model))
         pad_for_adapters(model, device)
@@ -88,7 +89,8 @@ def quantization_of(model: Mistral) -> Quantization | None:
     return Quantization(base.double_quant) if isinstance(base, NF4Weight) else None
 
 
-def _warn_of_other_base(adapter: str | Path, quantization: Quantization | None) -> None:
+def warn_of_other_base(adapter: str | Path, quantization: Quantization | None) -> None:
+    """Logs that an adapter was trained on a base that was quantized otherwise."""
     if other := other_base(adapter, quantization):
         advice = other.trained_on.options if other.trained_on else "no --quantize, and the unquantized model"
         log.warning("%s: %s; for the numbers of its training, give %s", adapter, other, advice)
@@ -106,29 +108,75 @@ def load_adapters(model: Mistral, directories: dict[str, str | Path], alone: boo
     Raises:
         UserError: what is wrong with which file.
     """
-    weight = model.embedding.weight
-    choice = AdapterChoice(list(directories), weight.device)
-    loras: dict[int, list[tuple[int, LoRA]]] = {}
-    for index, directory in enumerate(directories.values()):
+    choice = AdapterChoice([], model.embedding.weight.device)
+    adapters = {}
+    for name, directory in directories.items():
         if not alone:
             check_shares_vocabulary(directory)
-        _warn_of_other_base(directory, quantization_of(model))
-        # a network without weights, which gives the adapter's matrices their places
-        shadow = build_model(model.arch, weight.dtype)
-        add_adapters(shadow, read_adapter_settings(directory).of_projections(), weight.dtype)
-        for place, (_, projection) in enumerate(shadow.projections()):
-            if projection.lora is not None:
-                projection.lora.to_empty(device=weight.device)
-                loras.setdefault(place, []).append((index, projection.lora))
-        load_adapter(shadow, directory)
-        for name, parameter in adapter_parameters(shadow).items():
-            # zero times NaN would reach the rows that do not use the adapter
-            if not parameter.isfinite().all():
-                raise UserError("contains NaN or infinite values; did training diverge?", path=directory, field=name)
-    for place, (_, projection) in enumerate(model.projections()):
-        if place in loras:
-            projection.row_lora = RowLoRA(projection.base.out_features, choice, loras[place])
+        warn_of_other_base(directory, quantization_of(model))
+        adapters[name] = read_adapter(model, directory, choice.index_T1.device)
+    install_adapters(model, choice, adapters)
     return choice
+
+
+def read_adapter(model: Mistral, directory: str | Path, device: torch.device | str) -> dict[int, LoRA]:
+    """An adapter in the model's dtype, by the place of each projection that it acts on in `model.projections()`.
+
+    Nothing is computed with the model: another thread may run it, where `device` is the CPU.
+
+    Raises:
+        UserError: what is wrong with which file.
+    """
+    dtype = model.embedding.weight.dtype
+    # a network without weights, which gives the adapter's matrices their places
+    shadow = build_model(model.arch, dtype)
+    add_adapters(shadow, read_adapter_settings(directory).of_projections(), dtype)
+    open_adapter(directory, adapter_parameters(shadow))
+    loras = {place: projection.lora for place, (_, projection) in enumerate(shadow.projections()) if projection.lora}
+    for lora in loras.values():
+        lora.to_empty(device=device)
+    load_adapter(shadow, directory)
+    for name, parameter in adapter_parameters(shadow).items():
+        # zero times NaN would reach the rows that do not use the adapter
+        if not parameter.isfinite().all():
+            raise UserError("contains NaN or infinite values; did training diverge?", path=directory, field=name)
+    return loras
+
+
+def install_adapters(model: Mistral, choice: AdapterChoice, adapters: dict[str, dict[int, LoRA]]) -> None:
+    """Puts adapters that `read_adapter` has read beside the model's projections, and those that are there.
+
+    Args:
+        choice: of the model's adapters, to which theirs are added by name.
+
+    Raises:
+        ValueError: the model has an adapter of that name, or had one.
+        torch.OutOfMemoryError: the model is as it was.
+    """
+    if used := set(choice.names).intersection(adapters):
+        raise ValueError(f"names of adapters cannot be used again, and {sorted(used)} were")
+    indices = {name: len(choice.names) + i for i, name in enumerate(adapters)}
+    row_loras = {}
+    for place, (_, projection) in enumerate(model.projections()):
+        loras = [
+            (index, adapters[name][place].to(choice.index_T1.device))
+            for name, index in indices.items()
+            if place in adapters[name]
+        ]
+        if loras:
+            added = RowLoRA.of(projection.base.out_features, choice, loras)
+            row_loras[projection] = projection.row_lora.beside(added) if projection.row_lora else added
+    choice.names.extend(indices)
+    for projection, row_lora in row_loras.items():
+        projection.row_lora = row_lora
+
+
+def remove_adapter(model: Mistral, choice: AdapterChoice, name: str) -> None:
+    """Takes an adapter away from the model's projections. No later one may have its name."""
+    choice.removed.add(name)
+    for _, projection in model.projections():
+        if projection.row_lora:
+            projection.row_lora = projection.row_lora.without(choice.index(name))
 
 
 def prepack(model: Mistral) -> Mistral:

@@ -1,7 +1,6 @@
-"""Low-rank adapters on a model's projections: trained ones, and several of which each row of a batch uses its own.
+"""Low-rank adapters on a model's projections: trained ones, and the choice among several by row (row_lora.py).
 
-Sources: Hu et al. 2021 (arXiv:2106.09685); Kalajdzievski 2023 (rsLoRA, arXiv:2312.03732); one batch for many adapters
-after Chen et al. 2023 (Punica, arXiv:2310.18547). Axes: T tokens, K in, N out, R ranks of all adapters side by side.
+Sources: Hu et al. 2021 (arXiv:2106.09685); Kalajdzievski 2023 (rsLoRA, arXiv:2312.03732). Axes: T tokens, K in, N out.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor
@@ -334,10 +332,16 @@ NO_ADAPTER = -1  # the index of rows that use none
 
 
 class AdapterChoice:
-    """Several adapters' names, and which of them the rows of the next forward use."""
+    """Several adapters' names, and which of them the rows of the next forward use.
+
+    Attributes:
+        names: by index, those of adapters that were removed too, so that no other adapter ever has their name or index.
+        removed: the names of these.
+    """
 
     def __init__(self, names: list[str], device: torch.device):
         self.names = names
+        self.removed: set[str] = set()
         # whether any row uses one
         self.in_use = False
         # what rows multiply the columns of a product by, which is the same in many layers
@@ -352,41 +356,3 @@ class AdapterChoice:
         self.index_T1 = index_T[:, None]
         self.in_use = in_use
         self.factors.clear()
-
-
-class RowLoRA(nn.Module):
-    """Adds to each row of a projection's output the update of that row's own adapter.
-
-    All adapters' A lie side by side in one product, what belongs to other adapters than a row's is set to zero, and B
-    gathers: two small products, whichever rows use which adapter. They are skipped while no row uses any.
-
-    Args:
-        loras: (index, adapters) of every adapter that acts on this projection.
-    """
-
-    def __init__(self, out_features: int, choice: AdapterChoice, loras: list[tuple[int, LoRA]]):
-        super().__init__()
-        self.choice = choice
-        matrices = [(index, lora.scales[part.name], part, lora) for index, lora in loras for part in lora.parts]
-        ranks = torch.tensor([len(lora.a[part.name]) for _, _, part, lora in matrices])
-        self.a_RK = torch.cat([lora.a[part.name].detach() for _, _, part, lora in matrices])
-        self.b_NR = self.a_RK.new_zeros(out_features, int(ranks.sum()))
-        for columns, (_, _, part, lora) in zip(self.b_NR.split(ranks.tolist(), dim=1), matrices):
-            columns[part.start : part.stop] = lora.b[part.name].detach()
-
-        def by_rank(values: list) -> Tensor:
-            return torch.tensor(values).repeat_interleave(ranks).to(self.a_RK.device)
-
-        self.columns = tuple((index, scale, rank) for (index, scale, *_), rank in zip(matrices, ranks.tolist()))
-        self.index_R = by_rank([index for index, *_ in matrices])
-        self.scale_R = by_rank([scale for _, scale, *_ in matrices])
-
-    def forward(self, x_TK: Tensor, y_TN: Tensor) -> Tensor:
-        """Adds to y [T, N] in place, and returns it."""
-        if not self.choice.in_use:
-            return y_TN
-        factors = self.choice.factors
-        if self.columns not in factors:
-            factors[self.columns] = torch.where(self.choice.index_T1 == self.index_R, self.scale_R, 0)
-        # in place, a product of bf16 and fp32 is computed in fp32 and rounded in one pass
-        return y_TN.addmm_(F.linear(x_TK, self.a_RK).mul_(factors[self.columns]), self.b_NR.t())

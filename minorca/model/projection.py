@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from minorca.model.layout import ProjectionSpec
-from minorca.model.lora import LoRA, RowLoRA
+from minorca.model.lora import LoRA
+from minorca.model.row_lora import RowLoRA
 from minorca_kernels import DenseWeight, FrozenWeight, swiglu
 
 # the network imports this file

@@ -20,13 +20,16 @@ import uvicorn
 from fastapi import FastAPI
 
 from minorca import cli
-from minorca.data.chat_template import TEMPLATES, resolve_template
-from minorca.data.portable_files import load_chat
+from minorca.data.chat_template import TEMPLATES
 from minorca.data.tokenizer import check_vocabulary, load_tokenizer
 from minorca.errors import UserError, raise_problems
+from minorca.files.safe_io import quote, user_path
 from minorca.files.vocabulary import check_shares_vocabulary
+from minorca.files.weights import open_model
 from minorca.generate.engine import Engine, open_engine
 from minorca.model.architecture import Architecture, read_architecture
+from minorca.model.quantization import parse_quantization
+from minorca.serve.adapters import RuntimeAdapters, read_chat
 from minorca.serve.app import make_app
 from minorca.serve.engine_thread import EngineThread
 from minorca.serve.http import Connection, Listener
@@ -41,6 +44,8 @@ MIN_DESCRIPTORS = 64
 SWITCH_SECONDS = 5e-5
 # the environment's, of which the API key is where the command line has none
 KEY_VARIABLE = "MINORCA_API_KEY"
+# In URLs, as browsers send them in lower case.
+HOST_NAME = r"([a-z0-9_.-]+|\[[0-9a-f:.]+\])"
 
 
 def main(argv: list[str]) -> None:
@@ -81,6 +86,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="a LoRA adapter in PEFT's format, which clients use as the model NAME (default: the directory's name); "
         "may be repeated",
     )
+    parser.add_argument(
+        "--runtime-adapters",
+        metavar="DIR",
+        help="let clients load adapters from directories below DIR, and unload them, while the server runs",
+    )
     cli.add_quantization(parser, "nf4: quantize the model while it loads, as a QLoRA adapter was trained on it")
     parser.add_argument(
         "--template",
@@ -93,6 +103,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 chooses a free port; default: 8000")
     parser.add_argument(
         "--api-key", metavar="KEY", help=f"the key that clients must send; safer in the environment: {KEY_VARIABLE}"
+    )
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="an origin, as https://chat.example, whose pages may read responses; *: those of all; may be repeated",
+    )
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a host name for this server, beside this machine's own; no other name is accepted; may be repeated",
     )
     parser.add_argument("--slots", type=int, default=8, metavar="N", help="requests that run at once; default: 8")
     parser.add_argument(
@@ -110,6 +134,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _problems(args: argparse.Namespace) -> Iterator[UserError]:
+    for origin in args.cors_origin:
+        if origin != "*" and not re.fullmatch(f"[a-z][a-z0-9+.-]*://{HOST_NAME}(:[0-9]+)?", origin):
+            expected = "https://chat.example or http://localhost:3000, in lower case and without a path; or *"
+            yield UserError(f"is {quote(origin)}; expected an origin as {expected}", field="--cors-origin")
+    for name in args.allowed_host:
+        if not re.fullmatch(HOST_NAME, name.lower()):
+            expected = "without a scheme or port; an IPv6 address in brackets"
+            yield UserError(f"is {quote(name)}; expected a host name {expected}", field="--allowed-host")
+    if args.runtime_adapters is not None and not user_path(args.runtime_adapters).is_dir():
+        yield UserError(f"is {quote(args.runtime_adapters)}; expected a directory", field="--runtime-adapters")
     if not 0 <= args.port < 2**16:
         yield UserError("must be from 0 to 65535", field="--port")
     keys = {"--api-key": args.api_key, f"the environment's {KEY_VARIABLE}": os.environ.get(KEY_VARIABLE)}
@@ -143,12 +177,8 @@ def _load_chats(directories: dict[str, str | None], arch: Architecture, args: ar
     check_vocabulary(base, arch.vocab_size, args.model)
     models = {}
     for name, directory in directories.items():
-        tok, recorded = load_chat(base, arch.vocab_size, directory)
-        template = args.template or recorded or "auto"
-        # A model without any template can still complete text.
-        if template != "auto":
-            resolve_template(tok, template)
-        models[name] = Model(tok, template, None if directory is None else name)
+        adapter = None if directory is None else name
+        models[name] = read_chat(base, arch.vocab_size, directory, args.template, adapter)
     return models
 
 
@@ -186,10 +216,11 @@ async def _serve(
     """Serves until a signal comes or the engine fails."""
     address = listener.getsockname()[0]
     is_local = ipaddress.ip_address(address).is_loopback
-    hosts = {"localhost", "127.0.0.1", "[::1]", args.host.lower()} if is_local else None
+    hosts = _host_names(args) if is_local or args.allowed_host else None
     key = args.api_key or os.environ.get(KEY_VARIABLE)
     thread = EngineThread(engine, args.queue)
-    server = _make_server(make_app(Service(thread, models), key, hosts))
+    service = Service(thread, models)
+    server = _make_server(make_app(service, key, hosts, args.cors_origin, _runtime_adapters(service, args)))
 
     def shut_down() -> None:
         server.should_exit = True
@@ -214,6 +245,19 @@ async def _serve(
         thread.stop()
     if thread.failure:
         raise thread.failure
+
+
+def _runtime_adapters(service: Service, args: argparse.Namespace) -> RuntimeAdapters | None:
+    if args.runtime_adapters is None:
+        return None
+    quantization = open_model(args.model, parse_quantization(args.quantize, args.double_quant)).quantization
+    return RuntimeAdapters(service, user_path(args.runtime_adapters).resolve(), args.template, quantization)
+
+
+def _host_names(args: argparse.Namespace) -> set[str]:
+    """The names by which clients may address the server, as they are in URLs."""
+    own = f"[{args.host}]" if ":" in args.host else args.host
+    return {"localhost", "127.0.0.1", "[::1]", *(name.lower() for name in (own, *args.allowed_host))}
 
 
 def _make_server(app: FastAPI) -> uvicorn.Server:

@@ -1,7 +1,7 @@
 """The HTTP application: endpoints, error handlers and the chat page."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from minorca import __version__
 from minorca.page_policy import inline_source
+from minorca.serve.adapters import RuntimeAdapters, add_endpoints
 from minorca.serve.completions import CompletionRequest
 from minorca.serve.errors import APIError, ErrorResponse, error_body
 from minorca.serve.http import Guard, JSONRoute
@@ -26,12 +28,20 @@ PAGE = Path(__file__).parent / "page.html"
 MAX_PROBLEMS = 10
 
 
-def make_app(service: Service, key: str | None = None, hosts: set[str] | None = None) -> FastAPI:
+def make_app(
+    service: Service,
+    key: str | None = None,
+    hosts: set[str] | None = None,
+    origins: Collection[str] = (),
+    adapters: RuntimeAdapters | None = None,
+) -> FastAPI:
     """The whole interface.
 
     Args:
         key: the API key that clients must send; None: none.
         hosts: the host names by which the server may be addressed; None: any.
+        origins: whose pages may read responses, beside this server's own; "*": all.
+        adapters: loads and unloads adapters for clients; None: there are no such endpoints.
     """
     page = PAGE.read_text(encoding="utf-8")
     error_responses: dict[int | str, dict[str, Any]] = {code: {"model": ErrorResponse} for code in ("4XX", "5XX")}
@@ -47,9 +57,20 @@ def make_app(service: Service, key: str | None = None, hosts: set[str] | None = 
         return JSONResponse(content, error.status_code, error.headers)
 
     app.add_middleware(Guard, key=key, hosts=hosts, policy=_content_security_policy(page), respond=respond)
+    if origins:
+        # Around the guard: browsers ask without the key, and show a page only those errors that it may read.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("Retry-After",),
+        )
     _add_error_handlers(app, respond)
     _add_generation(app, service)
     _add_information(app, service, page)
+    if adapters:
+        add_endpoints(app, adapters)
     return app
 
 

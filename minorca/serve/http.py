@@ -101,8 +101,8 @@ class Guard:
 
     Args:
         key: the API key; None: none is needed.
-        hosts: the allowed values of the Host header, without a port; None: any. A server for this machine alone checks
-            them against DNS rebinding: a web page whose own host name resolves to this machine.
+        hosts: the allowed values of the Host header, without a port; None: any. They are checked against DNS rebinding:
+            a web page whose own host name resolves to this machine.
         policy: the Content-Security-Policy.
         respond: the response to an error.
     """
@@ -147,7 +147,10 @@ class Guard:
         match = re.fullmatch(r"(\[[^]]*\]|[^:]*)(:\d+)?", host)
         if match and match[1].lower() in self.hosts:
             return None
-        return APIError(400, f"invalid Host header {quote(host)}; expected one of {', '.join(sorted(self.hosts))}")
+        expected = ", ".join(sorted(self.hosts))
+        return APIError(
+            400, f"invalid Host header {quote(host)}; expected one of {expected} (--allowed-host adds names)"
+        )
 
     def _check_key(self, path: str, headers: Headers) -> APIError | None:
         if not self.key or path in PUBLIC_PATHS:

@@ -8,15 +8,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minorca import load_model
+from minorca.generate import generate
 from minorca.generate.decode_step import _aligned_logits
 from minorca.generate.engine import Engine
 from minorca.generate.kv_cache import KVCache, _DecodeAttention
 from minorca.generate.request import Request
 from minorca.generate.sampling import Sampling
-from minorca.model.build import load_adapters
+from minorca.model.build import load_adapters, read_adapter
 from minorca_kernels import DenseWeight
 from minorca_kernels.operator import INTERPRETED
-from tests.generate.test_engine import ids, prompt, run
+from tests.generate.test_engine import ids, load_base, prompt, run
 from tests.helpers import random_adapter
 
 
@@ -122,6 +123,28 @@ def test_a_replayed_step_is_the_plain_step(window, emulated, save_mistral, tmp_p
         for engine in (Engine(model, 2, 100, adapters), with_graphs(Engine(model, 2, 100, adapters)))
     )
     assert captured == plain and len(emulated) >= 2
+
+
+@triton_only
+def test_steps_are_captured_anew_with_other_adapters(emulated, save_mistral, tmp_path):
+    """Graphs without adapters stay: they multiply by none."""
+    directory, base = save_mistral(num_hidden_layers=1, hidden_size=32, initializer_range=0.2)
+    for name, target in (("one", "q"), ("two", "down")):
+        random_adapter(load_base(directory), tmp_path / name, (target,))
+    model = load_model(directory, torch.float32, "cpu")
+    engine = with_graphs(Engine(model, 1, 50, load_adapters(model, {"one": tmp_path / "one"})))
+
+    def answers(*adapters):
+        return [ids(run(engine, Request(prompt(5), 8, adapter=adapter))[0]) for adapter in adapters]
+
+    plain, one = answers(None, "one")
+    assert len(emulated) == 2
+    engine.add_adapter("two", read_adapter(model, tmp_path / "two", "cpu"))
+    (two,) = generate(load_model(directory, torch.float32, "cpu", adapter=tmp_path / "two"), [prompt(5)], 8)
+    assert answers(None, "one", "two") == [plain, one, two] and len({*map(tuple, (plain, one, two))}) == 3
+    assert len(emulated) == 3
+    engine.remove_adapter("one")
+    assert answers(None, "two") == [plain, two] and len(emulated) == 4
 
 
 @triton_only

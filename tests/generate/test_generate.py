@@ -1,6 +1,10 @@
 """Generation against transformers', token for token; what the command prints."""
 
+import io
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +12,7 @@ import torch
 from minorca import UserError, cli, load_model
 from minorca.generate import __main__ as command
 from minorca.generate import generate
-from tests.helpers import random_adapter, save_tokenizer
+from tests.helpers import ROOT, random_adapter, save_tokenizer
 
 PROMPTS = [
     torch.randint(3, 128, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 31, 32, 33, 70)
@@ -107,3 +111,45 @@ def test_the_command_prints_text_or_json(talker, capsys, monkeypatch):
     said = iter(["hello", "again"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(said, None) or (_ for _ in ()).throw(EOFError))
     assert run(capsys, "--model", directory, "--chat", "--max-new-tokens", 9).count("é€😀\n") == 2
+
+
+def test_a_prompt_comes_from_a_file_or_standard_input(talker, tmp_path, capsys, monkeypatch):
+    """As if it stood on the command line, without an editor's newline and byte order mark."""
+    directory, tok = talker
+    more = ("--max-new-tokens", 1, "--json")
+    expected = json.loads(run(capsys, "--model", directory, "--prompt", "Hi,\nyou é\n", *more))["prompt_tokens"]
+    file = tmp_path / "prompt.txt"
+
+    def prompt_tokens(content: bytes, *options) -> int:
+        file.write_bytes(content)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        return json.loads(run(capsys, "--model", directory, *options, *more))["prompt_tokens"]
+
+    for options in (("--prompt-file", file), ("--prompt-file", "-"), ("--prompt", "-")):
+        text = "Hi,\nyou é\n"
+        for content in (f"{text}\n", f"{text}\r\n", f"\ufeff{text}\n"):
+            assert prompt_tokens(content.encode(), *options) == expected
+        assert prompt_tokens(text.encode(), *options) == expected - 1
+        assert prompt_tokens(f"{text}\n".encode(), *options, "--raw") == len(tok.encode_rendered(f"{text}\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    with pytest.raises(UserError, match="standard input: is not valid UTF-8 at byte 0"):
+        command.main(["--model", str(directory), "--prompt", "-"])
+
+
+@pytest.mark.parametrize("options", [("--prompt", "hi"), ("--prompt", "hi", "--json"), ("--chat",)])
+def test_a_full_disk_ends_in_one_line(talker, options):
+    """Of what is printed to it; beside the line on loading."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    words = ("-m", "minorca.generate", "--model", talker[0], "--max-new-tokens", 20, *options)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, *map(str, words)],
+            input="hi\nagain\n",
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+    *_, last = lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len([line for line in lines if "GB/s" not in line]) == 1, done.stderr
+    assert last == "minorca: error: standard output cannot be written (No space left on device)"
