@@ -166,17 +166,22 @@ class Engine:
         self._consistent = False
         self._admit()
         self._prefill()
+        # What a constrained sequence may go on with depends on its last id.
+        constrained = any(sequence.constraint for sequence in self._running.values())
+        tokens = self._collect() if constrained else []
         if any(self.cache.active):
             self._decode()
         self._consistent = True
         # The model's own forward, outside of the engine, is the base model's.
         self._adapters.in_use = False
-        return self._collect()
+        in_flight = 1 if self.device.type == "cuda" and any(self.cache.active) else 0
+        return tokens + self._collect(in_flight)
 
     def _admit(self) -> None:
         while self._waiting and self._free_slots:
             request = self._waiting.popleft()
             sequence = Sequence(request, self._free_slots.pop(0), *self._to_device(request))
+            sequence.constraint = request.grammar and request.grammar.start()
             self._running[request] = sequence
             self._prefilling.append(sequence)
             self._adapter_N[sequence.slot : sequence.slot + 1] = sequence.adapter_1
@@ -249,6 +254,8 @@ class Engine:
         self._prefilling.popleft()
         self._cached[slot] = (request.adapter, request.prompt)
         self._prompt_logits[slot] = logits_1V
+        if sequence.constraint:
+            self._sampler.masks.set(slot, sequence.constraint)
         own = slice(slot, slot + 1)
         self._sampler.set(slot, request.sampling, sequence.words_4, sequence.prompt_T)
         ids_1 = self._sampler(logits_1V, self.cache.lengths_N[own], own, self._sampler.ops(own))
@@ -261,6 +268,7 @@ class Engine:
         decoding = [sequence for sequence in self._running.values() if self.cache.active[sequence.slot]]
         self.cache.advance()
         self._adapters.choose(self._adapter_N, any(request.adapter is not None for request in self._running))
+        self._sampler.masks.update()
         logits_NV = self._decode_step.run()
         rows = [(sequence.slot, sequence) for sequence in decoding]
         self._pending.append(PendingTokens(rows, self._decode_step.tokens_N, logits_NV))
@@ -274,9 +282,8 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------- results
 
-    def _collect(self) -> list[Token]:
-        """The tokens that are on the host by now; sequences that have ended release their slots."""
-        in_flight = 1 if self.device.type == "cuda" and any(self.cache.active) else 0
+    def _collect(self, in_flight: int = 0) -> list[Token]:
+        """The tokens of all steps but the last `in_flight`; sequences that have ended release their slots."""
         tokens: list[Token] = []
         while len(self._pending) > in_flight:
             for sequence, token, logprob, top in self._pending.popleft().wait():

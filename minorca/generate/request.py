@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from minorca.errors import UserError, raise_problems
+from minorca.generate.grammar import Constraint, Grammar
 from minorca.generate.sampling import Sampling
 from minorca.model.architecture import Architecture
 
@@ -27,6 +28,8 @@ class Request:
             model's own distribution, before temperature, filters and penalties. None: return none.
         sample: an index that makes several samples of one prompt and seed differ. Added one after another, they share
             one prefill of the prompt.
+        grammar: what the answer follows until a stop id; None: any text. An answer that reaches one of the grammar
+            library's limits ends there.
     """
 
     prompt: list[int]
@@ -36,6 +39,7 @@ class Request:
     adapter: str | None = None
     logprobs: int | None = None
     sample: int = 0
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Sequence:
             words of its sampling, and its prompt.
         scheduled: generated tokens, including those still being computed.
         ids: generated tokens that have reached the host.
+        constraint: how far these have followed the request's grammar.
     """
 
     request: Request
@@ -72,11 +77,12 @@ class Sequence:
     prompt_T: Tensor
     scheduled: int = 0
     ids: list[int] = field(default_factory=list)
+    constraint: Constraint | None = None
 
     def append(self, token: int) -> str | None:
         """Adds the next token; returns the finish reason if it is the last one."""
         self.ids.append(token)
-        if token in self.request.stop_ids:
+        if token in self.request.stop_ids or (self.constraint and not self.constraint.consume(token)):
             return "stop"
         return "length" if len(self.ids) == self.request.max_new_tokens else None
 

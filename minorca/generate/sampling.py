@@ -1,7 +1,8 @@
 """Sampling of the next token, on the device and for all slots at once.
 
 A draw is a function of (seed, sample, position) and the slot's logits alone, so that an answer can be reproduced
-whatever else is in the batch. The order is that of transformers: repetition penalty, then temperature and filters.
+whatever else is in the batch. Ids that a grammar excludes have no part in it; then the order is that of transformers:
+repetition penalty, temperature and filters.
 
 Axes in names: N slots, V vocabulary, T tokens; 4 and 6 are literal.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minorca.errors import UserError, raise_problems
+from minorca.generate.token_masks import TokenMasks
 from minorca_kernels import draw, repetition_penalty
 
 
@@ -86,6 +88,7 @@ class SamplingOps(NamedTuple):
     draw: bool
     filter: bool
     penalize: bool
+    mask: bool
 
 
 class Sampler:
@@ -95,6 +98,7 @@ class Sampler:
         self.settings = [Sampling()] * slots
         self.words_N4 = torch.tensor(Sampling(seed=0).words(0), device=device).repeat(slots, 1)
         self.seen_NV = torch.zeros(slots, vocab_size, dtype=torch.bool, device=device)
+        self.masks = TokenMasks(slots, vocab_size, device)
 
     def set(self, slot: int, sampling: Sampling, words_4: Tensor, prompt_T: Tensor) -> None:
         """Sets how a slot samples, once its prompt is prefilled.
@@ -112,6 +116,7 @@ class Sampler:
     def clear(self, slot: int) -> None:
         """Makes a free slot greedy, which costs least, for `ops`; what the device computes for it is not read."""
         self.settings[slot] = Sampling()
+        self.masks.constraints.pop(slot, None)
 
     def ops(self, slots: slice) -> SamplingOps:
         """The operations that sampling these slots needs."""
@@ -121,6 +126,7 @@ class Sampler:
             draw=bool(drawing),
             filter=any(sampling.filters for sampling in drawing),
             penalize=any(sampling.repetition_penalty != 1 for sampling in settings),
+            mask=any(slot in self.masks.constraints for slot in range(*slots.indices(len(self.settings)))),
         )
 
     def __call__(self, logits_NV: Tensor, positions_N: Tensor, slots: slice, ops: SamplingOps) -> Tensor:
@@ -135,6 +141,8 @@ class Sampler:
             The ids, [N] int64.
         """
         numbers_N6 = self.words_N4[slots, 1:].view(torch.float32)
+        if ops.mask:
+            logits_NV = self.masks.apply(logits_NV, slots)
         if ops.penalize:
             logits_NV = repetition_penalty(logits_NV, self.seen_NV[slots], numbers_N6[:, 1])
         if ops.draw:
