@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from minorca.data.tokenizer import Tokenizer
 from minorca.generate.request import Token
 from minorca.generate.text_stream import TextStream
+from minorca.serve.call_reader import Call, CallReader
 
 # OpenAI's value for smaller ones: JSON has no infinity.
 MIN_LOGPROB = -9999.0
@@ -27,12 +28,17 @@ class Choice:
         index: among the choices of the completion.
         stop: strings that end the text.
         continues: as `TextStream` takes it.
+
+    Attributes:
+        reader: what finds calls of tools in the text; None: it has none.
     """
 
     def __init__(self, index: int, tok: Tokenizer, stop: list[str], continues: bool = False):
         self.index = index
         self.tokens = 0
         self.finish_reason: str | None = None
+        self.reader: CallReader | None = None
+        self._content: list[str] = []
         self._tok = tok
         self._stream = TextStream(tok, stop, continues)
         # Decodes without stop strings, for the offsets of tokens.
@@ -47,8 +53,21 @@ class Choice:
     def text(self) -> str:
         return self._stream.text
 
+    @property
+    def content(self) -> str:
+        """The text without calls."""
+        return "".join(self._content)
+
+    @property
+    def calls(self) -> list[Call]:
+        return self.reader.calls if self.reader else []
+
+    def take_call_deltas(self) -> list[dict]:
+        """As `CallReader.take_deltas`."""
+        return self.reader.take_deltas() if self.reader else []
+
     def push(self, token: Token) -> str:
-        """Adds the next token; returns the new text. A stop id has no text and ends the choice like a stop string."""
+        """Adds the next token; returns the new content. A stop id has no text and ends it like a stop string."""
         self.tokens += 1
         new = ""
         if token.finish_reason != "stop":
@@ -57,6 +76,11 @@ class Choice:
         if token.finish_reason:
             new += self._stream.finish()
         self.finish_reason = "stop" if self._stream.stopped else token.finish_reason
+        if self.reader:
+            new = self.reader.push(token.id, new, self.finish_reason is not None)
+            if self.reader.is_complete and self.finish_reason == "stop":
+                self.finish_reason = "tool_calls"
+        self._content.append(new)
         return new
 
     def take_logprobs(self) -> list[TokenLogprob]:

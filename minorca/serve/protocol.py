@@ -5,12 +5,9 @@ client that sends one expects an effect. Source: OpenAI's API reference, "Chat" 
 Python client types them."""
 
 from abc import abstractmethod
-from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     GetJsonSchemaHandler,
     PlainValidator,
@@ -23,11 +20,16 @@ from pydantic_core import core_schema
 from minorca.data.chat_template import render_chat
 from minorca.data.conversation import join_text_parts
 from minorca.data.tokenizer import Tokenizer
+from minorca.generate.grammar import Grammar, answer_rules
 from minorca.generate.sampling import Sampling
+from minorca.serve.call_reader import CallReader
 from minorca.serve.choice import Choice, TokenLogprob
+from minorca.serve.errors import naming
+from minorca.serve.objects import Object
+from minorca.serve.structured import ResponseFormat, StructuredOutputs
+from minorca.serve.tool_form import tool_form
+from minorca.serve.tools import MAX_TOOLS, SentCall, Tool, ToolChoice, check_choice, check_names, sent_calls, tool_rules
 
-# Each unknown field is an error of its own, so not all of them are reported.
-MAX_UNKNOWN_FIELDS = 10
 # A chat template that comes with the model may take time quadratic in this.
 MAX_MESSAGES = 1024
 # Of one message's text, and the prompts of one request; a body of 2 MiB could have hundreds of thousands.
@@ -95,46 +97,54 @@ def _read_content(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------------------- requests
 
 
-class _Object(BaseModel):
-    """A JSON object without unknown fields; null is the same as an absent field."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data):
-        if not isinstance(data, dict):
-            return data
-        unknown = (key for key in data if key not in cls.model_fields)
-        known = {key: value for key, value in data.items() if key in cls.model_fields and value is not None}
-        return known | dict.fromkeys(islice(unknown, MAX_UNKNOWN_FIELDS))
-
-
-class TextPart(_Object):
+class TextPart(Object):
     type: Literal["text"]
     text: str
 
 
-class Message(_Object):
-    role: Literal["system", "developer", "user", "assistant"]
+class Message(Object):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str, PlainValidator(_read_content, json_schema_input_type=str | list[TextPart])]
     # No effect.
     name: str = ""
     # Fields of a response's message, which clients send back.
     refusal: Annotated[Any, Unsupported("")] = ""
     annotations: Annotated[Any, Unsupported([])] = []
-    tool_calls: Annotated[Any, Unsupported([])] = []
     function_call: Annotated[Any, Unsupported({})] = {}
     audio: Annotated[Any, Unsupported({})] = {}
+    # Of an answer, and of what a tool returned for one of them.
+    tool_calls: list[SentCall] = Field([], max_length=MAX_TOOLS)
+    tool_call_id: str = Field("", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _allow_calls_alone(cls, data):
+        if isinstance(data, dict) and data.get("role") == "assistant" and data.get("tool_calls"):
+            return {"content": ""} | {key: value for key, value in data.items() if value is not None}
+        return data
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _check_tool_calls(cls, value: list[SentCall], info: ValidationInfo) -> list[SentCall]:
+        if value and info.data.get("role") != "assistant":
+            raise ValueError("expected them in messages of the assistant alone")
+        return value
+
+    @field_validator("tool_call_id")
+    @classmethod
+    def _check_tool_call_id(cls, value: str, info: ValidationInfo) -> str:
+        if (info.data.get("role") == "tool") != bool(value):
+            raise ValueError("expected it in messages of a tool, and in these alone")
+        return value
 
 
-class StreamOptions(_Object):
+class StreamOptions(Object):
     include_usage: bool = False
     # No effect.
     include_obfuscation: bool = False
 
 
-class GenerationRequest(_Object):
+class GenerationRequest(Object):
     """The fields that both endpoints have, and how each endpoint writes its responses."""
 
     model: str
@@ -149,6 +159,8 @@ class GenerationRequest(_Object):
     stop: Annotated[list[str], PlainValidator(_read_stop, json_schema_input_type=str | list[str])] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    # vLLM's.
+    structured_outputs: StructuredOutputs = StructuredOutputs()
     # Not supported.
     frequency_penalty: Annotated[Any, Unsupported(0)] = 0
     presence_penalty: Annotated[Any, Unsupported(0)] = 0
@@ -176,6 +188,20 @@ class GenerationRequest(_Object):
     def continues(self) -> bool:
         """Whether the new text continues a message."""
         return False
+
+    def compile_grammar(self, tok: Tokenizer, template: str) -> Grammar | None:
+        """The grammar of the answer; None: it is any text.
+
+        Raises:
+            APIError: it cannot be compiled.
+        """
+        with naming("structured_outputs"):
+            rule = self.structured_outputs.rule
+            return Grammar(tok, answer_rules(tok, rule)) if rule else None
+
+    def call_reader(self, tok: Tokenizer, template: str) -> CallReader | None:
+        """What finds the calls in an answer; None: it has none. `compile_grammar` has found no problem."""
+        return None
 
     @property
     @abstractmethod
@@ -222,6 +248,10 @@ class GenerationRequest(_Object):
     ) -> dict:
         """New text of a choice or, with a finish reason, its end."""
 
+    def stream_calls(self, index: int, delta: dict) -> dict:
+        """A piece of a choice's calls."""
+        raise NotImplementedError
+
 
 class ChatRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -231,20 +261,19 @@ class ChatRequest(GenerationRequest):
     # vLLM's: whether the last message, an answer, is continued; the other field can only be its opposite.
     continue_final_message: bool = False
     add_generation_prompt: bool = True
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat = ResponseFormat(type="text")
     # Not supported.
-    tools: Annotated[Any, Unsupported([])] = []
-    tool_choice: Annotated[Any, Unsupported("none", "auto")] = "none"
     functions: Annotated[Any, Unsupported([])] = []
     function_call: Annotated[Any, Unsupported("none", "auto")] = "none"
-    response_format: Annotated[Any, Unsupported({"type": "text"})] = {"type": "text"}
     modalities: Annotated[Any, Unsupported(["text"])] = ["text"]
     audio: Annotated[Any, Unsupported({})] = {}
     prediction: Annotated[Any, Unsupported({})] = {}
     web_search_options: Annotated[Any, Unsupported({})] = {}
     reasoning_effort: Annotated[Any, Unsupported("none")] = "none"
     verbosity: Annotated[Any, Unsupported("medium")] = "medium"
-    # No effect.
-    parallel_tool_calls: bool = True
 
     prompt_field: ClassVar[str] = "messages"
     id_prefix: ClassVar[str] = "chatcmpl"
@@ -256,6 +285,24 @@ class ChatRequest(GenerationRequest):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         return self
+
+    @field_validator("tools")
+    @classmethod
+    def _check_tools(cls, value: list[Tool]) -> list[Tool]:
+        return check_names(value)
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _check_tool_choice(cls, value: ToolChoice, info: ValidationInfo) -> ToolChoice:
+        return check_choice(value, info.data.get("tools", []))
+
+    @field_validator("response_format")
+    @classmethod
+    def _check_response_format(cls, value: ResponseFormat, info: ValidationInfo) -> ResponseFormat:
+        other = info.data.get("structured_outputs")
+        if value.type != "text" and other and other.model_fields_set:
+            raise ValueError("is given beside structured_outputs; expected one of them")
+        return value
 
     @field_validator("add_generation_prompt")
     @classmethod
@@ -283,19 +330,54 @@ class ChatRequest(GenerationRequest):
 
     @property
     def characters(self) -> int:
-        return sum(len(message.content) for message in self.messages)
+        calls = (call.function.arguments for message in self.messages for call in message.tool_calls)
+        texts = (*(message.content for message in self.messages), *(tool.function.description for tool in self.tools))
+        return sum(map(len, (*texts, *calls)))
+
+    def compile_grammar(self, tok: Tokenizer, template: str) -> Grammar | None:
+        field = "structured_outputs" if self.response_format.type == "text" else "response_format"
+        with naming(field):
+            answer = self.structured_outputs.rule or self.response_format.rule
+            if not self.tools:
+                return Grammar(tok, answer_rules(tok, answer)) if answer else None
+        with naming("tools"):
+            form = tool_form(tok, template)
+            return Grammar(tok, tool_rules(tok, form, self.tools, self.tool_choice, self.parallel_tool_calls, answer))
+
+    def call_reader(self, tok: Tokenizer, template: str) -> CallReader | None:
+        return CallReader(tok, tool_form(tok, template)) if self.tools and self.tool_choice != "none" else None
 
     def encode_prompts(self, tok: Tokenizer, template: str, max_tokens: int) -> list[list[int]]:
-        # "developer" is OpenAI's newer name.
-        roles = {"developer": "system"}
-        messages = [{"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages]
         ids = render_chat(
-            tok, messages, template=template, max_ids=max_tokens, continue_final_message=self.continue_final_message
+            tok,
+            self._template_messages(),
+            template=template,
+            max_ids=max_tokens,
+            tools=[tool.message for tool in self.tools],
+            continue_final_message=self.continue_final_message,
         )
         return [ids]
 
+    def _template_messages(self) -> list[dict]:
+        """The messages as chat templates take them, with the names of the functions that tools answer for."""
+        # "developer" is OpenAI's newer name.
+        roles = {"developer": "system"}
+        functions = {call.id: call.function.name for message in self.messages for call in message.tool_calls}
+        messages: list[dict] = []
+        for i, m in enumerate(self.messages):
+            message: dict = {"role": roles.get(m.role, m.role), "content": m.content}
+            if m.tool_calls:
+                message["tool_calls"] = sent_calls(m.tool_calls, f"messages[{i}].tool_calls")
+            if m.role == "tool":
+                name = functions.get(m.tool_call_id)
+                message |= {"tool_call_id": m.tool_call_id} | ({"name": name} if name else {})
+            messages.append(message)
+        return messages
+
     def response_choice(self, choice: Choice) -> dict:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        calls = [call.message for call in choice.calls]
+        content = None if calls and not choice.content else choice.content
+        message = {"role": "assistant", "content": content, "refusal": None} | ({"tool_calls": calls} if calls else {})
         logprobs = self._format_logprobs(choice.take_logprobs()) if self.logprobs else None
         return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
@@ -311,6 +393,9 @@ class ChatRequest(GenerationRequest):
             "logprobs": self._format_logprobs(logprobs) if logprobs else None,
             "finish_reason": finish_reason,
         }
+
+    def stream_calls(self, index: int, delta: dict) -> dict:
+        return self.stream_chunk(index, "", []) | {"delta": {"tool_calls": [delta]}}
 
     def _format_logprobs(self, logprobs: list[TokenLogprob]) -> dict:
         def entry(text: str, logprob: float) -> dict:

@@ -61,6 +61,8 @@ class Service:
             completion = stack.enter_context(Completion(self.thread, choices))
             # In a worker thread: templates and tokenizers may be slow.
             completion.prompt_tokens = await run_in_threadpool(self._set_prompts, body, model, requests)
+            for choice in choices.values():
+                choice.reader = body.call_reader(model.tok, model.template)
             header = {
                 "id": f"{body.id_prefix}-{secrets.token_hex(12)}",
                 "object": body.chunk_object if body.stream else body.response_object,
@@ -111,10 +113,12 @@ class Service:
         """Sets and checks the requests' prompts and limits; returns the number of prompt tokens."""
         self._check_characters(body, model)
         engine = self.thread.engine
+        grammar = body.compile_grammar(model.tok, model.template)
         try:
             prompts = body.encode_prompts(model.tok, model.template, engine.max_length)
             for i, request in enumerate(requests):
                 request.prompt = prompts[i // body.n]
+                request.grammar = grammar
                 self._set_limit(body, request)
                 engine.check(request)
         except UserError as error:
@@ -157,6 +161,8 @@ class Service:
                 logprobs = choice.take_logprobs() if text or choice.finish_reason else []
                 if text or logprobs:
                     yield chunk([body.stream_chunk(choice.index, text, logprobs)])
+                for delta in choice.take_call_deltas():
+                    yield chunk([body.stream_calls(choice.index, delta)])
                 if choice.finish_reason:
                     yield chunk([body.stream_chunk(choice.index, "", [], choice.finish_reason)])
             if include_usage:

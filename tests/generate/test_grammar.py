@@ -68,7 +68,10 @@ SCHEMAS: dict[str, Any] = {
         "required": ["b"],
         "additionalProperties": False,
     },
-    "all of": {"allOf": [POINT | {"additionalProperties": True}, {"properties": {"x": {"minimum": 3}}}], "maxProperties": 2},
+    "all of": {
+        "allOf": [POINT | {"additionalProperties": True}, {"properties": {"x": {"minimum": 3}}}],
+        "maxProperties": 2,
+    },
 }
 
 
@@ -175,7 +178,9 @@ INVALID = {
     "too long": {"enum": ["x" * 70_000]},
     "a large multiple": {"type": "integer", "multipleOf": 99_999_989},
     "many multiples": {"anyOf": [{"type": "number", "multipleOf": 0.9973 + i / 5000} for i in range(40)]},
-    "a product": {"allOf": [{"anyOf": [{"type": "object", "properties": {f"p{i}{j}": {}}} for j in range(4)]} for i in range(12)]},
+    "a product": {
+        "allOf": [{"anyOf": [{"type": "object", "properties": {f"p{i}{j}": {}}} for j in range(4)]} for i in range(12)]
+    },
     "a number": 5,
 }
 
