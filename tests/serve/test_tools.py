@@ -1,6 +1,9 @@
 """Structured answers and calls of tools, as OpenAI's client sees them, of models that were not trained for either."""
 
+import contextlib
 import json
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import jsonschema
@@ -13,20 +16,22 @@ from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from transformers import AutoTokenizer
 
-from minorca import load_tokenizer
+from minorca import UserError, load_tokenizer
 from minorca.data.visible_text import visible_text
+from minorca.generate.grammar import Grammar, json_rule
 from minorca.serve.call_reader import CallReader
 from minorca.serve.protocol import ChatRequest
 from minorca.serve.tool_form import ToolForm, tool_form
+from minorca.serve.tools import MODES, NamedTool, Tool, tool_rules
 from tests.data.test_tokenizer import V3, sentencepiece_directory
 from tests.helpers import random_mistral, save_tokenizer
-from tests.serve.test_serve import serving
+from tests.serve.test_serve import Server
 
 HERMES = (
     "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
     "{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n"
     "</tool_response><|im_end|>\n{% elif m.tool_calls %}<|im_start|>assistant\n{{ m.content }}"
-    "{% for c in m.tool_calls %}{% if not loop.first %}\n{% endif %}"
+    "{% for c in m.tool_calls %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
     '<tool_call>\n{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n'
     "</tool_call>{% endfor %}<|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -40,9 +45,7 @@ FORMS = {
         '}\n</tool_call>\n<tool_call>\n{"name": "',
         "}\n</tool_call>",
     ),
-    "mistral": ToolForm(
-        "[TOOL_CALLS]", '[TOOL_CALLS][{"name": "', '", "arguments": ', '}, {"name": "', "}]"
-    ),
+    "mistral": ToolForm("[TOOL_CALLS]", '[TOOL_CALLS][{"name": "', '", "arguments": ', '}, {"name": "', "}]"),
 }
 PLACE = {
     "type": "object",
@@ -80,13 +83,11 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clients(models):
-    with (
-        serving("--model", models / "hermes") as hermes,
-        serving("--model", models / "plain") as plain,
-        serving("--model", models / "odd") as odd,
-        serving("--model", models / "mistral", "--max-length", 4096) as mistral,
-    ):
-        servers = {"hermes": hermes, "plain": plain, "odd": odd, "mistral": mistral}
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
+        starting = {name: pool.submit(Server, "--model", models / name) for name in ("hermes", "plain", "mistral")}
+        servers = {name: future.result() for name, future in starting.items()}
+        for server in servers.values():
+            stack.callback(server.end, signal.SIGKILL)
         yield {name: server.client() for name, server in servers.items()}
 
 
@@ -172,7 +173,7 @@ def test_what_cannot_be_compiled_names_its_field(clients):
     assert refused("hermes", tools=bad) == "tools"
     strict = [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}, "strict": True}}]
     assert refused("hermes", tools=strict) == "tools"
-    assert refused("plain", tools=TOOLS) == refused("odd", tools=TOOLS) == "tools"
+    assert refused("plain", tools=TOOLS) == "tools"
     assert refused("hermes", tools=[*TOOLS, TOOLS[0]]) == "tools"
     unknown = {"type": "function", "function": {"name": "nothing"}}
     assert refused("hermes", tools=TOOLS, tool_choice=unknown) == "tool_choice"
@@ -185,6 +186,66 @@ def test_what_cannot_be_compiled_names_its_field(clients):
 def test_forms_are_read_from_templates(models, name):
     tok = load_tokenizer(models / name)
     assert tool_form(tok, "auto") == FORMS[name]
+
+
+def test_models_without_a_form_of_calls(models):
+    for name, problem in (("plain", "writes no tools"), ("odd", "in a form that is not supported")):
+        with pytest.raises(UserError, match=problem):
+            tool_form(load_tokenizer(models / name), "auto")
+
+
+FIRST, SECOND, THIRD = '{"city": "Paris", "days": 3}', '{ "city": "Ålesund" ,"days":7}', "{}"
+# Of calls to weather, weather_now and clock.
+CALLS = {
+    "one": [("weather", FIRST)],
+    "two": [("weather_now", SECOND), ("clock", THIRD)],
+    "another schema": [("clock", FIRST)],
+    "another name": [("weather_then", FIRST)],
+    "a wrong value": [("weather", '{"city": "Rome", "days": 3}')],
+}
+# The answers that each choice allows: calls by name, and texts.
+ALLOWED = {
+    "auto": {"one", "two", "text"},
+    "required": {"one", "two"},
+    "weather": {"one"},
+    "none": {"text"},
+    "auto, one": {"one", "text"},
+    "auto, in a form": {"one", "two", "json"},
+    "none, in a form": {"json"},
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("case", ALLOWED)
+def test_what_a_grammar_allows(models, name, case):
+    tok, form = load_tokenizer(models / name), FORMS[name]
+    tools = [Tool.model_validate(tool) for tool in TOOLS]
+    mode = case.partition(",")[0]
+    choice: Any = mode if mode in MODES else NamedTool.model_validate({"type": "function", "function": {"name": mode}})
+    answer = json_rule({"type": "array"}) if "form" in case else None
+    grammar = Grammar(tok, tool_rules(tok, form, tools, choice, "one" not in case, answer))
+    texts = {"text": "What < is {it}?\n", "json": "[1, 2]"}
+    for key, calls in CALLS.items():
+        texts[key] = form.start + form.between.join(form.middle.join(call) for call in calls) + form.end
+    found = {key for key, text in texts.items() if allows(tok, grammar, text)}
+    # JSON is text too.
+    assert found - ({"json"} if "text" in found else set()) == ALLOWED[case]
+    # Text before a call: where the call begins with text too.
+    assert allows(tok, grammar, f"Well. {texts['one']}") == (case in ("auto", "auto, one") and name == "hermes")
+    if name == "hermes" and mode == "auto" and answer is None:
+        assert not allows(tok, grammar, texts["another schema"]) and not allows(tok, grammar, "<tool_call>")
+
+
+def allows(tok, grammar: Grammar, text: str) -> bool:
+    """Whether a text may be generated, and the answer then end."""
+    state = grammar.start()
+    mask_W = torch.zeros(-(-tok.vocab_size // 32), dtype=torch.int32)
+    for token in [*tok.encode_template(text), tok.eos_id]:
+        state.fill(mask_W)
+        if not mask_W[token // 32] >> token % 32 & 1:
+            return False
+        state.consume(token)
+    return True
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -236,7 +297,7 @@ def test_text_before_calls_is_content(models, pieces):
     tok = load_tokenizer(models / "hermes")
     form = FORMS["hermes"]
     quoted = json.dumps({"a": '}\n</tool_call>"\\', "b": [{}]})
-    text = f'One <tool> <tool_c\n\n{form.start}f{form.middle}{quoted}{form.between}g{form.middle}{{}}{form.end}'
+    text = f"One <tool> <tool_c\n\n{form.start}f{form.middle}{quoted}{form.between}g{form.middle}{{}}{form.end}"
     reader = CallReader(tok, form)
     content, deltas = "", []
     parts = [text[i : i + pieces] for i in range(0, len(text), pieces)]
@@ -283,7 +344,7 @@ def test_prompts_are_mistral_commons(models):
     tools[2]["function"]["parameters"] = {"type": "object", "properties": {}}
     for m in (messages, messages[:4], messages[:1]):
         plain = [x | {"content": "12:30"} if isinstance(x.get("content"), list) else x for x in m]
-        request = ChatCompletionRequest.model_validate({"messages": plain, "tools": tools})
+        request = ChatCompletionRequest.model_validate({"model": "a", "messages": plain, "tools": tools})
         assert prompt_of(tok, m) == reference.encode_chat_completion(request).tokens
 
 
@@ -294,8 +355,12 @@ def test_prompts_are_transformers(models):
     parsed[3]["content"] = "12:30"
     for call in parsed[1]["tool_calls"]:
         call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-    tools = [tool if "parameters" in tool["function"] else {"type": "function", "function": tool["function"] | {"parameters": {"type": "object", "properties": {}}}} for tool in TOOLS]
-    tools = [{"type": "function", "function": {k: v for k, v in t["function"].items() if k != "strict"}} for t in tools]
+    none = {"parameters": {"type": "object", "properties": {}}}
+    functions = [none | {k: v for k, v in tool["function"].items() if k != "strict"} for tool in TOOLS]
+    tools = [
+        {"type": "function", "function": {key: f[key] for key in ("name", "description", "parameters") if key in f}}
+        for f in functions
+    ]
     for m in (6, 4, 1):
         expected = reference.apply_chat_template(parsed[:m], tools=tools, tokenize=False, add_generation_prompt=True)
         assert visible_text(tok, prompt_of(tok, messages[:m])).replace("\\", "") == expected.replace("\\", "")
