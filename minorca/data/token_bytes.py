@@ -45,8 +45,8 @@ def drops_first_space(tok: Tokenizer) -> bool:
 
 def _json_pieces(tok: JsonTokenizer) -> dict[int, bytes]:
     names, _ = cast(tuple[dict[str, int], set[str]], tok.vocabulary())
-    decoder = json.loads(read_small(tok.file, MAX_TOKENIZER_BYTES)).get("decoder") or {"type": None}
-    kinds = {step["type"] for step in (decoder, *decoder.get("decoders", []))}
+    decoder: dict = json.loads(read_small(tok.file, MAX_TOKENIZER_BYTES)).get("decoder") or {"type": None}
+    kinds = {step["type"] for step in (decoder, *(decoder.get("decoders") or ()))}
     if not kinds <= _DECODERS or not kinds & {"ByteLevel", "Metaspace", "ByteFallback"}:
         raise UserError(
             "its tokens have no bytes of their own, which structured answers need; expected byte-level BPE or "

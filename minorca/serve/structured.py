@@ -18,7 +18,7 @@ class NamedSchema(Object):
     description: str = ""
     # Every answer follows its schema.
     strict: bool = False
-    schema_: Schema = Field({}, alias="schema")
+    schema_: Schema = Field(default={}, alias="schema")
 
 
 class ResponseFormat(Object):
@@ -42,10 +42,10 @@ class ResponseFormat(Object):
 class StructuredOutputs(Object):
     """One of these forms, or none."""
 
-    json_: Schema | None = Field(None, alias="json")
+    json_: Schema | None = Field(default=None, alias="json")
     json_object: bool = False
     regex: str | None = None
-    choice: list[str] | None = Field(None, min_length=1, max_length=MAX_CHOICES)
+    choice: list[str] | None = Field(default=None, min_length=1, max_length=MAX_CHOICES)
 
     @model_validator(mode="after")
     def _check_one(self):

@@ -18,6 +18,8 @@ from minorca.serve.tool_form import ToolForm
 
 MAX_TOOLS = 128
 MODES = ("none", "auto", "required")
+# The keys of a schema in which `properties` has all properties.
+DESCRIBED = {"$defs", "$schema", "definitions", "description", "properties", "required", "title", "type"}
 Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,128}$")]
 
 
@@ -33,7 +35,9 @@ class Function(Object):
         if self.parameters is None:
             return {"type": "object", "properties": {}, "additionalProperties": False}
         options = {} if self.strict else {"x-guidance": {"lenient": True, "coerce_one_of": True}}
-        return self.parameters | {"type": "object"} | options
+        # Functions take no others, where the schema does not say.
+        closed = {"additionalProperties": False} if self.parameters.keys() <= DESCRIBED else {}
+        return self.parameters | {"type": "object"} | closed | options
 
     @field_validator("parameters")
     @classmethod

@@ -154,7 +154,7 @@ def test_log_probabilities_are_the_models_own(model, tok):
     (constrained,) = sampled(tok, json_rule({"type": "integer"}), 1, logprobs=293)
     with_grammar = first(constrained)
     without = first(Request([1, 2], 4, logprobs=293))
-    assert dict(with_grammar.top) == dict(without.top)
+    assert with_grammar.top and without.top and dict(with_grammar.top) == dict(without.top)
     assert with_grammar.logprob == dict(without.top)[with_grammar.id]
 
 
