@@ -86,13 +86,12 @@ def test_litellm(url):
         assert all(weather(**json.loads(call.function.arguments)) for call in choice.message.tool_calls)
 
 
-@pytest.mark.parametrize("as_schema", [False, True])
-def test_llama_index(url, as_schema):
+def test_llama_index(url):
     openai_like = pytest.importorskip("llama_index.llms.openai_like")
     from llama_index.core.tools import FunctionTool
 
     options: Any = {"model": "tiny", "api_base": url, "api_key": "-", "max_tokens": 2000, "is_chat_model": True}
-    model = openai_like.OpenAILike(is_function_calling_model=True, should_use_structured_outputs=as_schema, **options)
+    model = openai_like.OpenAILike(is_function_calling_model=True, **options)
     assert isinstance(model.as_structured_llm(City).complete("Describe Paris.").raw, City)
     tool = FunctionTool.from_defaults(fn=weather)
     answer = model.predict_and_call([tool], "Is it raining?", tool_choice="required", allow_parallel_tool_calls=True)
