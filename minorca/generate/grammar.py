@@ -5,6 +5,7 @@ request; each of its sequences has a state of its own, on the host.
 """
 
 import json
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -91,10 +92,12 @@ def json_rule(schema: object) -> str:
     Raises:
         UserError: a schema that is too long, or whose numbers take too long to be compiled.
     """
-    factors = sum(_odd_factor(value) for value in _multiples(schema))
-    if factors > MAX_MULTIPLES:
-        raise UserError(f"has multipleOf of up to {factors}; expected at most {MAX_MULTIPLES} after factors of 2 and 5")
-    return "%json " + _bounded(json.dumps(schema, separators=(",", ":")))
+    if sum(map(_odd_factor, _multiples(schema))) > MAX_MULTIPLES:
+        raise UserError(f"has multipleOf of over {MAX_MULTIPLES} in all, after factors of 2 and 5")
+    try:
+        return "%json " + _bounded(json.dumps(schema, separators=(",", ":")))
+    except RecursionError:
+        raise UserError("is nested too deep") from None
 
 
 def text_rule(text: str) -> str:
@@ -136,7 +139,8 @@ def _multiples(schema: object) -> Iterator[int | float]:
         if isinstance(value, dict):
             values += value.values()
             multiple = value.get("multipleOf")
-            if isinstance(multiple, int | float):
+            # Not isinstance: a bool is an int.
+            if type(multiple) in (int, float) and abs(multiple) < math.inf:
                 yield multiple
         elif isinstance(value, list):
             values += value

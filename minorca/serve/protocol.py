@@ -138,6 +138,27 @@ class Message(Object):
         return value
 
 
+def template_messages(messages: list[Message]) -> list[dict]:
+    """The messages as chat templates take them, with the names of the functions that tools answer for.
+
+    Raises:
+        UserError: calls whose arguments are not JSON objects.
+    """
+    # "developer" is OpenAI's newer name.
+    roles = {"developer": "system"}
+    functions = {call.id: call.function.name for message in messages for call in message.tool_calls}
+    converted: list[dict] = []
+    for i, m in enumerate(messages):
+        message: dict = {"role": roles.get(m.role, m.role), "content": m.content}
+        if m.tool_calls:
+            message["tool_calls"] = sent_calls(m.tool_calls, f"messages[{i}].tool_calls")
+        if m.role == "tool":
+            name = functions.get(m.tool_call_id)
+            message |= {"tool_call_id": m.tool_call_id} | ({"name": name} if name else {})
+        converted.append(message)
+    return converted
+
+
 class StreamOptions(Object):
     include_usage: bool = False
     # No effect.
@@ -350,29 +371,13 @@ class ChatRequest(GenerationRequest):
     def encode_prompts(self, tok: Tokenizer, template: str, max_tokens: int) -> list[list[int]]:
         ids = render_chat(
             tok,
-            self._template_messages(),
+            template_messages(self.messages),
             template=template,
             max_ids=max_tokens,
             tools=[tool.message for tool in self.tools],
             continue_final_message=self.continue_final_message,
         )
         return [ids]
-
-    def _template_messages(self) -> list[dict]:
-        """The messages as chat templates take them, with the names of the functions that tools answer for."""
-        # "developer" is OpenAI's newer name.
-        roles = {"developer": "system"}
-        functions = {call.id: call.function.name for message in self.messages for call in message.tool_calls}
-        messages: list[dict] = []
-        for i, m in enumerate(self.messages):
-            message: dict = {"role": roles.get(m.role, m.role), "content": m.content}
-            if m.tool_calls:
-                message["tool_calls"] = sent_calls(m.tool_calls, f"messages[{i}].tool_calls")
-            if m.role == "tool":
-                name = functions.get(m.tool_call_id)
-                message |= {"tool_call_id": m.tool_call_id} | ({"name": name} if name else {})
-            messages.append(message)
-        return messages
 
     def response_choice(self, choice: Choice) -> dict:
         calls = [call.message for call in choice.calls]

@@ -17,6 +17,8 @@ from minorca.serve.objects import Object
 from minorca.serve.tool_form import ToolForm
 
 MAX_TOOLS = 128
+# Of a call's arguments: templates' values are copied recursively.
+MAX_DEPTH = 64
 MODES = ("none", "auto", "required")
 # The keys of a schema in which `properties` has all properties.
 DESCRIBED = {"$defs", "$schema", "definitions", "description", "properties", "required", "title", "type"}
@@ -121,9 +123,17 @@ def _parse_arguments(text: str, field: str) -> dict:
         arguments = parse_json(text) if text.strip() else {}
     except (ValueError, RecursionError):
         arguments = None
-    if not isinstance(arguments, dict):
-        raise UserError("is not the JSON text of an object", field=field)
+    if not isinstance(arguments, dict) or _depth(arguments) > MAX_DEPTH:
+        raise UserError(f"is not the JSON text of an object, nested at most {MAX_DEPTH} deep", field=field)
     return arguments
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer)]
+    return depth
 
 
 def check_names(tools: list[Tool]) -> list[Tool]:

@@ -1,6 +1,8 @@
 """Constrained answers of an untrained model: they satisfy their schemas, whatever shares their batch."""
 
+import contextlib
 import json
+import math
 import re
 from typing import Any
 
@@ -238,3 +240,31 @@ def test_a_tokenizer_whose_tokens_have_no_bytes(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     with pytest.raises(UserError, match="have no bytes of their own"):
         token_bytes(load_tokenizer(tmp_path))
+
+
+def test_values_that_are_no_schema(tok):
+    """They are refused, or mean nothing; none is a fault of ours."""
+    nested: dict = {}
+    for _ in range(900):
+        nested = {"items": nested}
+    huge = 7**5087
+    multiples = [{"multipleOf": value} for value in (True, "7", [], 0, -3, math.inf, math.nan, huge, 1e308, 5e-324)]
+    patterns = [{"type": "string", "pattern": pattern} for pattern in ("\\", "a/b\n", "\ud800", "(" * 500, "[z-a]", "")]
+    others = [
+        {"x-guidance": 5},
+        {"enum": [nested]},
+        {"maxLength": huge},
+        {"$ref": "\ud800"},
+        {"properties": 3},
+        [],
+        None,
+    ]
+    for schema in [nested, *multiples, *patterns, *others]:
+        with contextlib.suppress(UserError):
+            assert Grammar(tok, answer_rules(tok, json_rule(schema))).start()
+    for expression in ("\\", "/", "a\nb", "", "//", "é/\\/", "[/]", "\ud800", "(", "a)|(b", "x" * 70_000):
+        with contextlib.suppress(UserError):
+            assert Grammar(tok, answer_rules(tok, regex_rule(expression))).start()
+    for texts in (["\ud800"], [""], ['"\\', "\x00\n"], ["a"] * 1000):
+        with contextlib.suppress(UserError):
+            assert Grammar(tok, answer_rules(tok, choice_rule(texts))).start()
