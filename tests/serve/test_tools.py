@@ -175,6 +175,13 @@ def test_what_cannot_be_compiled_names_its_field(clients):
     assert refused("hermes", tools=strict) == "tools"
     assert refused("plain", tools=TOOLS) == "tools"
     assert refused("hermes", tools=[*TOOLS, TOOLS[0]]) == "tools"
+    deep = '{"a":' * 500 + "1" + "}" * 500
+    # The last has an id that Mistral's templates do not take.
+    for name, arguments in (("hermes", "[1]"), ("hermes", "{"), ("hermes", deep), ("mistral", "{}")):
+        call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+        sent = [*ASK, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        result = {"role": "tool", "tool_call_id": "a", "content": "-3"}
+        assert refused(name, messages=[*sent, result], tools=TOOLS) == "messages"
     unknown = {"type": "function", "function": {"name": "nothing"}}
     assert refused("hermes", tools=TOOLS, tool_choice=unknown) == "tool_choice"
 
