@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from decimal import Decimal
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -131,14 +131,14 @@ def choice_rule(texts: Sequence[str]) -> str:
     return " | ".join(map(text_rule, texts))
 
 
-def _multiples(schema: object) -> Iterator[int | float]:
+def _multiples(schema: Any) -> Iterator[float]:
     """Every number that a schema has as `multipleOf`."""
-    values = [schema]
+    values: list[Any] = [schema]
     while values:
         value = values.pop()
         if isinstance(value, dict):
             values += value.values()
-            multiple = value.get("multipleOf")
+            multiple: Any = value.get("multipleOf")
             # Not isinstance: a bool is an int.
             if type(multiple) in (int, float) and abs(multiple) < math.inf:
                 yield multiple

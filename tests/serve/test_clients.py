@@ -57,14 +57,13 @@ def test_instructor(url, mode):
 
 def test_langchain(url):
     langchain_openai = pytest.importorskip("langchain_openai")
-    from langchain_core.messages import HumanMessage, ToolMessage
-
+    core = pytest.importorskip("langchain_core.messages")
     chat = langchain_openai.ChatOpenAI(model="tiny", base_url=url, api_key="-", max_tokens=2000)
     for method in ("json_schema", "function_calling"):
         assert isinstance(chat.with_structured_output(City, method=method).invoke("Describe Paris."), City)
-    messages: list = [HumanMessage("Is it raining?")]
+    messages: list = [core.HumanMessage("Is it raining?")]
     answer = chat.bind_tools([weather], tool_choice="weather").invoke(messages)
-    results = [ToolMessage(weather(**call["args"]), tool_call_id=call["id"]) for call in answer.tool_calls]
+    results = [core.ToolMessage(weather(**call["args"]), tool_call_id=call["id"]) for call in answer.tool_calls]
     assert results and "rain" in results[0].content
     assert chat.bind_tools([weather], tool_choice="none").invoke([*messages, answer, *results], max_tokens=8)
     whole = None
@@ -88,11 +87,10 @@ def test_litellm(url):
 
 def test_llama_index(url):
     openai_like = pytest.importorskip("llama_index.llms.openai_like")
-    from llama_index.core.tools import FunctionTool
-
+    tools = pytest.importorskip("llama_index.core.tools")
     options: Any = {"model": "tiny", "api_base": url, "api_key": "-", "max_tokens": 2000, "is_chat_model": True}
     model = openai_like.OpenAILike(is_function_calling_model=True, **options)
     assert isinstance(model.as_structured_llm(City).complete("Describe Paris.").raw, City)
-    tool = FunctionTool.from_defaults(fn=weather)
+    tool = tools.FunctionTool.from_defaults(fn=weather)
     answer = model.predict_and_call([tool], "Is it raining?", tool_choice="required", allow_parallel_tool_calls=True)
     assert "rain in" in answer.response
