@@ -37,6 +37,7 @@ setup(
         "fastapi>=0.120,<0.166",
         "uvicorn>=0.38,<0.55",
         "prometheus-client>=0.22,<0.27",
+        "llguidance>=1.7,<1.10",
     ],
     extras_require={
         "eval": ["lm_eval==0.4.13"],
@@ -44,6 +45,7 @@ setup(
             "basedpyright==1.40.2",
             "gguf",
             "httpx",
+            "jsonschema",
             "lm_eval==0.4.13",
             "mistral-common",
             "openai",

@@ -196,15 +196,17 @@ class Engine:
             return self._step()
 
     def _step(self) -> list[Token]:
-        self._consistent = False
         self._admit()
         self._prefill()
+        # What a constrained sequence may go on with depends on its last id.
+        constrained = any(sequence.constraint for sequence in self._running.values())
+        tokens = self._collect() if constrained else []
         if any(self.cache.active):
             self._decode()
-        self._consistent = True
         # The model's own forward, outside of the engine, is the base model's.
         self._adapters.in_use = False
-        return self._collect()
+        in_flight = 1 if self.device.type == "cuda" and any(self.cache.active) else 0
+        return tokens + self._collect(in_flight)
 
     def _admit(self) -> None:
         """Gives free slots to waiting requests, in their order of arrival, while the cache has room for them."""
@@ -216,6 +218,7 @@ class Engine:
             self._waiting.popleft()
             sequence = Sequence(request, self._free_slots.pop(0), *self._to_device(request))
             self.cache.open(sequence.slot, request.adapter, length)
+            sequence.constraint = request.grammar and request.grammar.start()
             self._running[request] = sequence
             self._prefilling.append(sequence)
             self._adapter_N[sequence.slot : sequence.slot + 1] = sequence.adapter_1
@@ -245,6 +248,7 @@ class Engine:
         ids.append(ids[0].new_zeros(fill))
         adapters.append(torch.full_like(ids[-1], NO_ADAPTER))
         self._adapters.choose(torch.cat(adapters), any(sequence.request.adapter is not None for sequence, _ in chunks))
+        self._consistent = False
         attend = self.cache.prefill([(sequence.slot, length) for sequence, length in chunks], tokens + fill)
         ending = [
             sequence for sequence, _ in chunks if self.cache.lengths[sequence.slot] == len(sequence.request.prompt)
@@ -252,6 +256,7 @@ class Engine:
         logits_MV = self.model(torch.cat(ids), attend=attend, head=partial(self._prompt_head, chunks, ending))
         for sequence, _ in chunks:
             self.cache.record(sequence.slot, sequence.request.prompt, sequence in ending)
+        self._consistent = True
         for row, sequence in enumerate(ending):
             self._start_decoding(sequence, logits_MV[row : row + 1])
 
@@ -276,6 +281,8 @@ class Engine:
         """Samples the first token of a prompt that is computed, and activates its slot."""
         request, slot = sequence.request, sequence.slot
         self._prefilling.remove(sequence)
+        if sequence.constraint:
+            self._sampler.masks.set(slot, sequence.constraint)
         own = slice(slot, slot + 1)
         settings = request.sampling, sequence.words_5, sequence.prompt_T, request.stop_ids, request.min_new_tokens
         self._sampler.set(slot, *settings)
@@ -287,9 +294,12 @@ class Engine:
 
     def _decode(self) -> None:
         decoding = [sequence for sequence in self._running.values() if self.cache.active[sequence.slot]]
+        self._consistent = False
         self.cache.advance()
         self._adapters.choose(self._adapter_N, any(request.adapter is not None for request in self._running))
+        self._sampler.masks.update()
         logits_NV = self._decode_step.run()
+        self._consistent = True
         rows = [(sequence.slot, sequence) for sequence in decoding]
         self._pending.append(PendingTokens(rows, self._decode_step.tokens_N, logits_NV))
         for sequence in decoding:
@@ -302,9 +312,8 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------- results
 
-    def _collect(self) -> list[Token]:
-        """The tokens that are on the host by now; sequences that have ended release their slots."""
-        in_flight = 1 if self.device.type == "cuda" and any(self.cache.active) else 0
+    def _collect(self, in_flight: int = 0) -> list[Token]:
+        """The tokens of all steps but the last `in_flight`; sequences that have ended release their slots."""
         tokens: list[Token] = []
         while len(self._pending) > in_flight:
             for sequence, token in self._pending.popleft().wait():

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from minorca.errors import UserError, raise_problems
+from minorca.generate.grammar import Constraint, Grammar
 from minorca.generate.prompt_scores import PromptScores
 from minorca.generate.sampling import Sampling
 from minorca.model.architecture import Architecture
@@ -32,6 +33,8 @@ class Request:
         min_new_tokens: the number of tokens before which no stop id is sampled.
         prompt_logprobs: k: return the log-probability and rank of every prompt token after the first, and the k most
             likely tokens at its position, with the first new token. The whole prompt is prefilled. None: return none.
+        grammar: what the answer follows until a stop id; None: any text. An answer that reaches one of the grammar
+            library's limits ends there.
     """
 
     prompt: list[int]
@@ -43,6 +46,7 @@ class Request:
     sample: int = 0
     min_new_tokens: int = 0
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 class PromptToken(NamedTuple):
@@ -88,6 +92,7 @@ class Sequence:
         scheduled: generated tokens, including those still being computed.
         ids: generated tokens that have reached the host.
         prompt_scores: what `Request.prompt_logprobs` asks for, while the prompt is prefilled; None: nothing.
+        constraint: how far these have followed the request's grammar.
     """
 
     request: Request
@@ -98,6 +103,7 @@ class Sequence:
     scheduled: int = 0
     ids: list[int] = field(default_factory=list)
     prompt_scores: PromptScores | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self):
         if self.request.prompt_logprobs is not None:
@@ -106,7 +112,7 @@ class Sequence:
     def append(self, token: int) -> str | None:
         """Adds the next token; returns the finish reason if it is the last one."""
         self.ids.append(token)
-        if token in self.request.stop_ids:
+        if token in self.request.stop_ids or (self.constraint and not self.constraint.consume(token)):
             return "stop"
         return "length" if len(self.ids) >= self.request.max_new_tokens else None
 

@@ -1,8 +1,8 @@
 """Sampling of the next token, on the device and for all slots at once.
 
 A draw is a function of (seed, sample, position) and the slot's logits alone, so that an answer can be reproduced
-whatever else is in the batch. The order is that of transformers: repetition penalty, then frequency and presence
-penalties, logit bias, temperature and filters.
+whatever else is in the batch. Ids that a grammar excludes have no part in it; then the order is that of transformers:
+repetition penalty, frequency and presence penalties, logit bias, temperature and filters.
 
 Axes in names: N slots, V vocabulary, T tokens; 5 and 8 are literal.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minorca.errors import UserError, raise_problems
+from minorca.generate.token_masks import TokenMasks
 from minorca_kernels import draw, repetition_penalty
 
 
@@ -100,6 +101,7 @@ class SamplingOps(NamedTuple):
     filter: bool
     penalize: bool
     adjust: bool
+    mask: bool
 
 
 class Adjustments:
@@ -159,6 +161,7 @@ class Sampler:
         # The slots that need the adjustments.
         self.adjusted = [False] * slots
         self.adjustments: Adjustments | None = None
+        self.masks = TokenMasks(slots, vocab_size, device)
 
     def set(
         self,
@@ -195,6 +198,7 @@ class Sampler:
         """Makes a free slot greedy, which costs least, for `ops`; what the device computes for it is not read."""
         self.settings[slot] = Sampling()
         self.adjusted[slot] = False
+        self.masks.constraints.pop(slot, None)
 
     def ops(self, slots: slice) -> SamplingOps:
         """The operations that sampling these slots needs."""
@@ -205,6 +209,7 @@ class Sampler:
             filter=any(sampling.filters for sampling in drawing),
             penalize=any(sampling.repetition_penalty != 1 for sampling in settings),
             adjust=any(self.adjusted[slots]),
+            mask=any(slot in self.masks.constraints for slot in range(*slots.indices(len(self.settings)))),
         )
 
     def __call__(self, logits_NV: Tensor, positions_N: Tensor, slots: slice, ops: SamplingOps) -> Tensor:
@@ -219,6 +224,8 @@ class Sampler:
             The ids, [N] int64.
         """
         numbers_N8 = self.words_N5[slots, 1:].view(torch.float32)
+        if ops.mask:
+            logits_NV = self.masks.apply(logits_NV, slots)
         adjustments = self.adjustments if ops.adjust else None
         if ops.penalize:
             logits_NV = repetition_penalty(logits_NV, self.seen_NV[slots], numbers_N8[:, 1])

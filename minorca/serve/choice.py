@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from minorca.data.tokenizer import Tokenizer
 from minorca.generate.request import PromptToken, Token
 from minorca.generate.text_stream import TextStream
+from minorca.serve.call_reader import Call, CallReader
 
 # OpenAI's value for smaller ones: JSON has no infinity.
 MIN_LOGPROB = -9999.0
@@ -72,6 +73,7 @@ class Choice:
     Attributes:
         echo: what the text starts with, to be set before the first token; None: nothing.
         prompt: `Token.prompt` of the first token.
+        reader: what finds calls of tools in the text; None: it has none.
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class Choice:
         self.echo: Echo | None = None
         self.prompt: list[PromptToken] | None = None
         self.texts = texts
+        self.reader: CallReader | None = None
+        self._content: list[str] = []
         self._tok = tok
         self._options = (stop, continues, min_tokens)
         self._scores_stop_id = scores_stop_id
@@ -107,8 +111,21 @@ class Choice:
     def text(self) -> str:
         return self._text + (self._stream.text if self._stream else "")
 
+    @property
+    def content(self) -> str:
+        """The text without calls."""
+        return "".join(self._content)
+
+    @property
+    def calls(self) -> list[Call]:
+        return self.reader.calls if self.reader else []
+
+    def take_call_deltas(self) -> list[dict]:
+        """As `CallReader.take_deltas`."""
+        return self.reader.take_deltas() if self.reader else []
+
     def push(self, token: Token) -> str:
-        """Adds the next token; returns the new text. A stop id has no text and ends the choice like a stop string."""
+        """Adds the next token; returns the new content. A stop id has no text and ends it like a stop string."""
         new = ""
         if self._stream is None:
             new = self._start(token)
@@ -123,6 +140,11 @@ class Choice:
             new += stream.finish()
         self._stopped = stream.stopped
         self.finish_reason = "stop" if stream.stopped else token.finish_reason
+        if self.reader:
+            new = self.reader.push(token.id, new, self.finish_reason is not None)
+            if self.reader.is_complete and self.finish_reason == "stop":
+                self.finish_reason = "tool_calls"
+        self._content.append(new)
         if self.finish_reason:
             self._text, self._stream, self._unstopped = self.text, None, None
         return new

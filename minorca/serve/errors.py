@@ -1,9 +1,12 @@
 """Errors as OpenAI's clients expect them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from fastapi import HTTPException
 from pydantic import BaseModel
 
-from minorca.errors import one_line
+from minorca.errors import UserError, one_line
 
 
 class ErrorResponse(BaseModel):
@@ -47,3 +50,13 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
     types = {401: "authentication_error", 429: "rate_limit_error"}
     kind = types.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": one_line(message), "type": kind, "param": param and one_line(param), "code": code}}
+
+
+@contextmanager
+def naming(param: str) -> Iterator[None]:
+    """Turns what a user can fix into a client's error about a field."""
+    try:
+        yield
+    except UserError as error:
+        # Without the path, which clients should not see.
+        raise APIError(400, "; ".join(problem.sentence for problem in error.problems), param) from None

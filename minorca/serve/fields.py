@@ -55,7 +55,8 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop(cls, data):
-        return keep_known(data, cls.model_fields.keys()) if isinstance(data, dict) else data
+        names = {field.alias or name for name, field in cls.model_fields.items()}
+        return keep_known(data, names) if isinstance(data, dict) else data
 
 
 def keep_known(data: dict, names: Container[str]) -> dict:

@@ -5,47 +5,34 @@ warning in the log. Sources: those of unserved.py."""
 
 from abc import abstractmethod
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field, PlainValidator, ValidationInfo, field_validator
 
 from minorca.data.chat_template import render_chat
 from minorca.data.tokenizer import Tokenizer
+from minorca.generate.grammar import Grammar, answer_rules
 from minorca.generate.sampling import Sampling
+from minorca.serve.call_reader import CallReader
 from minorca.serve.choice import Choice, Echo, TokenLogprob
+from minorca.serve.errors import naming
 from minorca.serve.fields import (
     MAX_PROMPTS,
     Body,
-    TextPart,
-    Unsupported,
-    read_content,
     read_logit_bias,
     read_stop,
     read_stop_token_ids,
 )
 from minorca.serve.logprobs import chat_logprobs, prompt_logprobs
+from minorca.serve.messages import Message, template_messages
+from minorca.serve.structured import ResponseFormat, StructuredOutputs
+from minorca.serve.tool_form import tool_form
+from minorca.serve.tools import MAX_TOOLS, Tool, ToolChoice, check_choice, check_names, tool_rules
 from minorca.serve.unserved import UnservedChatFields, UnservedFields
 
 # A chat template that comes with the model may take time quadratic in this.
 MAX_MESSAGES = 1024
 MAX_LOGPROBS = 20
-
-
-class Message(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, PlainValidator(read_content, json_schema_input_type=str | list[TextPart])]
-    # No effect.
-    name: str = ""
-    id: str = ""
-    cache_control: dict[str, Any] = {}
-    # Fields of a response's message, which clients send back.
-    refusal: Annotated[Any, Unsupported("")] = ""
-    annotations: Annotated[Any, Unsupported([])] = []
-    tool_calls: Annotated[Any, Unsupported([])] = []
-    function_call: Annotated[Any, Unsupported({})] = {}
-    audio: Annotated[Any, Unsupported({})] = {}
-    reasoning: Annotated[Any, Unsupported("")] = ""
-    reasoning_content: Annotated[Any, Unsupported("")] = ""
 
 
 class StreamOptions(Body):
@@ -63,6 +50,12 @@ class Conversation(Body):
     # vLLM's: whether the last message, an answer, is continued, and whether an answer is asked for otherwise.
     continue_final_message: bool = False
     add_generation_prompt: bool = True
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+
+    @field_validator("tools")
+    @classmethod
+    def _check_tools(cls, value: list[Tool]) -> list[Tool]:
+        return check_names(value)
 
     @field_validator("add_generation_prompt")
     @classmethod
@@ -74,16 +67,17 @@ class Conversation(Body):
 
     @property
     def characters(self) -> int:
-        return sum(len(message.content) for message in self.messages)
+        calls = (call.function.arguments for message in self.messages for call in message.tool_calls)
+        texts = (*(message.content for message in self.messages), *(tool.function.description for tool in self.tools))
+        return sum(map(len, (*texts, *calls)))
 
     def render(self, tok: Tokenizer, template: str, max_tokens: int) -> list[int]:
         """As `GenerationRequest.encode_prompts`, for the one prompt."""
-        # "developer" is OpenAI's newer name.
-        roles = {"developer": "system"}
         return render_chat(
             tok,
-            [{"role": roles.get(m.role, m.role), "content": m.content} for m in self.messages],
+            template_messages(self.messages),
             template=template,
+            tools=[tool.message for tool in self.tools],
             max_ids=max_tokens,
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
@@ -115,6 +109,8 @@ class GenerationRequest(UnservedFields):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    # vLLM's.
+    structured_outputs: StructuredOutputs = StructuredOutputs()
 
     # The field that holds the prompt, the prefix of response ids, and the "object" of responses and stream events.
     prompt_field: ClassVar[str]
@@ -147,6 +143,20 @@ class GenerationRequest(UnservedFields):
     @abstractmethod
     def continues(self) -> bool:
         """Whether the new text continues a text."""
+
+    def compile_grammar(self, tok: Tokenizer, template: str) -> Grammar | None:
+        """The grammar of the answer; None: it is any text.
+
+        Raises:
+            APIError: it cannot be compiled.
+        """
+        with naming("structured_outputs"):
+            rule = self.structured_outputs.rule
+            return Grammar(tok, answer_rules(tok, rule)) if rule else None
+
+    def call_reader(self, tok: Tokenizer, template: str) -> CallReader | None:
+        """What finds the calls in an answer; None: it has none. `compile_grammar` has found no problem."""
+        return None
 
     @property
     @abstractmethod
@@ -216,6 +226,10 @@ class GenerationRequest(UnservedFields):
     ) -> dict:
         """New text of a choice or, with a finish reason, its end."""
 
+    def stream_calls(self, index: int, delta: dict) -> dict:
+        """A piece of a choice's calls."""
+        raise NotImplementedError
+
     def _format_prompt(self, choice: Choice, prompt: list[int]) -> dict:
         """The field `prompt_logprobs`, where it is asked for."""
         if self.prompt_logprobs is None or choice.prompt is None:
@@ -227,10 +241,9 @@ class ChatRequest(Conversation, UnservedChatFields, GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
-    # Not supported.
-    tools: Annotated[Any, Unsupported([])] = []
-    tool_choice: Annotated[Any, Unsupported("none", "auto")] = "none"
-    response_format: Annotated[Any, Unsupported({"type": "text"})] = {"type": "text"}
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat = ResponseFormat(type="text")
 
     prompt_field: ClassVar[str] = "messages"
     id_prefix: ClassVar[str] = "chatcmpl"
@@ -242,6 +255,19 @@ class ChatRequest(Conversation, UnservedChatFields, GenerationRequest):
     def _check_top_logprobs(cls, value: int, info: ValidationInfo) -> int:
         if value and not info.data.get("logprobs"):
             raise ValueError("needs logprobs: true")
+        return value
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _check_tool_choice(cls, value: ToolChoice, info: ValidationInfo) -> ToolChoice:
+        return check_choice(value, info.data.get("tools", []))
+
+    @field_validator("response_format")
+    @classmethod
+    def _check_response_format(cls, value: ResponseFormat, info: ValidationInfo) -> ResponseFormat:
+        other = info.data.get("structured_outputs")
+        if value.type != "text" and other and other.model_fields_set:
+            raise ValueError("is given beside structured_outputs; expected one of them")
         return value
 
     @property
@@ -264,11 +290,26 @@ class ChatRequest(Conversation, UnservedChatFields, GenerationRequest):
     def logprobs_count(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
 
+    def compile_grammar(self, tok: Tokenizer, template: str) -> Grammar | None:
+        field = "structured_outputs" if self.response_format.type == "text" else "response_format"
+        with naming(field):
+            answer = self.structured_outputs.rule or self.response_format.rule
+            if not self.tools:
+                return Grammar(tok, answer_rules(tok, answer)) if answer else None
+        with naming("tools"):
+            form = tool_form(tok, template)
+            return Grammar(tok, tool_rules(tok, form, self.tools, self.tool_choice, self.parallel_tool_calls, answer))
+
+    def call_reader(self, tok: Tokenizer, template: str) -> CallReader | None:
+        return CallReader(tok, tool_form(tok, template)) if self.tools and self.tool_choice != "none" else None
+
     def encode_prompts(self, tok: Tokenizer, template: str, max_tokens: int) -> list[list[int]]:
         return [self.render(tok, template, max_tokens)]
 
     def response_choice(self, choice: Choice, prompt: list[int]) -> dict:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        calls = [call.message for call in choice.calls]
+        content = None if calls and not choice.content else choice.content
+        message = {"role": "assistant", "content": content, "refusal": None} | ({"tool_calls": calls} if calls else {})
         logprobs = chat_logprobs(choice.take_logprobs()) if self.logprobs else None
         return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
@@ -287,3 +328,6 @@ class ChatRequest(Conversation, UnservedChatFields, GenerationRequest):
             "logprobs": chat_logprobs(logprobs) if logprobs else None,
             "finish_reason": finish_reason,
         }
+
+    def stream_calls(self, index: int, delta: dict) -> dict:
+        return self.stream_chunk(index, "", []) | {"delta": {"tool_calls": [delta]}}

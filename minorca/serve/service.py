@@ -104,6 +104,8 @@ class Service:
             completion = stack.enter_context(Completion(self.thread, choices))
             # In a worker thread: templates and tokenizers may be slow.
             completion.prompt_tokens = await run_in_threadpool(self._set_prompts, body, model, choices)
+            for choice in choices.values():
+                choice.reader = body.call_reader(model.tok, model.template)
             header = {
                 "id": f"{body.id_prefix}-{secrets.token_hex(12)}",
                 "object": body.chunk_object if body.stream else body.response_object,
@@ -162,10 +164,12 @@ class Service:
     def _set_prompts(self, body: GenerationRequest, model: Model, choices: dict[Request, Choice]) -> int:
         """Sets and checks the requests' prompts and limits; returns the number of prompt tokens."""
         self._check_characters(body.characters, body.prompt_field, model)
+        grammar = body.compile_grammar(model.tok, model.template)
         with _prompt_errors(body.prompt_field):
             prompts = body.encode_prompts(model.tok, model.template, self.thread.engine.max_length)
             for i, (request, choice) in enumerate(choices.items()):
                 request.prompt = prompts[i // body.n]
+                request.grammar = grammar
                 self._set_limit(body, request)
                 # Those of one prompt differ in nothing that is checked.
                 if i % body.n == 0:
@@ -238,6 +242,7 @@ class Service:
             events = []
             if text or logprobs:
                 events.append(chunk([body.stream_chunk(choice.index, text, logprobs)]))
+            events += [chunk([body.stream_calls(choice.index, delta)]) for delta in choice.take_call_deltas()]
             if choice.finish_reason:
                 events.append(chunk([body.stream_chunk(choice.index, "", [], choice.finish_reason)]))
             return events

@@ -65,7 +65,6 @@ class UnservedChatFields(Body):
     """Those of chat completions."""
 
     # No effect.
-    parallel_tool_calls: bool = True
     include_reasoning: bool = True
     chat_template_content_format: str = "auto"
     # Not supported.

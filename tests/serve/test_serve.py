@@ -501,14 +501,15 @@ INVALID = {
         {"messages": [{"role": "user", "content": "x" * 300}]},
         {"messages": ASK * 2000},
     ],
-    "messages.0.role": [
-        {"messages": [{"role": "tool", "content": "x"}]},
-        {"messages": [{"role": "\ud800", "content": "x"}]},
-    ],
+    "messages.0.role": [{"messages": [{"role": "\ud800", "content": "x"}]}],
+    "messages.0.tool_call_id": [{"messages": [{"role": "tool", "content": "x"}]}],
     "messages.0.content": [
         {"messages": [{"role": "user", "content": content}]} for content in (None, 1, [1], [{"type": "image_url"}])
     ],
-    "messages.0.tool_calls": [{"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}],
+    "messages.0.tool_calls": [
+        {"messages": [ASK[0] | {"tool_calls": [{"id": "a", "function": {"name": "f", "arguments": ""}}]}]}
+    ],
+    "messages.0.tool_calls.0.id": [{"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}],
     "max_tokens": [{"max_tokens": value} for value in (0, -1, 1.5, "9", 256, HUGE, True)],
     "max_completion_tokens": [
         {"max_completion_tokens": 0},
@@ -547,7 +548,16 @@ INVALID = {
     "tools": [{"tools": [{"type": "function", "function": {"name": "f"}}]}],
     "continue_final_message": [{"continue_final_message": "yes"}],
     "add_generation_prompt": [{"add_generation_prompt": True, "continue_final_message": True}],
-    "response_format": [{"response_format": {"type": "json_object"}}],
+    "tool_choice": [{"tool_choice": value} for value in ("required", "some", {"type": "function"})],
+    "response_format": [
+        {"response_format": value}
+        for value in (
+            {"type": "json_schema"},
+            {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": 1}}},
+        )
+    ],
+    "response_format.type": [{"response_format": {"type": "xml"}}],
+    "structured_outputs": [{"structured_outputs": {"regex": value}} for value in ("(", "a" * 10**5)],
 } | {field: [{field: value}] for field, value in UNSERVED.items()}
 
 
