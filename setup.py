@@ -55,6 +55,7 @@ setup(
             "pytest-xdist",
             "ruff==0.17.6",
             "schemathesis",
+            "tenacity",
             "torchao",
             "transformers",
             "trl==1.16.*",

@@ -54,7 +54,6 @@ class UnservedFields(Body):
     guided_decoding_backend: Annotated[Any, Unsupported("")] = ""
     guided_whitespace_pattern: Annotated[Any, Unsupported("")] = ""
     structural_tag: Annotated[Any, Unsupported("")] = ""
-    structured_outputs: Annotated[Any, Unsupported({})] = {}
     # vLLM's: its own operation
     priority: Annotated[Any, Unsupported(0)] = 0
     kv_transfer_params: Annotated[Any, Unsupported({})] = {}

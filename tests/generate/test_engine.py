@@ -3,6 +3,7 @@
 import contextlib
 import signal
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -338,7 +339,7 @@ def test_memory_that_torch_keeps_is_free(model, monkeypatch, page):
     """After a first engine, the driver counts torch's cache of freed tensors as taken."""
     needed = 10 * page_bytes(model, page)
     weight = SimpleNamespace(device=torch.device("cuda"), itemsize=4)
-    model = SimpleNamespace(arch=model.arch, dtype=torch.float32, embedding=SimpleNamespace(weight=weight))
+    model = cast(Any, SimpleNamespace(arch=model.arch, dtype=torch.float32, embedding=SimpleNamespace(weight=weight)))
     for reserved, fits in ((0, False), (needed, True)):
         figures = {"mem_get_info": (0, 2 * needed), "memory_reserved": needed + reserved}
         for name, value in ({"memory_allocated": needed} | figures).items():

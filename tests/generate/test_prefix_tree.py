@@ -2,6 +2,7 @@
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ class Simulation:
     def __init__(self, seed: int, window: int | None, pages: int):
         self.draw = random.Random(seed)
         self.window = window
-        arch = SimpleNamespace(window=window, **ARCH)
+        arch: Any = SimpleNamespace(window=window, **ARCH)
         self.cache = KVCache(arch, 3, LONGEST, torch.float32, torch.device("cpu"), chunk=6, pages=pages)
         # of each open slot: its adapter, its prompt, all its tokens so far
         self.open = {}

@@ -61,7 +61,7 @@ def test_a_slot_that_scored_its_prompt_changes_no_bit_of_others(both):
 
 
 def test_a_conversation_that_is_scored_is_prefilled_whole(both):
-    engine = Engine(both[0], 1, 200, reuse=True)
+    engine = Engine(both[0], 1, 200)
     run(engine, Request(prompt(30), 5))
     (tokens,) = run(engine, Request(prompt(30) + [5], 2, prompt_logprobs=0))
     assert len(tokens[0].prompt) == 30
