@@ -860,6 +860,12 @@ def test_metrics_count(talking):
     assert [talking.metric(name) - b for name, b in zip(names, before)] == [3, 6, 1, 1]
     assert talking.metric("slots") == 1
 
+    cached = talking.metric("cached_prompt_tokens_total")
+    for expected in (0, 20):
+        talking.client().completions.create(model="talker", prompt="A prompt sent twice!!", max_tokens=1)
+        # The last token is always computed.
+        assert talking.metric("cached_prompt_tokens_total") - cached == expected
+
 
 @pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_lets_answers_finish(signum, status, talker):
