@@ -4,18 +4,19 @@
     python -m benchmarks.serve_chats --before /tmp/before
 
 Starts the server of this checkout and, with --before, that of another one; both are measured in turn, in each round
-one after the other, with the same prompts, and no prompt of a round is another's.
+one after the other, with the same prompts, and no prompt of a round is another's. The final figures need a machine
+that does nothing else.
 
-quiet: one client, nothing else on the machine.
+quiet: one client. What has a prompt of thousands of tokens is measured in the first round only.
 
 - the first token of the fifth turn of a chat of about 1,500 tokens
 - `hi`, sent half a second after a prompt of 6,000 tokens, while another client's answer streams
 - eight prompts of 850 tokens at once, until all have their first token
-- a prompt of the greatest length, beside transformers' forward of the same tokens with the same weights
+- a prompt of the greatest length, beside transformers' forward of as many tokens with the same weights and threads
 
 load: clients that each have chats of five turns, whose prompts are the answers received so far and a new message, or
-send single prompts, of 20 to 4,000 tokens; answers have up to 32 tokens. Clients go on with their chats in the next
-round. The shares of the cache and the latencies are those of all rounds together.
+send single prompts, of 20 to 4,000 tokens; answers have up to 32 tokens. A round ends with the answers that are being
+waited for after its seconds, and clients go on with their chats in the next one. The shares of the cache and the latencies are those of all rounds together.
 
 Every answer is checked by the model's plain forward on the whole conversation: each token must have a logit at most
 TOLERANCE below the largest one (serve_load.py), which another client's answer would not. Exit status 1 if an answer
@@ -41,7 +42,7 @@ from torch import Tensor
 
 from benchmarks.common import DEVICE, ROOT, peer, report, spread
 from benchmarks.compare_trees import commit
-from benchmarks.serve_load import ANSWER_TIMEOUT, NEW_TOKENS, TOLERANCE, Server, widest_gap
+from benchmarks.serve_load import NEW_TOKENS, TOLERANCE, WORDS, Server, widest_gap
 from benchmarks.serve_quiet import SYSTEM_TOKENS, TURNS, Answer, forward_seconds, quiet, receive, receive_all, words
 from minorca.data.chat_template import render_chat
 from minorca.data.tokenizer import Tokenizer, load_tokenizer
@@ -51,12 +52,19 @@ from minorca_kernels import FrozenWeight
 
 SYSTEMS = 3
 # The shares of conversations that are chats, and of chats in which a message has a pasted text.
-CHATS = 0.7
+CHATS = 0.85
 PASTES = 0.1
+# For one answer: a machine of two cores reads the first prompts of 64 clients in more than a minute.
+ANSWER_TIMEOUT = 600
 
 
 def log_uniform(draw: random.Random, low: int, high: int) -> int:
     return round(math.exp(draw.uniform(math.log(low), math.log(high))))
+
+
+def question(draw: random.Random, tokens: int) -> str:
+    """About as many tokens, whose answer is no other question's."""
+    return f"{words(draw, tokens - 10)}. Write a sentence with {draw.choice(WORDS)} and {draw.choice(WORDS)}."
 
 
 @dataclass
@@ -81,12 +89,12 @@ class Client:
     def _begin(self) -> None:
         draw = self.draw
         if draw.random() >= CHATS:
-            self.unsent = [words(draw, log_uniform(draw, 20, 4000))]
+            self.unsent = [question(draw, log_uniform(draw, 20, 4000))]
             self.conversations.append([])
             return
-        self.unsent = [words(draw, draw.randint(20, 100)) for _ in range(TURNS)]
+        self.unsent = [question(draw, draw.randint(20, 100)) for _ in range(TURNS)]
         if draw.random() < PASTES:
-            self.unsent[draw.randrange(TURNS)] += " " + words(draw, log_uniform(draw, 200, 3000))
+            self.unsent[draw.randrange(TURNS)] = question(draw, log_uniform(draw, 200, 3000))
         self.conversations.append([{"role": "system", "content": draw.choice(self.systems)}])
 
     def give_up(self) -> None:
@@ -148,7 +156,7 @@ class Side:
         first_token = {name: percentiles([a.first_token for a in answers]) for name, answers in groups.items()}
         cached = self.counted.get("cached_prompt_tokens_total")
         return {
-            "quiet": {name: spread([figures[name] for figures in self.quiet]) for name in self.quiet[0]},
+            "quiet": {name: spread([f[name] for f in self.quiet if name in f]) for name in self.quiet[0]},
             "answers": len(self.answers),
             "first_token_seconds": first_token,
             "gap_seconds": percentiles([gap for answer in self.answers for gap in answer.gaps]),
@@ -226,7 +234,6 @@ def targets(after: dict[str, Any], before: dict[str, Any] | None) -> dict[str, A
 
 async def measure(args: argparse.Namespace, sides: list[Side], theirs: Any) -> list[float]:
     """Measures all sides in turn; returns the seconds of transformers' forwards."""
-    forwards = []
     try:
         for side in sides:
             options = ("--model", args.model.resolve(), "--slots", args.slots, "--queue", 2 * args.clients)
@@ -235,11 +242,15 @@ async def measure(args: argparse.Namespace, sides: list[Side], theirs: Any) -> l
             await receive_all(side.server, [[n] * 300 for n in range(2, 10)], NEW_TOKENS)
         for n in range(args.rounds):
             for side in sides:
-                side.quiet.append(await quiet(side.server, n))
-            forwards.append(forward_seconds(theirs, sides[0].server.max_length - 1, n))
+                # A long prompt takes a CPU half a minute.
+                side.quiet.append(await quiet(side.server, n, with_long=n == 0))
+                print(side.tree, side.quiet[-1], file=sys.stderr, flush=True)
+        length = sides[0].server.max_length - 1
+        forwards = [forward_seconds(theirs, length, n) for n in range(args.rounds)]
         for _ in range(args.rounds):
             for side in sides:
                 await side.load(args.seconds)
+                print(side.tree, f"{side.tokens_per_second[-1]:.1f} tokens/s", file=sys.stderr, flush=True)
         return forwards
     finally:
         for side in sides:

@@ -122,8 +122,12 @@ async def short_beside_long(server: Server, draw: random.Random) -> dict[str, fl
     }
 
 
-async def quiet(server: Server, seed: int) -> dict[str, float]:
-    """One round's figures; a seed's prompts are no other seed's."""
+async def quiet(server: Server, seed: int, with_long: bool) -> dict[str, float]:
+    """One round's figures; a seed's prompts are no other seed's.
+
+    Args:
+        with_long: also those of prompts of thousands of tokens.
+    """
     draw = random.Random(f"quiet {seed}")
     filled = await receive_all(server, [random_ids(draw, 16) for _ in range(8)], NEW_TOKENS)
     chunk = await receive_all(server, [random_ids(draw, CHUNK)], 1)
@@ -131,12 +135,13 @@ async def quiet(server: Server, seed: int) -> dict[str, float]:
         "step_seconds": statistics.median(gap for answer in filled for gap in answer.gaps),
         "chunk_seconds": chunk[0].first_token,
         "last_turn_seconds": await last_turn(server, draw),
-        **await short_beside_long(server, draw),
     }
     eight = await receive_all(server, [random_ids(draw, 850) for _ in range(8)], 1)
-    longest = await receive_all(server, [random_ids(draw, server.max_length - 1)], 1)
     figures["eight_prompts_seconds"] = max(answer.first_token for answer in eight)
-    figures["longest_prompt_seconds"] = longest[0].first_token
+    if with_long:
+        figures |= await short_beside_long(server, draw)
+        longest = await receive_all(server, [random_ids(draw, server.max_length - 1)], 1)
+        figures["longest_prompt_seconds"] = longest[0].first_token
     return figures
 
 
