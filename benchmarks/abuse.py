@@ -63,7 +63,9 @@ async def longest_pause(server: "Server", question: str, seconds: float) -> floa
 
 async def abuse(server: "Server", question: str, seconds: float) -> dict[str, Any]:
     """What a client's stream sees alone, beside a client that sends the longest prompts, and beside the abusive one."""
-    longest = {"model": server.model, "prompt": [1] * (server.max_length - 1), "max_tokens": 1}
+    # From their first token on different, so that the server has none of them in its cache.
+    prompts = [[n, *[1] * (server.max_length - 2)] for n in range(2, 66)]
+    longest = [json.dumps({"model": server.model, "prompt": prompt, "max_tokens": 1}).encode() for prompt in prompts]
     figures: dict[str, Any] = {"alone_seconds": await longest_pause(server, question, seconds)}
     statuses: Counter[str] = Counter()
     slowest = 0.0
@@ -82,7 +84,7 @@ async def abuse(server: "Server", question: str, seconds: float) -> dict[str, An
                 slowest = max(slowest, time.perf_counter() - began)
 
     for name, sent in {
-        "step_seconds": [("/v1/completions", json.dumps(longest).encode())],
+        "step_seconds": [("/v1/completions", content) for content in longest],
         "pause_seconds": requests(server.model, server.max_length),
     }.items():
         statuses.clear()

@@ -16,6 +16,7 @@ Exit status 1, with the reasons in the report, if
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -24,6 +25,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,9 +118,13 @@ class Server:
     Clients speak plain HTTP without a library, because they share the processor with it.
     """
 
-    async def start(self, *options) -> None:
+    async def start(self, *options, tree: Path = ROOT) -> None:
+        """Starts the server of a checkout."""
         command = [sys.executable, "-m", "minorca.serve", "--port", "0", *map(str, options)]
-        self.process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=asyncio.subprocess.PIPE)
+        environment = os.environ | {"PYTHONPATH": f"{tree}:{tree / 'kernels'}"}
+        self.process = await asyncio.create_subprocess_exec(
+            *command, cwd=tree, env=environment, stdout=asyncio.subprocess.PIPE
+        )
         assert self.process.stdout
         line = (await self.process.stdout.readline()).decode()
         address = re.search(r"serving (\S+) at http://127.0.0.1:(\d+): \d+ slots of (\d+) tokens", line)
@@ -144,6 +150,19 @@ class Server:
                 yield line
         finally:
             writer.transport.abort()
+
+    async def events(self, path: str, body: dict) -> AsyncGenerator[dict, None]:
+        """The events of a stream; raises ConnectionError where one is an error, or the end is missing."""
+        async with contextlib.aclosing(self.call(path, body | {"stream": True})) as lines:
+            async for line in lines:
+                if line.startswith(b"data: [DONE]"):
+                    return
+                if line.startswith(b"data: "):
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        raise ConnectionError(event["error"]["message"])
+                    yield event
+        raise ConnectionError("incomplete answer")
 
     async def metrics(self) -> dict[str, float]:
         lines = [line.decode() async for line in self.call("/metrics")]
@@ -178,27 +197,15 @@ async def ask(server: Server, number: int, question: str, phase: Phase, max_piec
         "temperature": 0,
         "max_tokens": NEW_TOKENS,
     }
-    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    body |= {"stream_options": {"include_usage": True}}
     began = time.perf_counter()
     first = 0.0
     pieces: list[str] = []
-    reason = None
     tokens = None
-    done = False
-    lines = server.call("/v1/chat/completions", body)
-    try:
-        async for line in lines:
-            if not line.startswith(b"data: "):
-                continue
-            done = line.startswith(b"data: [DONE]")
-            if done:
-                break
-            event = json.loads(line[6:])
-            if "error" in event:
-                raise ConnectionError(event["error"]["message"])
+    async with contextlib.aclosing(server.events("/v1/chat/completions", body)) as events:
+        async for event in events:
             tokens = (event["usage"] or {}).get("completion_tokens")
             for choice in event["choices"]:
-                reason = choice["finish_reason"] or reason
                 text = choice["delta"].get("content")
                 if text:
                     if not pieces:
@@ -207,14 +214,12 @@ async def ask(server: Server, number: int, question: str, phase: Phase, max_piec
             if max_pieces is not None and len(pieces) >= max_pieces:
                 phase.hung_up += 1
                 return
-        if not (done and reason and tokens and pieces):
-            raise ConnectionError("incomplete answer")
-        phase.first_token.append(first)
-        phase.latency.append(time.perf_counter() - began)
-        phase.answers[number, "".join(pieces)] += 1
-        phase.tokens += tokens
-    finally:
-        await lines.aclose()
+    if not (tokens and pieces):
+        raise ConnectionError("incomplete answer")
+    phase.first_token.append(first)
+    phase.latency.append(time.perf_counter() - began)
+    phase.answers[number, "".join(pieces)] += 1
+    phase.tokens += tokens
 
 
 async def load(server: Server, asked: list[str], clients: int, seconds: float, rude: int) -> Phase:
@@ -242,20 +247,21 @@ def last_logits(hidden_TH: Tensor, weight: FrozenWeight) -> Tensor:
 
 
 @torch.inference_mode()
-def widest_gap(model: Mistral, tok: Tokenizer, prompt: list[int], text: str) -> float | None:
+def widest_gap(model: Mistral, tok: Tokenizer, prompt: list[int], text: str, known: Sequence[int] = ()) -> float | None:
     """How far below the largest logit an answer's tokens are at most; None if one of them is not within TOLERANCE.
 
-    Searches all sequences of ids that decode to the text.
+    Searches all sequences of ids that decode to the text and begin with those that are known.
     """
-    tolerance = TOLERANCE[model.embedding.weight.dtype]
-    paths: list[tuple[float, list[int]]] = [(0.0, [])]
+    weight = model.embedding.weight
+    tolerance = TOLERANCE[weight.dtype]
+    paths: list[tuple[float, list[int]]] = [(0.0, list(known))]
     while paths:
         widest, ids = paths.pop()
         if len(ids) == NEW_TOKENS or (ids and ids[-1] in tok.stop_ids):
             if tok.decode(ids) == text:
                 return widest
             continue
-        logits_V = model(torch.tensor(prompt + ids), head=last_logits).float()
+        logits_V = model(torch.tensor(prompt + ids, device=weight.device), head=last_logits).float()
         below_V = logits_V.max() - logits_V
         for token in (below_V <= tolerance).nonzero()[:, 0].tolist():
             if text.startswith(tok.decode([*ids, token]).rstrip(REPLACEMENT)):

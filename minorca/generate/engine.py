@@ -143,6 +143,11 @@ class Engine:
         return len(self._waiting)
 
     @property
+    def reused_tokens(self) -> int:
+        """The tokens of all prompts so far that were read of the cache instead of computed."""
+        return self.cache.reused_tokens
+
+    @property
     def busy(self) -> bool:
         return bool(self._running or self._waiting)
 

@@ -78,7 +78,7 @@ class KVCache:
 
     `prefill` and `decode` return an attend object for `Mistral.forward`: for the next tokens of some slots, or for the
     next token of every active slot. `lengths` counts the tokens of each slot's sequence; `active` says which slots take
-    part in decoding.
+    part in decoding. `reused_tokens` counts the tokens of prompts that were taken over instead of computed.
 
     Args:
         max_length: the maximum number of tokens of a sequence.
@@ -113,6 +113,7 @@ class KVCache:
         self.lengths_N = torch.zeros(slots, dtype=torch.int64, device=device)
         self.table_NB = torch.zeros(slots, -(-max_length // PAGE), dtype=torch.int32, device=device)
         self.active = [False] * slots
+        self.reused_tokens = 0
         self._slots = [_Slot() for _ in range(slots)]
         # The pages of all slots together, at most `pages`.
         self._reserved = SPARE_PAGES
@@ -146,6 +147,7 @@ class KVCache:
             self.tree.use(new)
             slot.nodes = path
             slot.pages += [node.page or 0 for node in new]
+            self.reused_tokens += length - slot.length
             slot.length = length
             self._pass(slot)
             if tail is not None:

@@ -7,11 +7,13 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from itertools import islice
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from minorca.generate.engine import Engine
 from minorca.generate.request import Request, Token
@@ -19,6 +21,20 @@ from minorca.serve.choice import Choice
 from minorca.serve.errors import APIError
 
 SECONDS_BUCKETS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+
+class _CachedPromptTokens(Collector):
+    """A counter that the engine keeps."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        yield CounterMetricFamily(
+            "minorca_cached_prompt_tokens",
+            "Prompt tokens read of the cache instead of computed; of a prompt with several choices, those of each",
+            value=self.engine.reused_tokens,
+        )
 
 
 class Metrics:
@@ -48,6 +64,7 @@ class Metrics:
         self.prompt_tokens = Counter(
             "minorca_prompt_tokens", "Prompt tokens; a prompt with several choices counts once", registry=registry
         )
+        registry.register(_CachedPromptTokens(engine))
         self.new_tokens = Counter(
             "minorca_new_tokens", "Generated tokens, including those after a stop string", registry=registry
         )

@@ -924,9 +924,7 @@ def test_connections_end_before_descriptors_do(talker):
         assert time.monotonic() - began < 9
         refused = server.metric("connections_refused_total")
         assert 64 < refused < 110
-        completed: Any = server.client().completions.create(
-            model="talker", prompt="a", max_tokens=2, temperature=0
-        )
+        completed: Any = server.client().completions.create(model="talker", prompt="a", max_tokens=2, temperature=0)
         assert completed.usage.completion_tokens == 2 and server.metric("connections_refused_total") == refused
         stack.close()
         assert server.end(signal.SIGTERM) == (143, "")
@@ -956,6 +954,12 @@ def test_metrics_count(talking):
     talking.client().completions.create(model="talker", prompt=["\n", "ab"], max_tokens=3, temperature=0)
     assert [talking.metric(name) - b for name, b in zip(names, before)] == [3, 6, 1, 1]
     assert talking.metric("slots") == 1
+
+    cached = talking.metric("cached_prompt_tokens_total")
+    for expected in (0, 20):
+        talking.client().completions.create(model="talker", prompt="A prompt sent twice!!", max_tokens=1)
+        # The last token is always computed.
+        assert talking.metric("cached_prompt_tokens_total") - cached == expected
 
 
 @pytest.mark.parametrize("signum, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
