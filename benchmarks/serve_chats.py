@@ -16,8 +16,8 @@ quiet: one client. What has a prompt of thousands of tokens is measured in the f
 
 load: clients that each have chats of five turns, whose prompts are the answers received so far and a new message, or
 send single prompts, of 20 to 4,000 tokens; answers have up to 32 tokens. A round ends with the answers that are being
-waited for after its seconds, and clients go on with their chats in the next one. The shares of the cache and the
-latencies are those of all rounds together.
+waited for after its seconds, and clients go on with their chats in the next one. The cache hit rate and the latencies
+are those of all rounds together.
 
 Every answer is checked by the model's plain forward on the whole conversation: each token must have a logit at most
 TOLERANCE below the largest one (serve_load.py), which another client's answer would not. Exit status 1 if an answer
@@ -237,7 +237,7 @@ async def measure(args: argparse.Namespace, sides: list[Side], theirs: Any) -> l
     """Measures all sides in turn; returns the seconds of transformers' forwards."""
     try:
         for side in sides:
-            options = ("--model", args.model.resolve(), "--slots", args.slots, "--queue", 2 * args.clients)
+            options = ("--model", args.model.resolve(), "--slots", args.slots, "--queue", 2 * args.clients + 8)
             await side.server.start(*options, tree=side.tree)
             # Warms up.
             await receive_all(side.server, [[n] * 300 for n in range(2, 10)], NEW_TOKENS)
