@@ -6,10 +6,11 @@ sequence ends. A step computes chunks of several prompts in one forward of at mo
 Agrawal et al. 2023, arXiv:2308.16369), so that the running answers wait for one such forward at most, and a step of
 decoding always computes all slots.
 
-On the CPU, where products do not depend on the number of rows that are computed together, the bits of an answer depend
-on its request and the number of slots alone, but for tokens of its prompt that this engine has generated: their keys
-and values are those that decoding computed. On a GPU they also depend on what is computed in the same forward of a
-prompt.
+Bits: on the CPU, where `slots` is 1 or a multiple of 4, those of an answer depend on its request, on `slots` and on the
+set of adapters alone; not on what else is computed, nor on how its prompt was divided into chunks or what of it was
+cached. An exception are tokens of its prompt that this engine has generated: their keys and values are those that
+decoding computed. With other numbers of slots torch's fp32 products depend on the slot. On a GPU the bits also depend
+on what is computed in the same forward of a prompt.
 
 On CUDA the sampled ids are copied to the host while the next step is already running.
 
@@ -20,7 +21,8 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +33,8 @@ from torch.distributed.tensor import DTensor
 
 from minorca.generate.decode_step import DecodeStep
 from minorca.generate.kv_cache import KVCache, affordable_pages
-from minorca.generate.prompts import choose_chunks
+from minorca.generate.on_device import copy_to, row_multiple
+from minorca.generate.prompts import choose_chunks, key_cost
 from minorca.generate.request import Request, Sequence, Token, check_request, default_max_length
 from minorca.generate.results import PendingTokens
 from minorca.generate.sampling import Sampler
@@ -51,8 +54,6 @@ from minorca_kernels import FrozenWeight
 # Prompt tokens that are computed between two decoding steps, by type of device: a GPU's products need more rows, until
 # their time is that of arithmetic and not of reading the weights.
 CHUNK = {"cuda": 2048, "cpu": 256}
-# A forward of a prompt has a multiple of so many rows: torch's products of fewer than 12 sum in other orders.
-ROWS = {"cuda": 1, "cpu": 16}
 
 
 class Engine:
@@ -63,7 +64,8 @@ class Engine:
         slots: the number of sequences that are generated at once.
         max_length: the maximum number of tokens of a prompt and its continuation; by default the model's positions.
         adapters: what `load_adapters` returned for this model; None: requests cannot name an adapter.
-        chunk: the number of prompt tokens that are computed at once; by default 2048 on CUDA, 256 on the CPU.
+        chunk: the number of prompt tokens that are computed at once, where they see few others; by default 2048 on
+            CUDA, 256 on the CPU.
 
     Raises:
         UserError: the key/value cache does not fit in memory.
@@ -84,6 +86,7 @@ class Engine:
         self.chunk = chunk or CHUNK[self.device.type]
         self.vocab_size = model.arch.vocab_size
         self.max_length = max_length or default_max_length(model.arch)
+        self._key_cost = key_cost(model.arch, self.device.type)
         pages = affordable_pages(model, slots, self.max_length, self.chunk)
         self.cache = KVCache(model.arch, slots, self.max_length, model.dtype, self.device, self.chunk, pages)
         self._adapters = adapters or AdapterChoice([], self.device)
@@ -98,9 +101,6 @@ class Engine:
         self._prefilling: list[Sequence] = []
         self._pending: deque[PendingTokens] = deque()
         self._free_slots = list(range(slots))
-        # False during a step, and after one that an error interrupted: some layers may have cached more tokens than
-        # others.
-        self._consistent = True
 
     # ----------------------------------------------------------------------------------------------- requests
 
@@ -220,67 +220,72 @@ class Engine:
             length = len(request.prompt) + request.max_new_tokens
             if not self.cache.fits(length):
                 break
-            self._waiting.popleft()
-            sequence = Sequence(request, self._free_slots.pop(0), *self._to_device(request))
+            sequence = Sequence(request, self._free_slots[0], *self._to_device(request))
+            # one that generates nothing has nothing to constrain
+            if request.grammar and request.max_new_tokens:
+                sequence.constraint = request.grammar.start()
             self.cache.open(sequence.slot, request.adapter, length)
-            sequence.constraint = request.grammar and request.grammar.start()
+            self._waiting.popleft()
+            self._free_slots.pop(0)
             self._running[request] = sequence
             self._prefilling.append(sequence)
             self._adapter_N[sequence.slot : sequence.slot + 1] = sequence.adapter_1
 
     def _to_device(self, request: Request) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies what the device has to know of a request, at once; on CUDA the host does not wait for it."""
+        """Copies what the device has to know of a request, at once."""
         sampling = request.sampling.words(request.sample)
-        packed = torch.tensor([self._adapters.index(request.adapter), *sampling, *request.prompt])
-        if self.device.type == "cuda":
-            packed = packed.pin_memory()
-        packed = packed.to(self.device, non_blocking=True)
+        packed = copy_to(self.device, torch.tensor([self._adapters.index(request.adapter), *sampling, *request.prompt]))
         after = 1 + len(sampling)
         return packed[:1], packed[1:after], packed[after:]
 
+    @contextmanager
+    def _all_or_none(self, sequences: list[Sequence]) -> Iterator[None]:
+        """Drops these sequences if an error comes before all layers hold their new tokens."""
+        try:
+            yield
+        except BaseException:
+            for sequence in sequences:
+                self._release(sequence, is_whole=False)
+            raise
+
     def _prefill(self) -> None:
         """Computes chunks of prompts in one forward; after its last one, samples a prompt's first token."""
-        chunks = choose_chunks(self._prefilling, self.cache, self.chunk)
+        chunks = choose_chunks(self._prefilling, self.cache, self.chunk, self._key_cost)
         if not chunks:
             return
         tokens = sum(length for _, length in chunks)
-        fill = -tokens % ROWS[self.device.type]
-        ids, adapters = [], []
+        fill = -tokens % row_multiple(self.device)
+        ids, adapters, last, ending = [], [], [], []
         for sequence, length in chunks:
             start = self.cache.lengths[sequence.slot]
             ids.append(sequence.prompt_T[start : start + length])
             adapters.append(sequence.adapter_1.expand(length))
+            if start + length == len(sequence.request.prompt):
+                ending.append(sequence)
+                last.append(sum(map(len, ids)) - 1)
         ids.append(ids[0].new_zeros(fill))
         adapters.append(torch.full_like(ids[-1], NO_ADAPTER))
         self._adapters.choose(torch.cat(adapters), any(sequence.request.adapter is not None for sequence, _ in chunks))
-        self._consistent = False
-        attend = self.cache.prefill([(sequence.slot, length) for sequence, length in chunks], tokens + fill)
-        ending = [
-            sequence for sequence, _ in chunks if self.cache.lengths[sequence.slot] == len(sequence.request.prompt)
-        ]
-        logits_MV = self.model(torch.cat(ids), attend=attend, head=partial(self._prompt_head, chunks, ending))
+        last_M = copy_to(self.device, torch.tensor(last + last[:1] * (-len(last) % row_multiple(self.device))))
+        with self._all_or_none([sequence for sequence, _ in chunks]):
+            attend = self.cache.prefill([(sequence.slot, length) for sequence, length in chunks], tokens + fill)
+            logits_MV = self.model(torch.cat(ids), attend=attend, head=partial(self._prompt_head, chunks, last_M))
         for sequence, _ in chunks:
             self.cache.record(sequence.slot, sequence.request.prompt, sequence in ending)
-        self._consistent = True
         for row, sequence in enumerate(ending):
-            self._start_decoding(sequence, logits_MV[row : row + 1])
+            with self._all_or_none([sequence]):
+                self._start_decoding(sequence, logits_MV[row : row + 1])
 
+    @staticmethod
     def _prompt_head(
-        self, chunks: list[tuple[Sequence, int]], ending: list[Sequence], hidden_TH: Tensor, head: FrozenWeight
+        chunks: list[tuple[Sequence, int]], last_M: Tensor, hidden_TH: Tensor, head: FrozenWeight
     ) -> Tensor | None:
-        """The logits after the prompts that end [M, V], filled up as a forward is; scores those that ask for it."""
-        last = []
-        stop = 0
-        for sequence, length in chunks:
-            start, stop = stop, stop + length
+        """The logits after the rows that end prompts [M, V]; scores the prompts that ask for it."""
+        parts = hidden_TH.split([*(length for _, length in chunks), len(hidden_TH) - sum(n for _, n in chunks)])
+        for (sequence, _), part_TH in zip(chunks, parts):
             if sequence.prompt_scores:
-                sequence.prompt_scores.score(hidden_TH[start:stop], head)
-            if sequence in ending:
-                last.append(stop - 1)
-        if not last:
-            return None
-        fill = -len(last) % ROWS[self.device.type]
-        return head.linear(hidden_TH[last + last[:1] * fill])
+                sequence.prompt_scores.score(part_TH, head)
+        return head.linear(hidden_TH.index_select(0, last_M)) if len(last_M) else None
 
     def _start_decoding(self, sequence: Sequence, logits_1V: Tensor) -> None:
         """Samples the first token of a prompt that is computed, and activates its slot."""
@@ -299,12 +304,11 @@ class Engine:
 
     def _decode(self) -> None:
         decoding = [sequence for sequence in self._running.values() if self.cache.active[sequence.slot]]
-        self._consistent = False
-        self.cache.advance()
-        self._adapters.choose(self._adapter_N, any(request.adapter is not None for request in self._running))
-        self._sampler.masks.update()
-        logits_NV = self._decode_step.run()
-        self._consistent = True
+        with self._all_or_none(decoding):
+            self.cache.advance()
+            self._adapters.choose(self._adapter_N, any(request.adapter is not None for request in self._running))
+            self._sampler.masks.update()
+            logits_NV = self._decode_step.run()
         rows = [(sequence.slot, sequence) for sequence in decoding]
         self._pending.append(PendingTokens(rows, self._decode_step.tokens_N, logits_NV))
         for sequence in decoding:
@@ -332,13 +336,14 @@ class Engine:
                     self._release(sequence)
         return tokens
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence, is_whole: bool = True) -> None:
+        """Frees a sequence's slot; what it has computed is kept for others if it `is_whole`."""
         request, slot = sequence.request, sequence.slot
         del self._running[request]
         if sequence in self._prefilling:
             self._prefilling.remove(sequence)
         self._sampler.clear(slot)
-        self.cache.close(slot, request.prompt + sequence.ids if self._consistent else None)
+        self.cache.close(slot, request.prompt + sequence.ids if is_whole else None)
         self._free_slots.append(slot)
 
 

@@ -5,40 +5,23 @@ slot has a table of its pages. Full pages, and the last one of a prompt, are kep
 tokens they were computed from, so that another sequence that begins with these tokens reads them instead of computing
 them again; they are overwritten when their memory is needed. With a window, pages that it has passed are given back.
 
-A query's result does not depend on how a prompt was divided into chunks: on the CPU the queries of a page, and those
-only, are computed together, with all keys up to the end of the page, most of which are masked at the beginning of one.
-
-Axes in names: L layers, N slots, B pages of a slot, S positions of a page, P pages of the cache (P = D/2 in `cos_NP`
-and `frequencies_P`), T tokens, C keys of a query, R blocks of queries, H query heads, K key/value heads, G = H // K,
-D head size, M = (H + 2 K) D.
+Axes in names: L layers, N slots, B pages of a slot, S positions of a page, P pages of the cache (P = D/2 in
+`frequencies_P`), K key/value heads, D head size.
 """
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from minorca.device import host_memory_bytes
 from minorca.errors import UserError
+from minorca.generate.cache_attention import DecodeAttention, PrefillAttention, Segment
+from minorca.generate.on_device import copy_to
 from minorca.generate.prefix_tree import Node, PrefixTree
 from minorca.model.architecture import Architecture
-from minorca.model.attention import PackedAttention, visible
 from minorca.model.network import Mistral
-from minorca_kernels import (
-    NF4Weight,
-    decode_attention,
-    decode_positions,
-    decode_spans,
-    read_span,
-    rope,
-    rope_frequencies,
-    rope_into_cache,
-    rope_tables,
-    span_of,
-)
-from minorca_kernels.operator import uses_triton
+from minorca_kernels import NF4Weight, decode_spans, rope_frequencies
 
 # Positions of a page, and queries of a block on the CPU.
 PAGE = 128
@@ -134,33 +117,56 @@ class KVCache:
         self._reserved += slot.reserved
 
     def extend(self, number: int, prompt: Sequence[int]) -> int:
-        """Takes over what the cache holds of a slot's prompt from its length on; returns the new length.
+        """Takes over the full pages that the cache holds of a slot's prompt; returns how many tokens are left.
 
-        It is less than the prompt's, whose last token has to be computed for its logits.
+        At least the last one is: it has to be computed for its logits. Where another slot has just computed the rest of
+        the same prompt it alone is, see `extend_by_part`.
         """
         slot = self._slots[number]
-        if slot.length != len(slot.nodes) * PAGE:
-            return slot.length
-        path, tail, length = self.tree.match(slot.key, prompt[:-1], slot.nodes)
-        if length > slot.length:
-            new = path[len(slot.nodes) :]
-            self.tree.use(new)
-            slot.nodes = path
-            slot.pages += [node.page or 0 for node in new]
-            self.reused_tokens += length - slot.length
-            slot.length = length
-            self._pass(slot)
-            if tail is not None:
-                self._copy(slot, tail, length % PAGE)
+        if slot.length == len(slot.nodes) * PAGE:
+            path = self.tree.match(slot.key, prompt[:-1], slot.nodes)
+            if len(path) > len(slot.nodes):
+                new = path[len(slot.nodes) :]
+                self.tree.use(new)
+                slot.nodes = path
+                slot.pages += [node.page or 0 for node in new]
+                self._count_reused(slot, len(path) * PAGE)
+            if self.tree.holds_rest(self._parent(slot), prompt[slot.length :]):
+                return 1
+        return len(prompt) - slot.length
+
+    def extend_by_part(self, number: int, prompt: Sequence[int]) -> int:
+        """Copies the part of a page with which the slot's prompt goes on, if any; returns the slot's length."""
+        slot = self._slots[number]
+        if slot.length == len(slot.nodes) * PAGE:
+            part, tokens = self.tree.match_part(self._parent(slot), prompt[slot.length : -1][:PAGE])
+            if part is not None:
+                self._copy(slot, part, tokens)
+                self._count_reused(slot, slot.length + tokens)
         return slot.length
 
-    def _copy(self, slot: _Slot, tail: Node, tokens: int) -> None:
+    def _count_reused(self, slot: _Slot, length: int) -> None:
+        self.reused_tokens += length - slot.length
+        slot.length = length
+        self._pass(slot)
+
+    def next_page(self, number: int, prompt: Sequence[int]) -> tuple[Node, tuple[int, ...]] | None:
+        """What the slot computes next if it begins a page: the node before it and the page's tokens."""
+        slot = self._slots[number]
+        if slot.length != len(slot.nodes) * PAGE:
+            return None
+        return self._parent(slot), tuple(prompt[slot.length : slot.length + PAGE])
+
+    def _parent(self, slot: _Slot) -> Node:
+        return slot.nodes[-1] if slot.nodes else self.tree.root(slot.key)
+
+    def _copy(self, slot: _Slot, source: Node, tokens: int) -> None:
         """Copies a page's first tokens into a new page at the slot's end."""
         # So that it is not handed out as the new page.
-        self.tree.use([tail])
+        self.tree.use([source])
         page = self._new_page(slot)
-        self.kv_L2PSKD[:, :, page, :tokens] = self.kv_L2PSKD[:, :, tail.page, :tokens]
-        self.tree.leave([tail])
+        self.kv_L2PSKD[:, :, page, :tokens] = self.kv_L2PSKD[:, :, source.page, :tokens]
+        self.tree.leave([source])
 
     def _new_page(self, slot: _Slot) -> int:
         page = self.tree.allocate()
@@ -193,7 +199,7 @@ class KVCache:
         slot = self._slots[number]
         self._insert_full(slot, tokens[: slot.length])
         rest = tuple(tokens[len(slot.nodes) * PAGE : slot.length])
-        parent = slot.nodes[-1] if slot.nodes else self.tree.root(slot.key)
+        parent = self._parent(slot)
         if is_prompt_end and rest and rest not in parent.children:
             slot.tail = self.tree.insert(parent, rest, slot.pages[-1])
 
@@ -203,8 +209,7 @@ class KVCache:
 
     def _insert(self, slot: _Slot, tokens: tuple[int, ...]) -> None:
         place = len(slot.nodes)
-        parent = slot.nodes[-1] if slot.nodes else self.tree.root(slot.key)
-        node = self.tree.insert(parent, tokens, slot.pages[place] or None)
+        node = self.tree.insert(self._parent(slot), tokens, slot.pages[place] or None)
         if place >= slot.passed:
             slot.pages[place] = node.page or 0
         slot.nodes.append(node)
@@ -238,7 +243,7 @@ class KVCache:
 
     # ------------------------------------------------------------------------------------------------ forwards
 
-    def prefill(self, segments: Sequence[tuple[int, int]], rows: int) -> "_PrefillAttention":
+    def prefill(self, segments: Sequence[tuple[int, int]], rows: int) -> PrefillAttention:
         """The attend object for the next tokens of some slots, end to end: (slot, number of tokens) of each.
 
         They count as part of their sequences from now on. Up to `rows`, what the forward computes is meaningless.
@@ -249,8 +254,8 @@ class KVCache:
             self._pass(slot)
             start, slot.length = slot.length, slot.length + tokens
             self._reserve(slot)
-            placed.append(_Segment(slot.pages, start, slot.length))
-        return _PrefillAttention(self, placed, rows)
+            placed.append(Segment(slot.pages, start, slot.length))
+        return PrefillAttention(self, placed, rows)
 
     def _reserve(self, slot: _Slot) -> None:
         """Allocates the pages of a slot's length."""
@@ -263,10 +268,8 @@ class KVCache:
         """Includes a slot in decoding, or excludes it."""
         if active:
             slot = self._slots[number]
-            row = torch.tensor(slot.pages, dtype=torch.int32)
-            if self.device.type == "cuda":
-                row = row.pin_memory()
-            self.table_NB[number, : len(row)].copy_(row, non_blocking=True)
+            row = copy_to(self.device, torch.tensor(slot.pages, dtype=torch.int32))
+            self.table_NB[number, : len(row)] = row
             self.lengths_N[number].fill_(slot.length)
         self.active[number] = active
         self.active_N[number].fill_(int(active))
@@ -282,12 +285,12 @@ class KVCache:
                 if len(slot.pages) > before:
                     self.table_NB[number, before].fill_(slot.pages[-1])
 
-    def decode(self) -> "_DecodeAttention":
+    def decode(self) -> DecodeAttention:
         """The attend object for the next token of every slot, [N], after `advance`.
 
         It works on the device alone, so that a CUDA graph can capture it. The output for inactive slots is meaningless.
         """
-        return _DecodeAttention(self, self.lengths_N)
+        return DecodeAttention(self, self.lengths_N)
 
     def spans(self) -> list:
         """What the active slots' queries see, after `advance`, for `decode_attention` on the CPU."""
@@ -329,131 +332,3 @@ def affordable_pages(model: Mistral, slots: int, max_length: int, chunk: int) ->
             f"tokens, {max(free, 0) / 1e9:.1f} GB are free after loading; use a smaller maximum length"
         )
     return min(slots * one + SPARE_PAGES, room)
-
-
-class _Segment(NamedTuple):
-    """A slot's next tokens: positions [start, stop), and the pages of these and of all before them."""
-
-    pages: list[int]
-    start: int
-    stop: int
-
-
-class _PrefillAttention:
-    """Attention of some slots' next tokens to themselves and to the cached tokens before them."""
-
-    def __init__(self, cache: KVCache, segments: list[_Segment], rows: int):
-        self.cache = cache
-        self.tokens = sum(segment.stop - segment.start for segment in segments)
-        empty = rows - self.tokens
-        positions, index = [], []
-        for pages, start, stop in segments:
-            position_T = torch.arange(start, stop)
-            positions.append(position_T)
-            index.append(torch.tensor(pages)[position_T // PAGE] * PAGE + position_T % PAGE)
-        # What fills the rows up goes into the page that is nobody's.
-        positions.append(torch.zeros(empty, dtype=torch.int64))
-        index.append(torch.arange(empty) % PAGE)
-        self.positions, self.index_T = (torch.cat(parts).to(cache.device) for parts in (positions, index))
-        self.attend = (_Documents if uses_triton(self.positions) else _Blocks)(cache, segments)
-
-    def rope_tables(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-        """As `PackedAttention.rope_tables`."""
-        return rope_tables(self.positions, head_dim, theta)
-
-    def of_qkv(self, layer: int, qkv_TM: Tensor, cos_TP: Tensor, sin_TP: Tensor, heads: int, kv_heads: int) -> Tensor:
-        """As `PackedAttention.of_qkv`."""
-        k_PSKD, v_PSKD = self.cache.kv_L2PSKD[layer]
-        q_THD, *new = rope(qkv_TM, cos_TP, sin_TP, heads, kv_heads)
-        for pages_PSKD, new_TKD in zip((k_PSKD, v_PSKD), new):
-            pages_PSKD.flatten(0, 1).index_copy_(0, self.index_T, new_TKD)
-        out_THD = torch.zeros_like(q_THD)
-        out_THD[: self.tokens] = self.attend(layer, q_THD[: self.tokens], k_PSKD, v_PSKD)
-        return out_THD
-
-
-class _Documents:
-    """Each segment as a document with a past, for a GPU's kernels.
-
-    The past begins with a page, whatever the chunk, so that the kernels' tiles of keys are those of the whole prompt.
-    """
-
-    def __init__(self, cache: KVCache, segments: list[_Segment]):
-        self.documents = []
-        for pages, start, stop in segments:
-            first = cache.tree.first_visible(start) * PAGE
-            attend = PackedAttention(None, stop - start, cache.window, cache.device, start - first)
-            self.documents.append((attend, span_of(pages, PAGE, first, stop)))
-
-    def __call__(self, layer: int, q_THD: Tensor, k_PSKD: Tensor, v_PSKD: Tensor) -> Tensor:
-        parts = q_THD.split([len(attend.positions) for attend, _ in self.documents])
-        outs = [
-            attend(layer, q_THD, read_span(k_PSKD, span), read_span(v_PSKD, span))
-            for q_THD, (attend, span) in zip(parts, self.documents)
-        ]
-        return torch.cat(outs)
-
-
-class _Blocks:
-    """Queries in blocks of a page, with the keys of each, for torch's flash kernel on the CPU.
-
-    A block is always computed whole and with as many keys, whatever queries are wanted, so that no bit of a query's
-    result depends on the chunk. The heads of a key head are the rows of one product.
-    """
-
-    def __init__(self, cache: KVCache, segments: list[_Segment]):
-        window, dtype = cache.window, cache.kv_L2PSKD.dtype
-        self.group = cache.group
-        self.spans = []
-        self.masks = []
-        places = []
-        for pages, start, stop in segments:
-            for block in range(start // PAGE, -(-stop // PAGE)):
-                begin, end = block * PAGE, (block + 1) * PAGE
-                first = 0 if window is None else max(0, begin - window + 1) // PAGE * PAGE
-                sees_SC = visible(torch.arange(begin, end), torch.arange(first, end), window)
-                mask_SC = torch.zeros(sees_SC.shape, dtype=dtype).masked_fill_(~sees_SC, -torch.inf)
-                self.masks.append(mask_SC.repeat(self.group, 1))
-                places.append(torch.arange(max(begin, start), min(end, stop)) - begin + PAGE * len(self.spans))
-                self.spans.append(span_of(pages, PAGE, first, end))
-        # Of each token its row in the blocks.
-        self.place_T = torch.cat(places)
-
-    def __call__(self, layer: int, q_THD: Tensor, k_PSKD: Tensor, v_PSKD: Tensor) -> Tensor:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        blocks, group = len(self.spans), self.group
-        heads, head_dim = q_THD.shape[1:]
-        kv_heads = heads // group
-        q_rows = q_THD.new_zeros(blocks * PAGE, heads, head_dim).index_copy_(0, self.place_T, q_THD)
-        q_RKGSD = q_rows.view(blocks, PAGE, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
-        q_RKQD = q_RKGSD.reshape(blocks, kv_heads, group * PAGE, head_dim)
-        out_RKQD = torch.empty_like(q_RKQD)
-        for n, (span, mask) in enumerate(zip(self.spans, self.masks)):
-            k_1KCD, v_1KCD = (read_span(pages, span).transpose(0, 1)[None] for pages in (k_PSKD, v_PSKD))
-            out_RKQD[n : n + 1] = flash(q_RKQD[n : n + 1], k_1KCD, v_1KCD, attn_mask=mask)[0]
-        out_RKGSD = out_RKQD.view(blocks, kv_heads, group, PAGE, head_dim)
-        return out_RKGSD.permute(0, 3, 1, 2, 4).reshape(-1, heads, head_dim)[self.place_T]
-
-
-class _DecodeAttention:
-    """Attention of one token a slot."""
-
-    def __init__(self, cache: KVCache, lengths_N: Tensor):
-        """Counts the new tokens into `lengths_N`."""
-        self.cache = cache
-        self.cos_NP, self.sin_NP, self.index_N, self.filled_N = decode_positions(
-            lengths_N, cache.active_N, cache.frequencies_P, cache.table_NB, PAGE
-        )
-        self.spans = cache.spans() if cache.device.type == "cpu" else None
-
-    def rope_tables(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-        """As `PackedAttention.rope_tables`; the cache knows both numbers."""
-        return self.cos_NP, self.sin_NP
-
-    def of_qkv(self, layer: int, qkv_NM: Tensor, cos_NP: Tensor, sin_NP: Tensor, heads: int, kv_heads: int) -> Tensor:
-        """As `PackedAttention.of_qkv`; the cache knows the numbers of heads."""
-        cache = self.cache
-        k_PSKD, v_PSKD = cache.kv_L2PSKD[layer]
-        caches = k_PSKD.flatten(0, 1), v_PSKD.flatten(0, 1)
-        q_NHD = rope_into_cache(qkv_NM, cos_NP, sin_NP, *caches, self.index_N)
-        return decode_attention(q_NHD, k_PSKD, v_PSKD, cache.table_NB, self.filled_N, cache.window, self.spans)

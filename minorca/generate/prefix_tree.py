@@ -8,7 +8,6 @@ sequence uses are kept until their pages are needed; the least recently used go 
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
-from typing import NamedTuple
 
 
 class Node:
@@ -27,20 +26,6 @@ class Node:
         self.page = page
         self.users = 0
         self.children: dict[tuple[int, ...], Node] = {}
-
-
-class Match(NamedTuple):
-    """The part of a prompt that the cache holds.
-
-    Attributes:
-        path: nodes of full pages.
-        tail: a node whose page holds the tokens after the path's, to be copied; None: there is none.
-        length: tokens of the path and of the tail's part that matches.
-    """
-
-    path: list[Node]
-    tail: Node | None
-    length: int
 
 
 class PrefixTree:
@@ -84,11 +69,11 @@ class PrefixTree:
                 del self._idle[node]
                 self._free.append(self._take_page(node))
 
-    def match(self, key: Hashable, tokens: Sequence[int], known: Sequence[Node] = ()) -> Match:
-        """The longest beginning of `tokens` from which a sequence can go on.
+    def match(self, key: Hashable, tokens: Sequence[int], known: Sequence[Node] = ()) -> list[Node]:
+        """The longest path of full pages with which `tokens` begin and from which a sequence can go on.
 
         Args:
-            known: the nodes that its path begins with.
+            known: the nodes that it begins with.
         """
         path = list(known)
         node = path[-1] if path else self.root(key)
@@ -99,26 +84,31 @@ class PrefixTree:
                 break
             path.append(child)
             node = child
-        tail, rest = self._longest_tail(node, tokens[len(path) * self.size :])
-        return self._truncate(path, tail, len(path) * self.size + rest)
-
-    def _longest_tail(self, node: Node, tokens: Sequence[int]) -> tuple[Node | None, int]:
-        """The child that shares most tokens, and their number."""
-        tail, longest = None, 0
-        for child in node.children.values() if tokens else ():
-            if child.page is not None and (shared := common_length(child.tokens, tokens)) > longest:
-                tail, longest = child, shared
-        return tail, longest
-
-    def _truncate(self, path: list[Node], tail: Node | None, length: int) -> Match:
-        """Without what follows a page that is gone although the next token sees it."""
-        while length:
-            first = self.first_visible(length)
+        # not beyond a page that is gone although the next token sees it
+        while path:
+            first = self.first_visible(len(path) * self.size)
             gone = next((place for place in range(first, len(path)) if path[place].page is None), None)
             if gone is None:
                 break
-            path, tail, length = path[:gone], None, gone * self.size
-        return Match(path, tail, length)
+            path = path[:gone]
+        return path
+
+    @staticmethod
+    def match_part(parent: Node, tokens: Sequence[int]) -> tuple[Node | None, int]:
+        """The page after `parent` that begins with most of these tokens, and their number."""
+        part, longest = None, 0
+        for child in parent.children.values() if tokens else ():
+            if child.tokens[0] == tokens[0] and child.page is not None:
+                shared = common_length(child.tokens, tokens)
+                if shared > longest:
+                    part, longest = child, shared
+        return part, longest
+
+    @staticmethod
+    def holds_rest(parent: Node, tokens: Sequence[int]) -> bool:
+        """Whether a page after `parent` has exactly these tokens, which another sequence has computed."""
+        child = parent.children.get(tuple(tokens))
+        return child is not None and child.page is not None
 
     def first_visible(self, length: int) -> int:
         """The place of the first page that token `length`, counted from 0, sees."""

@@ -5,20 +5,14 @@ Axes in names: T tokens, H hidden, V vocabulary, K most likely ids.
 
 from collections.abc import Iterator
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from minorca.generate.on_device import row_multiple, to_host
 from minorca_kernels import FrozenWeight
 
 # Rows of which logits are computed at once: a whole chunk's would take more memory than its prefill.
 ROWS = 256
-
-
-def to_host(t: Tensor) -> Tensor:
-    """A copy on the host; on CUDA an asynchronous one."""
-    if not t.is_cuda:
-        return t.clone()
-    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
 
 
 class PromptScores:
@@ -42,7 +36,9 @@ class PromptScores:
             following_T = self._prompt_T[self._seen + 1 :][: len(rows_TH)]
             self._seen += len(rows_TH)
             if len(following_T):
-                self._add(head.linear(rows_TH[: len(following_T)]).float().log_softmax(-1), following_T)
+                fill = -len(rows_TH) % row_multiple(rows_TH.device)
+                logits_TV = head.linear(F.pad(rows_TH, (0, 0, 0, fill)))[: len(following_T)]
+                self._add(logits_TV.float().log_softmax(-1), following_T)
 
     def _add(self, logprobs_TV: Tensor, ids_T: Tensor) -> None:
         own_T1 = logprobs_TV.gather(-1, ids_T[:, None])

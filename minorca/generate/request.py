@@ -111,10 +111,12 @@ class Sequence:
 
     def append(self, token: int) -> str | None:
         """Adds the next token; returns the finish reason if it is the last one."""
+        if not self.request.max_new_tokens:
+            return "length"
         self.ids.append(token)
         if token in self.request.stop_ids or (self.constraint and not self.constraint.consume(token)):
             return "stop"
-        return "length" if len(self.ids) >= self.request.max_new_tokens else None
+        return "length" if len(self.ids) == self.request.max_new_tokens else None
 
 
 def default_max_length(arch: Architecture) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from minorca.generate.prompt_scores import to_host
+from minorca.generate.on_device import to_host
 from minorca.generate.request import PromptToken, Sequence, Token
 
 

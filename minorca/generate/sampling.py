@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minorca.errors import UserError, raise_problems
+from minorca.generate.on_device import copy_to
 from minorca.generate.token_masks import TokenMasks
 from minorca_kernels import draw, repetition_penalty
 
@@ -129,10 +130,7 @@ class Adjustments:
         self.ban_end_N[slot].fill_(ban_end)
 
     def _to_device(self, values: list, dtype: torch.dtype) -> Tensor:
-        values_T = torch.tensor(values, dtype=dtype)
-        if self.counts_NV.is_cuda:
-            values_T = values_T.pin_memory()
-        return values_T.to(self.counts_NV.device, non_blocking=True)
+        return copy_to(self.counts_NV.device, torch.tensor(values, dtype=dtype))
 
     def apply(self, logits_NV: Tensor, positions_N: Tensor, slots: slice, penalties_N2: Tensor) -> Tensor:
         """The adjusted logits, [N, V] fp32; `penalties_N2` are the frequency and presence penalties, [N, 2]."""

@@ -20,8 +20,7 @@ class TokenMasks:
         self.constraints: dict[int, Constraint] = {}
         self._shape = (slots, -(-vocab_size // 32))
         self._device = device
-        # On the host, and where a CUDA graph finds it.
-        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._words_NW: Tensor | None = None
 
     def set(self, slot: int, constraint: Constraint) -> None:
         """Constrains a slot from its first token on."""
@@ -35,18 +34,17 @@ class TokenMasks:
 
     def apply(self, logits_NV: Tensor, slots: slice) -> Tensor:
         """A copy of the logits [N, V] of these slots, minus infinity where an id may not come next."""
-        assert self._buffers is not None
-        words_NW = self._buffers[1][slots]
+        assert self._words_NW is not None
+        words_NW = self._words_NW[slots]
         bits_NWB = words_NW[:, :, None] >> torch.arange(32, dtype=torch.int32, device=self._device) & 1
         return logits_NV.masked_fill(bits_NWB.flatten(1)[:, : logits_NV.shape[1]] == 0, -torch.inf)
 
     def _fill(self, slots: list[int]) -> None:
-        if self._buffers is None:
-            # A slot's bits are read only after its tokens have reached the host, when no copy is running any more.
-            is_cuda = self._device.type == "cuda"
-            host_NW = torch.full(self._shape, -1, dtype=torch.int32, pin_memory=is_cuda)
-            self._buffers = host_NW, host_NW.to(self._device)
-        host_NW, device_NW = self._buffers
-        for slot in slots:
-            self.constraints[slot].fill(host_NW[slot])
-            device_NW[slot].copy_(host_NW[slot], non_blocking=True)
+        if self._words_NW is None:
+            # where a CUDA graph finds it
+            self._words_NW = torch.full(self._shape, -1, dtype=torch.int32, device=self._device)
+        # memory of its own: an earlier copy to the device may still be running
+        host = torch.empty(len(slots), self._shape[1], dtype=torch.int32, pin_memory=self._device.type == "cuda")
+        for row, slot in zip(host, slots):
+            self.constraints[slot].fill(row)
+            self._words_NW[slot].copy_(row, non_blocking=True)

@@ -9,9 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 from minorca import load_model
 from minorca.generate import generate
+from minorca.generate.cache_attention import DecodeAttention
 from minorca.generate.decode_step import _aligned_logits
 from minorca.generate.engine import Engine
-from minorca.generate.kv_cache import KVCache, _DecodeAttention
+from minorca.generate.kv_cache import KVCache
 from minorca.generate.request import Request
 from minorca.generate.sampling import Sampling
 from minorca.model.build import load_adapters, read_adapter
@@ -161,7 +162,7 @@ def test_a_step_that_reads_the_hosts_lengths_is_detected(emulated, save_mistral,
 
     def decode(cache: KVCache):
         cache.lengths_N += cache.active_N
-        return _DecodeAttention(cache, torch.tensor(cache.lengths) - 1)
+        return DecodeAttention(cache, torch.tensor(cache.lengths) - 1)
 
     model = load_model(save_mistral(num_hidden_layers=1, initializer_range=0.2)[0], torch.float32, "cpu")
     monkeypatch.setattr(KVCache, "decode", decode)

@@ -187,6 +187,25 @@ def test_sequences_take_the_pages_that_they_need(save_mistral, page):
     assert held == sum(-(-length // page) for length in engine.cache.lengths)
 
 
+def test_a_short_prompt_waits_for_no_long_one(save_mistral, page):
+    """And a long one is not overtaken for ever, while short ones keep coming."""
+    model = load_model(save_mistral(sliding_window=None)[0], torch.float32, "cpu")
+    engine = Engine(model, 3, 3000, chunk=2 * page)
+    engine.add(long := Request(prompt(2000), 1))
+    engine.step()
+    shorts = []
+    finished = set()
+    while long not in finished:
+        engine.add(short := Request(prompt(10, len(shorts)), 1))
+        before = engine.cache.lengths[0]
+        finished |= {token.request for token in engine.step() if token.finish_reason}
+        # in its own step, or in the next one, where the long one has less left than it
+        assert finished >= set(shorts)
+        assert long in finished or engine.cache.lengths[0] > before
+        shorts.append(short)
+    assert len(shorts) <= 2000 / 16 + 1
+
+
 def test_requests_wait_for_pages(save_mistral, page):
     """Where not all slots can have sequences of the maximum length, none is begun that could not end."""
     model = load_model(save_mistral(sliding_window=None)[0], torch.float32, "cpu")

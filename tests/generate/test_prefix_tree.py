@@ -59,7 +59,10 @@ class Simulation:
         key, prompt, said = self.open[number]
         start = self.cache.lengths[number]
         if start < len(prompt):
-            self.reused += self.cache.extend(number, prompt) - start
+            self.cache.extend(number, prompt)
+            if self.draw.random() < 0.5:
+                self.cache.extend_by_part(number, prompt)
+            self.reused += self.cache.lengths[number] - start
             start = self.cache.lengths[number]
             count = self.draw.randint(1, min(6, len(prompt) - start))
             self.cache.prefill([(number, count)], count)
@@ -131,12 +134,15 @@ def test_the_longest_beginning_matches():
     tree = PrefixTree(20, 4, None)
     first = filled(tree, None, [1, 2, 3, 4, 5, 6, 7, 8, 9])
     second = filled(tree, None, [1, 2, 3, 4, 5, 6, 0, 0])
-    assert tree.match(None, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]) == (first[:2], first[2], 9)
-    assert tree.match(None, [1, 2, 3, 4, 5, 6, 0]) == (first[:1], second[1], 7)
-    assert tree.match(None, [1, 2, 0]) == ([], first[0], 2)
-    assert tree.match(None, [2]) == ([], None, 0)
+    assert tree.match(None, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]) == first[:2]
+    assert tree.match_part(first[1], [9, 10]) == (first[2], 1)
+    assert tree.holds_rest(first[1], [9]) and not tree.holds_rest(first[1], [9, 10])
+    assert tree.match(None, [1, 2, 3, 4, 5, 6, 0]) == tree.match(None, [1, 2, 3, 4, 5, 6, 0], first[:1]) == first[:1]
+    assert tree.match_part(first[0], [5, 6, 0]) == (second[1], 3)
+    assert tree.match(None, [1, 2, 0]) == [] and tree.match_part(tree.root(None), [1, 2, 0]) == (first[0], 2)
+    assert tree.match_part(tree.root(None), [2]) == tree.match_part(tree.root(None), []) == (None, 0)
     # another adapter's
-    assert tree.match("other", [1, 2, 3, 4]) == ([], None, 0)
+    assert tree.match("other", [1, 2, 3, 4]) == []
 
 
 def test_the_least_recently_used_goes_first():
@@ -149,9 +155,9 @@ def test_the_least_recently_used_goes_first():
     tree.leave(old)
     # the end of a path before its beginning
     tree.allocate()
-    assert tree.match(None, [2, 2, 3, 3])[2] == 2
+    assert tree.match(None, [2, 2, 3, 3]) == new[:1]
     tree.allocate()
-    assert tree.match(None, [2, 2, 3, 3])[2] == 0 and tree.match(None, [1, 1])[2] == 2
+    assert tree.match(None, [2, 2, 3, 3]) == [] and tree.match(None, [1, 1]) == old
 
 
 def test_a_forgotten_adapter_serves_nothing():
@@ -160,7 +166,7 @@ def test_a_forgotten_adapter_serves_nothing():
     ended = filled(tree, "a", [2, 2, 3, 3])
     tree.leave(ended)
     tree.forget("a")
-    assert tree.match("a", [1, 1]).length == tree.match("a", [2, 2]).length == 0
+    assert tree.match("a", [1, 1]) == tree.match("a", [2, 2]) == []
     assert tree.available == 10 - 1 - 1
     tree.leave(running)
     assert tree.available == 9
