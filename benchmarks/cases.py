@@ -455,7 +455,7 @@ def tree_attentions(shape: Shape, tokens: int) -> Iterator[Case]:
 
 def decoding(shape: Shape, sequences: int, positions: int) -> Iterator[Case]:
     """One query for each sequence, and the keys and values of `positions`, in pages that lie in no order."""
-    page = 128
+    page = min(128, positions)
     places = positions // page
 
     def inputs(device, dtype):

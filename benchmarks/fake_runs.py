@@ -85,11 +85,11 @@ def decode(layers: int, batch: int, prompt: int, sampling: Sampling | None = Non
         # of equal prompts one is prefilled, and the others' caches are copied
         for _ in range(batch):
             engine.add(Request(list(range(prompt)), 32, sampling or Sampling()))
-        while len(engine._prompt_logits) < batch:
+        while sum(engine.cache.active) < batch:
             engine.step()
         recorder.phase = "decode"
         # one has been eager, maybe; the next one is captured, and then replayed
         for _ in range(3):
             engine.step()
-        kinds |= {recorder.number(t): "cache" for t in (*cache.k_LNSKD, *cache.v_LNSKD)}
+        kinds |= {recorder.number(cache.kv_L2PSKD): "cache"}
         return Recording(recorder, {n: kind for n, kind in kinds.items() if n is not None})

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minorca.generate.on_device import copy_to
@@ -69,9 +70,9 @@ class PrefillAttention:
         q_THD, *new = rope(qkv_TM, cos_TP, sin_TP, heads, kv_heads)
         for pages_PSKD, new_TKD in zip((k_PSKD, v_PSKD), new):
             pages_PSKD.flatten(0, 1).index_copy_(0, self.index_T, new_TKD)
-        out_THD = torch.zeros_like(q_THD)
-        out_THD[: self.tokens] = self.attend(layer, q_THD[: self.tokens], k_PSKD, v_PSKD)
-        return out_THD
+        out_THD = self.attend(layer, q_THD[: self.tokens], k_PSKD, v_PSKD)
+        empty = len(q_THD) - self.tokens
+        return F.pad(out_THD, (0, 0, 0, 0, 0, empty)) if empty else out_THD
 
 
 class _Documents:
@@ -97,7 +98,7 @@ class _Documents:
             attend(layer, q_THD, read_span(k_PSKD, span), read_span(v_PSKD, span))
             for q_THD, (attend, span) in zip(parts, self.documents)
         ]
-        return torch.cat(outs)
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 class _Blocks:
