@@ -122,9 +122,9 @@ def _split_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], acc_dtype)
         m_i = tl.full([BLOCK_M], _INITIAL_MAX, acc_dtype)
         l_i = tl.zeros([BLOCK_M], acc_dtype)
-        for tile in range(0, tl.cdiv(end - start, BLOCK_N)):
-            position = start + tile * BLOCK_N
-            page = tl.load(table_ptr + n * stride_table + position // PAGE).to(tl.int64)
+        pages_ptr = table_ptr + n * stride_table
+        for position in range(start, end, BLOCK_N):
+            page = tl.load(pages_ptr + position // PAGE).to(tl.int64)
             key = position + tl.arange(0, BLOCK_N)
             slot = tl.minimum(key, end - 1) % PAGE
             k = _load_rows(k_ptr + page * stride_k_page, slot, stride_k_slot, D, BLOCK_D)
