@@ -104,12 +104,11 @@ def test_no_bit_depends_on_a_neighbour(dtype, threads, size, length, window, mon
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     alone_q, alone_k, alone_v, alone_table, _ = random_inputs([length], 3, size, dtype, kv_heads=1)
-    in_order = torch.arange(alone_table.numel()).view(1, -1).int()
+    ordered_k, ordered_v = (t[alone_table[0].long()] for t in (alone_k, alone_v))
+    ordered_table = torch.arange(alone_table.numel()).view(1, -1).int()
     results = [
         decode_attention(alone_q, alone_k, alone_v, alone_table, torch.tensor([length]), window)[0],
-        decode_attention(
-            alone_q, *(t[alone_table[0].long()] for t in (alone_k, alone_v)), in_order, torch.tensor([length]), window
-        )[0],
+        decode_attention(alone_q, ordered_k, ordered_v, ordered_table, torch.tensor([length]), window)[0],
     ]
     for others in ([length] * 5, [0, 64, 65, 150, 151]):
         for position in (0, 3, 4):
