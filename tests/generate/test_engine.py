@@ -45,7 +45,7 @@ def logprobs(tokens: list) -> torch.Tensor:
     return torch.stack([torch.tensor([value for _, value in sorted(token.top)]) for token in tokens])
 
 
-@pytest.fixture(autouse=True, params=[16, 128])
+@pytest.fixture(autouse=True, params=[16, pytest.param(128, marks=pytest.mark.slow)])
 def page(request, monkeypatch):
     """Pages that the prompts here fill, and the real ones."""
     monkeypatch.setattr("minorca.generate.kv_cache.PAGE", request.param)
