@@ -7,7 +7,7 @@ sequence uses are kept until their pages are needed; the least recently used go 
 """
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 
 
 class Node:
@@ -176,14 +176,6 @@ class PrefixTree:
         page = self._take_page(node)
         self._prune(node)
         return page
-
-    def __iter__(self) -> Iterator[Node]:
-        """All nodes that can be matched."""
-        nodes = [child for root in self._roots.values() for child in root.children.values()]
-        while nodes:
-            node = nodes.pop()
-            nodes += node.children.values()
-            yield node
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:

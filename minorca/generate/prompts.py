@@ -50,7 +50,7 @@ def choose_chunks(waiting: Sequences[Sequence], cache: KVCache, budget: int, cos
         # the last token of a prompt is not in the cache, whoever else computes it
         if count == 0 or (left[sequence] > 1 and not _is_first(sequence, cache, pages)):
             continue
-        if sequence.request.prompt_logprobs is None:
+        if sequence.request.reads_cache:
             length = cache.extend_by_part(sequence.slot, sequence.request.prompt)
             count = min(count, len(sequence.request.prompt) - length)
         chosen.append((sequence, count))
@@ -62,10 +62,9 @@ def choose_chunks(waiting: Sequences[Sequence], cache: KVCache, budget: int, cos
 def _left(sequence: Sequence, cache: KVCache) -> int:
     """The number of a prompt's tokens that the cache does not hold."""
     prompt = sequence.request.prompt
-    # scores need the hidden states of every token
-    if sequence.request.prompt_logprobs is not None:
-        return len(prompt) - cache.lengths[sequence.slot]
-    return cache.extend(sequence.slot, prompt)
+    if sequence.request.reads_cache:
+        return cache.extend(sequence.slot, prompt)
+    return len(prompt) - cache.lengths[sequence.slot]
 
 
 def _price(sequence: Sequence, cache: KVCache, cost: float) -> float:
@@ -91,7 +90,7 @@ def _is_first(sequence: Sequence, cache: KVCache, pages: set[tuple]) -> bool:
     """Whether no other sequence of this step computes the same page, which this one could then read."""
     request = sequence.request
     page = cache.next_page(sequence.slot, request.prompt)
-    if page is None or request.prompt_logprobs is not None:
+    if page is None or not request.reads_cache:
         return True
     is_first = page not in pages
     pages.add(page)

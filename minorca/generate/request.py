@@ -48,6 +48,11 @@ class Request:
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
 
+    @property
+    def reads_cache(self) -> bool:
+        """Whether parts of the prompt may be taken from the cache: scores need the hidden states of every token."""
+        return self.prompt_logprobs is None
+
 
 class PromptToken(NamedTuple):
     """What the model's own distribution says of a prompt token.

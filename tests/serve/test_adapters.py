@@ -15,21 +15,17 @@ from minorca.generate.engine import Engine
 from minorca.generate.request import Request
 from minorca.model.build import load_adapters, read_adapter
 from tests.generate.test_engine import ids, run
-from tests.helpers import random_adapter, random_mistral, save_tokenizer
-from tests.serve.test_serve import IN_FP32, assert_error, greedy, prompt_of, serving, talker  # noqa: F401
+from tests.helpers import random_adapter, random_mistral
+from tests.serve.test_serve import IN_FP32, assert_error, greedy, prompt_of, save_endless, serving, talker  # noqa: F401
 
 TENSORS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A random model whose greedy answers never contain a stop id, and three adapters below loras/."""
+    """An endless model, and three adapters below loras/."""
     directory = tmp_path_factory.mktemp("models") / "tiny"
-    model = random_mistral(vocab_size=260, max_position_embeddings=256)
-    with torch.no_grad():
-        model.lm_head.weight[[2, 257]] = 0.5 * model.lm_head.weight[65]
-    model.save_pretrained(directory)
-    save_tokenizer(directory)
+    save_endless(directory)
     loras = directory.parent / "loras"
     for name, targets in (("one", ("q", "v", "down")), ("two", ("k", "up")), ("nested/three", ("o", "gate"))):
         random_adapter(random_mistral(vocab_size=260), loras / name, targets)

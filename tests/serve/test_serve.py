@@ -111,15 +111,21 @@ def serving(*options, **more):
         server.process.wait()
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    """A random model whose greedy answers never contain a stop id; beside it an adapter, bare and with a template."""
-    directory = tmp_path_factory.mktemp("models") / "tiny"
+def save_endless(directory):
+    """Writes a random model whose greedy answers never contain a stop id; returns it."""
     model = random_mistral(vocab_size=260, max_position_embeddings=256)
     with torch.no_grad():
         model.lm_head.weight[[2, 257]] = 0.5 * model.lm_head.weight[65]
     model.save_pretrained(directory)
     save_tokenizer(directory)
+    return model
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """An endless model; beside it an adapter, bare and with a template."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    model = save_endless(directory)
     adapter = directory.parent / "adapter"
     random_adapter(model, adapter, ("q", "v", "down"))
     own = directory.parent / "own"
