@@ -13,7 +13,8 @@ import re
 import resource
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -60,7 +61,8 @@ def main(argv: list[str]) -> None:
         models = _load_chats(directories, arch, args)
         _check_max_length(args.max_length, arch)
         adapters = {name: directory for name, directory in directories.items() if directory is not None}
-        engine = open_engine(
+        opener = partial(
+            open_engine,
             args.model,
             adapters,
             args.slots,
@@ -68,7 +70,7 @@ def main(argv: list[str]) -> None:
             quantize=args.quantize,
             double_quant=args.double_quant,
         )
-        asyncio.run(_serve(engine, models, listener, args))
+        asyncio.run(_serve(opener, models, listener, args))
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -208,7 +210,7 @@ def _check_max_length(max_length: int | None, arch: Architecture) -> None:
 
 
 async def _serve(
-    engine: Engine,
+    opener: Callable[[], Engine],
     models: dict[str, Model],
     listener: Listener,
     args: argparse.Namespace,
@@ -218,7 +220,8 @@ async def _serve(
     is_local = ipaddress.ip_address(address).is_loopback
     hosts = _host_names(args) if is_local or args.allowed_host else None
     key = args.api_key or os.environ.get(KEY_VARIABLE)
-    thread = EngineThread(engine, args.queue)
+    thread = EngineThread(opener, args.queue)
+    await thread.open()
     service = Service(thread, models)
     server = _make_server(make_app(service, key, hosts, args.cors_origin, _runtime_adapters(service, args)))
 
@@ -227,7 +230,6 @@ async def _serve(
 
     thread.on_failure = shut_down
     listener.on_refusal = thread.metrics.connections_refused.inc
-    thread.start()
     try:
         if not is_local and not key:
             print(
@@ -238,7 +240,7 @@ async def _serve(
         gc.freeze()
         # The engine's thread takes the lock hundreds of times a step.
         sys.setswitchinterval(SWITCH_SECONDS)
-        _announce(listener, models, engine)
+        _announce(listener, models, thread.engine)
         await server.serve(sockets=[listener])
     finally:
         gc.unfreeze()

@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from itertools import islice
 
@@ -83,36 +84,57 @@ class Metrics:
 
 
 class EngineThread(threading.Thread):
-    """Runs the engine. All methods but `run` are for the event loop's thread, in which it must be created.
+    """Opens the engine and runs it. All methods but `run` are for the event loop's thread, in which it must be created.
+
+    No other thread should compute with torch: OpenMP gives each one that does threads of its own, and where these are
+    more than the cores, all of them sleep after every operation. Decoding then takes up to twice as long.
 
     Args:
+        open_engine: called in this thread.
         max_waiting: the number of HTTP requests that may wait for a slot.
     """
 
-    def __init__(self, engine: Engine, max_waiting: int):
+    engine: Engine
+    metrics: Metrics
+    max_requests: int
+
+    def __init__(self, open_engine: Callable[[], Engine], max_waiting: int):
         super().__init__(name="engine", daemon=True)
-        self.engine = engine
-        self.max_requests = engine.slots + max_waiting
-        self.metrics = Metrics(engine)
         # What was admitted and has not ended: HTTP requests, and their requests to the engine.
         self.admitted: set[Completion] = set()
         self.completions: dict[Request, Completion] = {}
         # The exception that ended the engine. `on_failure` is called then.
         self.failure: Exception | None = None
         self.on_failure: Callable[[], None] | None = None
+        self._open_engine = open_engine
+        self._max_waiting = max_waiting
+        self._opened: Future[Engine] = Future()
         self._loop = asyncio.get_running_loop()
         # Functions to call between two steps; None ends the thread.
         self._calls: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
 
+    async def open(self) -> None:
+        """Starts the thread; returns when the engine is open, or raises what opening it raises."""
+        self.start()
+        self.engine = await asyncio.wrap_future(self._opened)
+        self.metrics = Metrics(self.engine)
+        self.max_requests = self.engine.slots + self._max_waiting
+
     def run(self) -> None:
         try:
+            engine = self._open_engine()
+        except BaseException as error:
+            self._opened.set_exception(error)
+            return
+        self._opened.set_result(engine)
+        try:
             while True:
-                while not (self.engine.busy and self._calls.empty()):
+                while not (engine.busy and self._calls.empty()):
                     function = self._calls.get()
                     if function is None:
                         return
                     function()
-                tokens = self.engine.step()
+                tokens = engine.step()
                 if tokens:
                     self._loop.call_soon_threadsafe(self._deliver, tokens)
         except Exception as error:

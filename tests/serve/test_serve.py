@@ -1002,10 +1002,10 @@ def test_the_health_of_a_dead_engine(talker):
 
     async def statuses():
         engine: Any = Dead()
-        thread = EngineThread(engine, 0)
+        thread = EngineThread(lambda: engine, 0)
+        await thread.open()
         app = make_app(Service(thread, {"talker": Model(load_tokenizer(talker))}))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
-            thread.start()
             thread.join()
             await asyncio.sleep(0)
             asked = await client.post("/v1/completions", json={"model": "talker", "prompt": "a"})
