@@ -18,6 +18,7 @@ from minorca_kernels.cross_entropy import (
     linear_entropy_definition,
 )
 from minorca_kernels.decode_attention import (
+    Span,
     decode_attention,
     decode_attention_definition,
     decode_spans,
@@ -65,6 +66,7 @@ __all__ = [
     "PrepackedWeight",
     "QuantizedPart",
     "STRATEGIES",
+    "Span",
     "add_rms_norm",
     "add_rms_norm_definition",
     "attention",

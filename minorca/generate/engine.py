@@ -250,7 +250,8 @@ class Engine:
 
     def _prefill(self) -> None:
         """Computes chunks of prompts in one forward; after its last one, samples a prompt's first token."""
-        chunks = choose_chunks(self._prefilling, self.cache, self.chunk, self._key_cost)
+        cost = self._key_cost if any(self.cache.active) else 0
+        chunks = choose_chunks(self._prefilling, self.cache, self.chunk, cost)
         if not chunks:
             return
         tokens = sum(length for _, length in chunks)

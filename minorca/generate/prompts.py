@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Sequences
 
+from minorca.generate.cache_attention import BLOCK_PAGES
 from minorca.generate.kv_cache import KVCache
 from minorca.generate.request import Sequence
 from minorca.model.architecture import Architecture
@@ -32,7 +33,7 @@ def choose_chunks(waiting: Sequences[Sequence], cache: KVCache, budget: int, cos
         waiting: sequences with a prompt that is not computed yet, in their order of arrival; those that can, take over
             what the cache holds by now.
         budget: the number of tokens, where they see no others.
-        cost: of a token for each that it sees, where it costs 1 itself.
+        cost: of a token for each that it sees, where it costs 1 itself; 0 where no answer waits for the step.
     """
     left = {sequence: _left(sequence, cache) for sequence in waiting}
     order = sorted(waiting, key=left.__getitem__)
@@ -81,8 +82,9 @@ def _affordable(sequence: Sequence, cache: KVCache, left: int, count: float, is_
     if budget < 2 * size:
         return max(affordable, 1) if is_sure else affordable
     if affordable < left:
-        # a page's queries cost as much as some of them
-        affordable = max(0, (start + affordable) // size * size - start)
+        # up to the end of a block of queries if possible, or else of a page
+        ends = [(start + affordable) // unit * unit for unit in (BLOCK_PAGES * size, size)]
+        affordable = max(0, next((end for end in ends if end > start), start) - start)
     return max(affordable, min(left, size - start % size)) if is_sure else affordable
 
 
