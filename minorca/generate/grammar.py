@@ -32,6 +32,9 @@ MAX_SCHEMA_CHARACTERS = 2**16
 MAX_GRAMMAR_CHARACTERS = 2**18
 # In sum over a schema, without factors of 2 and 5: llguidance has a state for each remainder.
 MAX_MULTIPLES = 20_000
+# What may stand between two parts of JSON: a space, or a line's indentation. JSON allows any number, and small models write
+# spaces until the answer's last token.
+WHITESPACE = r"[ ]|\n[ ]{0,32}"
 # llguidance follows references recursively, at up to 8 KB of the stack for each of the thousands that fit in a schema.
 _STACK_BYTES = 2**28
 _stack_lock = threading.Lock()
@@ -87,7 +90,7 @@ class Grammar:
 
 
 def json_rule(schema: object) -> str:
-    """The right side of a rule for JSON text that satisfies a schema.
+    """The right side of a rule for JSON text that satisfies a schema, with whitespace as `WHITESPACE` says.
 
     Raises:
         UserError: a schema that is too long, or whose numbers take too long to be compiled.
@@ -95,9 +98,14 @@ def json_rule(schema: object) -> str:
     if sum(map(_odd_factor, _multiples(schema))) > MAX_MULTIPLES:
         raise UserError(f"has multipleOf of over {MAX_MULTIPLES} in all, after factors of 2 and 5")
     try:
-        return "%json " + _bounded(json.dumps(schema, separators=(",", ":")))
+        _bounded(json.dumps(schema, separators=(",", ":")))
     except RecursionError:
         raise UserError("is nested too deep") from None
+    if schema is True:
+        schema = {}
+    if isinstance(schema, dict):
+        schema = {"x-guidance": {"whitespace_pattern": WHITESPACE}} | schema
+    return "%json " + json.dumps(schema)
 
 
 def text_rule(text: str) -> str:

@@ -196,7 +196,7 @@ class Sampler:
         """Makes a free slot greedy, which costs least, for `ops`; what the device computes for it is not read."""
         self.settings[slot] = Sampling()
         self.adjusted[slot] = False
-        self.masks.constraints.pop(slot, None)
+        self.masks.clear(slot)
 
     def ops(self, slots: slice) -> SamplingOps:
         """The operations that sampling these slots needs."""

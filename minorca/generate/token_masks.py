@@ -27,6 +27,11 @@ class TokenMasks:
         self.constraints[slot] = constraint
         self._fill([slot])
 
+    def clear(self, slot: int) -> None:
+        """Lets a slot have any id again."""
+        if self.constraints.pop(slot, None) and self._words_NW is not None:
+            self._words_NW[slot].fill_(-1)
+
     def update(self) -> None:
         """Sets the bits of every constrained slot, after its constraint has consumed the last id."""
         if self.constraints:

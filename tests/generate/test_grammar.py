@@ -122,6 +122,23 @@ def test_answers_satisfy_their_schema(name, model, tok):
     assert complete >= 5
 
 
+@pytest.mark.parametrize("schema", [True, {"type": "object"}, SCHEMAS["nested"]])
+def test_whitespace_ends(schema, tok):
+    """Of JSON as it is printed, with and without indentation: no blank may follow another for ever."""
+    rules = answer_rules(tok, json_rule(schema))
+
+    def takes(text: str) -> bool:
+        state = Grammar(tok, rules).start()
+        return all(state.consume(token) for token in tok.encode(text))
+
+    point = {"x": 1, "y": -0.5}
+    for style in ({"indent": 4}, {"separators": (",", ":")}, {}):
+        assert takes(json.dumps({"from": point, "to": {"at": point}}, **style))
+    for blank in ("  ", "\n\n", "\t", " \n", "\n" + " " * 33):
+        assert not takes("{" + blank)
+    assert takes('{\n  "from": {"x": 1, "y": 2 }')
+
+
 def test_expressions_and_choices(model, tok):
     expression = r"(a/b|\d{2}\\/|\n)x?"
     texts = ["yes", 'n"o\\', "é\n€", "y"]
@@ -143,6 +160,16 @@ def test_others_in_the_batch_are_as_without(model, tok):
     mixed = [request for pair in zip(free(), constrained) for request in pair]
     both = answers(model, tok, mixed)
     assert both[::2] == alone and both[1::2] == expected
+
+
+def test_a_slot_is_free_after_a_constrained_sequence(model, tok):
+    """While another one is constrained: whatever may come next in one slot is not a question of its last sequence."""
+    free = Request([1, 2, 3], 20, Sampling(temperature=1.0, seed=0))
+    [(alone, _)] = answers(model, tok, [free])
+    short = sampled(tok, choice_rule(["a"]), 1)[0]
+    long = sampled(tok, regex_rule("[a-z]{60}"), 1)[0]
+    (_, ended), (_, _), (beside, _) = answers(model, tok, [short, long, free], slots=2)
+    assert ended == "stop" and beside == alone
 
 
 def test_log_probabilities_are_the_models_own(model, tok):
