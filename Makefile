@@ -11,7 +11,7 @@ PARALLEL = -n 2 --dist worksteal
 KERNEL_TESTS = tests/kernels/test_kernels.py tests/kernels/test_dropout.py tests/kernels/test_low_rank_gradients.py \
 	tests/kernels/test_decode_attention.py tests/kernels/test_draw.py tests/kernels/test_nf4.py \
 	tests/model/test_attention.py tests/model/test_trees.py tests/train/test_training_by_kernels.py \
-	tests/generate/test_decode_step.py
+	tests/generate/test_decode_step.py tests/generate/test_cache_attention.py
 
 .PHONY: check demo demo-dpo test test-slow
 

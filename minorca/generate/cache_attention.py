@@ -85,26 +85,29 @@ class PrefillAttention:
 class _Documents:
     """Each segment as a document with a past, for a GPU's kernels.
 
-    The past begins with a page, whatever the chunk, so that the kernels' tiles of keys are those of the whole prompt.
+    The past and the queries begin with a page and end with one, whatever the chunk, so that the kernels' tiles, and the
+    order of their sums, are those of the whole prompt; what is computed beyond the segment is dropped.
     """
 
     def __init__(self, cache: KVCache, segments: list[Segment]):
         size = cache.tree.size
+        self.lengths = [segment.stop - segment.start for segment in segments]
         self.documents = []
         for pages, start, stop in segments:
             first = cache.tree.first_visible(start) * size
-            attend = PackedAttention(None, stop - start, cache.window, cache.device, start - first)
-            span = span_of(pages, size, first, stop)
+            begin, end = start // size * size, -(-stop // size) * size
+            attend = PackedAttention(None, end - begin, cache.window, cache.device, begin - first)
+            span = span_of(pages, size, first, end)
             if isinstance(span.pages, Tensor):
                 span = span._replace(pages=copy_to(cache.device, span.pages))
-            self.documents.append((attend, span))
+            self.documents.append((attend, start - begin, end - stop, span))
 
     def __call__(self, layer: int, q_THD: Tensor, k_PSKD: Tensor, v_PSKD: Tensor) -> Tensor:
-        parts = q_THD.split([len(attend.positions) for attend, _ in self.documents])
-        outs = [
-            attend(layer, q_THD, read_span(k_PSKD, span), read_span(v_PSKD, span))
-            for q_THD, (attend, span) in zip(parts, self.documents)
-        ]
+        outs = []
+        for q_QHD, (attend, before, after, span) in zip(q_THD.split(self.lengths), self.documents):
+            whole_QHD = F.pad(q_QHD, (0, 0, 0, 0, before, after)) if before or after else q_QHD
+            out_QHD = attend(layer, whole_QHD, read_span(k_PSKD, span), read_span(v_PSKD, span))
+            outs.append(out_QHD[before : len(out_QHD) - after])
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 

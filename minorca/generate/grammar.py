@@ -32,8 +32,8 @@ MAX_SCHEMA_CHARACTERS = 2**16
 MAX_GRAMMAR_CHARACTERS = 2**18
 # In sum over a schema, without factors of 2 and 5: llguidance has a state for each remainder.
 MAX_MULTIPLES = 20_000
-# What may stand between two parts of JSON: a space, or a line's indentation. JSON allows any number, and small models write
-# spaces until the answer's last token.
+# What may stand between two parts of JSON: a space, or a line's indentation. JSON allows any number of both, and small
+# models write them until the answer's last token.
 WHITESPACE = r"[ ]|\n[ ]{0,32}"
 # llguidance follows references recursively, at up to 8 KB of the stack for each of the thousands that fit in a schema.
 _STACK_BYTES = 2**28

@@ -150,12 +150,16 @@ class KVCache:
         slot.length = length
         self._pass(slot)
 
-    def next_page(self, number: int, prompt: Sequence[int]) -> tuple[Node, tuple[int, ...]] | None:
-        """What the slot computes next if it begins a page: the node before it and the page's tokens."""
+    def next_page(self, number: int, prompt: Sequence[int]) -> tuple[Node, tuple[int, ...]]:
+        """The page that the slot's next token belongs to: the node before it and the page's tokens."""
         slot = self._slots[number]
-        if slot.length != len(slot.nodes) * PAGE:
-            return None
-        return self._parent(slot), tuple(prompt[slot.length : slot.length + PAGE])
+        start = len(slot.nodes) * PAGE
+        return self._parent(slot), tuple(prompt[start : start + PAGE])
+
+    def is_within_page(self, number: int) -> bool:
+        """Whether a part of the next token's page is computed."""
+        slot = self._slots[number]
+        return slot.length > len(slot.nodes) * PAGE
 
     def _parent(self, slot: _Slot) -> Node:
         return slot.nodes[-1] if slot.nodes else self.tree.root(slot.key)

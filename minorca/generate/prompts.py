@@ -4,10 +4,12 @@ from collections.abc import Sequence as Sequences
 
 from minorca.generate.cache_attention import BLOCK_PAGES
 from minorca.generate.kv_cache import KVCache
+from minorca.generate.on_device import row_multiple
 from minorca.generate.request import Sequence
 from minorca.model.architecture import Architecture
 
-# The share of a step for the prompt that came first, so that it is not overtaken for ever.
+# The share of a step for the prompt that came first, so that it is not overtaken for ever; and of its tokens for each
+# of the first and the shortest, whatever they cost.
 FIRST_SHARE = 1 / 4
 # How much longer attention takes for its arithmetic than the products with weights, by type of device: measured with
 # torch's flash kernel on 2 cores, 9 heads of 64 and 32 of 128; assumed for GPUs.
@@ -26,8 +28,9 @@ def choose_chunks(waiting: Sequences[Sequence], cache: KVCache, budget: int, cos
     """The sequences whose next tokens are computed in a step, and how many of each.
 
     A quarter of the step is for the prompt that came first; the rest goes to those with the fewest tokens left, so that
-    a short prompt waits for no long one. The first and the shortest come on by up to a page in every step, whatever it
-    costs. Of several that go on alike one goes first, and the others read of the cache what it has computed.
+    a short prompt waits for no long one. The first and the shortest come on by a quarter of the tokens in every step,
+    whatever these cost. Of several that go on alike one goes first, and the others read from the cache what it has
+    computed.
 
     Args:
         waiting: sequences with a prompt that is not computed yet, in their order of arrival; those that can, take over
@@ -38,19 +41,28 @@ def choose_chunks(waiting: Sequences[Sequence], cache: KVCache, budget: int, cos
     left = {sequence: _left(sequence, cache) for sequence in waiting}
     order = sorted(waiting, key=left.__getitem__)
     chosen: list[tuple[Sequence, int]] = []
-    pages: set[tuple] = set()
+    within = [sequence for sequence in waiting if cache.is_within_page(sequence.slot)]
+    # which are being computed
+    pages = {cache.next_page(sequence.slot, sequence.request.prompt) for sequence in within}
     kept = budget * FIRST_SHARE
     share = budget - kept
     tokens = budget
     for sequence in order:
         if sequence is waiting[0]:
             share, kept = share + kept, 0
-        is_sure = sequence in (order[0], waiting[0])
         price = _price(sequence, cache, cost)
-        count = min(tokens, _affordable(sequence, cache, left[sequence], share / price, is_sure, budget))
-        # the last token of a prompt is not in the cache, whoever else computes it
-        if count == 0 or (left[sequence] > 1 and not _is_first(sequence, cache, pages)):
+        count = share / price
+        if sequence in (order[0], waiting[0]):
+            count = max(count, budget * FIRST_SHARE, 1)
+        count = min(tokens, left[sequence], int(count))
+        if count < left[sequence]:
+            count = _even(count, cache.lengths[sequence.slot], cache)
+        page = cache.next_page(sequence.slot, sequence.request.prompt)
+        # The last token of a prompt is not in the cache, whoever else computes it.
+        may_wait = left[sequence] > 1 and sequence not in within and sequence.request.reads_cache
+        if count == 0 or (page in pages and may_wait and sequence is not waiting[0]):
             continue
+        pages.add(page)
         if sequence.request.reads_cache:
             length = cache.extend_by_part(sequence.slot, sequence.request.prompt)
             count = min(count, len(sequence.request.prompt) - length)
@@ -73,27 +85,9 @@ def _price(sequence: Sequence, cache: KVCache, cost: float) -> float:
     return 1 + cost * (seen if cache.window is None else min(seen, cache.window))
 
 
-def _affordable(sequence: Sequence, cache: KVCache, left: int, count: float, is_sure: bool, budget: int) -> int:
-    """At most `count` tokens, or the rest of a page if it `is_sure`."""
-    size = cache.tree.size
-    start = cache.lengths[sequence.slot]
-    affordable = min(left, int(count))
-    # Budgets below two pages do not have one for each of two that are sure.
-    if budget < 2 * size:
-        return max(affordable, 1) if is_sure else affordable
-    if affordable < left:
-        # up to the end of a block of queries if possible, or else of a page
-        ends = [(start + affordable) // unit * unit for unit in (BLOCK_PAGES * size, size)]
-        affordable = max(0, next((end for end in ends if end > start), start) - start)
-    return max(affordable, min(left, size - start % size)) if is_sure else affordable
-
-
-def _is_first(sequence: Sequence, cache: KVCache, pages: set[tuple]) -> bool:
-    """Whether no other sequence of this step computes the same page, which this one could then read."""
-    request = sequence.request
-    page = cache.next_page(sequence.slot, request.prompt)
-    if page is None or not request.reads_cache:
-        return True
-    is_first = page not in pages
-    pages.add(page)
-    return is_first
+def _even(count: int, start: int, cache: KVCache) -> int:
+    """At most `count` tokens from `start` on, which end where a block of queries or of rows does if possible."""
+    block = BLOCK_PAGES * cache.tree.size
+    unit = block if count >= block else row_multiple(cache.device)
+    end = (start + count) // unit * unit
+    return end - start if end > start else count
