@@ -991,6 +991,25 @@ def test_a_dead_engine_ends_the_server(talker):
         list(server.client().completions.create(model="talker", prompt="\n", max_tokens=5, stream=True))
 
 
+def test_the_thread_that_computes_is_one(talker):
+    """OpenMP's threads of another one would slow it down."""
+    used = []
+
+    def open_engine() -> Any:
+        used.append(threading.current_thread())
+        return SimpleNamespace(slots=1, busy=False)
+
+    async def open_and_stop() -> EngineThread:
+        thread = EngineThread(open_engine, 0)
+        await thread.open()
+        thread.call(lambda: used.append(threading.current_thread()))
+        thread.stop()
+        return thread
+
+    thread = asyncio.run(open_and_stop())
+    assert used == [thread, thread]
+
+
 def test_the_health_of_a_dead_engine(talker):
     class Dead:
         slots = 1
