@@ -4,8 +4,14 @@ import json
 import shutil
 import subprocess
 
+import pytest
+import torch
+
 from benchmarks.plot import plot
+from benchmarks.serve_chats import wrong_answers
 from benchmarks.table import kernel_targets, page, with_kernels
+from minorca import load_model, load_tokenizer, render_chat
+from minorca.generate import generate
 from tests.helpers import ROOT
 from tests.kernels.test_compiled import run
 
@@ -14,6 +20,21 @@ def test_the_table_of_kernels_is_generated():
     document = (ROOT / "docs" / "benchmarks.md").read_text()
     assert "<!-- kernels -->" in document
     assert document == with_kernels(document, ROOT / "benchmarks" / "results"), "python -m benchmarks.table --docs"
+
+
+@pytest.mark.slow
+def test_the_load_finds_answers_of_other_chats(smollm2):
+    """And none where each chat has its own."""
+    tok = load_tokenizer(smollm2)
+    model = load_model(smollm2, torch.float32, "cpu")
+    chats = []
+    for text in ("Name two colors.", "What is the capital of France?"):
+        chats.append([{"role": "user", "content": text}])
+        [ids] = generate(model, [render_chat(tok, chats[-1])], 24, stop_ids=tok.stop_ids)
+        chats[-1].append({"role": "assistant", "content": tok.decode(ids)})
+    assert not any(wrong_answers(model, tok, chat) for chat in chats)
+    chats[0][-1], chats[1][-1] = chats[1][-1], chats[0][-1]
+    assert [wrong_answers(model, tok, chat) for chat in chats] == [[chat[-1]["content"]] for chat in chats]
 
 
 def test_kernels(tmp_path):
