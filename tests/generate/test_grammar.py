@@ -132,8 +132,9 @@ def test_whitespace_ends(schema, tok):
         return all(state.consume(token) for token in tok.encode(text))
 
     point = {"x": 1, "y": -0.5}
-    for style in ({"indent": 4}, {"separators": (",", ":")}, {}):
-        assert takes(json.dumps({"from": point, "to": {"at": point}}, **style))
+    value = {"from": point, "to": {"at": point}}
+    for text in (json.dumps(value), json.dumps(value, indent=4), json.dumps(value, separators=(",", ":"))):
+        assert takes(text)
     for blank in ("  ", "\n\n", "\t", " \n", "\n" + " " * 33):
         assert not takes("{" + blank)
     assert takes('{\n  "from": {"x": 1, "y": 2 }')
