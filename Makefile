@@ -32,7 +32,7 @@ test: examples/model
 
 test-slow: examples/model
 	command -v chromium >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder
 
 .venv/ready: setup.py
 	$(PYTHON) -m venv .venv

@@ -24,6 +24,11 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items):
+    """The documents' commands come first: those that are slow keep one of two processes at work half of the time."""
+    items.sort(key=lambda item: item.path.name != "test_docs.py")
+
+
 @pytest.fixture(autouse=True)
 def log_level():
     """Commands set the level of the log, which is that of the next test too."""

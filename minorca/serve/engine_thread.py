@@ -121,6 +121,8 @@ class EngineThread(threading.Thread):
         self.max_requests = self.engine.slots + self._max_waiting
 
     def run(self) -> None:
+        # A signal that ends the event loop does not cancel it any more.
+        self._opened.set_running_or_notify_cancel()
         try:
             engine = self._open_engine()
         except BaseException as error:
