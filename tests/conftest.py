@@ -17,6 +17,7 @@ os.environ["XDG_CACHE_HOME"] = CACHE.name
 import pytest
 import torch
 
+from minorca.signals import STOPPING
 from tests.helpers import ROOT, Workplace, random_mistral, save_tokenizer
 
 torch.set_num_threads(1)
@@ -27,6 +28,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_collection_modifyitems(items):
     """The documents' commands come first: those that are slow keep one of two processes at work half of the time."""
     items.sort(key=lambda item: item.path.name != "test_docs.py")
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A command that ends by a signal ignores all further ones, which the next test's processes would inherit."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, *STOPPING)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture(autouse=True)
