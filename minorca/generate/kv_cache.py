@@ -123,7 +123,7 @@ class KVCache:
         the same prompt it alone is, see `extend_by_part`.
         """
         slot = self._slots[number]
-        if slot.length == len(slot.nodes) * PAGE:
+        if not self.is_within_page(number):
             path = self.tree.match(slot.key, prompt[:-1], slot.nodes)
             if len(path) > len(slot.nodes):
                 new = path[len(slot.nodes) :]
@@ -138,7 +138,7 @@ class KVCache:
     def extend_by_part(self, number: int, prompt: Sequence[int]) -> int:
         """Copies the part of a page with which the slot's prompt goes on, if any; returns the slot's length."""
         slot = self._slots[number]
-        if slot.length == len(slot.nodes) * PAGE:
+        if not self.is_within_page(number):
             part, tokens = self.tree.match_part(self._parent(slot), prompt[slot.length : -1][:PAGE])
             if part is not None:
                 self._copy(slot, part, tokens)

@@ -42,8 +42,8 @@ def choose_chunks(waiting: Sequences[Sequence], cache: KVCache, budget: int, cos
     order = sorted(waiting, key=left.__getitem__)
     chosen: list[tuple[Sequence, int]] = []
     within = [sequence for sequence in waiting if cache.is_within_page(sequence.slot)]
-    # which are being computed
-    pages = {cache.next_page(sequence.slot, sequence.request.prompt) for sequence in within}
+    next_pages = {sequence: cache.next_page(sequence.slot, sequence.request.prompt) for sequence in waiting}
+    computed = {next_pages[sequence] for sequence in within}
     kept = budget * FIRST_SHARE
     share = budget - kept
     tokens = budget
@@ -57,12 +57,12 @@ def choose_chunks(waiting: Sequences[Sequence], cache: KVCache, budget: int, cos
         count = min(tokens, left[sequence], int(count))
         if count < left[sequence]:
             count = _even(count, cache.lengths[sequence.slot], cache)
-        page = cache.next_page(sequence.slot, sequence.request.prompt)
+        page = next_pages[sequence]
         # The last token of a prompt is not in the cache, whoever else computes it.
         may_wait = left[sequence] > 1 and sequence not in within and sequence.request.reads_cache
-        if count == 0 or (page in pages and may_wait and sequence is not waiting[0]):
+        if count == 0 or (page in computed and may_wait and sequence is not waiting[0]):
             continue
-        pages.add(page)
+        computed.add(page)
         if sequence.request.reads_cache:
             length = cache.extend_by_part(sequence.slot, sequence.request.prompt)
             count = min(count, len(sequence.request.prompt) - length)
