@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from minorca import UserError, load_model
 from minorca.export.__main__ import main
+from minorca.export.contents import merged_tensors
 from minorca.export.effect import TOKENS, logits_by_layer, share_kept
-from minorca.export.huggingface import export, merged_tensors
+from minorca.export.huggingface import export
 from minorca.files.adapters import RECORD
 from minorca.files.weights import open_model
 from minorca.model.quantization import Quantization
