@@ -103,7 +103,9 @@ MAX_PATTERN_CHARACTERS = 1000
 
 
 def read_adapter_settings(directory: str | Path) -> LoRASettings:
-    """The settings of an adapter in PEFT's format or mistral-finetune's; refuses what this engine would compute differently.
+    """The settings of an adapter in PEFT's format or mistral-finetune's.
+
+    What this engine would compute differently is refused.
 
     Which projections have an adapter is what the tensors say, however target_modules and its like spell it.
 

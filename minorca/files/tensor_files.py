@@ -4,11 +4,14 @@ All are memory-mapped, except for files from before PyTorch 1.6; a row is read w
 """
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -267,6 +270,37 @@ def open_exactly(path: Path, shapes: dict[str, tuple[int, ...]], dtypes: set[str
     files = TensorFiles(*(_files_of(path.parent, path.name) or ([path], None)))
     files.check(shapes, dtypes)
     return files
+
+
+# as safetensors names them
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class PlannedTensor(NamedTuple):
+    """What a file's header says of a tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def write_one_file(path: Path, planned: list[PlannedTensor], values: Iterable[Tensor]) -> None:
+    """Writes a safetensors file of any size, of which one tensor is in memory at a time: the header, which says where
+    each is, then their bytes (the format: huggingface.co/docs/safetensors).
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in planned:
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    # so that the tensors are aligned
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor, value in zip(planned, values, strict=True):
+            assert (value.shape, value.dtype) == (tensor.shape, tensor.dtype)
+            file.write(value.contiguous().view(torch.uint8).numpy().data)
 
 
 def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
