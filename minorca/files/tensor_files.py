@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minorca.errors import UserError
@@ -273,7 +272,13 @@ def open_exactly(path: Path, shapes: dict[str, tuple[int, ...]], dtypes: set[str
 
 
 # as safetensors names them
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+}
 
 
 class PlannedTensor(NamedTuple):
@@ -300,7 +305,7 @@ def write_one_file(path: Path, planned: list[PlannedTensor], values: Iterable[Te
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor, value in zip(planned, values, strict=True):
             assert (value.shape, value.dtype) == (tensor.shape, tensor.dtype)
-            file.write(value.contiguous().view(torch.uint8).numpy().data)
+            file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -318,14 +323,16 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     def write() -> None:
         nonlocal size
         files.append(list(pending))
-        save_file(pending, part(len(files)), {"format": "pt"})
+        # safetensors' own writer has all of them in memory twice
+        planned = [PlannedTensor(name, tensor.shape, tensor.dtype) for name, tensor in pending.items()]
+        write_one_file(part(len(files)), planned, pending.values())
         pending.clear()
         size = 0
 
     for name, tensor in tensors:
         if pending and size + tensor.nbytes > FILE_BYTES:
             write()
-        pending[name] = tensor.contiguous()
+        pending[name] = tensor
         size += tensor.nbytes
         total += tensor.nbytes
     write()

@@ -92,7 +92,7 @@ def converted_by_transformers(directory) -> Any:
         "rope_theta": params["rope_theta"],
         "max_position_embeddings": params["max_seq_len"],
     }
-    config = MistralConfig(**fields | {"attn_implementation": "eager"})
+    config = MistralConfig(**fields)
     state = {}
     for name, value in load_file(directory / "consolidated.safetensors").items():
         whole = {"output": "lm_head", "norm": "model.norm", "tok_embeddings": "model.embed_tokens"}
@@ -105,7 +105,7 @@ def converted_by_transformers(directory) -> Any:
             rows, columns = value.shape
             value = value.view(n, rows // n // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
         state[f"model.layers.{layer}.{NAMES[kind]}.weight"] = value
-    model: Any = MistralForCausalLM(config)
+    model: Any = MistralForCausalLM._from_config(config, attn_implementation="eager")
     model.load_state_dict(state, strict=True)
     return model.eval()
 

@@ -1,6 +1,8 @@
 """Several adapters merged: compared with PEFT's functions on whole deltas, and with its own merges by *_svd."""
 
 import json
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from minorca import UserError, load_model, load_tokenizer
 from minorca.export.__main__ import main
+from minorca.export.contents import read_contents
 from minorca.export.merging import METHODS, Merge, WeightedAdapter, drop, elect, parse_merge, sum_of, trim
 from minorca.files.adapters import RECORD
 from minorca.model.lora import seed_of
@@ -18,7 +21,7 @@ from tests.data.test_tokenizer import byte_level
 from tests.files.test_adapters import saved
 from tests.files.test_mistral_lora import write_lora
 from tests.files.test_weights import as_consolidated
-from tests.helpers import relative_error, save_tokenizer
+from tests.helpers import ENVIRONMENT, relative_error, save_tokenizer
 
 TOKENS = torch.randint(128, (40,), generator=torch.Generator().manual_seed(1))
 ALL = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
@@ -119,7 +122,7 @@ def test_pefts_functions(method, density, adapters, tmp_path, monkeypatch):
             drawn = torch.rand(probabilities.shape, generator=torch.Generator().manual_seed(next(seeds)))
             return (drawn < probabilities).float()
 
-        monkeypatch.setattr(merge_utils.torch, "bernoulli", bernoulli)
+        monkeypatch.setattr("peft.utils.merge_utils.torch.bernoulli", bernoulli)
         of = [deltas[adapter][name] for adapter in acting]
         expected = FUNCTIONS[method](of, torch.tensor([WEIGHTS[adapter] for adapter in acting]), density)
         assert relative_error(found[name] - weight, expected) < 1e-5, name
@@ -194,8 +197,6 @@ def test_a_mapped_file_is_not_changed(save_mistral, tmp_path):
     expected = export(directory, tmp_path / "out", "--adapter", tmp_path / "a")
     torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
     (directory / "model.safetensors").unlink()
-    from minorca.export.contents import read_contents
-
     tensors = read_contents(directory, tmp_path / "a").tensors
     for _ in range(2):
         assert all(torch.equal(tensor.make(), expected[tensor.name]) for tensor in tensors)
@@ -295,3 +296,54 @@ def test_bases_tokenizers_and_templates(save_mistral, tmp_path, caplog):
     byte_level(tmp_path / "a", None, added_tokens={"<new>": 295})
     message = refused(directory, tmp_path / "c", *chosen)
     assert f"its tokenizer gives other ids than that of {tmp_path / 'a'}; merge adapters of one tokenizer" in message
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+SHARD = 40_000_000
+# Runs the command with smaller shards, and prints by how much the process's own memory grew: not the pages of files
+# that it has mapped, nor what a first run has loaded.
+MEASURED = f"""
+import sys, threading, time
+import minorca.export.__main__ as command
+import minorca.files.tensor_files as tensor_files
+
+def own() -> int:
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+def watch():
+    global peak
+    while True:
+        peak = max(peak, own())
+        time.sleep(0.002)
+
+tiny, model, output, *options = sys.argv[1:]
+command.main(["--model", tiny, "--output", output + "-tiny"])
+tensor_files.FILE_BYTES = {SHARD}
+start = peak = own()
+threading.Thread(target=watch, daemon=True).start()
+command.main(["--model", model, "--output", output, *options])
+print("grew by", peak - start)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout, method", [("hf", "ties"), ("consolidated", "linear")])
+def test_two_shards_at_most_are_in_memory(layout, method, save_mistral, tmp_path):
+    """Of a model of six, with two adapters merged and their effect measured; its largest tensor is to a shard as a 7B
+    model's. Mistral's layout is one file."""
+    tiny, _ = save_mistral()
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "vocab_size": 1024}
+    directory, base = save_mistral(num_hidden_layers=40, initializer_range=0.02, **sizes)
+    base.to(torch.bfloat16).save_pretrained(directory)
+    for seed, name in enumerate("ab"):
+        base = saved(base, tmp_path / name, seed=seed, target_modules=ALL).unload()
+    chosen = options(tmp_path, {"a": 0.01, "b": 0.01}, "--merge", method, "--format", layout)
+    command = [str(tiny), str(directory), str(tmp_path / "out"), *chosen]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *command], env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert written > 5 * SHARD
+    assert 0 < int(done.stdout.split()[-1]) < 2 * SHARD, done.stdout
