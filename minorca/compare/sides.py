@@ -16,8 +16,10 @@ from minorca.compare.prompts import Rendered
 from minorca.data.chat_template import resolve_template
 from minorca.data.portable_files import load_chat
 from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from minorca.files.adapters import AdapterConfig
-from minorca.files.safe_io import find_file, user_path
+from minorca.errors import UserError
+from minorca.files.adapters import AdapterConfig, is_adapter
+from minorca.files.mistral_lora import is_mistral_lora
+from minorca.files.safe_io import user_path
 from minorca.files.vocabulary import adapted_architecture, vocabulary_updates
 from minorca.generate.batch import MAX_SLOTS
 from minorca.generate.engine import Engine
@@ -68,7 +70,7 @@ def open_side(name: str, path: str, model: str | None, template: str | None) -> 
         UserError: what is wrong with which file.
     """
     directory = model_directory(path)
-    adapter = directory if find_file(directory, "adapter_config.json") else None
+    adapter = directory if is_adapter(directory) else None
     base = directory if adapter is None else _base(adapter, model)
     tok, arch = load_tokenizer(base), read_architecture(base)
     check_vocabulary(tok, arch.vocab_size, base)
@@ -80,6 +82,8 @@ def open_side(name: str, path: str, model: str | None, template: str | None) -> 
 def _base(adapter: Path, model: str | None) -> Path:
     if model is not None:
         return model_directory(model)
+    if is_mistral_lora(adapter):
+        raise UserError("does not name its base; give it with --model DIR", path=adapter)
     config = AdapterConfig(adapter)
     field = "base_model_name_or_path"
     named = config.values.get(field)

@@ -281,7 +281,11 @@ class JsonTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """SentencePiece's `tokenizer.model`, with `added_tokens.json` beside it (Mistral-7B-OpenOrca's ChatML tokens)."""
+    """SentencePiece's `tokenizer.model`, with `added_tokens.json` beside it (Mistral-7B-OpenOrca's ChatML tokens).
+
+    Attributes:
+        pieces: the number of ids that the file itself has.
+    """
 
     def __init__(self, file: Path, settings: dict, new_tokens: tuple[str, ...] = ()):
         with library_errors(file):
@@ -313,6 +317,7 @@ class SentencePieceTokenizer(Tokenizer):
             first = max([size - 1, *control_ids.values()]) + 1
             control_ids |= {token: i for i, token in enumerate(new_tokens, first)}
         self._model = model
+        self.pieces = size
         # None of the text after a private-use character is merged with it: what precedes that text, with the space that
         # SentencePiece puts before a text.
         self._anchor = model.encode(ANCHOR)

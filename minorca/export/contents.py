@@ -1,13 +1,14 @@
-"""What is exported, whatever the format: a model's tensors, with an adapter merged in where given, its tokenizer and
-its chat template.
+"""What is exported, whatever the format: a model's tensors, with adapters merged in where given, its tokenizer and its
+chat template.
 
-The arithmetic of merging is fp32: W + scale B A, rounded once. Of a quantized base W is its values, in the dtype that
-it was quantized from. A tensor is made when it is asked for, so that one is in memory at a time.
+The arithmetic of merging is fp32: W + scale B A, or what merging.py makes of several adapters, rounded once. Of a
+quantized base W is its values, in the dtype that it was quantized from. A tensor is made when it is asked for, so that
+one is in memory at a time.
 """
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,42 +18,49 @@ from minorca.data.chat_template import resolve_template
 from minorca.data.portable_files import has_tokenizer, load_chat
 from minorca.data.tokenizer import Tokenizer, load_tokenizer
 from minorca.errors import UserError
-from minorca.files.adapters import open_adapter, other_base, read_adapter_settings
+from minorca.export.merging import Deltas, Merge, WeightedAdapter
+from minorca.files.adapters import other_base
 from minorca.files.safe_io import user_path
 from minorca.files.vocabulary import MatrixUpdate, adapt
 from minorca.files.weights import ModelFiles, open_model
-from minorca.model.architecture import Architecture
-from minorca.model.build import build_model
-from minorca.model.layout import SourceTensor, projections, source_tensors
-from minorca.model.lora import adapter_parameters, add_adapters
+from minorca.model.layout import SourceTensor, source_tensors
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ExportedTensor:
-    """A tensor to write: its name, what makes it, and whether it is a projection of a layer."""
+    """A tensor to write.
+
+    Attributes:
+        name: Hugging Face's.
+        dtype: of what `make` gives.
+        make: reads or computes it.
+        projection: whether it is a projection of a layer.
+    """
 
     name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
     make: Callable[[], Tensor]
     projection: bool
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A model, opened and checked, and the adapter that is merged into it.
+    """A model, opened and checked, and the adapters that are merged into it.
 
     Attributes:
-        source: with the vocabulary that the adapter makes.
-        adapter: its directory.
-        updates: what the adapter makes of which module of the vocabulary.
-        tensors: all tensors under Hugging Face's names, the adapter merged in.
-        tok: the tokenizer, the adapter's before the model's; None where there is none.
+        source: with the vocabulary that the adapters make.
+        merge: which adapters, and how; None: none.
+        updates: what an adapter makes of which module of the vocabulary.
+        tensors: all tensors under Hugging Face's names, the adapters merged in.
+        tok: the tokenizer, an adapter's before the model's; None where there is none.
         template: the resolved name of the chat template; None where there is none.
     """
 
     source: ModelFiles
-    adapter: str | Path | None
+    merge: Merge | None
     updates: dict[str, MatrixUpdate]
     tensors: list[ExportedTensor]
     tok: Tokenizer | None
@@ -61,38 +69,91 @@ class Contents:
     @property
     def merged(self) -> str:
         """What is merged in, for what a command prints."""
-        return f", {self.adapter} merged in" if self.adapter else ""
+        return f", {self.merge} merged in" if self.merge else ""
 
 
-def read_contents(model: str | Path, adapter: str | Path | None) -> Contents:
-    """Opens a model and an adapter.
+def check_new(output: Path) -> None:
+    """Raises UserError where the directory to write exists."""
+    if output.exists():
+        raise UserError("already exists; give --output a new name", path=output)
+
+
+def read_contents(model: str | Path, adapters: str | Path | Merge | None) -> Contents:
+    """Opens a model, and an adapter or several.
 
     Raises:
-        UserError: what is wrong with which file, or that the adapter was trained on a base that was quantized in
-            another way.
+        UserError: what is wrong with which file; that an adapter was trained on a base that was quantized in another
+            way; that two change embedding or head, or bring different tokenizers.
     """
-    source = open_model(model)
-    if adapter is not None:
-        _check_base(source, adapter)
-    source, updates = adapt(source, adapter) if adapter else (source, {})
-    tok, template = _chat(source, adapter)
-    return Contents(source, adapter, updates, merged_tensors(source, adapter, updates), tok, template)
+    source, merge = open_model(model), Merge.of(adapters)
+    chosen = merge.adapters if merge else ()
+    for adapter in chosen:
+        _check_base(source, adapter.directory)
+    source, updates = _adapted(source, chosen)
+    tok, template = _chat(source, chosen)
+    return Contents(source, merge, updates, merged_tensors(source, merge, updates), tok, template)
 
 
-def _chat(source: ModelFiles, adapter: str | Path | None) -> tuple[Tokenizer | None, str | None]:
-    """The tokenizer and the template's name, those that the adapter brings before the model's."""
-    brought = [] if adapter is None else [user_path(adapter)]
-    beside = next(filter(has_tokenizer, [source.directory, *brought]), None)
+def _adapted(source: ModelFiles, adapters: tuple[WeightedAdapter, ...]) -> tuple[ModelFiles, dict[str, MatrixUpdate]]:
+    """The model with the vocabulary of the one adapter that changes it, and what becomes of which module."""
+    changed_by, result = None, source
+    updates: dict[str, MatrixUpdate] = {}
+    for directory, weight in adapters:
+        adapted, found = adapt(source, directory)
+        if not found:
+            continue
+        if changed_by:
+            raise UserError(
+                f"trains embedding or head, as {changed_by} does, and two versions of a row cannot be merged; leave "
+                "one of the two out",
+                path=directory,
+            )
+        if weight != 1 and any({"whole", "rows"} & update.names.keys() for update in found.values()):
+            raise UserError(
+                f"trains whole rows of embedding or head, which cannot be weighted; give it without ={weight:g}",
+                path=directory,
+            )
+        changed_by, result = directory, adapted
+        updates = {module: replace(update, scale=update.scale * weight) for module, update in found.items()}
+    return result, updates
+
+
+def _chat(source: ModelFiles, adapters: tuple[WeightedAdapter, ...]) -> tuple[Tokenizer | None, str | None]:
+    """The tokenizer and the template's name, those that an adapter brings before the model's."""
+    directories = [user_path(adapter.directory) for adapter in adapters]
+    beside = next(filter(has_tokenizer, [source.directory, *directories]), None)
     if beside is None:
         return None, None
-    tok, recorded = load_chat(load_tokenizer(beside), source.arch.vocab_size, adapter)
+    base = tok = load_tokenizer(beside)
+    recorded: dict[str, Path] = {}
+    brought_by = None
+    for directory in directories:
+        brought, template = load_chat(base, source.arch.vocab_size, directory)
+        if template:
+            recorded.setdefault(template, directory)
+        if brought is base:
+            continue
+        if brought_by and _ids(brought) != _ids(tok):
+            message = f"its tokenizer gives other ids than that of {brought_by}; merge adapters of one tokenizer"
+            raise UserError(message, path=directory)
+        if brought_by is None:
+            tok, brought_by = brought, directory
+    template = next(iter(recorded), None)
+    if len(recorded) > 1:
+        trained = ", ".join(f"{directory} with {name}" for name, directory in recorded.items())
+        log.warning("adapters were trained with different templates (%s); that of the first is written", trained)
     try:
-        return tok, resolve_template(tok, recorded or "auto")
+        return tok, resolve_template(tok, template or "auto")
     except UserError as error:
-        if recorded:
+        if template:
             raise
         log.warning("no chat template is written: %s", error)
         return tok, None
+
+
+def _ids(tok: Tokenizer) -> tuple:
+    """What decides the ids of text."""
+    return type(tok), tok.control_ids, tok.vocabulary()
 
 
 def _check_base(source: ModelFiles, adapter: str | Path) -> None:
@@ -111,48 +172,32 @@ def _check_base(source: ModelFiles, adapter: str | Path) -> None:
 
 
 def merged_tensors(
-    source: ModelFiles, adapter: str | Path | None, updates: dict[str, MatrixUpdate]
+    source: ModelFiles, merge: Merge | None, updates: dict[str, MatrixUpdate], rounded: bool = True
 ) -> list[ExportedTensor]:
     """All tensors of a model under Hugging Face's names, those that an adapter acts on with its update added.
 
-    updates: what the adapter makes of which module of the vocabulary.
+    Args:
+        updates: what an adapter makes of which module of the vocabulary.
+        rounded: to the dtype of the model's files; else what is merged stays in fp32.
     """
-    merge = _merge(source.arch, adapter) if adapter else lambda name, weight: weight
+    deltas = Deltas(source.arch, merge) if merge else None
 
-    def exported(module: str, name: str, tensor: SourceTensor, rows: int) -> ExportedTensor:
+    def exported(module: str, wanted: SourceTensor, tensor: SourceTensor) -> ExportedTensor:
+        dtype = source.dtype(tensor)
+
         def make() -> Tensor:
             weight = source.read(tensor, 0, tensor.rows)
-            return updates[module].apply(weight, rows) if module in updates else merge(name, weight)
+            if module in updates:
+                merged = updates[module].apply(weight.float(), wanted.rows)
+            else:
+                merged = deltas.add(wanted.name, weight) if deltas else weight
+            return merged.to(dtype) if rounded else merged
 
         projection = module.startswith("layers.") and tensor.columns is not None
-        return ExportedTensor(name, make, projection)
+        return ExportedTensor(wanted.name, wanted.shape, dtype, make, projection)
 
     return [
-        exported(module, wanted.name, tensor, wanted.rows)
+        exported(module, wanted, tensor)
         for module, stacked in source_tensors(source.arch, "huggingface").items()
         for wanted, tensor in zip(stacked, source.tensors[module])
     ]
-
-
-def _merge(arch: Architecture, adapter: str | Path) -> Callable[[str, Tensor], Tensor]:
-    """A function of a tensor's name and value that adds the adapter's update, if there is one for it."""
-    settings = read_adapter_settings(adapter).of_projections()
-    model = build_model(arch, torch.float32)
-    add_adapters(model, settings)
-    file = open_adapter(adapter, adapter_parameters(model))
-    updates = {
-        part.tensor_name(layer, "huggingface"): (part.peft_name(layer, "A"), part.peft_name(layer, "B"), chosen.scale)
-        for layer in range(arch.layers)
-        for parts in projections(arch).values()
-        for part in parts
-        if (chosen := settings.part(layer, part.name))
-    }
-
-    def merge(name: str, weight: Tensor) -> Tensor:
-        if name not in updates:
-            return weight
-        *matrices, scale = updates[name]
-        a, b = (file.read(matrix, 0, file.shape(matrix)[0]).float() for matrix in matrices)
-        return weight.float().add_(b @ a, alpha=scale).to(weight.dtype)
-
-    return merge

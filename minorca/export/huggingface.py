@@ -9,8 +9,9 @@ from torch import Tensor
 
 from minorca.data.portable_files import portable_files, tokenizer_files, write_files
 from minorca.errors import UserError
-from minorca.export.contents import ExportedTensor, merged_tensors, read_contents
-from minorca.export.effect import share_kept
+from minorca.export.contents import ExportedTensor, check_new, merged_tensors, read_contents
+from minorca.export.effect import print_effect, readers, rounding
+from minorca.export.merging import Merge
 from minorca.files import bitsandbytes
 from minorca.files.atomic import publish
 from minorca.files.safe_io import find_file, read_json
@@ -22,23 +23,23 @@ from minorca.progress import progress
 
 
 def export(
-    model: str | Path, adapter: str | Path | None, output: Path, quantization: Quantization | None = None
+    model: str | Path, adapter: str | Path | Merge | None, output: Path, quantization: Quantization | None = None
 ) -> None:
     """Writes config, tokenizer and weights to `output`, which appears when it is complete.
 
     Args:
+        adapter: what is merged in.
         quantization: of the projections that are written; None: as they are, and those of a quantized model as values.
 
     Raises:
-        UserError: what is wrong with which file, that `output` exists, or that the adapter was trained on a base that
-            was quantized in another way.
+        UserError: what is wrong with which file, that `output` exists, or that adapters cannot be merged (as
+            `read_contents`).
     """
-    if output.exists():
-        raise UserError("already exists; give --output a new name", path=output)
+    check_new(output)
     contents = read_contents(model, adapter)
     source, tensors = contents.source, contents.tensors
     if quantization:
-        if adapter is None and source.quantization:
+        if contents.merge is None and source.quantization:
             raise UserError(f"is already stored in {source.quantization}", path=source.directory)
         check_quantizable(source.arch, source.directory)
     if contents.tok:
@@ -51,7 +52,7 @@ def export(
         if found and not (contents.updates or source.quantization or quantization):
             shutil.copy(found, temporary)
         else:
-            (temporary / "config.json").write_bytes(config_file(source, tensors[0].make().dtype, quantization))
+            (temporary / "config.json").write_bytes(config_file(source, tensors[0].dtype, quantization))
         write_files(temporary, files)
         stored = (
             pair
@@ -62,19 +63,8 @@ def export(
 
     publish(output, write)
     print(f"{output}: {len(tensors)} tensors{contents.merged}{f', in {quantization}' if quantization else ''}")
-    if adapter is not None and quantization:
-        # embedding and head, which are not quantized, count as the adapter made them
-        _print_effect(source.arch, merged_tensors(source, None, contents.updates), tensors, output)
-
-
-def _print_effect(arch: Architecture, base: list[ExportedTensor], merged: list[ExportedTensor], output: Path) -> None:
-    quantized = merged_tensors(open_model(output), None, {})
-    weights = ({tensor.name: tensor.make for tensor in found} for found in (base, merged, quantized))
-    share = share_kept(arch, *weights)
-    if share is None:
-        print("the adapter changes no logits")
-    else:
-        print(f"quantizing again keeps {share:.0%} of the adapter's change of the logits")
+    written = readers(merged_tensors(open_model(output), None, {}))
+    print_effect(contents, written, "quantizing again" if quantization else rounding(contents))
 
 
 def config_file(source: ModelFiles, dtype: torch.dtype, quantization: Quantization | None = None) -> bytes:

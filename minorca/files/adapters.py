@@ -1,4 +1,7 @@
-"""PEFT's files for LoRA adapters. The format is that of PEFT's checkpoint guide."""
+"""PEFT's files for LoRA adapters. The format is that of PEFT's checkpoint guide.
+
+What reads adapters here reads mistral-finetune's too (mistral_lora.py).
+"""
 
 import json
 from collections.abc import Callable
@@ -10,8 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minorca.errors import UserError, raise_problems
+from minorca.files.mistral_lora import FILE as MISTRAL_FILE
+from minorca.files.mistral_lora import PARAMS, is_mistral_lora, open_mistral_lora, read_mistral_settings
 from minorca.files.safe_io import find_file, quote, read_json, read_optional_json, user_path
-from minorca.files.tensor_files import TensorFiles
+from minorca.files.tensor_files import WEIGHT_FILES, TensorFiles
 from minorca.model.architecture import MAX_NUMBER, MAX_SIZE
 from minorca.model.layout import (
     MATRICES,
@@ -98,7 +103,9 @@ MAX_PATTERN_CHARACTERS = 1000
 
 
 def read_adapter_settings(directory: str | Path) -> LoRASettings:
-    """The settings of an adapter in PEFT's format; refuses what this engine would compute differently.
+    """The settings of an adapter in PEFT's format or mistral-finetune's.
+
+    What this engine would compute differently is refused.
 
     Which projections have an adapter is what the tensors say, however target_modules and its like spell it.
 
@@ -106,6 +113,8 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
         UserError: naming the file and field.
     """
     directory = Path(directory)
+    if is_mistral_lora(directory):
+        return read_mistral_settings(directory)
     fields = AdapterConfig(directory)
     config, path = fields.values, fields.path
     if config.get("peft_type") != "LORA":
@@ -187,7 +196,13 @@ class AdapterConfig:
     def __init__(self, directory: Path):
         path = find_file(directory, "adapter_config.json")
         if path is None:
-            raise UserError("no adapter_config.json; expected an adapter's directory in PEFT's format", path=directory)
+            whole = any(find_file(directory, name) for name in (*WEIGHT_FILES, "config.json"))
+            advice = "; a whole model is given as the model" if whole else ""
+            raise UserError(
+                f"no adapter_config.json; expected an adapter's directory in PEFT's format, or {MISTRAL_FILE} of "
+                f"mistral-finetune{advice}",
+                path=directory,
+            )
         self.path = path
         self.values = read_json(path)
 
@@ -262,8 +277,21 @@ def _chooses_layers(config: dict) -> bool:
     return dotted or config.get("layers_to_transform") is not None or bool(config.get("exclude_modules"))
 
 
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter, by the names of its files."""
+    return find_file(directory, "adapter_config.json") is not None or is_mistral_lora(directory)
+
+
+def adapter_paths(directory: Path) -> list[Path]:
+    """The files of an adapter from which its numbers follow: tensors and settings."""
+    settings = PARAMS if is_mistral_lora(directory) else "adapter_config.json"
+    return [adapter_file(directory), directory / settings]
+
+
 def adapter_file(directory: Path) -> Path:
-    """PEFT's tensor file in an adapter's directory."""
+    """The tensor file in an adapter's directory."""
+    if is_mistral_lora(directory):
+        return directory / MISTRAL_FILE
     names = ("adapter_model.safetensors", "adapter_model.bin")
     path = next(filter(None, (find_file(directory, name) for name in names)), None)
     if path is None:
@@ -272,7 +300,9 @@ def adapter_file(directory: Path) -> Path:
 
 
 def open_tensors_of(directory: Path) -> TensorFiles:
-    """PEFT's tensor file, its names plain."""
+    """The tensor file, its names PEFT's and plain."""
+    if is_mistral_lora(directory):
+        return open_mistral_lora(directory)
     files = TensorFiles([adapter_file(directory)])
     files.rename(plain_peft_name)
     for matrix in MATRICES:
@@ -301,7 +331,7 @@ def _adapted(directory: Path) -> list[tuple[int, Target | Matrix]]:
 
 
 def open_adapter(directory: str | Path, expected: dict[str, nn.Parameter]) -> TensorFiles:
-    """PEFT's tensor file, opened, once it is sure to hold exactly the tensors of `expected` (`adapter_parameters`).
+    """The tensor file, opened, once it is sure to hold exactly the tensors of `expected` (`adapter_parameters`).
 
     Those of the vocabulary may be beside them: files/vocabulary.py reads them for a model that does not train them.
 
@@ -316,7 +346,7 @@ def open_adapter(directory: str | Path, expected: dict[str, nn.Parameter]) -> Te
 
 
 def load_adapter(model: Mistral, directory: str | Path) -> None:
-    """Fills a model's adapters, sharded or not, from PEFT's file; errors as `open_adapter`."""
+    """Fills a model's adapters, sharded or not, from a file; errors as `open_adapter`."""
     parameters = adapter_parameters(model)
     files = open_adapter(directory, parameters)
     for name, parameter in parameters.items():

@@ -4,13 +4,15 @@ All are memory-mapped, except for files from before PyTorch 1.6; a row is read w
 """
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minorca.errors import UserError
@@ -269,6 +271,43 @@ def open_exactly(path: Path, shapes: dict[str, tuple[int, ...]], dtypes: set[str
     return files
 
 
+# as safetensors names them
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+}
+
+
+class PlannedTensor(NamedTuple):
+    """What a file's header says of a tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def write_one_file(path: Path, planned: list[PlannedTensor], values: Iterable[Tensor]) -> None:
+    """Writes a safetensors file of any size, of which one tensor is in memory at a time: the header, which says where
+    each is, then their bytes (the format: huggingface.co/docs/safetensors).
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in planned:
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    # so that the tensors are aligned
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor, value in zip(planned, values, strict=True):
+            assert (value.shape, value.dtype) == (tensor.shape, tensor.dtype)
+            file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
 def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Writes tensors by name to a safetensors file, or to several of `FILE_BYTES` with an index, as transformers does.
 
@@ -284,14 +323,16 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     def write() -> None:
         nonlocal size
         files.append(list(pending))
-        save_file(pending, part(len(files)), {"format": "pt"})
+        # safetensors' own writer has all of them in memory twice
+        planned = [PlannedTensor(name, tensor.shape, tensor.dtype) for name, tensor in pending.items()]
+        write_one_file(part(len(files)), planned, pending.values())
         pending.clear()
         size = 0
 
     for name, tensor in tensors:
         if pending and size + tensor.nbytes > FILE_BYTES:
             write()
-        pending[name] = tensor.contiguous()
+        pending[name] = tensor
         size += tensor.nbytes
         total += tensor.nbytes
     write()

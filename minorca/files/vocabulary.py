@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minorca.errors import UserError
 from minorca.files.adapters import AdapterConfig, adapter_file, open_tensors_of, read_adapter_settings, read_record
+from minorca.files.mistral_lora import is_mistral_lora
 from minorca.files.safe_io import quote, user_path
 from minorca.files.tensor_files import TensorFiles
 from minorca.files.weights import ModelFiles
@@ -88,6 +89,9 @@ def vocabulary_updates(adapter: str | Path) -> dict[Matrix, MatrixUpdate]:
         UserError: what is wrong with which file.
     """
     directory = user_path(adapter)
+    # mistral-finetune trains projections alone
+    if is_mistral_lora(directory):
+        return {}
     settings = read_adapter_settings(directory)
     files = open_tensors_of(directory)
     config = AdapterConfig(directory)

@@ -19,7 +19,15 @@ from minorca.errors import UserError
 from minorca.files.bitsandbytes import NF4Tensor, names_beside, open_quantized, stored_quantization
 from minorca.files.tensor_files import FLOATS, TensorFiles, open_weights
 from minorca.model.architecture import Architecture, model_directory, read_architecture
-from minorca.model.layout import ProjectionSpec, SourceTensor, outside_name, projections, source_tensors, unwrapped_name
+from minorca.model.layout import (
+    ProjectionSpec,
+    SourceTensor,
+    huggingface_order,
+    outside_name,
+    projections,
+    source_tensors,
+    unwrapped_name,
+)
 from minorca.model.network import RMSNorm
 from minorca.model.projection import Projection
 from minorca.model.quantization import Quantization
@@ -75,16 +83,19 @@ class ModelFiles:
         return (torch.stack([block.double().sum(0) for block in blocks]).sum(0) / rows).float()
 
     def read(self, tensor: SourceTensor, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a tensor, in Hugging Face's order, of a quantized one their values.
-
-        Mistral's own files order the rows of a head for rotary pairs (2i, 2i + 1), Hugging Face's for (i, i + D/2).
-        """
+        """Rows [start, stop) of a tensor, in Hugging Face's order, of a quantized one their values."""
         if tensor.name in self.quantized:
             return self.quantized[tensor.name].read(start, stop)
         if not tensor.rotary_heads:
             return self.files.read(tensor.name, start, stop)
-        order = torch.arange(tensor.rows).view(tensor.rotary_heads, -1, 2).transpose(1, 2).flatten()
+        order = huggingface_order(tensor.rows, tensor.rotary_heads)
         return self.files.read(tensor.name, 0, tensor.rows)[order[start:stop]]
+
+    def dtype(self, tensor: SourceTensor) -> torch.dtype:
+        """Of what `read` gives."""
+        if tensor.name in self.quantized:
+            return self.quantized[tensor.name].dtype
+        return self.files.read(tensor.name, 0, 1).dtype
 
     def bytes(self, tensor: SourceTensor) -> int:
         """What `read` gives of a whole tensor."""

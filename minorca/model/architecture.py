@@ -102,13 +102,21 @@ def read_architecture(path: str | Path) -> Architecture:
         UserError: naming the file and the field that is missing, of a wrong type, or describes another network.
     """
     directory = model_directory(path)
-    for name, parse in (("config.json", _from_huggingface), ("params.json", _from_mistral)):
-        if find_file(directory, name):
-            fields = _Fields(directory / name)
-            arch = parse(fields)
-            _check_heads(arch, fields.path)
-            return arch
+    if find_file(directory, "config.json"):
+        fields = _Fields(directory / "config.json")
+        arch = _from_huggingface(fields)
+        _check_heads(arch, fields.path)
+        return arch
+    if find_file(directory, "params.json"):
+        return read_mistral_architecture(directory / "params.json")
     raise UserError("holds neither config.json nor params.json; is it a model's directory?", path=directory)
+
+
+def read_mistral_architecture(path: Path) -> Architecture:
+    """Reads a params.json; errors as `read_architecture`."""
+    arch = _from_mistral(_Fields(path))
+    _check_heads(arch, path)
+    return arch
 
 
 def _check_heads(arch: Architecture, path: Path) -> None:

@@ -9,6 +9,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
+from torch import Tensor
+
 from minorca.model.architecture import Architecture
 
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
@@ -93,6 +96,10 @@ class ProjectionSpec:
             return f"layers.{layer}.{self.mistral_name}.weight"
         return f"model.layers.{layer}.{self.huggingface_name}.weight"
 
+    def mistral_lora_name(self, layer: int, matrix: str) -> str:
+        """The name of the adapter's matrix "A" or "B" in mistral-finetune's files."""
+        return f"layers.{layer}.{self.mistral_name}.lora_{matrix}.weight"
+
     def peft_name(self, layer: int, matrix: str) -> str:
         """The name of the adapter's matrix "A" or "B" in PEFT's files."""
         return f"base_model.model.model.layers.{layer}.{self.huggingface_name}.lora_{matrix}.weight"
@@ -113,6 +120,15 @@ def plain_peft_name(name: str) -> str:
         part = re.sub(r"^(lora_[AB]|modules_to_save)\.[^.]+\.weight$", r"\1.weight", part)
         return f"base_model.model.{'model.' if module == 'embed_tokens' else ''}{module}.{part}"
     return name
+
+
+def peft_name_of_mistral_lora(name: str) -> str | None:
+    """PEFT's name of a tensor of mistral-finetune's adapters (layers.0.attention.wq.lora_A.weight); None for others."""
+    match = re.fullmatch(r"(layers\.\d{1,9})\.(.+)\.lora_([AB])\.weight", name)
+    names = {mistral_name: huggingface_name for _, huggingface_name, mistral_name in _PROJECTIONS.values()}
+    if not match or match[2] not in names:
+        return None
+    return f"base_model.model.model.{match[1]}.{names[match[2]]}.lora_{match[3]}.weight"
 
 
 def matrix_module(matrix: Matrix) -> str:
@@ -146,6 +162,19 @@ def module_name(layer: int, projection: Target | Matrix) -> str:
     if projection == "embed" or projection == "head":
         return _OUTSIDE_LAYERS[matrix_module(projection)][0]
     return f"model.layers.{layer}.{_PROJECTIONS[projection][1]}"
+
+
+def huggingface_order(rows: int, heads: int) -> Tensor:
+    """Which rows of a query or key matrix in Mistral's files are Hugging Face's, in their order.
+
+    Mistral's files order the rows of a head for rotary pairs (2i, 2i + 1), Hugging Face's for (i, i + D/2).
+    """
+    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
+
+
+def mistral_order(rows: int, heads: int) -> Tensor:
+    """Which rows in Hugging Face's files are those of Mistral's, in their order."""
+    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
 
 
 @dataclass(frozen=True)

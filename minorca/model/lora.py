@@ -289,7 +289,7 @@ def adapter_parameters(model: Mistral) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def _seed(*parts) -> int:
+def seed_of(*parts) -> int:
     """64 bits that depend on every part, the same on every machine and rank."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little", signed=True)
 
@@ -306,7 +306,7 @@ def init_adapters(model: Mistral, seed: int) -> None:
         if "lora_B" in name or "lora_embedding_A" in name:
             nn.init.zeros_(parameter)
             continue
-        generator = torch.Generator().manual_seed(_seed(seed, name))
+        generator = torch.Generator().manual_seed(seed_of(seed, name))
         bound = parameter.shape[1] ** -0.5
         whole = torch.empty(parameter.shape)
         if "lora_embedding_B" in name:
@@ -320,10 +320,10 @@ def seed_dropout(model: Mistral, *parts: int) -> None:
     """Fixes the next forward's dropout masks as a function of parts (seed, step, micro-batch), layer and projection."""
     for layer, lora in adapters(model):
         if lora.dropout:
-            lora.seeds = {part.name: _seed(*parts, layer, part.name) for part in lora.parts}
+            lora.seeds = {part.name: seed_of(*parts, layer, part.name) for part in lora.parts}
     for matrix, weight in vocabulary(model):
         if weight.lora is not None and weight.lora.dropout:
-            weight.lora.seed = _seed(*parts, matrix)
+            weight.lora.seed = seed_of(*parts, matrix)
 
 
 # ------------------------------------------------------------------------------------------ adapters chosen by row

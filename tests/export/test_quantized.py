@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from minorca import UserError, load_model
 from minorca.export.__main__ import main
 from minorca.export.contents import merged_tensors
-from minorca.export.effect import TOKENS, logits_by_layer, share_kept
+from minorca.export.effect import TOKENS, effect_of, logits_by_layer
 from minorca.export.huggingface import export
 from minorca.files.adapters import RECORD
 from minorca.files.weights import open_model
@@ -132,7 +132,8 @@ def test_the_share_of_an_effect(save_mistral):
     between = {name: (base[name] + changed[name]) / 2 for name in base}
 
     def share(*models: dict) -> float | None:
-        return share_kept(arch, *({name: lambda v=value: v for name, value in model.items()} for model in models))
+        weights = ({name: lambda v=value: v for name, value in model.items()} for model in models)
+        return effect_of(*(logits_by_layer(arch, torch.arange(TOKENS) % 128, each) for each in weights)).share
 
     assert share(base, changed, changed) == pytest.approx(1) and share(base, changed, base) == 0
     assert share(base, changed, between) == pytest.approx(0.5, abs=0.01)
