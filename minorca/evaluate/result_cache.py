@@ -20,7 +20,8 @@ from minorca.data.tokenizer import Tokenizer
 from minorca.errors import UserError
 from minorca.files.adapters import adapter_file
 from minorca.files.atomic import sha256
-from minorca.files.safe_io import quote, user_path
+from minorca.files.hub import local_directory
+from minorca.files.safe_io import quote
 from minorca.files.weights import open_model
 from minorca.model.quantization import Quantization
 
@@ -46,7 +47,7 @@ def identity(
     files = open_model(model, quantization)
     paths = [*files.paths, tok.file]
     if adapter is not None:
-        directory = user_path(adapter)
+        directory = local_directory(adapter)
         paths += [adapter_file(directory), directory / "adapter_config.json"]
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(sha256, paths))

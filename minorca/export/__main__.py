@@ -11,8 +11,8 @@ def main(argv: list[str]) -> None:
     parser = cli.Parser(
         prog="minorca.export", description="Writes a model, merged with an adapter, as a Hugging Face directory."
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="the base model's directory")
-    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format to merge in")
+    parser.add_argument("--model", required=True, metavar="DIR", help="the base model's directory or hub id")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format, or its hub id, to merge in")
     parser.add_argument("--output", required=True, metavar="DIR", help="a directory that does not exist yet")
     parser.add_argument("--format", choices=["hf"], default="hf", help="the layout to write")
     cli.add_quantization(parser, "nf4: write the weights in 4 bits, as bitsandbytes does")

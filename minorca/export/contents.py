@@ -18,7 +18,7 @@ from minorca.data.portable_files import has_tokenizer, load_chat
 from minorca.data.tokenizer import Tokenizer, load_tokenizer
 from minorca.errors import UserError
 from minorca.files.adapters import open_adapter, other_base, read_adapter_settings
-from minorca.files.safe_io import user_path
+from minorca.files.hub import local_directory
 from minorca.files.vocabulary import MatrixUpdate, adapt
 from minorca.files.weights import ModelFiles, open_model
 from minorca.model.architecture import Architecture
@@ -81,7 +81,7 @@ def read_contents(model: str | Path, adapter: str | Path | None) -> Contents:
 
 def _chat(source: ModelFiles, adapter: str | Path | None) -> tuple[Tokenizer | None, str | None]:
     """The tokenizer and the template's name, those that the adapter brings before the model's."""
-    brought = [] if adapter is None else [user_path(adapter)]
+    brought = [] if adapter is None else [local_directory(adapter)]
     beside = next(filter(has_tokenizer, [source.directory, *brought]), None)
     if beside is None:
         return None, None

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minorca.errors import UserError, raise_problems
-from minorca.files.safe_io import find_file, quote, read_json, read_optional_json, user_path
+from minorca.files.hub import local_directory, parse_id
+from minorca.files.safe_io import find_file, quote, read_json, read_optional_json
 from minorca.files.tensor_files import TensorFiles
 from minorca.model.architecture import MAX_NUMBER, MAX_SIZE
 from minorca.model.layout import (
@@ -30,11 +31,16 @@ from minorca_kernels import fill_rows
 
 
 def save_adapter(directory: Path, tensors: dict[str, Tensor], settings: LoRASettings, base_model: str) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json into an existing directory."""
+    """Writes adapter_model.safetensors and adapter_config.json into an existing directory.
+
+    base_model: a directory or a hub id.
+    """
+    base = parse_id(base_model)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": base.repository if base else base_model,
+        "revision": base.revision if base else None,
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
@@ -105,7 +111,7 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
     Raises:
         UserError: naming the file and field.
     """
-    directory = Path(directory)
+    directory = local_directory(directory)
     fields = AdapterConfig(directory)
     config, path = fields.values, fields.path
     if config.get("peft_type") != "LORA":
@@ -167,7 +173,7 @@ def other_base(directory: str | Path, quantization: Quantization | None) -> Othe
     Raises:
         UserError: an invalid record.
     """
-    path = user_path(directory) / RECORD
+    path = local_directory(directory) / RECORD
     record = read_record(path.parent)
     if not record:
         return None
@@ -262,8 +268,9 @@ def _chooses_layers(config: dict) -> bool:
     return dotted or config.get("layers_to_transform") is not None or bool(config.get("exclude_modules"))
 
 
-def adapter_file(directory: Path) -> Path:
+def adapter_file(adapter: str | Path) -> Path:
     """PEFT's tensor file in an adapter's directory."""
+    directory = local_directory(adapter)
     names = ("adapter_model.safetensors", "adapter_model.bin")
     path = next(filter(None, (find_file(directory, name) for name in names)), None)
     if path is None:
@@ -308,7 +315,7 @@ def open_adapter(directory: str | Path, expected: dict[str, nn.Parameter]) -> Te
     Raises:
         UserError: as `TensorFiles.check`.
     """
-    files = open_tensors_of(Path(directory))
+    files = open_tensors_of(local_directory(directory))
     for name in {name for matrix in MATRICES for name in matrix_peft_names(matrix).values()} - expected.keys():
         files.files.pop(name, None)
     files.check({name: tuple(parameter.shape) for name, parameter in expected.items()})
