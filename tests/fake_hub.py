@@ -292,8 +292,6 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeHub]:
     from huggingface_hub import constants
     from huggingface_hub.utils import close_session
 
-    from minorca.files import hub as ours
-
     hub = FakeHub()
     thread = threading.Thread(target=hub.server.serve_forever, args=(0.01,))
     thread.start()
@@ -307,18 +305,18 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeHub]:
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    forget(ours)
+    forget()
     try:
         yield hub
     finally:
-        forget(ours)
+        forget()
         close_session()
         hub.server.shutdown()
         hub.server.server_close()
         thread.join()
 
 
-def forget(ours=None) -> None:
+def forget() -> None:
     """As a new process, which has not resolved any id."""
     from minorca.files import hub
 
