@@ -12,7 +12,9 @@ from minorca.errors import UserError
 from minorca.export.contents import ExportedTensor, merged_tensors, read_contents
 from minorca.export.effect import share_kept
 from minorca.files import bitsandbytes
+from minorca.files.adapters import RECORD
 from minorca.files.atomic import publish
+from minorca.files.hub import pinned
 from minorca.files.safe_io import find_file, read_json
 from minorca.files.tensor_files import write_tensors
 from minorca.files.weights import ModelFiles, check_quantizable, open_model
@@ -24,7 +26,8 @@ from minorca.progress import progress
 def export(
     model: str | Path, adapter: str | Path | None, output: Path, quantization: Quantization | None = None
 ) -> None:
-    """Writes config, tokenizer and weights to `output`, which appears when it is complete.
+    """Writes config, tokenizer and weights to `output`, which appears when it is complete; and, of hub ids, minorca.json
+    with their commits.
 
     Args:
         quantization: of the projections that are written; None: as they are, and those of a quantized model as values.
@@ -45,6 +48,10 @@ def export(
         files = portable_files(contents.tok, contents.template, source.directory)
     else:
         files = tokenizer_files(source.directory)
+
+    taken = {"model": pinned(model), "adapter": pinned(adapter) if adapter else None}
+    if origin := {key: str(found) for key, found in taken.items() if found}:
+        files[RECORD] = (json.dumps(origin, indent=2) + "\n").encode()
 
     def write(temporary: Path) -> None:
         found = find_file(source.directory, "config.json")

@@ -60,6 +60,12 @@ def parse_id(path: str | Path) -> HubId | None:
     return HubId(*match.groups()) if match and not user_path(path).exists() else None
 
 
+def is_repository(name: str) -> bool:
+    """Whether a name has the form org/name, without a revision."""
+    match = _ID.fullmatch(name)
+    return bool(match and match[2] is None)
+
+
 def pinned(path: str | Path) -> HubId | None:
     """The hub id that a path is, with the commit as its revision; None where it is none.
 

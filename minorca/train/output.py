@@ -50,6 +50,7 @@ class RunFiles:
         config_sha256: of the config.yaml that it wrote last, and of the one before.
         resolved_sha256: the same of config.resolved.yaml.
         revisions: hub ids as the settings gave them -> the same at the commits that the run uses.
+        rows: what became of the rows to train on: source -> outcome -> how many.
     """
 
     format: int
@@ -58,6 +59,7 @@ class RunFiles:
     config_sha256: list[str]
     resolved_sha256: list[str] = dataclasses.field(default_factory=list)
     revisions: dict[str, str] = dataclasses.field(default_factory=dict)
+    rows: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
 
 
 def check_output(config: Config, profile: bool = False) -> None:
@@ -146,10 +148,9 @@ def _parse(output: Path) -> RunFiles | None:
     return None
 
 
-def recorded_revisions(output: Path) -> dict[str, str]:
-    """Hub ids as the settings of the run in a directory gave them -> the same at the commits that it uses."""
-    run = _parse(output) if os.path.lexists(output / FILE) else None
-    return run.revisions if run else {}
+def read_run(output: Path) -> RunFiles | None:
+    """What run.json says; None where there is none. Raises UserError: it is damaged, or of a newer version."""
+    return _parse(output) if os.path.lexists(output / FILE) else None
 
 
 def _is_of_earlier_version(output: Path) -> bool:
@@ -186,11 +187,18 @@ def _settings_file(output: Path, run: RunFiles) -> Path:
     return resolved
 
 
-def claim(config: Config, profile: bool, revisions: dict[str, str] | None = None) -> str:
+def claim(
+    config: Config,
+    profile: bool,
+    revisions: dict[str, str] | None = None,
+    rows: dict[str, dict[str, int]] | None = None,
+) -> str:
     """Readies the output directory, of which this process has the lock: removes what the run had begun to write or to
     remove when it was killed, and writes its settings.
 
-    revisions: what `pin` made of which hub id of the settings.
+    Args:
+        revisions: what `pin` made of which hub id of the settings.
+        rows: what became of the rows of each source.
 
     Returns:
         The run's id.
@@ -211,6 +219,7 @@ def claim(config: Config, profile: bool, revisions: dict[str, str] | None = None
     else:
         run.config_sha256 = digests
     run.revisions |= revisions or {}
+    run.rows = rows or run.rows
     write_file(output / FILE, json.dumps(dataclasses.asdict(run), indent=2) + "\n", run.id)
     write_file(path, text, run.id)
     (output / "checkpoints").mkdir(exist_ok=True)

@@ -7,7 +7,7 @@ from minorca.config import Config, Source
 from minorca.data.sources import at_commit
 from minorca.files.hub import pinned
 from minorca.train import checkpoint
-from minorca.train.output import recorded_revisions
+from minorca.train.output import read_run
 
 Sources = str | float | list[str | Source] | None
 
@@ -22,7 +22,8 @@ def pin(config: Config) -> tuple[Config, dict[str, str]]:
         UserError: the id of a model or an adapter that cannot be resolved.
     """
     goes_on = bool(checkpoint.published(config.output / "checkpoints"))
-    recorded = recorded_revisions(config.output) if goes_on else {}
+    run = read_run(config.output) if goes_on else None
+    recorded = run.revisions if run else {}
     revisions: dict[str, str] = {}
 
     def resolved(path: str, resolve: Callable[[str], object]) -> str:

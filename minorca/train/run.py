@@ -136,7 +136,8 @@ def _train(
     if world.rank == 0:
         if new_output:
             stack.enter_context(create_output(output))
-        run_id = claim(config, profile, revisions)
+        rows = {source.path: dict(source.counts) for source in inputs.store.sources}
+        run_id = claim(config, profile, revisions, rows)
         if not finished:
             set_outcome_aside(config.outcome, resumed)
         record = _open_record(config, found, state, length)
