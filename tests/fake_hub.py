@@ -202,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.hub.repositories:
             self._send(409, {"error": "You already created this model repo", "url": name})
             return
-        self.hub.repositories[name] = Repository(private=wanted.get("private") or False)
+        self.hub.repositories[name] = Repository(private=wanted.get("visibility") == "private")
         self.hub.repositories[name].add({".gitattributes": b""})
         self._send(200, {"url": f"{self.hub.url}/{wanted['organization']}/{wanted['name']}", "name": wanted["name"]})
 
@@ -289,7 +289,7 @@ def _described(file: str, data: bytes) -> dict:
 @contextlib.contextmanager
 def fake_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeHub]:
     """Within it, `huggingface_hub` here and in processes that are started knows no other hub; its cache is empty."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
     from huggingface_hub.utils import close_session
 
     hub = FakeHub()
@@ -300,6 +300,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeHub]:
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))

@@ -26,8 +26,8 @@ from minorca.progress import progress
 def export(
     model: str | Path, adapter: str | Path | None, output: Path, quantization: Quantization | None = None
 ) -> None:
-    """Writes config, tokenizer and weights to `output`, which appears when it is complete; and, of hub ids, minorca.json
-    with their commits.
+    """Writes config, tokenizer and weights to `output`, which appears when it is complete; minorca.json has the commits
+    of hub ids.
 
     Args:
         quantization: of the projections that are written; None: as they are, and those of a quantized model as values.

@@ -1,6 +1,7 @@
 """A complete directory to the hub, in one commit."""
 
 import fnmatch
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,15 @@ def push(directory: Path, repository: str, private: bool) -> str:
         UserError: the hub did not take it; the directory is as it was, and the message has the command that uploads it.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     files = {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
     try:
         api = HfApi()
-        api.create_repo(repository, private=private, exist_ok=True)
+        # not private: as the organization has chosen
+        api.create_repo(repository, private=private or None, exist_ok=True)
         present = set(api.list_repo_files(repository)) - files.keys()
         replaced = [pattern for pattern in _WEIGHTS if any(fnmatch.fnmatch(name, pattern) for name in files)]
         stale = sorted(name for name in present if any(fnmatch.fnmatch(name, pattern) for pattern in replaced))
@@ -51,7 +56,7 @@ def push(directory: Path, repository: str, private: bool) -> str:
         return api.create_commit(repository, operations, commit_message="Export of minorca").commit_url
     except Exception as error:
         again = f"hf upload {repository} {directory} .{' --private' if private else ''}"
-        message = f"was not pushed to {repository}: {_reason(error)}; it is complete here, and this pushes it: {again}"
+        message = f"the push to {repository} failed: {_reason(error)}; it is complete here, to push again: {again}"
         raise UserError(message, path=directory) from None
 
 
