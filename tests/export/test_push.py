@@ -66,7 +66,7 @@ def test_an_adapter_of_a_run(writer, workplace, tmp_path, monkeypatch):
     data = card.data.to_dict()
     assert (data["base_model"], data["base_model_relation"], data["library_name"]) == ("org/base", "adapter", "peft")
     assert "license" not in data and "language" not in data
-    values = {(r.dataset_name, r.metric_name, r.metric_value) for r in card.data.eval_results}
+    values = {(r.dataset_name, r.metric_name, r.metric_value) for r in card.data.get("eval_results")}
     assert values == {("answers", "acc", 0.25), ("answers", "acc_norm (strict)", 0.5)}
     assert "| answers | 5 | acc | 0.25 ± 0.12 |" in card.text and "| rows.jsonl | read | 40 |" in card.text
     settings = load_yaml(re.findall("```yaml\n(.*?)```", card.text, re.S)[0])

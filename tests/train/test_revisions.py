@@ -60,6 +60,7 @@ def test_adapters_to_start_from(hub, workplace):
     assert losses[0] == losses[1] and settings_of(workplace.path / "a")["lora"]["init"] == f"org/adapter@{commit}"
 
 
+@pytest.mark.slow
 def test_rows_of_a_revision(hub, workplace, monkeypatch):
     """`datasets` reads them at the commit; the run records it."""
     rows = (workplace.path / "rows.jsonl").read_bytes()
