@@ -27,6 +27,8 @@ setup(
         "jinja2>=3.1.6,<3.2",
         # older ones run scripts of a hub's repository
         "datasets>=4,<5.3",
+        # older ones do not keep a list of a commit's files, by which a complete download is told from others
+        "huggingface-hub>=1.31,<2.5",
         # triton 3.6's interpreter fails with 2.4
         "numpy>=2.2,<2.4",
         "pydantic>=2.11,<2.15",

@@ -21,7 +21,7 @@ _STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 @dataclass
 class ModelConfig:
     __pydantic_config__ = _STRICT
-    path: Annotated[str, "the base model's directory"]
+    path: Annotated[str, "the base model's directory, or its hub id, org/name or org/name@REVISION"]
     dtype: Annotated[
         Literal["bfloat16", "float32"], "of the frozen weights and of computation; what is trained is fp32"
     ] = "bfloat16"
@@ -44,7 +44,7 @@ class LoRAConfig:
         default_factory=list
     )
     rslora: Annotated[bool, "scale by alpha / sqrt(rank) instead"] = False
-    init: Annotated[str | None, "a PEFT adapter to start from"] = None
+    init: Annotated[str | None, "a PEFT adapter to start from: a directory or a hub id"] = None
 
 
 Format = Literal["openorca", "sharegpt", "messages", "alpaca", "prompt_completion", "text", "preference"]
@@ -55,7 +55,7 @@ class Source:
     """One source of several in data.train or data.eval.
 
     Attributes:
-        path: a file, a directory, a glob, a hub id or hub-id:FILE.
+        path: a file, a directory, a glob, or a hub id, org/name[@REVISION][:FILE].
         format: None: that of data.format.
         weight: how often an epoch has each row; 0.5: half the rows, and the other half in the next epoch.
         name: the configuration of a hub data set.
@@ -78,8 +78,8 @@ class DataConfig:
     __pydantic_config__ = _STRICT
     train: Annotated[
         str | list[str | Source],
-        "a file, a directory, a glob, a hub id, hub-id:FILE, or a list of these or of {path, format, weight, name, "
-        "split, columns, roles}",
+        "a file, a directory, a glob, a hub id[@REVISION][:FILE], or a list of these or of {path, format, weight, "
+        "name, split, columns, roles}",
     ]
     eval: Annotated[str | float | list[str | Source] | None, "the same, or a fraction of the rows held out by seed"] = (
         None
@@ -248,7 +248,7 @@ class DPOConfig:
     desirable_weight: Annotated[float, "of desirable answers in objective kto"] = 1.0
     undesirable_weight: Annotated[float, "of undesirable answers in objective kto"] = 1.0
     reference: Annotated[
-        str, "auto: the model that training starts from; base: that without lora.init; or a PEFT adapter's directory"
+        str, "auto: the model that training starts from; base: that without lora.init; or a PEFT adapter"
     ] = "auto"
     precompute: Annotated[
         bool, "compute the reference's log-probabilities once, before the first step, and keep them beside the rows"

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from minorca.signals import STOPPING
+from tests.fake_hub import fake_hub
 from tests.helpers import ROOT, Workplace, random_mistral, save_tokenizer
 
 torch.set_num_threads(1)
@@ -72,6 +73,13 @@ def poisoned(monkeypatch) -> None:
     """Fills uninitialized memory with NaN, so that elements that a kernel does not write are detected."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, filled_with_nan(getattr(owner, name)))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub on this machine, the only one, with an empty cache."""
+    with fake_hub(monkeypatch, tmp_path / "huggingface") as hub:
+        yield hub
 
 
 @pytest.fixture

@@ -335,5 +335,5 @@ def test_processes():
         helped = pool.submit(command, "minorca.export", "--help", close_stdout=True)
     status, out, err = failed.result()
     assert (status, out) == (2, "")
-    assert re.fullmatch("minorca: error: a/b: no such directory.*hf download a/b .*\n", err)
+    assert re.fullmatch("minorca: error: a/b: no such directory.*hf download a/b; .*\n", err)
     assert helped.result() == (0, None, "")

@@ -49,7 +49,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         description="Compares two models or adapters on the same prompts: their greedy answers, how likely they find "
         "the same answers, and how far apart they are at each token. Writes a page to read, and the numbers beside it.",
     )
-    parser.add_argument("a", metavar="A", help="the directory of a model or of a LoRA adapter in PEFT's format")
+    parser.add_argument("a", metavar="A", help="a model or a LoRA adapter in PEFT's format: its directory or hub id")
     parser.add_argument("b", metavar="B", help="the other one")
     parser.add_argument("--model", metavar="DIR", help="the base of adapters; default: what they name")
     parser.add_argument(

@@ -71,7 +71,7 @@ def open_side(name: str, path: str, model: str | None, template: str | None) -> 
     """
     directory = model_directory(path)
     adapter = directory if is_adapter(directory) else None
-    base = directory if adapter is None else _base(adapter, model)
+    base = model_directory(path, weights=True) if adapter is None else _base(adapter, model)
     tok, arch = load_tokenizer(base), read_architecture(base)
     check_vocabulary(tok, arch.vocab_size, base)
     arch = adapted_architecture(arch, adapter)
@@ -81,14 +81,16 @@ def open_side(name: str, path: str, model: str | None, template: str | None) -> 
 
 def _base(adapter: Path, model: str | None) -> Path:
     if model is not None:
-        return model_directory(model)
+        return model_directory(model, weights=True)
     if is_mistral_lora(adapter):
         raise UserError("does not name its base; give it with --model DIR", path=adapter)
     config = AdapterConfig(adapter)
     field = "base_model_name_or_path"
     named = config.values.get(field)
     if not isinstance(named, str) or not user_path(named).is_dir():
-        config.refuse(field, "expected a directory that is here; give the adapter's base with --model DIR")
+        config.refuse(
+            field, "expected a directory that is here; give the adapter's base with --model DIR, or its hub id"
+        )
     return model_directory(named)
 
 

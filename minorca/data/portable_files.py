@@ -22,7 +22,8 @@ from minorca.data.tokenizer_files import (
 )
 from minorca.errors import UserError
 from minorca.files.adapters import RECORD
-from minorca.files.safe_io import find_file, quote, read_json, read_optional_json, read_small, user_path
+from minorca.files.hub import local_directory
+from minorca.files.safe_io import find_file, quote, read_json, read_optional_json, read_small
 from minorca.model.quantization import Quantization
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ def load_chat(base: Tokenizer, rows: int, adapter: str | Path | None) -> tuple[T
     """
     if adapter is None:
         return base, None
-    directory = user_path(adapter)
+    directory = local_directory(adapter)
     return _adapter_tokenizer(directory, base, rows), recorded_template(directory)
 
 

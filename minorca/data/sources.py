@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 from minorca.config import Source
 from minorca.data.conversation import Content
 from minorca.data.formats import check_columns, convert_record
-from minorca.data.hub import open_hub
+from minorca.data.hub import open_hub, pinned_source
 from minorca.data.row_files import SUFFIXES, RowError, RowFile, open_file, suffix_of
 from minorca.errors import UserError
 from minorca.files.safe_io import read_json, user_path
@@ -146,8 +146,19 @@ def _hash(value: Any) -> int:
 # ------------------------------------------------------------------------------------------------------------- opening
 
 
+def at_commit(name: str) -> str | None:
+    """A source that is a hub id, at the commit that it names now; None where it is none, or this cannot be known."""
+    return None if _names_file(name) or user_path(name).exists() else pinned_source(name)
+
+
+def _names_file(name: str) -> bool:
+    """Whether a source can only be a file or a pattern of files, whether there is one or not."""
+    is_file_name = ":" not in name and (glob.has_magic(name) or suffix_of(Path(name)) in SUFFIXES)
+    return is_file_name or name.startswith((".", "/", "~"))
+
+
 def open_source(source: Source, limit: int | None) -> SourceReader:
-    """Opens a file, a directory of files or one that `datasets` saved, a glob, a hub id, or hub-id:FILE.
+    """Opens a file, a directory of files or one that `datasets` saved, a glob, a hub id[@REVISION], or one with :FILE.
 
     With a limit, at most that many rows of a hub data set are downloaded.
 
@@ -167,7 +178,7 @@ def open_source(source: Source, limit: int | None) -> SourceReader:
         files = [_open_file(path, source) for path in paths if path.is_file()]
         if not files:
             raise UserError("matches no file", path=name)
-    elif path.exists() or (":" not in name and suffix_of(path) in SUFFIXES) or name.startswith((".", "/", "~")):
+    elif path.exists() or _names_file(name):
         message = "no such file; data.train and data.eval take a file, a directory, a glob or a hub id"
         raise UserError(message, path=name)
     else:

@@ -23,6 +23,7 @@ from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from minorca.errors import UserError, raise_problems
 from minorca.evaluate import suites
 from minorca.files.atomic import check_output, write_file
+from minorca.files.hub import name_of, parse_id
 from minorca.files.safe_io import cache_directory
 from minorca.files.vocabulary import adapted_architecture
 from minorca.model.architecture import read_architecture
@@ -60,8 +61,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(
         prog="minorca.evaluate", description="Evaluates a model on tasks of lm_eval; results are kept and reused."
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="the model's directory")
-    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format")
+    parser.add_argument("--model", required=True, metavar="DIR", help="the model's directory or hub id")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format, or its hub id")
     cli.add_quantization(parser, "nf4: quantize the model while it loads, as a QLoRA adapter was trained on it")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of weights and computation; default: bfloat16 where the machine multiplies it"
@@ -314,8 +315,11 @@ def _show_suites(args: argparse.Namespace, scores: list[suites.SuiteResult], con
 
 def _name(args: argparse.Namespace) -> str:
     """What tables and files call the model."""
-    adapter = Path(args.adapter).resolve().parts[-2:] if args.adapter else ()
-    return args.name or "-".join((Path(args.model).resolve().name, *adapter))
+    adapter = ()
+    if args.adapter:
+        # of a run's directory, its name and that of the adapter in it
+        adapter = (name_of(args.adapter),) if parse_id(args.adapter) else Path(args.adapter).resolve().parts[-2:]
+    return args.name or "-".join((name_of(args.model), *adapter))
 
 
 def _conditions(ours: dict[str, Any], args: argparse.Namespace, lm: "MinorcaLM") -> str:

@@ -20,7 +20,7 @@ from minorca.data.tokenizer import Tokenizer
 from minorca.errors import UserError
 from minorca.files.adapters import adapter_paths
 from minorca.files.atomic import sha256
-from minorca.files.safe_io import quote, user_path
+from minorca.files.safe_io import quote
 from minorca.files.weights import open_model
 from minorca.model.quantization import Quantization
 
@@ -46,7 +46,7 @@ def identity(
     files = open_model(model, quantization)
     paths = [*files.paths, tok.file]
     if adapter is not None:
-        paths += adapter_paths(user_path(adapter))
+        paths += adapter_paths(adapter)
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(sha256, paths))
     how = dataclasses.asdict(files.quantization) if files.quantization else None

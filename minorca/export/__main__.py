@@ -1,33 +1,44 @@
-"""`python -m minorca.export`: weights for other engines."""
+"""`python -m minorca.export`: weights for other engines, and to the hub."""
 
+import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 from minorca import cli
-from minorca.errors import UserError
-from minorca.export.consolidated import export_consolidated
+from minorca.errors import UserError, raise_problems
+from minorca.export.adapter import export_adapter
+from minorca.export.card import read_origin, write_card
 from minorca.export.huggingface import export
-from minorca.export.merging import METHODS, parse_merge
+from minorca.export.push import check_push, push
 from minorca.model.quantization import parse_quantization
 
 
 def main(argv: list[str]) -> None:
+    args = _parse(argv)
+    cli.outlive_readers()
+    output = Path(args.output)
+    quantization = parse_quantization(args.quantize, args.double_quant)
+    origin = None
+    if args.push:
+        check_push(args.push)
+        origin = read_origin(args.model, args.adapter, args.adapter_only, bool(quantization), args.scores)
+    if args.adapter_only:
+        export_adapter(args.adapter, output, origin and origin.base)
+    else:
+        export(args.model, args.adapter, output, quantization)
+    if origin:
+        write_card(origin, output, args.push)
+        print(push(output, args.push, args.private))
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(
         prog="minorca.export",
         description="Writes a model, merged with adapters, as Hugging Face's files or as Mistral's own.",
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="the base model's directory")
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="DIR[=WEIGHT]",
-        help="a LoRA adapter to merge in, in PEFT's format or mistral-finetune's; may be given several times",
-    )
-    parser.add_argument("--merge", choices=METHODS, help="how several adapters are combined (default: linear)")
-    parser.add_argument(
-        "--density", type=float, help="of ties and dare: the part of values that is kept (default: 0.5)"
-    )
-    parser.add_argument("--seed", type=int, help="of dare: of the values that are kept (default: 0)")
+    parser.add_argument("--model", metavar="DIR", help="the base model's directory or hub id")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format, or its hub id, to merge in")
+    parser.add_argument("--adapter-only", action="store_true", help="write the adapter alone")
     parser.add_argument("--output", required=True, metavar="DIR", help="a directory that does not exist yet")
     parser.add_argument(
         "--format",
@@ -36,16 +47,24 @@ def main(argv: list[str]) -> None:
         help="the layout to write: Hugging Face's, or Mistral's consolidated.safetensors (default: hf)",
     )
     cli.add_quantization(parser, "nf4: write the weights in 4 bits, as bitsandbytes does")
+    parser.add_argument("--push", metavar="ORG/NAME", help="upload the directory to the hub, with a model card")
+    parser.add_argument("--private", action="store_true", help="with --push: make a private repository")
+    parser.add_argument(
+        "--scores", nargs="+", default=[], metavar="FILE", help="with --push: results of minorca.evaluate, for the card"
+    )
     args = parser.parse_args(argv)
-    cli.outlive_readers()
-    merge = parse_merge(args.adapter, args.merge, args.density, args.seed)
-    quantization = parse_quantization(args.quantize, args.double_quant)
-    if args.format == "consolidated":
-        if quantization:
-            raise UserError("is nf4, which Mistral's layout cannot hold; give --format hf", field="--quantize")
-        export_consolidated(args.model, merge, Path(args.output))
-    else:
-        export(args.model, merge, Path(args.output), quantization)
+    raise_problems(_problems(args))
+    return args
+
+
+def _problems(args: argparse.Namespace) -> Iterator[UserError]:
+    if args.model is None and not args.adapter_only:
+        yield UserError("is missing; expected a model's directory or hub id", field="--model")
+    if args.adapter_only and (args.adapter is None or args.quantize != "none"):
+        yield UserError("needs --adapter, and cannot be combined with --quantize", field="--adapter-only")
+    for option in ("private", "scores"):
+        if getattr(args, option) and not args.push:
+            yield UserError("needs --push", field=f"--{option}")
 
 
 if __name__ == "__main__":

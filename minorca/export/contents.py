@@ -20,7 +20,7 @@ from minorca.data.tokenizer import Tokenizer, load_tokenizer
 from minorca.errors import UserError
 from minorca.export.merging import Deltas, Merge, WeightedAdapter
 from minorca.files.adapters import other_base
-from minorca.files.safe_io import user_path
+from minorca.files.hub import local_directory
 from minorca.files.vocabulary import MatrixUpdate, adapt
 from minorca.files.weights import ModelFiles, open_model
 from minorca.model.layout import SourceTensor, source_tensors
@@ -120,7 +120,7 @@ def _adapted(source: ModelFiles, adapters: tuple[WeightedAdapter, ...]) -> tuple
 
 def _chat(source: ModelFiles, adapters: tuple[WeightedAdapter, ...]) -> tuple[Tokenizer | None, str | None]:
     """The tokenizer and the template's name, those that an adapter brings before the model's."""
-    directories = [user_path(adapter.directory) for adapter in adapters]
+    directories = [local_directory(adapter.directory) for adapter in adapters]
     beside = next(filter(has_tokenizer, [source.directory, *directories]), None)
     if beside is None:
         return None, None

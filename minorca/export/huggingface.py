@@ -13,7 +13,9 @@ from minorca.export.contents import ExportedTensor, check_new, merged_tensors, r
 from minorca.export.effect import print_effect, readers, rounding
 from minorca.export.merging import Merge
 from minorca.files import bitsandbytes
+from minorca.files.adapters import RECORD
 from minorca.files.atomic import publish
+from minorca.files.hub import pinned
 from minorca.files.safe_io import find_file, read_json
 from minorca.files.tensor_files import write_tensors
 from minorca.files.weights import ModelFiles, check_quantizable, open_model
@@ -25,7 +27,8 @@ from minorca.progress import progress
 def export(
     model: str | Path, adapter: str | Path | Merge | None, output: Path, quantization: Quantization | None = None
 ) -> None:
-    """Writes config, tokenizer and weights to `output`, which appears when it is complete.
+    """Writes config, tokenizer and weights to `output`, which appears when it is complete; minorca.json has the commits
+    of hub ids.
 
     Args:
         adapter: what is merged in.
@@ -46,6 +49,10 @@ def export(
         files = portable_files(contents.tok, contents.template, source.directory)
     else:
         files = tokenizer_files(source.directory)
+
+    taken = {"model": pinned(model), "adapter": pinned(adapter) if adapter else None}
+    if origin := {key: str(found) for key, found in taken.items() if found}:
+        files[RECORD] = (json.dumps(origin, indent=2) + "\n").encode()
 
     def write(temporary: Path) -> None:
         found = find_file(source.directory, "config.json")

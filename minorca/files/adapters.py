@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minorca.errors import UserError, raise_problems
+from minorca.files.hub import local_directory, parse_id
 from minorca.files.mistral_lora import FILE as MISTRAL_FILE
 from minorca.files.mistral_lora import PARAMS, is_mistral_lora, open_mistral_lora, read_mistral_settings
-from minorca.files.safe_io import find_file, quote, read_json, read_optional_json, user_path
+from minorca.files.safe_io import find_file, quote, read_json, read_optional_json
 from minorca.files.tensor_files import WEIGHT_FILES, TensorFiles
 from minorca.model.architecture import MAX_NUMBER, MAX_SIZE
 from minorca.model.layout import (
@@ -35,11 +36,16 @@ from minorca_kernels import fill_rows
 
 
 def save_adapter(directory: Path, tensors: dict[str, Tensor], settings: LoRASettings, base_model: str) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json into an existing directory."""
+    """Writes adapter_model.safetensors and adapter_config.json into an existing directory.
+
+    base_model: a directory or a hub id.
+    """
+    base = parse_id(base_model)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": base.repository if base else base_model,
+        "revision": base.revision if base else None,
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
@@ -112,7 +118,7 @@ def read_adapter_settings(directory: str | Path) -> LoRASettings:
     Raises:
         UserError: naming the file and field.
     """
-    directory = Path(directory)
+    directory = local_directory(directory)
     if is_mistral_lora(directory):
         return read_mistral_settings(directory)
     fields = AdapterConfig(directory)
@@ -176,7 +182,7 @@ def other_base(directory: str | Path, quantization: Quantization | None) -> Othe
     Raises:
         UserError: an invalid record.
     """
-    path = user_path(directory) / RECORD
+    path = local_directory(directory) / RECORD
     record = read_record(path.parent)
     if not record:
         return None
@@ -282,14 +288,16 @@ def is_adapter(directory: Path) -> bool:
     return find_file(directory, "adapter_config.json") is not None or is_mistral_lora(directory)
 
 
-def adapter_paths(directory: Path) -> list[Path]:
+def adapter_paths(adapter: str | Path) -> list[Path]:
     """The files of an adapter from which its numbers follow: tensors and settings."""
+    directory = local_directory(adapter)
     settings = PARAMS if is_mistral_lora(directory) else "adapter_config.json"
     return [adapter_file(directory), directory / settings]
 
 
-def adapter_file(directory: Path) -> Path:
+def adapter_file(adapter: str | Path) -> Path:
     """The tensor file in an adapter's directory."""
+    directory = local_directory(adapter)
     if is_mistral_lora(directory):
         return directory / MISTRAL_FILE
     names = ("adapter_model.safetensors", "adapter_model.bin")
@@ -338,7 +346,7 @@ def open_adapter(directory: str | Path, expected: dict[str, nn.Parameter]) -> Te
     Raises:
         UserError: as `TensorFiles.check`.
     """
-    files = open_tensors_of(Path(directory))
+    files = open_tensors_of(local_directory(directory))
     for name in {name for matrix in MATRICES for name in matrix_peft_names(matrix).values()} - expected.keys():
         files.files.pop(name, None)
     files.check({name: tuple(parameter.shape) for name, parameter in expected.items()})

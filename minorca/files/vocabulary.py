@@ -14,8 +14,9 @@ from torch import Tensor
 
 from minorca.errors import UserError
 from minorca.files.adapters import AdapterConfig, adapter_file, open_tensors_of, read_adapter_settings, read_record
+from minorca.files.hub import local_directory
 from minorca.files.mistral_lora import is_mistral_lora
-from minorca.files.safe_io import quote, user_path
+from minorca.files.safe_io import quote
 from minorca.files.tensor_files import TensorFiles
 from minorca.files.weights import ModelFiles
 from minorca.model.architecture import Architecture
@@ -88,7 +89,7 @@ def vocabulary_updates(adapter: str | Path) -> dict[Matrix, MatrixUpdate]:
     Raises:
         UserError: what is wrong with which file.
     """
-    directory = user_path(adapter)
+    directory = local_directory(adapter)
     # mistral-finetune trains projections alone
     if is_mistral_lora(directory):
         return {}
@@ -121,13 +122,13 @@ def adapted_architecture(arch: Architecture, adapter: str | Path | None) -> Arch
     Raises:
         UserError: the adapter is of a model with another vocabulary.
     """
-    return arch if adapter is None else _adapted(arch, user_path(adapter), vocabulary_updates(adapter))
+    return arch if adapter is None else _adapted(arch, local_directory(adapter), vocabulary_updates(adapter))
 
 
 def adapt(source: ModelFiles, adapter: str | Path) -> tuple[ModelFiles, dict[str, MatrixUpdate]]:
     """A model's files with the architecture that it has with an adapter, and what becomes of which module."""
     updates = vocabulary_updates(adapter)
-    arch = _adapted(source.arch, user_path(adapter), updates)
+    arch = _adapted(source.arch, local_directory(adapter), updates)
     source = replace(source.untied() if source.arch.tied and not arch.tied else source, arch=arch)
     modules = {matrix_module(matrix): update for matrix, update in updates.items()}
     return source, {module: update for module, update in modules.items() if module in source.tensors}

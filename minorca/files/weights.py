@@ -116,7 +116,7 @@ def open_model(path: str | Path, quantization: Quantization | None = None) -> Mo
         floating
             point; names file and key.
     """
-    directory = model_directory(path)
+    directory = model_directory(path, weights=True)
     arch = read_architecture(directory)
     files = open_weights(directory)
     # compared before a table of all their tensors is made

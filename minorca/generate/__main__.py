@@ -46,8 +46,8 @@ def main(argv: list[str]) -> None:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(prog="minorca.generate", description="Generates text; greedy by default (temperature 0).")
-    parser.add_argument("--model", required=True, metavar="DIR", help="the model's directory")
-    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format")
+    parser.add_argument("--model", required=True, metavar="DIR", help="the model's directory or hub id")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format, or its hub id")
     cli.add_quantization(parser, "nf4: quantize the model while it loads, as a QLoRA adapter was trained on it")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from minorca.errors import UserError, raise_problems
-from minorca.files.safe_io import find_file, quote, read_json, user_path
+from minorca.files.hub import local_directory
+from minorca.files.safe_io import find_file, quote, read_json
 from minorca.model.quantization import INSTEAD
 
 log = logging.getLogger(__name__)
@@ -80,19 +81,19 @@ class Architecture:
     max_positions: int | None = None
 
 
-def model_directory(path: str | Path) -> Path:
-    """`path` as a directory that exists; a hub id gets the command that downloads it."""
-    directory = user_path(path)
+def model_directory(path: str | Path, weights: bool = False) -> Path:
+    """A model's directory, or an adapter's: `path`, or where the files of a hub id are.
+
+    Args:
+        weights: of a hub id, the model's weights are needed too.
+
+    Raises:
+        UserError: there is none, or a hub id whose files cannot be had.
+    """
+    directory = local_directory(path, weights)
     if directory.is_dir():
         return directory
-    if directory.exists():
-        raise UserError("is a file; expected a model's directory", path=path)
-    hint = ""
-    if str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
-        name = str(path).split("/")[1]
-        download = f"hf download {path} --local-dir {name}"
-        hint = f"; if it is a hub id, download it first: {download}, then give --model.path or --model {name}"
-    raise UserError(f"no such directory{hint}", path=path)
+    raise UserError("is a file; expected a model's directory" if directory.exists() else "no such directory", path=path)
 
 
 def read_architecture(path: str | Path) -> Architecture:

@@ -15,7 +15,6 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
@@ -24,6 +23,7 @@ from minorca import cli
 from minorca.data.chat_template import TEMPLATES
 from minorca.data.tokenizer import check_vocabulary, load_tokenizer
 from minorca.errors import UserError, raise_problems
+from minorca.files.hub import name_of
 from minorca.files.safe_io import quote, user_path
 from minorca.files.vocabulary import check_shares_vocabulary
 from minorca.files.weights import open_model
@@ -78,15 +78,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="minorca.serve", description="Serves OpenAI's chat and completions API over HTTP, and a chat page at /."
     )
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="the model's directory; clients use its name as the model's name"
+        "--model", required=True, metavar="DIR", help="the model's directory or hub id, by whose name clients call it"
     )
     parser.add_argument(
         "--adapter",
         action="append",
         default=[],
         metavar="[NAME=]DIR",
-        help="a LoRA adapter in PEFT's format, which clients use as the model NAME (default: the directory's name); "
-        "may be repeated",
+        help="a LoRA adapter in PEFT's format, a directory or a hub id, which clients use as the model NAME (default: "
+        "its own name); may be repeated",
     )
     parser.add_argument(
         "--runtime-adapters",
@@ -163,10 +163,10 @@ def _problems(args: argparse.Namespace) -> Iterator[UserError]:
 
 def _name_models(model: str, adapters: list[str]) -> dict[str, str | None]:
     """The names that clients use, each with its adapter's directory (None: the base model)."""
-    directories: dict[str, str | None] = {Path(model).resolve().name: None}
+    directories: dict[str, str | None] = {name_of(model): None}
     for adapter in adapters:
         match = re.fullmatch(r"([^/=]+)=(.+)", adapter)
-        name, directory = match.groups() if match else (Path(adapter).resolve().name, adapter)
+        name, directory = match.groups() if match else (name_of(adapter), adapter)
         if name in directories:
             raise UserError(f"{adapter}: another model is named {name}; choose a name with NAME=DIR", field="--adapter")
         directories[name] = directory

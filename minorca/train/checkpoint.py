@@ -90,9 +90,9 @@ def identity(
     values["the rows' sha256"] = store.sha256()
     values["the held-out rows' sha256"] = held_out.sha256() if held_out else None
     init = config.lora.init
-    values["the initial adapter's sha256"] = sha256(adapter_file(Path(init))) if init else None
+    values["the initial adapter's sha256"] = sha256(adapter_file(init)) if init else None
     directory = config.adapters.get("dpo.reference")
-    reference = sha256(adapter_file(Path(directory))) if directory else config.dpo.reference
+    reference = sha256(adapter_file(directory)) if directory else config.dpo.reference
     values["the reference"] = reference if config.has_reference else None
     values |= {f"the base's {key}": value for key, value in dataclasses.asdict(arch).items()}
     with ThreadPoolExecutor() as pool:

@@ -19,6 +19,7 @@ from minorca.train.forecast import Forecast
 from minorca.train.inputs import Inputs, read_inputs
 from minorca.train.optim import check_optimizer, learning_rate
 from minorca.train.output import check_output
+from minorca.train.revisions import pin
 from minorca.train.run import check_goes_on, find_earlier, why_finished
 from minorca.train.run_length import RunLength, run_length
 from minorca.train.task_evaluation import open_tasks
@@ -32,6 +33,7 @@ def dry_run(config: Config) -> None:
     Raises:
         UserError: what the run would refuse before it loads the model.
     """
+    config, _ = pin(config)
     metrics.import_wandb(config)
     check_optimizer(config.optim)
     open_tasks(config.eval)

@@ -18,6 +18,7 @@ from minorca.plan.devices import here
 from minorca.plan.estimate import model_of
 from minorca.plan.report import advised, make_plan
 from minorca.train import metrics
+from minorca.train.revisions import pin
 
 log = logging.getLogger("minorca.train")
 
@@ -41,6 +42,7 @@ class Forecast:
         # what is wrong with the model or the GPU, the run itself says
         with contextlib.suppress(UserError):
             self.device = here(self.ranks)
+            config, _ = pin(config)
             self.config, self.arch = model_of(config)
             if _weight_bytes(config, self.arch) >= SMALL:
                 self._start()

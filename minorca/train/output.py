@@ -49,6 +49,8 @@ class RunFiles:
         made: the names in the directory that are the run's.
         config_sha256: of the config.yaml that it wrote last, and of the one before.
         resolved_sha256: the same of config.resolved.yaml.
+        revisions: hub ids as the settings gave them -> the same at the commits that the run uses.
+        rows: what became of the rows to train on: source -> outcome -> how many.
     """
 
     format: int
@@ -56,6 +58,8 @@ class RunFiles:
     made: list[str]
     config_sha256: list[str]
     resolved_sha256: list[str] = dataclasses.field(default_factory=list)
+    revisions: dict[str, str] = dataclasses.field(default_factory=dict)
+    rows: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
 
 
 def check_output(config: Config, profile: bool = False) -> None:
@@ -134,13 +138,19 @@ def _parse(output: Path) -> RunFiles | None:
             message = "was written by a newer version of minorca; go on with that one, or choose another train.output"
             raise UserError(message, path=path)
         # keys are missing, or of another type
-        with contextlib.suppress(TypeError):
+        with contextlib.suppress(TypeError, AttributeError):
             run = RunFiles(**values)
-            if all(isinstance(text, str) for text in (*run.made, *run.config_sha256, *run.resolved_sha256)):
+            texts = (*run.made, *run.config_sha256, *run.resolved_sha256, *run.revisions, *run.revisions.values())
+            if all(isinstance(text, str) for text in texts):
                 return run
     if _is_of_earlier_version(output):
         raise UserError("is damaged, or another tool's; move it away, and the run goes on", path=path)
     return None
+
+
+def read_run(output: Path) -> RunFiles | None:
+    """What run.json says; None where there is none. Raises UserError: it is damaged, or of a newer version."""
+    return _parse(output) if os.path.lexists(output / FILE) else None
 
 
 def _is_of_earlier_version(output: Path) -> bool:
@@ -177,9 +187,18 @@ def _settings_file(output: Path, run: RunFiles) -> Path:
     return resolved
 
 
-def claim(config: Config, profile: bool) -> str:
+def claim(
+    config: Config,
+    profile: bool,
+    revisions: dict[str, str] | None = None,
+    rows: dict[str, dict[str, int]] | None = None,
+) -> str:
     """Readies the output directory, of which this process has the lock: removes what the run had begun to write or to
     remove when it was killed, and writes its settings.
+
+    Args:
+        revisions: what `pin` made of which hub id of the settings.
+        rows: what became of the rows of each source.
 
     Returns:
         The run's id.
@@ -199,6 +218,8 @@ def claim(config: Config, profile: bool) -> str:
         run.resolved_sha256 = digests
     else:
         run.config_sha256 = digests
+    run.revisions |= revisions or {}
+    run.rows = rows or run.rows
     write_file(output / FILE, json.dumps(dataclasses.asdict(run), indent=2) + "\n", run.id)
     write_file(path, text, run.id)
     (output / "checkpoints").mkdir(exist_ok=True)

@@ -25,6 +25,7 @@ from minorca.train.output import check_output, check_settings, claim, create_out
 from minorca.train.precompute import with_reference
 from minorca.train.profiling import profiled
 from minorca.train.ranks import World, init_distributed
+from minorca.train.revisions import pin
 from minorca.train.run_length import RunLength, run_length
 from minorca.train.task_evaluation import open_tasks
 
@@ -75,6 +76,9 @@ def _train(
     """Returns the signal that ended the run early, the same on every rank; `stack` undoes what the run sets up."""
     # 1. everything that can be refused, before memory is taken
     world.set_status("reading the base model's files and the data")
+    config, revisions = pin(config)
+    for given, pinned in revisions.items():
+        log.info("%s: this run uses %s", given, pinned)
     metrics.import_wandb(config)
     check_optimizer(config.optim)
     tasks = open_tasks(config.eval)
@@ -132,7 +136,8 @@ def _train(
     if world.rank == 0:
         if new_output:
             stack.enter_context(create_output(output))
-        run_id = claim(config, profile)
+        rows = {source.path: dict(source.counts) for source in inputs.store.sources}
+        run_id = claim(config, profile, revisions, rows)
         if not finished:
             set_outcome_aside(config.outcome, resumed)
         record = _open_record(config, found, state, length)

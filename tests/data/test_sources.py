@@ -198,7 +198,10 @@ def test_a_hub_id_is_read_by_datasets(source, file, limit, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert messages_in(source, limit=limit) == MESSAGES[:limit]
     assert calls == [
-        (source.split(":")[0], {"data_files": file, "split": "train", "name": None, "streaming": limit is not None})
+        (
+            source.split(":")[0],
+            {"data_files": file, "split": "train", "name": None, "streaming": limit is not None, "revision": None},
+        )
     ]
     monkeypatch.setattr(datasets, "load_dataset", fail)
     monkeypatch.setattr(datasets, "get_dataset_split_names", fail)
@@ -216,7 +219,7 @@ def test_the_split_and_the_configuration_of_a_hub_data_set(monkeypatch):
         return RECORDS if name == "en" else RECORDS[:1]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, name: ["train_sft", "test_sft"])
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, name, revision: ["train_sft", "test_sft"])
     for name, rows in (("en", MESSAGES), (None, MESSAGES[:1])):
         reader = open_source(Source("a/b", "openorca", split="train_sft", name=name), None)
         assert [messages_of(row) for row in valid(read_rows(reader, None, Counter()))] == rows

@@ -1,0 +1,55 @@
+"""An adapter alone, as a directory of its own that names its base by its hub id."""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from minorca.data.portable_files import tokenizer_files, write_files
+from minorca.errors import UserError
+from minorca.files.adapters import RECORD, AdapterConfig, adapter_file, read_adapter_settings
+from minorca.files.atomic import publish
+from minorca.files.hub import HubId, local_directory, parse_id
+from minorca.files.safe_io import MAX_JSON_BYTES, find_file, read_small
+from minorca.files.tensor_files import TensorFiles
+
+
+def named_base(adapter: str | Path) -> HubId | None:
+    """The hub id and, where it is known, the commit that an adapter names as its base; None for a directory."""
+    values = AdapterConfig(local_directory(adapter)).values
+    base, revision = values.get("base_model_name_or_path"), values.get("revision")
+    found = parse_id(base) if isinstance(base, str) else None
+    if found is None or found.revision:
+        return None
+    with_revision = parse_id(f"{base}@{revision}") if isinstance(revision, str) else None
+    return with_revision or found
+
+
+def export_adapter(adapter: str | Path, output: Path, base: HubId | None = None) -> None:
+    """Writes an adapter's files to `output`, which appears when it is complete; its tensors as safetensors.
+
+    Args:
+        base: what it is to name as its base; None: what it names.
+
+    Raises:
+        UserError: what is wrong with which file, or that `output` exists.
+    """
+    if output.exists():
+        raise UserError("already exists; give --output a new name", path=output)
+    read_adapter_settings(adapter)
+    directory = local_directory(adapter)
+    config = AdapterConfig(directory).values
+    if base:
+        config |= {"base_model_name_or_path": base.repository, "revision": base.revision}
+    files = tokenizer_files(directory) | {"adapter_config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    if find_file(directory, RECORD):
+        files[RECORD] = read_small(directory / RECORD, MAX_JSON_BYTES)
+    tensors = TensorFiles([adapter_file(directory)])
+
+    def write(temporary: Path) -> None:
+        write_files(temporary, files)
+        content = {name: tensors.read(name, 0, tensors.shape(name)[0]).contiguous() for name in tensors.files}
+        save_file(content, temporary / "adapter_model.safetensors", {"format": "pt"})
+
+    publish(output, write)
+    print(f"{output}: {len(tensors.files)} tensors of {adapter}")

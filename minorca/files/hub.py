@@ -1,0 +1,274 @@
+"""Models, adapters and data sets of the Hugging Face hub, in the cache of `huggingface_hub`.
+
+An id is org/name, or org/name@REVISION with a branch, a tag or a commit. It is resolved to a commit once in a process:
+whatever is read later is of the same commit, also where the branch moves meanwhile. Files are downloaded when they are
+needed: weights after all that can be refused without them.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from minorca.errors import MACHINE_ERRORS, UserError
+from minorca.files.safe_io import check_hub_cache, read_json, user_path
+
+log = logging.getLogger(__name__)
+
+_ID = re.compile(
+    r"(?!\S*\.\.)([a-z0-9_][a-z0-9_.-]*/[a-z0-9_][a-z0-9_.-]*)(?:@([a-z0-9_.][a-z0-9_./-]*))?", re.I | re.A
+)
+_COMMIT = re.compile("[0-9a-f]{40}")
+# what is read of a model or an adapter, beside weights
+_SETTINGS = (
+    "config.json",
+    "params.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "tekken.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "adapter_config.json",
+    "minorca.json",
+)
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+class HubId(NamedTuple):
+    """org/name, and a branch, a tag or a commit; None: the branch main."""
+
+    repository: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.revision}" if self.revision else self.repository
+
+
+def parse_id(path: str | Path) -> HubId | None:
+    """The hub id that a path is; None where something of that name is here, or it has not the form of an id."""
+    match = _ID.fullmatch(str(path))
+    return HubId(*match.groups()) if match and not user_path(path).exists() else None
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name has the form org/name, without a revision."""
+    match = _ID.fullmatch(name)
+    return bool(match and match[2] is None)
+
+
+def pinned(path: str | Path) -> HubId | None:
+    """The hub id that a path is, with the commit as its revision; None where it is none.
+
+    Raises:
+        UserError: as `resolve`.
+    """
+    found = parse_id(path)
+    return found and HubId(found.repository, resolve(found))
+
+
+def name_of(path: str | Path) -> str:
+    """What to call a model or an adapter: by the last part of its hub id, or of its directory."""
+    found = parse_id(path)
+    return found.repository.rpartition("/")[2] if found else Path(path).resolve().name
+
+
+def local_directory(path: str | Path, weights: bool = False) -> Path:
+    """Where the files of a model or an adapter are: `path` itself, or of a hub id a directory of the cache.
+
+    Args:
+        weights: a model's too; else what is beside them, and an adapter's.
+
+    Raises:
+        UserError: a hub id whose files cannot be had, with what to do.
+    """
+    found = parse_id(path)
+    return user_path(path) if found is None else _download(found, weights)
+
+
+# ---------------------------------------------------------------------------------------------------------- resolving
+
+
+@functools.cache
+def resolve(hub_id: HubId, kind: str = "model") -> str:
+    """The commit that an id names: the hub's, or without a network that which it named last.
+
+    Args:
+        kind: model or dataset.
+
+    Raises:
+        UserError: what is wrong with the id or the network, and what to do.
+    """
+    if hub_id.revision and _COMMIT.fullmatch(hub_id.revision):
+        return hub_id.revision
+    check_hub_cache()
+    from huggingface_hub import HfApi, constants
+
+    with _hub_errors(hub_id, kind):
+        offline = constants.HF_HUB_OFFLINE
+        found = HfApi().resolve_revision(
+            hub_id.repository, revision=hub_id.revision, repo_type=kind, local_files_only=offline
+        )
+    if offline:
+        log.info("%s: commit %s of the cache, as HF_HUB_OFFLINE is set", hub_id, found.resolved)
+    return found.resolved
+
+
+@contextlib.contextmanager
+def _hub_errors(hub_id: HubId, kind: str = "model") -> Iterator[None]:
+    """Turns whatever the hub, the network or the disk makes `huggingface_hub` raise into a UserError."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (errors.RevisionResolutionError, errors.LocalEntryNotFoundError) as error:
+        raise UserError(_not_cached(hub_id, kind, error), path=str(hub_id)) from None
+    except Exception as error:
+        missing = "directory" if kind == "model" else "file"
+        raise UserError(f"no such {missing}, and {_reason(hub_id, error)}", path=str(hub_id)) from None
+
+
+def _reason(hub_id: HubId, error: Exception) -> str:
+    """Why the hub did not give what was asked for, and what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        page = f"{_endpoint()}/{hub_id.repository}"
+        return f"on the hub it is gated: accept its terms at {page}, then log in with hf auth login"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the hub has none of that name, or it is private: check the name, or log in with hf auth login"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"on the hub it has no revision {hub_id.revision}; expected a branch, a tag, or a commit of 40 digits"
+    # errors of the hub are errors of the system too
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"the hub answered {error.response.status_code} {error.response.reason_phrase}; try again later"
+    if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+        return f"the hub's cache cannot be written ({error}); make room, or set HF_HOME to another directory"
+    what = f"{type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
+    return f"it could not be downloaded ({what}); try again: what is complete is kept"
+
+
+def _not_cached(hub_id: HubId, kind: str, error: Exception) -> str:
+    from huggingface_hub import constants
+
+    found = _cached_revisions(hub_id.repository, kind)
+    cause = error.__cause__
+    network = "HF_HUB_OFFLINE is set"
+    if not constants.HF_HUB_OFFLINE:
+        network = f"the hub cannot be reached ({type(cause).__name__ if cause else 'no answer'})"
+    option = " --repo-type dataset" if kind == "dataset" else ""
+    revision = f" --revision {hub_id.revision}" if hub_id.revision else ""
+    ways = f"where there is a network: hf download {hub_id.repository}{option}{revision}"
+    if not found:
+        return (
+            f"no such directory, not in the hub's cache {constants.HF_HUB_CACHE}, and {network}; {ways}; "
+            f"or set HF_HOME to the directory of a cache that has it"
+        )
+    wanted = hub_id.revision or "main"
+    what = f"has not all files of {wanted}" if wanted in found or wanted in found.values() else f"lacks {wanted}"
+    listed = ", ".join(f"{commit}" if name == commit else f"{name} ({commit})" for name, commit in found.items())
+    return f"the hub's cache {what}, and {network}; it has {listed}; {ways}"
+
+
+def _cached_revisions(repository: str, kind: str) -> dict[str, str]:
+    """Branch or tag -> commit, of those that the cache has files of, and commits that no branch or tag names."""
+    from huggingface_hub import constants
+
+    directory = Path(constants.HF_HUB_CACHE, f"{kind}s--{repository.replace('/', '--')}")
+    commits = {path.name for path in directory.glob("snapshots/*")}
+    refs = directory / "refs"
+    named = {str(file.relative_to(refs)): file.read_text().strip() for file in refs.rglob("*") if file.is_file()}
+    named = {name: commit for name, commit in sorted(named.items()) if commit in commits}
+    return named | {commit: commit for commit in sorted(commits - set(named.values()))}
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
+# -------------------------------------------------------------------------------------------------------- downloading
+
+
+@functools.cache
+def _download(hub_id: HubId, weights: bool) -> Path:
+    commit = resolve(hub_id)
+    check_hub_cache()
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        """As `progress`: on a terminal alone, from the third second on."""
+
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **({"disable": None, "leave": False, "delay": 2} | options))
+
+    def fetch(names: list[str] | tuple[str, ...]) -> Path:
+        # of two processes that want the same file, one waits for the other
+        return Path(
+            snapshot_download(
+                hub_id.repository,
+                revision=commit,
+                allow_patterns=list(names),
+                local_files_only=constants.HF_HUB_OFFLINE,
+                tqdm_class=Bar,
+            )
+        )
+
+    with _hub_errors(hub_id):
+        directory = fetch(_SETTINGS)
+        names = _listed(hub_id.repository, commit, directory)
+        if adapter := next((name for name in _ADAPTER_FILES if name in names), None):
+            fetch([adapter])
+        chosen = _weight_files(names) if weights else []
+        if chosen:
+            fetch(chosen)
+        if chosen and chosen[0].endswith(".index.json"):
+            fetch(_indexed(directory / chosen[0], names))
+    return directory
+
+
+def _listed(repository: str, commit: str, directory: Path) -> set[str]:
+    """The names of a commit's files; of those that are here, where the cache has no list of them."""
+    from huggingface_hub import errors, get_cached_repo_tree
+
+    try:
+        return {file.path for file in get_cached_repo_tree(repository, revision=commit)}
+    except errors.CachedRepoTreeNotFoundError:
+        return {os.path.relpath(path, directory) for path in directory.rglob("*")}
+
+
+def _weight_files(names: set[str]) -> list[str]:
+    """The files, or the index, of the first form of weights that there is; pickles only where there is no other."""
+    from minorca.files.tensor_files import WEIGHT_FILES
+
+    for name in sorted(WEIGHT_FILES, key=lambda name: not name.endswith(".safetensors")):
+        if name in names:
+            # a part of tensors that were split has another beside it, by which it is refused
+            return [name, *({"consolidated.01.pth"} & names if name.endswith(".pth") else ())]
+        if f"{name}.index.json" in names:
+            return [f"{name}.index.json"]
+        stem, suffix = name.rsplit(".", 1)
+        numbered = re.compile(rf"{re.escape(stem)}-\d{{5}}-of-\d{{5}}\.{suffix}")
+        if found := sorted(filter(numbered.fullmatch, names)):
+            return found
+    return []
+
+
+def _indexed(index: Path, names: set[str]) -> list[str]:
+    """The shards that an index names. What else it names, its reader refuses."""
+    shards = read_json(index).get("weight_map")
+    found = {shard for shard in shards.values() if isinstance(shard, str)} if isinstance(shards, dict) else set()
+    return sorted(name for name in found & names if re.fullmatch(r"[\w.-]+", name))
