@@ -75,11 +75,11 @@ def read_contents(model: str | Path, adapter: str | Path | None) -> Contents:
     if adapter is not None:
         _check_base(source, adapter)
     source, updates = adapt(source, adapter) if adapter else (source, {})
-    tok, template = _chat(source, adapter)
+    tok, template = read_chat(source, adapter)
     return Contents(source, adapter, updates, merged_tensors(source, adapter, updates), tok, template)
 
 
-def _chat(source: ModelFiles, adapter: str | Path | None) -> tuple[Tokenizer | None, str | None]:
+def read_chat(source: ModelFiles, adapter: str | Path | None) -> tuple[Tokenizer | None, str | None]:
     """The tokenizer and the template's name, those that the adapter brings before the model's."""
     brought = [] if adapter is None else [user_path(adapter)]
     beside = next(filter(has_tokenizer, [source.directory, *brought]), None)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from minorca.errors import UserError, raise_problems
+from minorca.files.gguf import is_gguf
+from minorca.files.gguf_directory import gguf_directory
 from minorca.files.safe_io import find_file, quote, read_json, user_path
 from minorca.model.quantization import INSTEAD
 
@@ -81,12 +83,16 @@ class Architecture:
 
 
 def model_directory(path: str | Path) -> Path:
-    """`path` as a directory that exists; a hub id gets the command that downloads it."""
+    """`path` as a directory that exists, of a GGUF file the one that it stands for; a hub id gets the command that
+    downloads it.
+    """
     directory = user_path(path)
     if directory.is_dir():
         return directory
+    if is_gguf(directory):
+        return gguf_directory(directory)
     if directory.exists():
-        raise UserError("is a file; expected a model's directory", path=path)
+        raise UserError("is a file; expected a model's directory, or a file that ends in .gguf", path=path)
     hint = ""
     if str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
         name = str(path).split("/")[1]
@@ -108,7 +114,9 @@ def read_architecture(path: str | Path) -> Architecture:
             arch = parse(fields)
             _check_heads(arch, fields.path)
             return arch
-    raise UserError("holds neither config.json nor params.json; is it a model's directory?", path=directory)
+    found = sorted(file.name for file in directory.glob("*.gguf"))
+    hint = f"give the file itself, {directory / found[0]}" if found else "is it a model's directory?"
+    raise UserError(f"holds neither config.json nor params.json; {hint}", path=directory)
 
 
 def _check_heads(arch: Architecture, path: Path) -> None:
