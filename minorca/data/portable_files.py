@@ -197,12 +197,17 @@ def _tokenizer_config(tok: Tokenizer) -> dict:
     return needed | config
 
 
+def stop_ids(tok: Tokenizer, model: Path) -> list[int]:
+    """Every id that ends a generation, of a tokenizer that the adapter alone brings too; the tokenizer's own first: it
+    is the one that is taken where no other file names one.
+    """
+    ids = tok.stop_ids | set(token_ids(model, "eos_token_id"))
+    return list(dict.fromkeys(i for i in (tok.eos_id, *sorted(ids)) if i is not None))
+
+
 def _generation_config(tok: Tokenizer, model: Path) -> dict:
     config = read_optional_json(model / "generation_config.json")
-    # The model's are missing in a tokenizer that the adapter alone brings.
-    stop_ids = tok.stop_ids | set(token_ids(model, "eos_token_id"))
-    # The tokenizer's first: it is the one that is taken where no other file names one.
-    ids = list(dict.fromkeys(i for i in (tok.eos_id, *sorted(stop_ids)) if i is not None))
+    ids = stop_ids(tok, model)
     if tok.bos_id is not None:
         config.setdefault("bos_token_id", tok.bos_id)
     if ids:

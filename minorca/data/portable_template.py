@@ -65,7 +65,8 @@ _LAST = {
 }
 
 
-def _fill(source: str, parts: dict[str, str]) -> str:
+def fill(source: str, parts: dict[str, str]) -> str:
+    """A template with its parameters replaced by their values, in order."""
     for name, part in parts.items():
         source = source.replace(name, part)
     return source
@@ -73,9 +74,9 @@ def _fill(source: str, parts: dict[str, str]) -> str:
 
 SOURCES = {
     "chatml": _NO_TOOLS + _CHATML,
-    "mistral-v1": _NO_TOOLS + _fill(_MISTRAL, _FIRST),
-    "mistral-v2": _NO_TOOLS + _fill(_MISTRAL, _LAST),
-    "mistral-v3": _NO_TOOLS + _fill(_MISTRAL, _LAST),
+    "mistral-v1": _NO_TOOLS + fill(_MISTRAL, _FIRST),
+    "mistral-v2": _NO_TOOLS + fill(_MISTRAL, _LAST),
+    "mistral-v3": _NO_TOOLS + fill(_MISTRAL, _LAST),
 }
 
 
@@ -84,7 +85,7 @@ def portable_template(tok: Tokenizer, template: str | None) -> str | None:
 
     It is the one that the model ships, if there is one, where that writes the same or `template` is not built in.
     """
-    if template not in SOURCES or (tok.chat_template is not None and _writes_same(tok, tok.chat_template, template)):
+    if template not in SOURCES or (tok.chat_template is not None and writes_same(tok, tok.chat_template, template)):
         return tok.chat_template
     if tok.chat_template is not None and writes_tools(tok):
         log.warning(
@@ -92,28 +93,43 @@ def portable_template(tok: Tokenizer, template: str | None) -> str | None:
             tok.path,
             template,
         )
-    source = SOURCES[template].replace("BOS", "bos_token" if tok.adds_bos else "''")
-    candidates = [_fill(source, {"AFTER": after, "INSIDE": inside}) for after, inside in product(("", " "), repeat=2)]
-    for candidate in candidates:
-        if _writes_same(tok, candidate, template):
-            return candidate
-    log.warning(
-        "%s: with this tokenizer no Jinja template gives the ids of %s: prompts in other engines will differ",
-        tok.path,
-        template,
-    )
-    return candidates[0]
+    spaces = spaces_that_match(tok, template)
+    if spaces is None:
+        log.warning(
+            "%s: with this tokenizer no Jinja template gives the ids of %s: prompts in other engines will differ",
+            tok.path,
+            template,
+        )
+    return _source(tok, template, *(spaces or ("", "")))
 
 
-def _writes_same(tok: Tokenizer, source: str, template: str) -> bool:
-    """Whether a Jinja template, its text encoded at once, gives the ids of a built-in one wherever an answer is asked
-    for, which is what other engines use a template for.
+def spaces_that_match(tok: Tokenizer, template: str) -> tuple[str, str] | None:
+    """The values of AFTER and INSIDE with which a built-in template, its text encoded at once, gives its ids; None
+    where no values do.
+    """
+    pairs = product(("", " "), repeat=2)
+    return next((pair for pair in pairs if writes_same(tok, _source(tok, template, *pair), template)), None)
+
+
+def _source(tok: Tokenizer, template: str, after: str, inside: str) -> str:
+    bos = "bos_token" if tok.adds_bos else "''"
+    return fill(SOURCES[template], {"BOS": bos, "AFTER": after, "INSIDE": inside})
+
+
+def writes_same(tok: Tokenizer, source: str, template: str) -> bool:
+    """Whether a Jinja template, its text encoded at once, gives the ids of `template` wherever an answer is asked for,
+    which is what other engines use a template for.
     """
     for messages in (messages for messages, is_prompt in PROBES if is_prompt):
+        try:
+            expected = render_chat(tok, messages, template=template)
+        except UserError:
+            # a model's own template may take other conversations only
+            continue
         try:
             text = write_by(source, tok, messages, [], True)
         except UserError:
             return False
-        if tok.encode_template(text) != render_chat(tok, messages, template=template):
+        if tok.encode_template(text) != expected:
             return False
     return True

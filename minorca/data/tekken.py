@@ -39,8 +39,7 @@ class TekkenTokenizer(Tokenizer):
             return self._model.encode(text, bos=False, eos=False)
 
     def _encode_template(self, text: str) -> list[int]:
-        pieces = enumerate(self.split_control(text))
-        return [i for n, piece in pieces for i in ([self.control_ids[piece]] if n % 2 else self._encode_text(piece))]
+        return self._encode_pieces(text)
 
     def token_id(self, token: str) -> int | None:
         # no text of a person is looked up among the others, which are bytes

@@ -55,7 +55,7 @@ def _json_pieces(tok: JsonTokenizer) -> dict[int, bytes]:
         )
     added = tok.added_tokens()
     if "ByteLevel" in kinds:
-        letters = _byte_letters()
+        letters = byte_letters()
         return {
             i: added[i].content.encode()
             if i in added
@@ -88,7 +88,7 @@ def _piece_bytes(piece: str) -> bytes:
     return piece.replace(SPACE, " ").encode()
 
 
-def _byte_letters() -> dict[str, bytes]:
+def byte_letters() -> dict[str, bytes]:
     """The letters by which byte-level BPE writes bytes (GPT-2's encoder.py): printable Latin-1, then those from 256."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

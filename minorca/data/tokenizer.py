@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 
 import sentencepiece
@@ -84,6 +85,7 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self.longest = longest
         self.new_tokens = new_tokens
+        self._splits_templates = False
         config_bos = token_ids(self.path, "bos_token_id")
         config_eos = token_ids(self.path, "eos_token_id")
         if bos_id is None:
@@ -158,13 +160,25 @@ class Tokenizer:
             UserError: as `encode`; a control token of which the model's embedding has no row.
         """
         self._check_unicode(text)
-        ids = self._encode_template(text)
+        ids = self._encode_pieces(text) if self._splits_templates else self._encode_template(text)
         for i in self.without_row.keys() & set(ids):
             raise UserError(
                 f"has the token {self.without_row[i]}, id {i}, which is beyond the model's vocab_size; leave it out",
                 field="text",
             )
         return ids
+
+    def as_in_llama_cpp(self) -> "Tokenizer":
+        """The same, with templates' text encoded as llama.cpp does: what is between control tokens as texts of their
+        own.
+        """
+        tok = copy(self)
+        tok._splits_templates = True
+        return tok
+
+    def _encode_pieces(self, text: str) -> list[int]:
+        pieces = enumerate(self.split_control(text))
+        return [i for n, piece in pieces for i in ([self.control_ids[piece]] if n % 2 else self._encode_text(piece))]
 
     def vocabulary(self) -> object:
         """What decides the ids of text beside the settings; to be compared between tokenizers of one class."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from minorca.data.portable_files import tokenizer_files, write_files
-from minorca.errors import UserError
+from minorca.export.contents import check_new
 from minorca.files.adapters import RECORD, AdapterConfig, adapter_file, read_adapter_settings
 from minorca.files.atomic import publish
 from minorca.files.hub import HubId, local_directory, parse_id
@@ -34,8 +34,7 @@ def export_adapter(adapter: str | Path, output: Path, base: HubId | None = None)
     Raises:
         UserError: what is wrong with which file, or that `output` exists.
     """
-    if output.exists():
-        raise UserError("already exists; give --output a new name", path=output)
+    check_new(output)
     read_adapter_settings(adapter)
     directory = local_directory(adapter)
     config = AdapterConfig(directory).values

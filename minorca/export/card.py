@@ -66,9 +66,9 @@ class Origin:
 
 
 def read_origin(
-    model: str | None, adapter: str | None, alone: bool, quantized: bool, scores: Sequence[str] = ()
+    model: str | None, adapters: Sequence[str], alone: bool, quantized: bool, scores: Sequence[str] = ()
 ) -> Origin:
-    """What is known of the weights that `model` and `adapter` make.
+    """What is known of the weights that `model` and `adapters` make.
 
     Args:
         model: None: of an adapter alone, the base that it names.
@@ -78,7 +78,9 @@ def read_origin(
         UserError: what is wrong with which file; or an adapter alone would name a directory of this machine as its
             base.
     """
-    trained = adapter or model
+    # that of several adapters would be several runs'
+    adapter = adapters[0] if len(adapters) == 1 else None
+    trained = adapter or (None if adapters else model)
     run = read_run_record(local_directory(trained)) if trained and parse_id(trained) is None else None
     base = pinned(model) if model and not alone else parse_id(model) if model else None
     base = base or (named_base(adapter) if adapter else run and run.base)
@@ -87,7 +89,7 @@ def read_origin(
         raise UserError(message, path=adapter)
     name = base.repository if base else last_part(str(Path(model or "").resolve()))
     found = [score for file in scores for score in read_scores(Path(file))]
-    return Origin(base, name, last_part(adapter) if adapter else None, alone, quantized, run, found)
+    return Origin(base, name, " and ".join(map(last_part, adapters)) or None, alone, quantized, run, found)
 
 
 def read_scores(path: Path) -> list[Score]:
@@ -211,7 +213,7 @@ def _summary(origin: Origin) -> str:
     if origin.alone:
         what = f"A LoRA adapter for {base}."
     elif origin.adapter_name:
-        what = f"{base}, with a LoRA adapter merged in."
+        what = f"{base}, with {plain(origin.adapter_name)} merged in."
     else:
         what = f"All weights of {base}, fine-tuned." if origin.run else f"The weights of {base}."
     return what + (" The weights are quantized to 4 bits (NF4)." if origin.quantized else "")

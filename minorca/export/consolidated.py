@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minorca.data.portable_files import portable_files, tokenizer_files, write_files
-from minorca.export.contents import Contents, ExportedTensor, check_new, merged_tensors, read_contents
+from minorca.export.contents import Contents, ExportedTensor, check_new, commits_file, merged_tensors, read_contents
 from minorca.export.effect import print_effect, readers, rounding
 from minorca.export.merging import Merge
 from minorca.export.mistral_tokenizer import with_mistral_tokenizer
@@ -39,6 +39,7 @@ def export_consolidated(model: str | Path, adapter: str | Path | Merge | None, o
         files = with_mistral_tokenizer(files, tok, contents.template)
     else:
         files = tokenizer_files(source.directory)
+    files |= commits_file(model, contents.merge)
     pairs = _pairs(contents)
 
     def write(temporary: Path) -> None:

@@ -6,8 +6,9 @@ quantized base W is its values, in the dtype that it was quantized from. A tenso
 one is in memory at a time.
 """
 
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from minorca.data.portable_files import has_tokenizer, load_chat
 from minorca.data.tokenizer import Tokenizer, load_tokenizer
 from minorca.errors import UserError
 from minorca.export.merging import Deltas, Merge, WeightedAdapter
-from minorca.files.adapters import other_base
-from minorca.files.hub import local_directory
+from minorca.files.adapters import RECORD, other_base
+from minorca.files.hub import local_directory, pinned
 from minorca.files.vocabulary import MatrixUpdate, adapt
 from minorca.files.weights import ModelFiles, open_model
 from minorca.model.layout import SourceTensor, source_tensors
@@ -78,6 +79,14 @@ def check_new(output: Path) -> None:
         raise UserError("already exists; give --output a new name", path=output)
 
 
+def commits_file(model: str | Path, merge: Merge | None) -> dict[str, bytes]:
+    """minorca.json of what is written from hub ids, which has their commits, by its name; nothing without hub ids."""
+    adapters = [pinned(adapter.directory) for adapter in merge.adapters] if merge else []
+    values = {"model": pinned(model), "adapters": [str(found) for found in adapters if found]}
+    commits = {key: value if isinstance(value, list) else str(value) for key, value in values.items() if value}
+    return {RECORD: (json.dumps(commits, indent=2) + "\n").encode()} if commits else {}
+
+
 def read_contents(model: str | Path, adapters: str | Path | Merge | None) -> Contents:
     """Opens a model, and an adapter or several.
 
@@ -90,7 +99,7 @@ def read_contents(model: str | Path, adapters: str | Path | Merge | None) -> Con
     for adapter in chosen:
         _check_base(source, adapter.directory)
     source, updates = _adapted(source, chosen)
-    tok, template = _chat(source, chosen)
+    tok, template = read_chat(source, [adapter.directory for adapter in chosen])
     return Contents(source, merge, updates, merged_tensors(source, merge, updates), tok, template)
 
 
@@ -118,9 +127,9 @@ def _adapted(source: ModelFiles, adapters: tuple[WeightedAdapter, ...]) -> tuple
     return result, updates
 
 
-def _chat(source: ModelFiles, adapters: tuple[WeightedAdapter, ...]) -> tuple[Tokenizer | None, str | None]:
+def read_chat(source: ModelFiles, adapters: Sequence[str | Path]) -> tuple[Tokenizer | None, str | None]:
     """The tokenizer and the template's name, those that an adapter brings before the model's."""
-    directories = [local_directory(adapter.directory) for adapter in adapters]
+    directories = [local_directory(adapter) for adapter in adapters]
     beside = next(filter(has_tokenizer, [source.directory, *directories]), None)
     if beside is None:
         return None, None

@@ -9,13 +9,11 @@ from torch import Tensor
 
 from minorca.data.portable_files import portable_files, tokenizer_files, write_files
 from minorca.errors import UserError
-from minorca.export.contents import ExportedTensor, check_new, merged_tensors, read_contents
+from minorca.export.contents import ExportedTensor, check_new, commits_file, merged_tensors, read_contents
 from minorca.export.effect import print_effect, readers, rounding
 from minorca.export.merging import Merge
 from minorca.files import bitsandbytes
-from minorca.files.adapters import RECORD
 from minorca.files.atomic import publish
-from minorca.files.hub import pinned
 from minorca.files.safe_io import find_file, read_json
 from minorca.files.tensor_files import write_tensors
 from minorca.files.weights import ModelFiles, check_quantizable, open_model
@@ -49,10 +47,7 @@ def export(
         files = portable_files(contents.tok, contents.template, source.directory)
     else:
         files = tokenizer_files(source.directory)
-
-    taken = {"model": pinned(model), "adapter": pinned(adapter) if adapter else None}
-    if origin := {key: str(found) for key, found in taken.items() if found}:
-        files[RECORD] = (json.dumps(origin, indent=2) + "\n").encode()
+    files |= commits_file(model, contents.merge)
 
     def write(temporary: Path) -> None:
         found = find_file(source.directory, "config.json")

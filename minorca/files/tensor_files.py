@@ -1,4 +1,5 @@
-"""Files of tensors that anybody may have made: safetensors, and pickled `.bin` or `.pth`, read without running code.
+"""Files of tensors that anybody may have made: safetensors, GGUF, and pickled `.bin` or `.pth`, read without running
+code.
 
 All are memory-mapped, except for files from before PyTorch 1.6; a row is read when it is asked for.
 """
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minorca.errors import UserError
+from minorca.files.gguf import GGUF
 from minorca.files.pickled_tensors import read_pickled
 from minorca.files.safe_io import find_file, parse_json, quote, read_json
 
@@ -173,7 +175,13 @@ def _open_bin(path: Path) -> dict[str, Tensor]:
 
 
 def open_tensors(path: Path):
-    """A file of tensors: `open_safetensors`, or a dictionary for pickled files, none of whose code runs."""
+    """A file of tensors: `open_safetensors`, the same of GGUF, or a dictionary for pickled files, none of whose code
+    runs.
+    """
+    if path.suffix == ".gguf":
+        gguf = GGUF(path)
+        _check_names(path, gguf.keys())
+        return gguf
     return open_safetensors(path) if path.suffix == ".safetensors" else _open_bin(path)
 
 

@@ -1,7 +1,7 @@
 """A model's weights, from its files into its modules.
 
-Reads Hugging Face's safetensors and `.bin` files and Mistral's consolidated ones, single or sharded, and those that
-bitsandbytes quantized. Each rank copies only the rows it stores, once, from the mapped file to its device.
+Reads Hugging Face's safetensors and `.bin` files and Mistral's consolidated ones, single or sharded, those that
+bitsandbytes quantized, and llama.cpp's GGUF files. Each rank copies only the rows it stores, once, from the mapped file to its device.
 """
 
 import functools
@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from minorca.errors import UserError
 from minorca.files.bitsandbytes import NF4Tensor, names_beside, open_quantized, stored_quantization
+from minorca.files.gguf import is_gguf
+from minorca.files.safe_io import user_path
 from minorca.files.tensor_files import FLOATS, TensorFiles, open_weights
 from minorca.model.architecture import Architecture, model_directory, read_architecture
 from minorca.model.layout import (
+    Layout,
     ProjectionSpec,
     SourceTensor,
     huggingface_order,
@@ -88,8 +91,11 @@ class ModelFiles:
             return self.quantized[tensor.name].read(start, stop)
         if not tensor.rotary_heads:
             return self.files.read(tensor.name, start, stop)
-        order = huggingface_order(tensor.rows, tensor.rotary_heads)
-        return self.files.read(tensor.name, 0, tensor.rows)[order[start:stop]]
+        # whole heads
+        size = tensor.rows // tensor.rotary_heads
+        first, last = start // size * size, -(-stop // size) * size
+        order = huggingface_order(last - first, (last - first) // size)
+        return self.files.read(tensor.name, first, last)[order[start - first : stop - first]]
 
     def dtype(self, tensor: SourceTensor) -> torch.dtype:
         """Of what `read` gives."""
@@ -118,7 +124,8 @@ def open_model(path: str | Path, quantization: Quantization | None = None) -> Mo
     """
     directory = model_directory(path, weights=True)
     arch = read_architecture(directory)
-    files = open_weights(directory)
+    file = user_path(path)
+    files = TensorFiles([file]) if is_gguf(file) else open_weights(directory)
     # compared before a table of all their tensors is made
     if arch.layers > len(files.files):
         raise UserError(
@@ -126,7 +133,8 @@ def open_model(path: str | Path, quantization: Quantization | None = None) -> Mo
             path=directory,
         )
     _unwrap_names(files, directory)
-    layout = "mistral" if outside_name("embedding", "mistral") in files.files else "huggingface"
+    layouts: tuple[Layout, ...] = ("mistral", "gguf", "huggingface")
+    layout = next((one for one in layouts if outside_name("embedding", one) in files.files), "huggingface")
     tensors = source_tensors(arch, layout)
     expected = {tensor.name: tensor for stacked in tensors.values() for tensor in stacked}
     shapes = _quantized_shapes(directory, tensors)
@@ -210,7 +218,7 @@ def _unwrap_names(files: TensorFiles, directory: Path) -> None:
         log.info("%s: read without the prefixes of %d names, such as that of %s", directory, renamed, example)
 
 
-def _check_unexpected(files: TensorFiles, name: str, arch: Architecture, layout: str) -> None:
+def _check_unexpected(files: TensorFiles, name: str, arch: Architecture, layout: Layout) -> None:
     """Raises UserError for a tensor that the network does not have, but for those that change nothing."""
     # a buffer that old versions saved; it follows from rope_theta
     if name.endswith("rotary_emb.inv_freq") or name == "rope.freqs":

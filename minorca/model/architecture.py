@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from minorca.errors import UserError, raise_problems
+from minorca.files.gguf import is_gguf
+from minorca.files.gguf_directory import gguf_directory
 from minorca.files.hub import local_directory
 from minorca.files.safe_io import find_file, quote, read_json
 from minorca.model.quantization import INSTEAD
@@ -82,7 +84,7 @@ class Architecture:
 
 
 def model_directory(path: str | Path, weights: bool = False) -> Path:
-    """A model's directory, or an adapter's: `path`, or where the files of a hub id are.
+    """A model's directory, or an adapter's: `path`, where the files of a hub id are, or what a GGUF file stands for.
 
     Args:
         weights: of a hub id, the model's weights are needed too.
@@ -93,7 +95,10 @@ def model_directory(path: str | Path, weights: bool = False) -> Path:
     directory = local_directory(path, weights)
     if directory.is_dir():
         return directory
-    raise UserError("is a file; expected a model's directory" if directory.exists() else "no such directory", path=path)
+    if is_gguf(directory):
+        return gguf_directory(directory)
+    is_file = "is a file; expected a model's directory, or a file that ends in .gguf"
+    raise UserError(is_file if directory.exists() else "no such directory", path=path)
 
 
 def read_architecture(path: str | Path) -> Architecture:
@@ -110,7 +115,9 @@ def read_architecture(path: str | Path) -> Architecture:
         return arch
     if find_file(directory, "params.json"):
         return read_mistral_architecture(directory / "params.json")
-    raise UserError("holds neither config.json nor params.json; is it a model's directory?", path=directory)
+    found = sorted(file.name for file in directory.glob("*.gguf"))
+    hint = f"give the file itself, {directory / found[0]}" if found else "is it a model's directory?"
+    raise UserError(f"holds neither config.json nor params.json; {hint}", path=directory)
 
 
 def read_mistral_architecture(path: Path) -> Architecture:

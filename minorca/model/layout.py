@@ -14,33 +14,38 @@ from torch import Tensor
 
 from minorca.model.architecture import Architecture
 
+# how files name tensors: Hugging Face's, Mistral's and llama.cpp's (GGUF); in this order in the tables below
+Layout = Literal["huggingface", "mistral", "gguf"]
+_LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+_LAYERS = ("model.layers", "layers", "blk")
+
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
-# name: the stacked projection that it is part of, Hugging Face's name, Mistral's name
-_PROJECTIONS: dict[Target, tuple[str, str, str]] = {
-    "q": ("qkv", "self_attn.q_proj", "attention.wq"),
-    "k": ("qkv", "self_attn.k_proj", "attention.wk"),
-    "v": ("qkv", "self_attn.v_proj", "attention.wv"),
-    "o": ("o", "self_attn.o_proj", "attention.wo"),
-    "gate": ("gate_up", "mlp.gate_proj", "feed_forward.w1"),
-    "up": ("gate_up", "mlp.up_proj", "feed_forward.w3"),
-    "down": ("down", "mlp.down_proj", "feed_forward.w2"),
+# name: the stacked projection that it is part of, and the names in files
+_PROJECTIONS: dict[Target, tuple[str, tuple[str, str, str]]] = {
+    "q": ("qkv", ("self_attn.q_proj", "attention.wq", "attn_q")),
+    "k": ("qkv", ("self_attn.k_proj", "attention.wk", "attn_k")),
+    "v": ("qkv", ("self_attn.v_proj", "attention.wv", "attn_v")),
+    "o": ("o", ("self_attn.o_proj", "attention.wo", "attn_output")),
+    "gate": ("gate_up", ("mlp.gate_proj", "feed_forward.w1", "ffn_gate")),
+    "up": ("gate_up", ("mlp.up_proj", "feed_forward.w3", "ffn_up")),
+    "down": ("down", ("mlp.down_proj", "feed_forward.w2", "ffn_down")),
 }
 # the projections that adapters may act on
 TARGETS: tuple[Target, ...] = get_args(Target)
 # the matrices of the vocabulary, of which adapters may act on or hold any
 Matrix = Literal["embed", "head"]
 MATRICES: tuple[Matrix, ...] = get_args(Matrix)
-GROUPS = tuple(dict.fromkeys(group for group, _, _ in _PROJECTIONS.values()))
+GROUPS = tuple(dict.fromkeys(group for group, _ in _PROJECTIONS.values()))
 
-# module: Hugging Face's name, Mistral's name
+# module: the names in files
 _LAYER_NORMS = {
-    "attention_norm": ("input_layernorm", "attention_norm"),
-    "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
+    "attention_norm": ("input_layernorm", "attention_norm", "attn_norm"),
+    "mlp_norm": ("post_attention_layernorm", "ffn_norm", "ffn_norm"),
 }
 _OUTSIDE_LAYERS = {
-    "embedding": ("model.embed_tokens", "tok_embeddings"),
-    "norm": ("model.norm", "norm"),
-    "head": ("lm_head", "output"),
+    "embedding": ("model.embed_tokens", "tok_embeddings", "token_embd"),
+    "norm": ("model.norm", "norm", "output_norm"),
+    "head": ("lm_head", "output", "output"),
 }
 
 
@@ -81,20 +86,27 @@ class ProjectionSpec:
     start: int
     stop: int
     in_features: int
-    huggingface_name: str
-    mistral_name: str
-    # Mistral's files order the rows of a query or key head for rotary pairs (2i, 2i + 1); 0 for the other projections
+    # the names in files, by layout
+    names: tuple[str, str, str]
+    # of queries and keys, whose rows have another order in Mistral's and llama.cpp's files; 0 for the other projections
     rotary_heads: int
 
     @property
     def out_features(self) -> int:
         return self.stop - self.start
 
-    def tensor_name(self, layer: int, layout: str) -> str:
-        """The name of the weight in files of the layout "huggingface" or "mistral"."""
-        if layout == "mistral":
-            return f"layers.{layer}.{self.mistral_name}.weight"
-        return f"model.layers.{layer}.{self.huggingface_name}.weight"
+    @property
+    def huggingface_name(self) -> str:
+        return self.names[0]
+
+    @property
+    def mistral_name(self) -> str:
+        return self.names[1]
+
+    def tensor_name(self, layer: int, layout: Layout) -> str:
+        """The name of the weight in files."""
+        index = _LAYOUTS.index(layout)
+        return f"{_LAYERS[index]}.{layer}.{self.names[index]}.weight"
 
     def mistral_lora_name(self, layer: int, matrix: str) -> str:
         """The name of the adapter's matrix "A" or "B" in mistral-finetune's files."""
@@ -125,7 +137,7 @@ def plain_peft_name(name: str) -> str:
 def peft_name_of_mistral_lora(name: str) -> str | None:
     """PEFT's name of a tensor of mistral-finetune's adapters (layers.0.attention.wq.lora_A.weight); None for others."""
     match = re.fullmatch(r"(layers\.\d{1,9})\.(.+)\.lora_([AB])\.weight", name)
-    names = {mistral_name: huggingface_name for _, huggingface_name, mistral_name in _PROJECTIONS.values()}
+    names = {mistral_name: huggingface_name for _, (huggingface_name, mistral_name, _) in _PROJECTIONS.values()}
     if not match or match[2] not in names:
         return None
     return f"base_model.model.model.{match[1]}.{names[match[2]]}.lora_{match[3]}.weight"
@@ -153,15 +165,15 @@ def adapted_by(peft_name: str) -> tuple[int, Target | Matrix] | None:
         if peft_name in (parts["A"], parts["B"]):
             return 0, matrix
     match = re.fullmatch(r"base_model\.model\.model\.layers\.(\d{1,9})\.(.+)\.lora_[AB]\.weight", peft_name)
-    names: dict[str, Target] = {huggingface_name: name for name, (_, huggingface_name, _) in _PROJECTIONS.items()}
-    return (int(match[1]), names[match[2]]) if match and match[2] in names else None
+    targets: dict[str, Target] = {names[0]: target for target, (_, names) in _PROJECTIONS.items()}
+    return (int(match[1]), targets[match[2]]) if match and match[2] in targets else None
 
 
 def module_name(layer: int, projection: Target | Matrix) -> str:
     """Hugging Face's name of a layer's projection, or of a matrix of the vocabulary."""
     if projection == "embed" or projection == "head":
         return _OUTSIDE_LAYERS[matrix_module(projection)][0]
-    return f"model.layers.{layer}.{_PROJECTIONS[projection][1]}"
+    return f"model.layers.{layer}.{_PROJECTIONS[projection][1][0]}"
 
 
 def huggingface_order(rows: int, heads: int) -> Tensor:
@@ -179,7 +191,12 @@ def mistral_order(rows: int, heads: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """One tensor of a model's files, [rows] or [rows, columns]."""
+    """One tensor of a model's files, [rows] or [rows, columns].
+
+    Attributes:
+        rotary_heads: the number of query or key heads, where the file orders the rows of each for rotary pairs
+            (2i, 2i + 1), as Mistral's and llama.cpp's do, instead of Hugging Face's (i, i + D/2); else 0.
+    """
 
     name: str
     rows: int
@@ -206,43 +223,38 @@ def projections(arch: Architecture) -> dict[str, tuple[ProjectionSpec, ...]]:
         "down": (inner, hidden, 0),
     }
     stacked: dict[str, tuple[ProjectionSpec, ...]] = dict.fromkeys(GROUPS, ())
-    for name, (group, huggingface_name, mistral_name) in _PROJECTIONS.items():
+    for name, (group, names) in _PROJECTIONS.items():
         in_features, out_features, rotary_heads = sizes[name]
         start = stacked[group][-1].stop if stacked[group] else 0
         stop = start + out_features
-        spec = ProjectionSpec(name, group, start, stop, in_features, huggingface_name, mistral_name, rotary_heads)
+        spec = ProjectionSpec(name, group, start, stop, in_features, names, rotary_heads)
         stacked[group] = (*stacked[group], spec)
     return stacked
 
 
-def outside_name(module: str, layout: str) -> str:
-    """The name of the weight of "embedding", "norm" or "head" in files of the layout "huggingface" or "mistral"."""
-    return f"{_OUTSIDE_LAYERS[module][layout == 'mistral']}.weight"
+def outside_name(module: str, layout: Layout) -> str:
+    """The name of the weight of "embedding", "norm" or "head" in files."""
+    return f"{_OUTSIDE_LAYERS[module][_LAYOUTS.index(layout)]}.weight"
 
 
-def source_tensors(arch: Architecture, layout: str) -> dict[str, list[SourceTensor]]:
-    """Module of the network -> the tensors of the files that its weight stacks, in order.
-
-    Args:
-        layout: "huggingface" or "mistral", whose query and key rows are interleaved.
-    """
-    mistral = layout == "mistral"
+def source_tensors(arch: Architecture, layout: Layout) -> dict[str, list[SourceTensor]]:
+    """Module of the network -> the tensors of the files that its weight stacks, in order."""
+    index = _LAYOUTS.index(layout)
 
     def outside(module: str, rows: int, columns: int | None = None) -> dict[str, list[SourceTensor]]:
         return {module: [SourceTensor(outside_name(module, layout), rows, columns)]}
 
     def norm(layer: int, module: str) -> dict[str, list[SourceTensor]]:
-        name = f"{prefix}.{layer}.{_LAYER_NORMS[module][mistral]}.weight"
+        name = f"{_LAYERS[index]}.{layer}.{_LAYER_NORMS[module][index]}.weight"
         return {f"layers.{layer}.{module}": [SourceTensor(name, arch.hidden_size)]}
 
     def stacked(layer: int, *groups: str) -> dict[str, list[SourceTensor]]:
         return {f"layers.{layer}.{group}": [projection(layer, spec) for spec in table[group]] for group in groups}
 
     def projection(layer: int, spec: ProjectionSpec) -> SourceTensor:
-        rotary_heads = spec.rotary_heads if mistral else 0
+        rotary_heads = 0 if layout == "huggingface" else spec.rotary_heads
         return SourceTensor(spec.tensor_name(layer, layout), spec.out_features, spec.in_features, rotary_heads)
 
-    prefix = "layers" if mistral else "model.layers"
     table = projections(arch)
     tensors = outside("embedding", arch.vocab_size, arch.hidden_size)
     for layer in range(arch.layers):
