@@ -28,7 +28,7 @@ from minorca.config_file import read_config
 from tests.helpers import ROOT, wait_until
 
 README = ROOT / "README.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 LINKED = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 NEEDS = {"demo", "minutes", "network", "background", "gpu", "7b"}
 PORT = 8000
