@@ -19,8 +19,9 @@ from minorca.plan.estimate import Estimator, model_of
 from minorca.plan.fake_device import unavailable
 from tests.helpers import ROOT
 
+V01 = {"vocab_size": 32000, "rope_theta": 1e4, "sliding_window": 4096}
 # what differs from Mistral 7B v0.3
-VERSIONS = {"Mistral-7B-v0.3": {}, "Mistral-7B-v0.1": {"vocab_size": 32000, "rope_theta": 1e4, "sliding_window": 4096}}
+MODELS = {"Mistral-7B-v0.3": {}, "Mistral-7B-v0.1": V01, "OpenHermes-2.5-Mistral-7B": V01 | {"vocab_size": 32002}}
 # a few seconds each, and as many as the slow tests have time for
 MOST_ROWS = 30
 
@@ -45,7 +46,7 @@ def estimator(arch, gpu: str, ranks: int) -> Estimator:
 def plan(tmp_path_factory):
     """plan(options) -> gigabytes, whether they fit, and tokens per second of a run of Mistral 7B."""
     models = tmp_path_factory.mktemp("models")
-    for name, differences in VERSIONS.items():
+    for name, differences in MODELS.items():
         (models / name).mkdir()
         (models / name / "config.json").write_text(json.dumps(SHAPES["7b"] | differences))
 
