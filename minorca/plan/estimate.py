@@ -82,8 +82,18 @@ class Estimator:
     def __call__(self, config: Config) -> Estimate:
         key = json.dumps(config.nested())
         if key not in self._known:
-            self._known[key] = self._estimate(config)
+            found = self._estimate(config)
+            if self._is_sharded_as_a_whole(config, found):
+                sharded = dataclasses.replace(config.parallel, shard="fsdp")
+                found = self._estimate(dataclasses.replace(config, parallel=sharded))
+            self._known[key] = found
         return self._known[key]
+
+    def _is_sharded_as_a_whole(self, config: Config, found: Estimate) -> bool:
+        """Whether `parallel.shard: auto` shards the model of all layers, where it kept the few that were estimated."""
+        if config.parallel.shard != "auto" or config.train.full or self.ranks == 1 or found.sharded:
+            return False
+        return 2 * (found.memory["weights"] + found.memory["adapters"]) >= self.device.memory
 
     def tokens_per_second(self, config: Config) -> float | None:
         """Of all ranks together."""

@@ -83,6 +83,17 @@ def test_ranks_that_shard_need_less(options):
         assert sharded.memory[kind] == pytest.approx(whole.memory[kind] / 2, rel=0.01)
 
 
+@pytest.mark.parametrize("share", [0.4, 0.6])
+def test_a_model_is_sharded_by_the_weights_of_all_its_layers(share, options):
+    """As a run does it, from half of a rank's memory on; three layers alone would be kept whole."""
+    _, config = cli.parse_config(cli.config_parser("test", ""), options)
+    arch = read_architecture(config.model.path)
+    whole = Estimator(arch, machine("cpu", 2), 2)(changed(config, {"parallel.shard": "none"})).memory
+    device = dataclasses.replace(machine("cpu", 2), memory=int((whole["weights"] + whole["adapters"]) / share))
+    found = Estimator(arch, device, 2)(config)
+    assert found.sharded == (share > 0.5) == (found.memory["weights"] < whole["weights"])
+
+
 @pytest.mark.parametrize(
     "wrong, words",
     [
@@ -144,7 +155,9 @@ class Linear(Estimator):
         tokens = sum(documents(config))
         total = weights + tokens * (len(kinds) - place)
         micro_batches = config.train.batch_tokens // config.train.micro_batch_tokens
-        return Estimate({"total": total}, tokens, micro_batches, tokens * (1.0 + place), 0.0, [])
+        return Estimate(
+            {"weights": 0, "adapters": 0, "total": total}, tokens, micro_batches, tokens * (1.0 + place), 0.0, []
+        )
 
 
 @pytest.fixture
