@@ -21,6 +21,7 @@ from minorca.config_file import config_text, is_config_text
 from minorca.errors import UserError
 from minorca.files.atomic import MANIFEST, is_lock, lock, sha256, write_file
 from minorca.files.safe_io import quote, read_json
+from minorca.receipts import CHAIN
 from minorca.train import checkpoint
 
 log = logging.getLogger("minorca.train")
@@ -32,7 +33,7 @@ LOCK = ".lock"
 RESOLVED = "config.resolved.yaml"
 # what a run may make there
 DIRECTORIES = {"checkpoints", "tensorboard", "profile", "wandb", "adapter", "model"}
-FILES = {"config.yaml", "metrics.jsonl", "curves.png", "wandb-id"}
+FILES = {"config.yaml", "metrics.jsonl", CHAIN, "curves.png", "wandb-id"}
 # what file systems, schedulers and `| tee` may have put where a run is to begin
 HARMLESS = re.compile(r"\..*|lost\+found|.*\.(log|out|err)")
 # what is left of a run that was killed while it wrote its first run.json
