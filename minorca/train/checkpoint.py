@@ -48,9 +48,10 @@ FORMAT = 1
 MOMENTS = "optimizer.safetensors"
 BEST = "best.safetensors"
 _NAME = re.compile(r"step-(\d{8})")
-# settings that no number of a run follows from: where and how often it writes, on what it runs, and what the identity
-# holds by its content
-_FREE = {"model.path", "data.train", "data.eval", "data.store", "lora.init", "dpo.reference", "dpo.precompute"}
+# settings that no number of a run follows from: where files are that the identity holds by their content, where and how
+# often it writes, and on what it runs
+PLACES = {"model.path", "data.train", "data.eval", "data.store", "lora.init", "dpo.reference"}
+_FREE = PLACES | {"dpo.precompute"}
 _FREE |= {
     f"train.{key}"
     for key in (

@@ -161,6 +161,23 @@ def _is_unedited(path: Path, written_sha256: list[str]) -> bool:
     return sha256(path) in written_sha256 if written_sha256 else is_config_text(path.read_bytes())
 
 
+def written_settings(output: Path) -> Path:
+    """The file of the settings that the run wrote last: config.yaml, or config.resolved.yaml where a person had edited
+    that one.
+
+    Raises:
+        UserError: run.json is damaged.
+    """
+    run, path, resolved = (
+        _parse(output) if (output / FILE).exists() else None,
+        output / "config.yaml",
+        output / RESOLVED,
+    )
+    if run and RESOLVED in run.made and resolved.exists() and not _is_unedited(path, run.config_sha256):
+        return resolved
+    return path
+
+
 def check_settings(config: Config) -> None:
     """Raises UserError: the settings of a run that goes on would replace a file that a person has edited."""
     if config.output.is_dir():

@@ -189,13 +189,17 @@ def _changed(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
 
 
 def row_digests(inputs: Inputs) -> dict[str, list[str]]:
-    """Digests of the rows and of those that are held out, by which a row that was changed is found."""
-    stores = {"rows": inputs.store, "held-out rows": inputs.held_out}
-    return {name: _block_digests(store) for name, store in stores.items() if store is not None}
+    """Digests of all rows that were read, by which a row that was changed is found; a fraction that is held out is
+    among the rows.
+    """
+    found = {"rows": _block_digests(inputs.store)}
+    if inputs.held_out and inputs.held_out.offsets is not inputs.store.offsets:
+        found["held-out rows"] = _block_digests(inputs.held_out)
+    return found
 
 
 def rows_in_block(store: TokenStore) -> int:
-    """How many consecutive rows a digest of `row_digests` covers, of all that were read, held out or not."""
+    """How many consecutive rows a digest of `row_digests` covers."""
     return -(-(len(store.offsets) - 1) // BLOCKS)
 
 
