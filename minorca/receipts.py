@@ -13,6 +13,7 @@ again (minorca/replay).
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,8 @@ from minorca.errors import UserError
 from minorca.files.adapters import adapter_file
 from minorca.files.atomic import sha256
 from minorca.files.safe_io import find_file, parse_json, quote, read_json, read_small, user_path
+
+log = logging.getLogger(__name__)
 
 # The format of all receipts. A later version may add keys without another number.
 FORMAT = 1
@@ -212,22 +215,26 @@ def read_receipt(directory: Path) -> dict[str, Any] | None:
 
 
 def of_weights(paths: Iterable[Path], adapter: str | Path | None) -> dict[str, Any]:
-    """What was computed with a model's weight files, and perhaps an adapter: their digests, and the receipt that lies
-    beside the adapter, or beside the model where it has one.
-
-    Raises:
-        UserError: as `read_receipt`.
+    """What was computed with a model's weight files, and perhaps an adapter: their digests, and the receipts that lie
+    beside them.
     """
     files = list(paths)
     values: dict[str, Any] = {"minorca": __version__, "code": code_sha256(), "base": sha256_of(files)}
-    if beside := read_receipt(files[0].parent):
-        values["base_receipt"] = beside
+    values["base_receipt"] = _receipt_beside(files[0].parent)
     if adapter is not None:
         directory = user_path(adapter)
         values["adapter"] = sha256_of([adapter_file(directory), directory / "adapter_config.json"])
-        if beside := read_receipt(directory):
-            values["adapter_receipt"] = beside
+        values["adapter_receipt"] = _receipt_beside(directory)
     return values
+
+
+def _receipt_beside(directory: Path) -> dict[str, Any] | None:
+    """As `read_receipt`; None for one that is invalid, or another tool's, which is logged."""
+    try:
+        return read_receipt(directory)
+    except UserError as error:
+        log.warning("%s; left out", error)
+        return None
 
 
 def for_export(paths: Iterable[Path], adapter: str | Path | None, **done: str) -> dict[str, str]:
