@@ -180,7 +180,6 @@ CHOICES = {
     "lora.rank": (2, 5),
     "data.packing": ("true", "false"),
     "data.train_on": ("response", "all"),
-    "data.eval": ("null", 0.1),
     "model.dtype": ("float32", "bfloat16"),
     "model.quantize": ("none", "nf4"),
     "optim.schedule": ("cosine", "linear", "constant"),
@@ -188,7 +187,6 @@ CHOICES = {
     "train.seed": (0, 1, 2),
     "train.checkpoint_every": (1, 2, 3),
     "train.keep": (1, 2, 9),
-    "train.eval_every": (0, 2),
     "parallel.activation_checkpointing": ("none", "full"),
 }
 KINDS = ("adapters", "dpo", "full", "new tokens", "kto")
@@ -196,13 +194,13 @@ KINDS = ("adapters", "dpo", "full", "new tokens", "kto")
 
 def draw_settings(draw: random.Random, place: Workplace, ranks: int) -> dict:
     settings = {key: draw.choice(values) for key, values in CHOICES.items()}
-    settings |= {"train.steps": draw.randint(4, 7), "train.batch_tokens": 256}
-    if settings["data.eval"] != "null":
-        settings |= {"train.keep_best": draw.choice(["true", "false"])}
+    settings |= {"train.steps": draw.randint(3, 5), "train.batch_tokens": 256}
+    if draw.random() < 0.5:
+        settings |= {"data.eval": 0.1, "train.eval_every": 2, "train.keep_best": draw.choice(["true", "false"])}
     kind = draw.choice(KINDS[:1] if ranks else KINDS)
     if kind in ("dpo", "kto"):
         rows = {"data.train": place.path / "pairs.jsonl", "data.format": "preference", "train.objective": kind}
-        settings |= rows | {"data.train_on": "response", "lora.dropout": 0.0 if kind == "kto" else 0.1}
+        settings |= rows | {"data.train_on": "response", "lora.dropout": 0.0}
         settings |= {"dpo.precompute": draw.choice(["true", "false"])} if kind == "dpo" else {}
     elif kind == "full":
         settings = {key: value for key, value in settings.items() if not key.startswith(("lora.", "model.quantize"))}
@@ -215,19 +213,17 @@ def draw_settings(draw: random.Random, place: Workplace, ranks: int) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(50))
 def test_an_honest_run_raises_no_alarm(seed, place, capsys, monkeypatch):
-    """Fifty configurations drawn at random, some stopped and resumed, two of them on two ranks."""
-    draw, ranks, run = random.Random(seed), 2 * (seed % 25 == 24), place.path / "run"
+    """Fifty configurations drawn at random, some stopped and resumed, one of them on two ranks."""
+    draw, ranks, run = random.Random(seed), 2 * (seed == 49), place.path / "run"
     settings = draw_settings(draw, place, ranks)
     shutil.rmtree(run, ignore_errors=True)
     steps = settings["train.steps"]
     if ranks:
         torchrun(ranks, place(**settings))
     else:
-        for _ in range(draw.randint(0, 2)):
-            if not (run / "adapter").exists() and not (run / "model").exists():
-                stop_in(draw.randint(2, steps), place(**settings), monkeypatch)
-            if draw.random() < 0.5:
-                settings |= {"optim.lr": draw.choice([0.003, 0.02])}
+        for step in sorted(draw.sample(range(2, steps + 1), draw.choice([0, 0, 1, 2]))):
+            stop_in(step, place(**settings), monkeypatch)
+            settings |= {"optim.lr": draw.choice([0.01, 0.02])}
         train_command.main(place(**settings))
     first = draw.randrange(steps)
     asked = [str(run), "--steps", f"{first}:{draw.randint(first + 1, steps)}"]
