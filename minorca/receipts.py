@@ -244,9 +244,9 @@ def for_export(paths: Iterable[Path], adapter: str | Path | None, **done: str) -
     Args:
         paths: the base model's weight files.
         adapter: the directory of what was merged in.
-        done: what was done with them, as type="q8_0".
+        done: what was done with them, as format="gguf", type="q8_0".
     """
-    receipt = sealed({"format": FORMAT, **done, **of_weights(paths, adapter)})
+    receipt = sealed({"format": FORMAT, "export": done, **of_weights(paths, adapter)})
     return {"minorca.version": __version__, "minorca.receipt": json.dumps(receipt)}
 
 

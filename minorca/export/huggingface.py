@@ -61,7 +61,7 @@ def export(
         )
         write_tensors(temporary / "model.safetensors", stored)
         done = {"format": "hf", "quantization": str(quantization) if quantization else None}
-        content = receipts.of_directory(temporary, done | receipts.of_weights(source.paths, adapter))
+        content = receipts.of_directory(temporary, {"export": done} | receipts.of_weights(source.paths, adapter))
         (temporary / receipts.FILE).write_bytes(content)
 
     publish(output, write)
