@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from minorca.config import Config, Source, default_of, fields
@@ -54,8 +54,16 @@ def config_parser(prog: str, description: str) -> Parser:
     parser = Parser(prog=prog, usage=usage, description=description, allow_abbrev=False)
     help = "a YAML file of these settings, which options override; all others have the defaults below"
     parser.add_argument("--config", metavar="FILE", help=help)
+    add_settings(parser)
+    return parser
+
+
+def add_settings(parser: Parser, only: Collection[str] | None = None) -> None:
+    """Adds an option for every setting, or for `only` these; `given_settings` reads them."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for section, key, hint in fields():
+        if only is not None and f"{section}.{key.name}" not in only:
+            continue
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
         kind, description = typing.get_args(hint)
@@ -67,9 +75,13 @@ def config_parser(prog: str, description: str) -> Parser:
             default=argparse.SUPPRESS,
             type=_option_reader(kind),
             metavar="|".join(choices) or "VALUE",
-            help=description + default,
+            help=description if only is not None else description + default,
         )
-    return parser
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, object]:
+    """section.key -> value, of the options of `add_settings` that were given."""
+    return {option: value for option, value in vars(args).items() if "." in option}
 
 
 def parse_config(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, Config]:
@@ -79,9 +91,8 @@ def parse_config(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, C
         UserError: every unknown option, and whatever is wrong with the settings.
     """
     args, surplus = parser.parse_known_args(argv)
-    options = {option: value for option, value in vars(args).items() if "." in option}
     path = Path(args.config) if args.config else None
-    return args, read_config(path, options, _unknown_options(parser, surplus, suggestion))
+    return args, read_config(path, given_settings(args), _unknown_options(parser, surplus, suggestion))
 
 
 def _unknown_options(parser: Parser, surplus: list[str], suggest: Callable[[str], str]) -> Iterator[UserError]:

@@ -315,6 +315,10 @@ class Config:
         values["optim"]["betas"] = list(values["optim"]["betas"])
         return values
 
+    def flat(self) -> dict[str, object]:
+        """section.key -> value, in the form that YAML has."""
+        return {f"{section}.{key}": value for section, keys in self.nested().items() for key, value in keys.items()}
+
 
 def fields() -> Iterator[tuple[str, dataclasses.Field, object]]:
     """The section, the field and the annotated type of every setting."""

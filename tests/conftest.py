@@ -19,7 +19,7 @@ import torch
 
 from minorca.signals import STOPPING
 from tests.fake_hub import fake_hub
-from tests.helpers import ROOT, Workplace, random_mistral, save_tokenizer
+from tests.helpers import ROOT, Workplace, random_mistral, save_tokenizer, write_rows
 
 torch.set_num_threads(1)
 # A shell starts background processes with SIGINT ignored, which would be inherited by the commands under test.
@@ -98,16 +98,7 @@ def save_mistral(tmp_path):
 @pytest.fixture
 def workplace(save_mistral, tmp_path) -> Workplace:
     """A small random model with a tokenizer, and 60 rows in OpenOrca's format."""
-    import json
-    import random
-
     directory, model = save_mistral(vocab_size=260, sliding_window=24, tie_word_embeddings=True, initializer_range=0.08)
     save_tokenizer(directory)
-    draw = random.Random(0)
-    with (tmp_path / "rows.jsonl").open("w") as file:
-        for n in range(60):
-            word = "".join(draw.choices("abcdef", k=draw.randint(1, 12)))
-            system = draw.choice(["", "Be brief."])
-            row = {"id": f"t0.{n}", "system_prompt": system, "question": f"Reverse {word}", "response": word[::-1]}
-            file.write(json.dumps(row) + "\n")
+    write_rows(tmp_path / "rows.jsonl")
     return Workplace(tmp_path, directory, model)

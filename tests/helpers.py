@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -94,6 +95,17 @@ def save_tokenizer(directory) -> None:
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<|im_start|>", "<|im_end|>")])
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+
+
+def write_rows(path: Path) -> None:
+    """60 rows in OpenOrca's format."""
+    draw = random.Random(0)
+    with path.open("w") as file:
+        for n in range(60):
+            word = "".join(draw.choices("abcdef", k=draw.randint(1, 12)))
+            system = draw.choice(["", "Be brief."])
+            row = {"id": f"t0.{n}", "system_prompt": system, "question": f"Reverse {word}", "response": word[::-1]}
+            file.write(json.dumps(row) + "\n")
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minorca import cli
+from minorca import cli, receipts
 from minorca.data.chat_template import TEMPLATES, resolve_template
 from minorca.data.portable_files import load_chat
 from minorca.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -26,6 +27,7 @@ from minorca.files.atomic import check_output, write_file
 from minorca.files.hub import name_of, parse_id
 from minorca.files.safe_io import cache_directory
 from minorca.files.vocabulary import adapted_architecture
+from minorca.files.weights import open_model
 from minorca.model.architecture import read_architecture
 from minorca.model.build import fast_dtype, load_model, prepack
 from minorca.model.quantization import parse_quantization
@@ -217,8 +219,9 @@ def _evaluate(args: argparse.Namespace, world: World | None) -> None:
             print(_counts(ours, lm.max_length))
         if args.output:
             written |= {"minorca": ours}
-            text = json.dumps(written, indent=2, default=handle_non_serializable, ensure_ascii=False)
-            write_file(args.output, text + "\n")
+            as_json = partial(json.dumps, indent=2, default=handle_non_serializable, ensure_ascii=False)
+            written["receipt"] = _receipt(args, lm, json.loads(as_json(written)))
+            write_file(args.output, as_json(written) + "\n")
     if failure:
         raise failure
 
@@ -335,6 +338,14 @@ def _conditions(ours: dict[str, Any], args: argparse.Namespace, lm: "MinorcaLM")
         system = f"system prompt {bench['system']!r}" if bench["system"] else "no system prompt"
         parts.append(f"MT-Bench: chat template {bench['template']}, {system}")
     return ", ".join(parts)
+
+
+def _receipt(args: argparse.Namespace, lm: "MinorcaLM", written: dict[str, Any]) -> dict[str, Any]:
+    """What the results, as they are going to be written, were computed with, and their digests."""
+    quantization = parse_quantization(args.quantize, args.double_quant)
+    weights = receipts.of_weights(open_model(args.model, quantization).paths, args.adapter)
+    how = {"dtype": str(lm.model.dtype).removeprefix("torch."), "quantize": args.quantize}
+    return receipts.of_scores(written, weights | how)
 
 
 def _counts(ours: dict[str, Any], max_length: int) -> str:

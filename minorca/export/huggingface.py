@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minorca import receipts
 from minorca.data.portable_files import portable_files, tokenizer_files, write_files
 from minorca.errors import UserError
 from minorca.export.contents import ExportedTensor, check_new, commits_file, merged_tensors, read_contents
@@ -62,6 +63,9 @@ def export(
             for pair in _stored(tensor, quantization).items()
         )
         write_tensors(temporary / "model.safetensors", stored)
+        done = {"format": "hf", "quantization": str(quantization) if quantization else None}
+        content = receipts.of_directory(temporary, {"export": done} | receipts.of_weights(source.paths, adapter))
+        (temporary / receipts.FILE).write_bytes(content)
 
     publish(output, write)
     print(f"{output}: {len(tensors)} tensors{contents.merged}{f', in {quantization}' if quantization else ''}")

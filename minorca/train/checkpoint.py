@@ -48,9 +48,10 @@ FORMAT = 1
 MOMENTS = "optimizer.safetensors"
 BEST = "best.safetensors"
 _NAME = re.compile(r"step-(\d{8})")
-# settings that no number of a run follows from: where and how often it writes, on what it runs, and what the identity
-# holds by its content
-_FREE = {"model.path", "data.train", "data.eval", "data.store", "lora.init", "dpo.reference", "dpo.precompute"}
+# settings that no number of a run follows from: where files are that the identity holds by their content, where and how
+# often it writes, and on what it runs
+PLACES = {"model.path", "data.train", "data.eval", "data.store", "lora.init", "dpo.reference"}
+_FREE = PLACES | {"dpo.precompute"}
 _FREE |= {
     f"train.{key}"
     for key in (
@@ -111,6 +112,7 @@ class State:
         threads: of each rank; on the CPU, sums depend on how they are split.
         run: the run's identity.
         metrics_bytes, metrics_sha256: of metrics.jsonl up to here; -1 where an earlier version wrote the checkpoint.
+        receipt: the digest of the last line of receipt.jsonl; empty where an earlier version wrote the checkpoint.
         best_step, best_loss, since_best, evaluated_step: the fields of `Best`; the loss is 0 where there is none.
     """
 
@@ -127,6 +129,7 @@ class State:
     evaluated_step: int = -1
     metrics_bytes: int = -1
     metrics_sha256: str = ""
+    receipt: str = ""
 
     @property
     def best(self) -> Best:
@@ -166,7 +169,7 @@ def save(
         write_manifest(temporary)
 
     if world.rank == 0:
-        publish(directory / f"step-{state.step:08d}", write, run_id)
+        publish(path_of(directory, state.step), write, run_id)
         prune(directory, keep, run_id)
     else:
         take_part(trained, moments, best_tensors)
@@ -212,6 +215,11 @@ def _not_in_manifest(directory: Path) -> str | None:
 def published(directory: Path) -> list[Path]:
     """A run's checkpoints, oldest first."""
     return sorted(path for path in directory.glob("step-*") if _NAME.fullmatch(path.name))
+
+
+def path_of(directory: Path, step: int) -> Path:
+    """Where under `directory` the checkpoint of a step is published."""
+    return directory / f"step-{step:08d}"
 
 
 def _step_of(path: Path) -> int | None:

@@ -186,8 +186,7 @@ def _hold_out(store: TokenStore, fraction: float, seed: int) -> tuple[TokenStore
 
 def check_ranks_agree(config: Config, identity: dict, resumed: int, world: World) -> None:
     """Raises UserError where the ranks were started with different settings, or read different files."""
-    values = {f"{section}.{key}": value for section, keys in config.nested().items() for key, value in keys.items()}
-    values = {key: value for key, value in values.items() if key not in _PLACES}
+    values = {key: value for key, value in config.flat().items() if key not in _PLACES}
     for name, beginnings in _CONTENTS.items():
         values[name] = [item for item in identity.items() if item[0].startswith(beginnings)]
     values["the step of the newest checkpoint"] = resumed

@@ -30,6 +30,7 @@ from minorca.train.objectives import Counts, Sums
 from minorca.train.optim import learning_rate, set_learning_rate
 from minorca.train.output import set_outcome_aside
 from minorca.train.ranks import World
+from minorca.train.receipt import Receipt
 from minorca.train.run_length import RunLength
 from minorca.train.step import forward_backward, local_batch, locate_nonfinite
 from minorca.train.task_evaluation import TaskEvaluation
@@ -53,6 +54,8 @@ class Run:
         updates: how many of the steps updated the parameters; a skipped one does not.
         tasks: what is evaluated beside held-out rows, if anything.
         run_id: on rank 0, what the names of unfinished files have.
+        receipt: on rank 0, what vouches for what the run writes.
+        until: the step after which it ends, and saves, though others are left; None: there is none.
         stopped_by: the signal that ends the run early, the same on every rank.
     """
 
@@ -68,6 +71,8 @@ class Run:
     updates: int
     tasks: TaskEvaluation | None = None
     run_id: str = ""
+    receipt: Receipt | None = None
+    until: int | None = None
     stopped_by: int | None = None
 
     def __post_init__(self):
@@ -79,13 +84,13 @@ class Run:
         self._first_tasks()
         self.learner.model.train()
         self.clock("data")
-        while self.step < self.length.steps and not self._ends_early():
+        while self.step < self.length.steps and self.step != self.until and not self._ends_early():
             self.step += 1
             self._step(micro_batches_of(self.step))
             after_step()
             if self.length.evaluates_after(self.step) and not self.stopped_by:
                 self._evaluate()
-            saves = self.length.saves_after(self.step) or self._ends_early()
+            saves = self.length.saves_after(self.step) or self.step == self.until or self._ends_early()
             if saves:
                 self._save()
             if self._evaluates_tasks() and not self.stopped_by:
@@ -266,6 +271,7 @@ class Run:
             **self.best.saved(),
             metrics_bytes=size,
             metrics_sha256=digest,
+            receipt=(self.receipt and self.receipt.head) or "",
         )
         directory = self.config.output / "checkpoints"
         learner = self.learner
@@ -289,6 +295,8 @@ class Run:
         )
         if self.record:
             self.record.check_file()
+        if self.receipt:
+            self.receipt.checkpoint(self.step, checkpoint.path_of(directory, self.step))
 
     def finish(self) -> None:
         """Publishes what was trained, of a run that has done all its steps, and closes the record."""
@@ -298,6 +306,9 @@ class Run:
             self._close()
             name = signal.Signals(self.stopped_by).name
             log.info("%s: stopped after step %d; the same command resumes from there", name, self.step)
+            return
+        if self.step < self.length.steps and not self._ends_early():
+            self._close()
             return
         best = self.best.tensors
         tensors = gather(self.learner.trainable.final() if best is None else best.items(), self.world)
@@ -346,6 +357,8 @@ class Run:
         elif self.config.train.keep_best:
             message = "no evaluation gave a number; the last %s is written, not the best one"
             log.warning(message, self.config.outcome.name)
+        if self.receipt:
+            self.receipt.outcome(self.step, directory, self.config.outcome.name)
 
 
 def signal_counts(noted: list[int]) -> list[int]:

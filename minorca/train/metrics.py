@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 
 PHASES: tuple[str, ...] = ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "other")
 
+# of a step's line, what depends on the machine's speed
+MEASURED = {"seconds", "tokens_per_second", "mfu", "peak_memory_bytes"} | {f"{phase}_seconds" for phase in PHASES}
+
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Dense bf16 matrix FLOP/s; a device not in the table has no MFU rather than a guessed one."""

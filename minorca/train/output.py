@@ -21,6 +21,7 @@ from minorca.config_file import config_text, is_config_text
 from minorca.errors import UserError
 from minorca.files.atomic import MANIFEST, is_lock, lock, sha256, write_file
 from minorca.files.safe_io import quote, read_json
+from minorca.receipts import CHAIN
 from minorca.train import checkpoint
 
 log = logging.getLogger("minorca.train")
@@ -32,7 +33,7 @@ LOCK = ".lock"
 RESOLVED = "config.resolved.yaml"
 # what a run may make there
 DIRECTORIES = {"checkpoints", "tensorboard", "profile", "wandb", "adapter", "model"}
-FILES = {"config.yaml", "metrics.jsonl", "curves.png", "wandb-id"}
+FILES = {"config.yaml", "metrics.jsonl", CHAIN, "curves.png", "wandb-id"}
 # what file systems, schedulers and `| tee` may have put where a run is to begin
 HARMLESS = re.compile(r"\..*|lost\+found|.*\.(log|out|err)")
 # what is left of a run that was killed while it wrote its first run.json
@@ -168,6 +169,23 @@ def _is_unedited(path: Path, written_sha256: list[str]) -> bool:
     if path.is_symlink() or not path.is_file():
         return False
     return sha256(path) in written_sha256 if written_sha256 else is_config_text(path.read_bytes())
+
+
+def written_settings(output: Path) -> Path:
+    """The file of the settings that the run wrote last: config.yaml, or config.resolved.yaml where a person had edited
+    that one.
+
+    Raises:
+        UserError: run.json is damaged.
+    """
+    run, path, resolved = (
+        _parse(output) if (output / FILE).exists() else None,
+        output / "config.yaml",
+        output / RESOLVED,
+    )
+    if run and RESOLVED in run.made and resolved.exists() and not _is_unedited(path, run.config_sha256):
+        return resolved
+    return path
 
 
 def check_settings(config: Config) -> None:

@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from minorca.train import checkpoint, metrics, parallel
 from minorca.train.best import Best
 from minorca.train.build import Learner, build
 from minorca.train.forecast import Forecast
-from minorca.train.inputs import check_ranks_agree, read_inputs
+from minorca.train.inputs import Inputs, check_ranks_agree, read_inputs
 from minorca.train.loop import Run
 from minorca.train.memory import out_of_memory, weights_do_not_fit
 from minorca.train.metrics_lines import kept_lines
@@ -26,6 +27,7 @@ from minorca.train.precompute import with_reference
 from minorca.train.profiling import profiled
 from minorca.train.ranks import World, init_distributed
 from minorca.train.revisions import pin
+from minorca.train.receipt import Receipt, kept_receipt, open_receipt
 from minorca.train.run_length import RunLength, run_length
 from minorca.train.task_evaluation import open_tasks
 
@@ -35,8 +37,14 @@ log = logging.getLogger("minorca.train")
 DISK_ERRORS = MACHINE_ERRORS | {errno.EEXIST, errno.ENAMETOOLONG, errno.EISDIR}
 
 
-def train(config: Config, profile: bool = False) -> None:
+def train(
+    config: Config, profile: bool = False, until: int | None = None, after_step: Callable[[], None] | None = None
+) -> None:
     """A whole run, from data to what was trained. Every rank calls it.
+
+    Args:
+        until: the step after which it ends, and saves; None: the last.
+        after_step: is called after every step, before its evaluation and checkpoint.
 
     Raises:
         UserError: whatever the user can fix, before a model is built where it can be known by then.
@@ -53,7 +61,7 @@ def train(config: Config, profile: bool = False) -> None:
         if forecast:
             stack.callback(forecast.close)
         try:
-            signum = _train(config, profile, world, stack, forecast)
+            signum = _train(config, profile, world, stack, forecast, until, after_step)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, config, world.size) from error
         except OSError as error:
@@ -71,7 +79,13 @@ def train(config: Config, profile: bool = False) -> None:
 
 
 def _train(
-    config: Config, profile: bool, world: World, stack: contextlib.ExitStack, forecast: Forecast | None
+    config: Config,
+    profile: bool,
+    world: World,
+    stack: contextlib.ExitStack,
+    forecast: Forecast | None,
+    until: int | None,
+    after_step: Callable[[], None] | None,
 ) -> int | None:
     """Returns the signal that ended the run early, the same on every rank; `stack` undoes what the run sets up."""
     # 1. everything that can be refused, before memory is taken
@@ -132,7 +146,7 @@ def _train(
         log.info("%s: no checkpoint; starting at step 1", output)
 
     # 4. the record, on rank 0
-    record, run_id = None, ""
+    record, receipt, run_id = None, None, ""
     if world.rank == 0:
         if new_output:
             stack.enter_context(create_output(output))
@@ -140,16 +154,18 @@ def _train(
         run_id = claim(config, profile, revisions, rows)
         if not finished:
             set_outcome_aside(config.outcome, resumed)
-        record = _open_record(config, found, state, length)
+        record, receipt = _open_record(config, inputs, world, found, state, length)
 
     # 5. the steps
     noted = stack.enter_context(signals_noted())
     if world.monitor:
         world.monitor.noted = noted
-    after_step = stack.enter_context(profiled(output / "profile", world)) if profile else lambda: None
+    if profile:
+        after_step = stack.enter_context(profiled(output / "profile", world))
     updates = state.updates if state else 0
     run = Run(config, world, inputs, learner, length, best, record, noted, resumed, updates, tasks, run_id)
-    run.loop(schedule.step, after_step)
+    run.receipt, run.until = receipt, until
+    run.loop(schedule.step, after_step or (lambda: None))
 
     # 6. what was trained, where other programs look for it
     run.finish()
@@ -164,13 +180,19 @@ def _log_changes(state: checkpoint.State, identity: dict) -> None:
 
 
 def _open_record(
-    config: Config, found: Path | None, state: checkpoint.State | None, length: RunLength
-) -> metrics.Record:
-    """Opens the record of the output directory, of which this process has the lock."""
+    config: Config,
+    inputs: Inputs,
+    world: World,
+    found: Path | None,
+    state: checkpoint.State | None,
+    length: RunLength,
+) -> tuple[metrics.Record, Receipt]:
+    """Opens the record and the receipt of the output directory, of which this process has the lock."""
     if state:
         checkpoint.set_damaged_aside(state, config)
     kept = kept_lines(config.output, found, state)
-    return metrics.Record(config, state.step if state else 0, length.steps, kept)
+    receipt = open_receipt(config, inputs, world.size, found, state, kept.content)
+    return metrics.Record(config, state.step if state else 0, length.steps, kept), receipt
 
 
 def find_earlier(config: Config, identity: dict) -> tuple[Path | None, checkpoint.State | None]:
@@ -190,8 +212,11 @@ def find_earlier(config: Config, identity: dict) -> tuple[Path | None, checkpoin
 
 
 def check_goes_on(config: Config, found: Path | None, state: checkpoint.State | None) -> None:
-    """Raises UserError: a run that is not finished cannot go on with its metrics.jsonl, or its edited settings."""
+    """Raises UserError: a run that is not finished cannot go on with its metrics.jsonl, its receipt.jsonl, or its
+    edited settings.
+    """
     kept_lines(config.output, found, state)
+    kept_receipt(config.output, found, state)
     check_settings(config)
 
 

@@ -1,0 +1,203 @@
+"""Whether files are those that a receipt vouches for, by their digests alone: the first that is not is named."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from minorca import receipts
+from minorca.config_file import read_config
+from minorca.data.rendering import RENDERER_VERSION
+from minorca.errors import UserError
+from minorca.files.atomic import MANIFEST, sha256
+from minorca.files.safe_io import find_file, quote, read_json, read_small
+from minorca.receipts import CHAIN, FILE, read_receipt, short_digest
+from minorca.replay.recorded_run import RecordedRun
+from minorca.train import checkpoint
+from minorca.train.inputs import Inputs, read_inputs
+from minorca.train.output import written_settings
+from minorca.train.receipt import metrics_digests, row_digests, rows_in_block
+
+MAX_SCORES_BYTES = 2**31
+ADAPTER = "adapter_model.safetensors"
+
+
+def verify_run(run: RecordedRun) -> str:
+    """What of a run was verified, in words.
+
+    Raises:
+        UserError: the first thing that is not as its receipt says: a setting, a line of metrics.jsonl, a file of a
+            checkpoint or of what was trained, of the base model, or a row.
+    """
+    if not run.lines:
+        raise UserError("is empty", path=run.output / CHAIN)
+    _verify_settings(run)
+    lines = _verify_metrics(run)
+    checkpoints = _verify_checkpoints(run)
+    outcome = _verify_outcome(run)
+    _verify_inputs(run)
+    verified = ["settings", "base model", "rows", f"{lines} lines of metrics.jsonl", f"{checkpoints} checkpoints"]
+    listed = ", ".join([*verified, *outcome])
+    return f"{listed} are as the receipt says, in {len(run.lines)} lines from step {run.lines[0]['step']} on"
+
+
+def _verify_settings(run: RecordedRun) -> None:
+    path, recorded = written_settings(run.output), run.state["settings"]
+    now = json.loads(json.dumps(read_config(path, {}).flat()))
+    for key, value in now.items():
+        # a later version has added the others, with their defaults
+        if key in recorded and recorded[key] != value:
+            raise UserError(f"is {quote(value)}; the run had {quote(recorded[key])}", path=path, field=key)
+
+
+def _verify_metrics(run: RecordedRun) -> int:
+    """The number of lines that are verified."""
+    path, expected = run.output / "metrics.jsonl", metrics_digests(run.lines)
+    lines = run.metrics()
+    for n, (line, known) in enumerate(zip(lines, expected), 1):
+        if short_digest(line) != known:
+            raise UserError("is not as the run wrote it", path=path, where=f"line {n}")
+    if len(lines) < len(expected):
+        raise UserError(f"lines {len(lines) + 1} to {len(expected)} are missing", path=path)
+    # a run that goes on has written more since
+    if len(lines) > len(expected) and run.lines[-1]["kind"] == "outcome":
+        where = f"line {len(expected) + 1}"
+        raise UserError("is not the run's, which has written no more", path=path, where=where)
+    return len(expected)
+
+
+def _verify_checkpoints(run: RecordedRun) -> int:
+    """The number of checkpoints, all of which are verified."""
+    published = checkpoint.published(run.output / "checkpoints")
+    for path in published:
+        state = checkpoint.verify(path)
+        found = run.checkpoint_line(state.step)
+        if found is None:
+            # the run was killed before it could write the line, and writes it when it resumes
+            if path == published[-1] and state.receipt == run.lines[-1]["sha256"]:
+                continue
+            raise UserError(f"has no line in {CHAIN}", path=path)
+        n, line = found
+        files = {name: about["sha256"] for name, about in read_json(path / MANIFEST).items()}
+        _compare_files(path, files, line["files"], f"{CHAIN}, line {n}")
+        if state.receipt != line["previous"]:
+            message = "does not follow the line that the checkpoint's state.json names"
+            raise UserError(message, path=run.output / CHAIN, where=f"line {n}")
+        for key, (before, now) in checkpoint.changes(state.run, run.state_at(n)["identity"]).items():
+            message = f"is {quote(before)}; {CHAIN} has {quote(now)}"
+            raise UserError(message, path=path / "state.json", field=key)
+    return len(published)
+
+
+def _compare_files(directory: Path, found: dict[str, str], expected: dict[str, str], where: str) -> None:
+    for name in sorted(found.keys() | expected.keys()):
+        here, there = found.get(name), expected.get(name)
+        if here != there:
+            message = f"has the SHA-256 {here}; {where} has {there}"
+            raise UserError(message if here else f"is missing; {where} has it", path=directory / name)
+
+
+def _verify_outcome(run: RecordedRun) -> list[str]:
+    """The name of what was trained, where the run is finished."""
+    last = run.lines[-1]
+    directory = run.config(run.state, **{"train.output": str(run.output)}).outcome
+    if not directory.is_dir():
+        if last["kind"] == "outcome":
+            raise UserError("is missing", path=directory)
+        return []
+    verify_directory(directory)
+    receipt = read_receipt(directory) or {}
+    named = [(n, line) for n, line in enumerate(run.lines, 1) if line["sha256"] == receipt.get("run")]
+    if not named or named[0][1]["kind"] != "outcome":
+        raise UserError(f"names no line of {CHAIN}", path=directory / FILE, field="run")
+    ((n, line),) = named
+    _compare_files(directory, receipt["files"], line["files"], f"{CHAIN}, line {n}")
+    saved = run.checkpoint_line(line["step"])
+    # an adapter is written as the last checkpoint has it, unless the best one is kept
+    adapter = line["files"].get(ADAPTER)
+    if saved and adapter and "best.json" not in line["files"] and adapter != saved[1]["files"].get(ADAPTER):
+        raise UserError(f"is not that of the checkpoint of step {line['step']}", path=directory / ADAPTER)
+    return [directory.name]
+
+
+def _verify_inputs(run: RecordedRun) -> Inputs:
+    """The base model and the rows, as they are now."""
+    state = run.state
+    inputs = read_inputs(run.config(state))
+    differences = checkpoint.changes(state["identity"], inputs.identity)
+    for error in _changed_rows(run, inputs) if differences else ():
+        raise error
+    if differences:
+        key, (before, now) = next(iter(differences.items()))
+        renderer = state["renderer"]
+        other = f"; it had rows of renderer {renderer}, this is {RENDERER_VERSION}" if "rows" in key else ""
+        message = f"was {quote(before)} in the run and is {quote(now)} now"
+        raise UserError(message + (other if renderer != RENDERER_VERSION else ""), path=run.output, field=key)
+    return inputs
+
+
+def _changed_rows(run: RecordedRun, inputs: Inputs) -> Iterator[UserError]:
+    """The first row, by its file and line, that is not one of the run."""
+    known, stores = run.lines[0].get("rows", {}), {"rows": inputs.store, "held-out rows": inputs.held_out}
+    for name, digests in row_digests(inputs).items():
+        store = stores[name]
+        assert store is not None
+        size, everything = rows_in_block(store), replace(store, selected=None)
+        for block, (now, before) in enumerate(zip_longest(digests, known.get(name, []))):
+            if now is None:
+                yield UserError(
+                    "is followed by fewer rows than in the run", path=everything.locate(len(everything) - 1)
+                )
+            elif now != before:
+                which = "is not a row of the run" if size == 1 else f"of {size} rows from here on, one is not the run's"
+                yield UserError(which, path=everything.locate(block * size))
+
+
+# ------------------------------------------------------------------------------------------------ directories, scores
+
+
+def verify_directory(directory: Path) -> str:
+    """What of a directory of weights was verified, in words.
+
+    Raises:
+        UserError: it has no receipt.json, or a file is missing or is not the one that this names.
+    """
+    receipt = read_receipt(directory)
+    if receipt is None:
+        raise UserError(
+            f"has neither {CHAIN} nor {FILE}, which a run, an export and an evaluation write", path=directory
+        )
+    for name, expected in receipt["files"].items():
+        path = directory / name
+        found = find_file(path.parent, path.name) if path.resolve().is_relative_to(directory.resolve()) else None
+        if found is None:
+            raise UserError(f"is missing; {FILE} has it", path=path)
+        if (now := sha256(found)) != expected:
+            raise UserError(f"has the SHA-256 {now}; {FILE} has {quote(expected)}", path=path)
+    return f"{len(receipt['files'])} files are as {FILE} says"
+
+
+def verify_scores(path: Path) -> str:
+    """What of an evaluation's JSON was verified, in words.
+
+    Raises:
+        UserError: it has no receipt, or a score or a part of it is not as it was written.
+    """
+    try:
+        written: Any = json.loads(read_small(path, MAX_SCORES_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"is not JSON ({error})", path=path) from None
+    receipt = written.get("receipt") if isinstance(written, dict) else None
+    if not isinstance(receipt, dict) or not isinstance(receipt.get("scores"), dict):
+        raise UserError("has no receipt, which minorca.evaluate writes", path=path)
+    if not receipts.is_sealed(receipt):
+        raise UserError("was changed: its sha256 is not that of its other keys", path=path, field="receipt")
+    now, expected = receipts.score_digests(written), receipt["scores"]
+    for key in sorted(now.keys() | expected.keys()):
+        if key not in now:
+            raise UserError("is missing; the receipt has it", path=path, field=key)
+        if now[key] != expected.get(key):
+            raise UserError("is not as the evaluation wrote it", path=path, field=key)
+    return f"{len(now)} parts are as the receipt says"
