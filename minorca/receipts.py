@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 
 from minorca import __version__
 from minorca.errors import UserError
-from minorca.files.adapters import adapter_file
+from minorca.files.adapters import adapter_paths
 from minorca.files.atomic import sha256
-from minorca.files.safe_io import find_file, parse_json, quote, read_json, read_small, user_path
+from minorca.files.hub import local_directory
+from minorca.files.safe_io import find_file, parse_json, quote, read_json, read_small
 
 log = logging.getLogger(__name__)
 
@@ -190,11 +191,11 @@ KINDS = {
 # ------------------------------------------------------------------------------------------------ directories, scores
 
 
-def of_directory(directory: Path, values: dict[str, Any]) -> bytes:
-    """receipt.json of a directory: `values`, and the SHA-256 of every file that is there already."""
+def write_receipt(directory: Path, values: dict[str, Any]) -> None:
+    """Writes receipt.json of a directory: `values`, and the SHA-256 of every file that is there already."""
     files = sha256_of((path for path in directory.rglob("*") if path.is_file() and path.name != FILE), directory)
     receipt = sealed({"format": FORMAT, **values, "files": files})
-    return (json.dumps(receipt, indent=2) + "\n").encode()
+    (directory / FILE).write_text(json.dumps(receipt, indent=2) + "\n")
 
 
 def read_receipt(directory: Path) -> dict[str, Any] | None:
@@ -214,17 +215,15 @@ def read_receipt(directory: Path) -> dict[str, Any] | None:
     return receipt
 
 
-def of_weights(paths: Iterable[Path], adapter: str | Path | None) -> dict[str, Any]:
-    """What was computed with a model's weight files, and perhaps an adapter: their digests, and the receipts that lie
-    beside them.
-    """
+def of_weights(paths: Iterable[Path], adapters: Iterable[str | Path]) -> dict[str, Any]:
+    """What was computed with a model's weight files and adapters: their digests, and the receipts that lie beside them."""
     files = list(paths)
     values: dict[str, Any] = {"minorca": __version__, "code": code_sha256(), "base": sha256_of(files)}
     values["base_receipt"] = _receipt_beside(files[0].parent)
-    if adapter is not None:
-        directory = user_path(adapter)
-        values["adapter"] = sha256_of([adapter_file(directory), directory / "adapter_config.json"])
-        values["adapter_receipt"] = _receipt_beside(directory)
+    values["adapters"] = [
+        {"files": sha256_of(adapter_paths(adapter)), "receipt": _receipt_beside(local_directory(adapter))}
+        for adapter in adapters
+    ]
     return values
 
 
@@ -237,17 +236,9 @@ def _receipt_beside(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def for_export(paths: Iterable[Path], adapter: str | Path | None, **done: str) -> dict[str, str]:
-    """What a single file of weights, such as GGUF, carries in its metadata: the keys `minorca.version` and
-    `minorca.receipt`, the latter a receipt as JSON.
-
-    Args:
-        paths: the base model's weight files.
-        adapter: the directory of what was merged in.
-        done: what was done with them, as format="gguf", type="q8_0".
-    """
-    receipt = sealed({"format": FORMAT, "export": done, **of_weights(paths, adapter)})
-    return {"minorca.version": __version__, "minorca.receipt": json.dumps(receipt)}
+def as_metadata(values: dict[str, Any]) -> dict[str, str]:
+    """What a file of weights, such as GGUF, carries in its metadata: the receipt of `values`, as JSON."""
+    return {"minorca.version": __version__, "minorca.receipt": json.dumps(sealed({"format": FORMAT, **values}))}
 
 
 # of an evaluation's JSON, where every score has a digest of its own

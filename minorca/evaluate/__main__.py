@@ -343,7 +343,7 @@ def _conditions(ours: dict[str, Any], args: argparse.Namespace, lm: "MinorcaLM")
 def _receipt(args: argparse.Namespace, lm: "MinorcaLM", written: dict[str, Any]) -> dict[str, Any]:
     """What the results, as they are going to be written, were computed with, and their digests."""
     quantization = parse_quantization(args.quantize, args.double_quant)
-    weights = receipts.of_weights(open_model(args.model, quantization).paths, args.adapter)
+    weights = receipts.of_weights(open_model(args.model, quantization).paths, [args.adapter] if args.adapter else [])
     how = {"dtype": str(lm.model.dtype).removeprefix("torch."), "quantize": args.quantize}
     return receipts.of_scores(written, weights | how)
 

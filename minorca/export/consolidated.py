@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minorca.data.portable_files import portable_files, tokenizer_files, write_files
-from minorca.export.contents import Contents, ExportedTensor, check_new, commits_file, merged_tensors, read_contents
+from minorca.export.contents import Contents, ExportedTensor, check_new, merged_tensors, read_contents
 from minorca.export.effect import print_effect, readers, rounding
 from minorca.export.merging import Merge
 from minorca.export.mistral_tokenizer import with_mistral_tokenizer
@@ -20,6 +20,7 @@ from minorca.files.weights import open_model
 from minorca.model.architecture import Architecture
 from minorca.model.layout import SourceTensor, mistral_order, outside_name, source_tensors
 from minorca.progress import progress
+from minorca.receipts import write_receipt
 
 
 def export_consolidated(model: str | Path, adapter: str | Path | Merge | None, output: Path) -> None:
@@ -39,7 +40,6 @@ def export_consolidated(model: str | Path, adapter: str | Path | Merge | None, o
         files = with_mistral_tokenizer(files, tok, contents.template)
     else:
         files = tokenizer_files(source.directory)
-    files |= commits_file(model, contents.merge)
     pairs = _pairs(contents)
 
     def write(temporary: Path) -> None:
@@ -48,6 +48,7 @@ def export_consolidated(model: str | Path, adapter: str | Path | Merge | None, o
         planned = [PlannedTensor(theirs.name, theirs.shape, ours.dtype) for theirs, ours in pairs]
         values = (_value(*pair) for pair in progress(pairs, "writing", unit="tensors"))
         write_one_file(temporary / "consolidated.safetensors", planned, values)
+        write_receipt(temporary, contents.receipt(format="consolidated"))
 
     publish(output, write)
     head = ", the head a copy of the embedding, to which it is tied" if source.arch.tied else ""

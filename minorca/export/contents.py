@@ -6,21 +6,22 @@ quantized base W is its values, in the dtype that it was quantized from. A tenso
 one is in memory at a time.
 """
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from minorca import receipts
 from minorca.data.chat_template import resolve_template
 from minorca.data.portable_files import has_tokenizer, load_chat
 from minorca.data.tokenizer import Tokenizer, load_tokenizer
 from minorca.errors import UserError
 from minorca.export.merging import Deltas, Merge, WeightedAdapter
-from minorca.files.adapters import RECORD, other_base
+from minorca.files.adapters import other_base
 from minorca.files.hub import local_directory, pinned
 from minorca.files.vocabulary import MatrixUpdate, adapt
 from minorca.files.weights import ModelFiles, open_model
@@ -58,6 +59,7 @@ class Contents:
         tensors: all tensors under Hugging Face's names, the adapters merged in.
         tok: the tokenizer, an adapter's before the model's; None where there is none.
         template: the resolved name of the chat template; None where there is none.
+        commits: the hub ids of model and adapters, each with its commit.
     """
 
     source: ModelFiles
@@ -66,25 +68,28 @@ class Contents:
     tensors: list[ExportedTensor]
     tok: Tokenizer | None
     template: str | None
+    commits: list[str]
 
     @property
     def merged(self) -> str:
         """What is merged in, for what a command prints."""
         return f", {self.merge} merged in" if self.merge else ""
 
+    def receipt(self, **done: str | None) -> dict[str, Any]:
+        """What the receipt of an export says.
+
+        Args:
+            done: how it is written, as type="q8_0".
+        """
+        adapters = [adapter.directory for adapter in self.merge.adapters] if self.merge else []
+        how = done | {"merge": str(self.merge) if self.merge else None, "hub": self.commits}
+        return {"export": how} | receipts.of_weights(self.source.paths, adapters)
+
 
 def check_new(output: Path) -> None:
     """Raises UserError where the directory to write exists."""
     if output.exists():
         raise UserError("already exists; give --output a new name", path=output)
-
-
-def commits_file(model: str | Path, merge: Merge | None) -> dict[str, bytes]:
-    """minorca.json of what is written from hub ids, which has their commits, by its name; nothing without hub ids."""
-    adapters = [pinned(adapter.directory) for adapter in merge.adapters] if merge else []
-    values = {"model": pinned(model), "adapters": [str(found) for found in adapters if found]}
-    commits = {key: value if isinstance(value, list) else str(value) for key, value in values.items() if value}
-    return {RECORD: (json.dumps(commits, indent=2) + "\n").encode()} if commits else {}
 
 
 def read_contents(model: str | Path, adapters: str | Path | Merge | None) -> Contents:
@@ -99,8 +104,10 @@ def read_contents(model: str | Path, adapters: str | Path | Merge | None) -> Con
     for adapter in chosen:
         _check_base(source, adapter.directory)
     source, updates = _adapted(source, chosen)
-    tok, template = read_chat(source, [adapter.directory for adapter in chosen])
-    return Contents(source, merge, updates, merged_tensors(source, merge, updates), tok, template)
+    directories = [adapter.directory for adapter in chosen]
+    tok, template = read_chat(source, directories)
+    commits = [str(found) for found in map(pinned, (model, *directories)) if found]
+    return Contents(source, merge, updates, merged_tensors(source, merge, updates), tok, template, commits)
 
 
 def _adapted(source: ModelFiles, adapters: tuple[WeightedAdapter, ...]) -> tuple[ModelFiles, dict[str, MatrixUpdate]]:

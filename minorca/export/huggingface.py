@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minorca import receipts
 from minorca.data.portable_files import portable_files, tokenizer_files, write_files
 from minorca.errors import UserError
-from minorca.export.contents import ExportedTensor, check_new, commits_file, merged_tensors, read_contents
+from minorca.export.contents import ExportedTensor, check_new, merged_tensors, read_contents
 from minorca.export.effect import print_effect, readers, rounding
 from minorca.export.merging import Merge
 from minorca.files import bitsandbytes
@@ -21,13 +20,13 @@ from minorca.files.weights import ModelFiles, check_quantizable, open_model
 from minorca.model.architecture import Architecture
 from minorca.model.quantization import Quantization
 from minorca.progress import progress
+from minorca.receipts import write_receipt
 
 
 def export(
     model: str | Path, adapter: str | Path | Merge | None, output: Path, quantization: Quantization | None = None
 ) -> None:
-    """Writes config, tokenizer and weights to `output`, which appears when it is complete; minorca.json has the commits
-    of hub ids.
+    """Writes config, tokenizer and weights to `output`, which appears when it is complete.
 
     Args:
         adapter: what is merged in.
@@ -48,7 +47,6 @@ def export(
         files = portable_files(contents.tok, contents.template, source.directory)
     else:
         files = tokenizer_files(source.directory)
-    files |= commits_file(model, contents.merge)
 
     def write(temporary: Path) -> None:
         found = find_file(source.directory, "config.json")
@@ -63,9 +61,8 @@ def export(
             for pair in _stored(tensor, quantization).items()
         )
         write_tensors(temporary / "model.safetensors", stored)
-        done = {"format": "hf", "quantization": str(quantization) if quantization else None}
-        content = receipts.of_directory(temporary, {"export": done} | receipts.of_weights(source.paths, adapter))
-        (temporary / receipts.FILE).write_bytes(content)
+        receipt = contents.receipt(format="hf", quantization=str(quantization) if quantization else None)
+        write_receipt(temporary, receipt)
 
     publish(output, write)
     print(f"{output}: {len(tensors)} tensors{contents.merged}{f', in {quantization}' if quantization else ''}")

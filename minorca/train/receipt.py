@@ -98,8 +98,7 @@ class Receipt:
         files = receipts.sha256_of((path for path in directory.rglob("*") if path.is_file()), directory)
         self.add("outcome", step, {"name": name, "files": files, "metrics": self._new_lines()})
         about = {key: self.about[key] for key in ("identity", "renderer", "versions", "machine")}
-        content = receipts.of_directory(directory, {"run": self.head, "steps": step, **about})
-        (directory / receipts.FILE).write_bytes(content)
+        receipts.write_receipt(directory, {"run": self.head, "steps": step, **about})
 
     def _new_lines(self, size: int = -1) -> dict[str, Any]:
         """Digests of the lines of metrics.jsonl, up to `size` bytes, that no line of the receipt covers."""

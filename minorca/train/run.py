@@ -26,8 +26,8 @@ from minorca.train.output import check_output, check_settings, claim, create_out
 from minorca.train.precompute import with_reference
 from minorca.train.profiling import profiled
 from minorca.train.ranks import World, init_distributed
-from minorca.train.revisions import pin
 from minorca.train.receipt import Receipt, kept_receipt, open_receipt
+from minorca.train.revisions import pin
 from minorca.train.run_length import RunLength, run_length
 from minorca.train.task_evaluation import open_tasks
 

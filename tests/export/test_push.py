@@ -97,7 +97,7 @@ def test_merged_weights(writer, workplace, tmp_path):
     assert not old.keys() - {"notes.md"} & files.keys() and len(writer.messages) == 1
     data = card_of(files).data.to_dict()
     assert (data["base_model_relation"], data["library_name"]) == ("finetune", "transformers")
-    assert json.loads(files["minorca.json"]) == {"model": f"org/base@{commit}"}
+    assert json.loads(files["receipt.json"])["export"]["hub"] == [f"org/base@{commit}"]
     forget()
     merged = load_model("org/new", torch.float32, "cpu")(TOKENS)
     expected = load_model("org/base", torch.float32, "cpu", adapter=run / "adapter")(TOKENS)

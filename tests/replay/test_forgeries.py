@@ -57,7 +57,7 @@ def made(place, tmp_path_factory):
         "n-shot": {"one": 0, "two": 5},
         "suites": {"seed": {"averages": [{"name": "x", "value": 0.5}]}},
     }
-    of_weights = receipts.of_weights([place.model_path / "model.safetensors"], output / "adapter")
+    of_weights = receipts.of_weights([place.model_path / "model.safetensors"], [output / "adapter"])
     written["receipt"] = receipts.of_scores(written, of_weights)
     (folder / "scores.json").write_text(json.dumps(written, indent=2))
     return place, output, folder
