@@ -11,14 +11,15 @@ from tests.helpers import ROOT
 
 # without an answer of their own: their absence is what a page names, or they are near the name of a section here
 UNANSWERED = {"adapter", "use_peft", "optim", "optimizer", "data.data"}
+KEY = r"`([\w.]+)`"
 PAGES = sorted((ROOT / "docs" / "moving").glob("*.md"))
 
 
 def rows(page: Path) -> list[tuple[list[str], list[str]]]:
     """The keys in the first two cells of each row of the table of keys."""
     (table,) = re.findall(r"^## Keys\n\n(.*?)\n\n", page.read_text(), re.M | re.S)
-    cells = [row.split(" | ") for row in table.splitlines()[2:]]
-    return [tuple(re.findall(r"`([\w.]+)`", cell) for cell in each[:2]) for each in cells]
+    cells = [row.split(" | ")[:2] for row in table.splitlines()[2:]]
+    return [(re.findall(KEY, theirs), re.findall(KEY, ours)) for theirs, ours in cells]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -35,8 +36,11 @@ def test_another_tools_keys_are_answered_with_ours(page):
 def test_the_keys_of_trl_are_its_own():
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
-    from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig
+    from trl.scripts.utils import ScriptArguments
+    from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.kto_config import KTOConfig
+    from trl.trainer.model_config import ModelConfig
+    from trl.trainer.sft_config import SFTConfig
 
     classes = (SFTConfig, DPOConfig, KTOConfig, ModelConfig, ScriptArguments, LoraConfig)
     known = {field.name for each in classes for field in dataclasses.fields(each)}
