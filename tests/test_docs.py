@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from minorca.config_file import read_config
 from tests.helpers import ROOT, wait_until
 
 README = ROOT / "README.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 LINKED = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 NEEDS = {"demo", "minutes", "network", "background", "gpu", "7b"}
 PORT = 8000
@@ -193,11 +194,25 @@ def test_slow_commands(document, after_demo, copy_checkout):
 # ------------------------------------------------------------------------------------------- what the documents name
 
 
+def anchors_of(document: Path) -> set[str]:
+    """Those of its headings, as code hosts and the site make them."""
+    text = re.sub("^```.*?^```", "", document.read_text(), flags=re.M | re.S)
+    counts, anchors = Counter(), set()
+    for heading in re.findall("^#+ (.+)$", text, re.M):
+        anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        anchors.add(f"{anchor}-{counts[anchor]}" if counts[anchor] else anchor)
+        counts[anchor] += 1
+    return anchors
+
+
 @pytest.mark.parametrize("document", LINKED, ids=name_of)
 def test_links_and_files_exist(document):
     text = document.read_text()
-    for link in re.findall(r"\]\(([^)#\s]+)\)", text):
-        assert link.startswith("https://") or (document.parent / link).exists(), link
+    for link, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
+        if not link.startswith("https://"):
+            target = document.parent / link if link else document
+            assert target.exists(), link
+            assert not anchor or anchor in anchors_of(target), f"{link}#{anchor}"
     for path in re.findall(r"(?<![\w/.])(?:[\w.-]+/)+[\w-]+\.(?:py|md|yaml|sh|sbatch|html)\b", text):
         # what commands write lies in runs/
         assert path.startswith(("..", "runs/")) or (ROOT / path).exists(), path
