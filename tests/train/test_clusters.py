@@ -271,7 +271,8 @@ def test_shell_scripts_are_sound():
 
 def test_the_trainjob_is_one():
     """By the models that Kubeflow Trainer generates of its API; a field that they do not know is lost."""
-    assert TrainerV1alpha1TrainJob.from_dict(TRAINJOB).to_dict() == TRAINJOB
+    parsed = TrainerV1alpha1TrainJob.from_dict(TRAINJOB)
+    assert parsed and parsed.to_dict() == TRAINJOB
     spec = TRAINJOB["spec"]
     assert (TRAINJOB["apiVersion"], TRAINJOB["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
     assert str(spec["trainer"]["numProcPerNode"]) == spec["trainer"]["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
