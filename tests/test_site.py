@@ -160,3 +160,13 @@ def test_the_files_of_a_run_are_those_in_the_reference(workplace):
     assert {path.name for path in checkpoint.iterdir() if "token" not in path.name} <= named
     keys = {key for line in lines_of(run) for key in line}
     assert keys <= named
+
+
+@pytest.mark.slow
+def test_the_figures_show_what_the_code_does(tmp_path):
+    script = DOCS / "figures" / "draw.py"
+    subprocess.run([sys.executable, script, tmp_path], check=True, capture_output=True)
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert len(drawn) == 4
+    for name, text in drawn.items():
+        assert text == script.with_name(name).read_text(), f"{name}: draw it again: python docs/figures/draw.py"
