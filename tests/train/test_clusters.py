@@ -180,9 +180,9 @@ def test_torchrun_and_train_take_the_options(way, tmp_path, monkeypatch):
     assert config.train.output == f"runs/{Path(CONFIG).stem}" and config.train.resume == "auto"
 
 
-# SLURM's two nodes train below
+# SLURM's two nodes train below, and two by hand in test_ranks.py
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "SLURM"])
+@pytest.mark.parametrize("way", ["Kubeflow Trainer", "SkyPilot"])
 def test_two_nodes_train_as_one(way, workplace, cluster):
     settings = RANKED | {"train.steps": 6}
     train_command.main(workplace("one", **settings))
