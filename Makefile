@@ -13,7 +13,7 @@ KERNEL_TESTS = tests/kernels/test_kernels.py tests/kernels/test_dropout.py tests
 	tests/model/test_attention.py tests/model/test_trees.py tests/train/test_training_by_kernels.py \
 	tests/generate/test_decode_step.py tests/generate/test_cache_attention.py
 
-.PHONY: check demo demo-dpo test test-slow
+.PHONY: check demo demo-dpo docs test test-slow
 
 check: .venv/ready
 	.venv/bin/ruff check
@@ -25,6 +25,10 @@ demo: examples/model
 
 demo-dpo: examples/model
 	.venv/bin/python examples/demo_dpo.py
+
+# build/site/index.html
+docs: .venv/ready
+	.venv/bin/sphinx-build --fail-on-warning --keep-going --quiet -c docs -d build/doctrees . build/site
 
 test: examples/model
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(PARALLEL)

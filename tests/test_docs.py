@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -193,13 +194,27 @@ def test_slow_commands(document, after_demo, copy_checkout):
 # ------------------------------------------------------------------------------------------- what the documents name
 
 
+def anchors_of(document: Path) -> set[str]:
+    """Those of its headings, as code hosts and the site make them."""
+    text = re.sub("^```.*?^```", "", document.read_text(), flags=re.M | re.S)
+    counts, anchors = Counter(), set()
+    for heading in re.findall("^#+ (.+)$", text, re.M):
+        anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        anchors.add(f"{anchor}-{counts[anchor]}" if counts[anchor] else anchor)
+        counts[anchor] += 1
+    return anchors
+
+
 @pytest.mark.parametrize("document", LINKED, ids=name_of)
 def test_links_and_files_exist(document):
     text = document.read_text()
-    for link in re.findall(r"\]\(([^)#\s]+)\)", text):
-        assert link.startswith("https://") or (document.parent / link).exists(), link
-    without_addresses = re.sub(r"https://\S+", "", text)
-    for path in re.findall(r"(?<![\w/.])(?:[\w.-]+/)+[\w-]+\.(?:py|md|yaml|sh|sbatch|html)\b", without_addresses):
+    for link, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
+        if not link.startswith("https://"):
+            target = document.parent / link if link else document
+            assert target.exists(), link
+            assert not anchor or anchor in anchors_of(target), f"{link}#{anchor}"
+    outside_links = re.sub(r"\]\([^)]*\)|https://\S+", "]", text)
+    for path in re.findall(r"(?<![\w/.])(?:[\w.-]+/)+[\w-]+\.(?:py|md|yaml|sh|sbatch|html)\b", outside_links):
         # what commands write lies in runs/
         known = path.startswith(("..", "runs/")) or (ROOT / path).exists() or (document.parent / path).exists()
         assert known, path

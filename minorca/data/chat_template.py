@@ -65,10 +65,18 @@ def render_chat(
     """The ids of a conversation, by default with the header that asks for an answer.
 
     Args:
+        tok: of the model that is asked.
+        messages: dictionaries with "role" (system, user, assistant or tool) and "content"; an assistant's may have
+            "tool_calls", as in OpenAI's API.
+        add_generation_prompt: end in the header after which the model writes its answer.
+        template: one of `TEMPLATES`; "auto" is the first that writes what the model's own template does.
         max_ids: the number of ids above which the caller rejects the conversation. A longer one may have other ids
             where answers start.
         tools: the schemas of the tools that the answer may call, as in OpenAI's API.
         continue_final_message: end in the last message, which is an answer's beginning, instead of after it.
+
+    Returns:
+        Token ids, with the BOS that the template begins with.
 
     Raises:
         UserError: an invalid message (`field` gives its index), a template that this tokenizer cannot write or that

@@ -384,6 +384,10 @@ def load_tokenizer(path: str | Path, new_tokens: tuple[str, ...] = ()) -> Tokeni
     `tokenizer.json` takes precedence where several formats exist: it contains the added tokens too, and it is what
     transformers and its servers read, so the ids are the same as theirs.
 
+    Args:
+        path: the directory of tokenizer.json, tokenizer.model, tokenizer.model.v* or tekken.json.
+        new_tokens: control tokens that a run adds (`train.new_tokens`); they get the highest ids.
+
     Raises:
         UserError: no tokenizer file, one that cannot be read, or settings beside it that contradict it.
     """

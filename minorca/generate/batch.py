@@ -29,7 +29,9 @@ def generate(
     faster.
 
     Args:
+        model: from `load_model`, on any device.
         prompts: token ids of each prompt.
+        max_new_tokens: the longest continuation, in tokens.
         stop_ids: ids that end a continuation.
         temperature, top_p, top_k, min_p, repetition_penalty, seed: as in `Sampling`; the default is greedy.
 

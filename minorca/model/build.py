@@ -55,11 +55,17 @@ def load_model(
     What the adapter makes of the embedding and head is merged into them.
 
     Args:
-        vocabulary_only: of the adapter, nothing else.
+        path: the directory of the weights: config.json or params.json, with safetensors or `.bin` files.
         dtype: of weights and computation: torch.bfloat16 or torch.float32.
         device: by default CUDA where there is one, else the CPU.
+        adapter: the directory of a LoRA adapter in PEFT's format, which stays beside the frozen weights.
         quantize: "nf4" quantizes the projections while they load; files that are quantized stay so.
         double_quant: of nf4: quantizes the scales too.
+        vocabulary_only: of the adapter, nothing but what it makes of the embedding and head.
+
+    Returns:
+        The network in evaluation mode: tokens [T] int64 -> logits [T, V] in `dtype`. Nothing of it requires a gradient
+        but the adapter.
 
     Raises:
         UserError: what is wrong with which file; found before memory is taken for the model.

@@ -11,14 +11,11 @@ import sys
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
-from torch.distributed.run import parse_args
 
-from minorca import cli
 from minorca.train import __main__ as train_command
 from minorca.train import checkpoint
-from tests.helpers import ROOT, assert_same_bits, assert_same_run, lines_of, relative_error, torchrun, wait_until
+from tests.helpers import assert_same_bits, assert_same_run, lines_of, relative_error, torchrun, wait_until
 
 # 3 micro-batches a step, so that in every step one of two ranks has a micro-batch less than the other
 RANKED = {"train.steps": 20, "train.batch_tokens": 384, "data.eval": 0.1, "optim.lr": 0.003}
@@ -158,28 +155,3 @@ def test_a_rank_that_dies_on_one_node_is_restarted_on_both(workplace, tmp_path):
     errors = [process.communicate(timeout=240)[1] for process in nodes]
     assert [process.returncode for process in nodes] == [0, 0], errors
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")
-
-
-def test_the_examples_of_clusters():
-    """They are valid, and so are their options of torchrun and minorca.train."""
-    script = ROOT / "examples" / "slurm.sbatch"
-    assert subprocess.run(["bash", "-n", script]).returncode == 0
-    words = script.read_text().split("srun ")[1].split("&")[0].replace("\\\n", " ").split()
-    arguments = words[words.index("torchrun") + 1 :]
-    values = {
-        '"$SLURM_JOB_NUM_NODES"': "2",
-        '"$SLURM_JOB_ID"': "1",
-        '"$head:29500"': "head:29500",
-        '"$1"': "configs/quickstart.yaml",
-    }
-    parsed = parse_args([values.get(word, word) for word in arguments])
-    assert (parsed.nnodes, parsed.max_restarts, parsed.training_script) == ("2", 3, "minorca.train")
-    cli.config_parser("", "").parse_args(parsed.training_script_args)
-
-    job = yaml.safe_load((ROOT / "examples" / "pytorchjob.yaml").read_text())
-    assert job["kind"] == "PyTorchJob" and job["spec"]["elasticPolicy"]["maxRestarts"] == 3
-    pod = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
-    parsed = parse_args(pod["containers"][0]["command"][1:])
-    assert parsed.training_script == "minorca.train"
-    environment = {variable["name"]: variable["value"] for variable in pod["containers"][0]["env"]}
-    assert pod["terminationGracePeriodSeconds"] > int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
