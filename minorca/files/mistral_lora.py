@@ -120,7 +120,7 @@ def _rank_and_scale(path: Path, files: TensorFiles) -> tuple[int, float]:
 @functools.cache
 def _log_default(path: Path) -> None:
     """Once for each adapter."""
-    log.info("%s: no lora.scaling; using %s, as mistral-inference does", path, DEFAULT_SCALE)
+    log.warning("%s: no lora.scaling; using %s, as mistral-inference does", path, DEFAULT_SCALE)
 
 
 def _check(files: TensorFiles, arch: Architecture, rank: int) -> list[ProjectionSpec]:
