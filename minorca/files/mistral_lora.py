@@ -111,7 +111,8 @@ def _rank_and_scale(path: Path, files: TensorFiles) -> tuple[int, float]:
         raise UserError(message, path=path, field="lora.scaling")
     rank = section.get("rank")
     if rank is None:
-        rank = next((files.shape(name)[0] for name in sorted(files.files) if name.endswith("lora_A.weight")), 1)
+        shapes = (files.shape(name) for name in sorted(files.files) if name.endswith("lora_A.weight"))
+        rank = next((shape[0] for shape in shapes if len(shape) == 2 and shape[0]), 1)
     if type(rank) is not int or rank <= 0:
         raise UserError(f"is {quote(rank)}; expected a positive int", path=path, field="lora.rank")
     return rank, float(scale)
