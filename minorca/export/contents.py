@@ -36,7 +36,7 @@ class ExportedTensor:
 
     Attributes:
         name: Hugging Face's.
-        dtype: of what `make` gives.
+        shape, dtype: of what `make` gives.
         make: reads or computes it.
         projection: whether it is a projection of a layer.
     """

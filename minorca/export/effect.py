@@ -56,21 +56,26 @@ CONVERSATION = [
 
 
 def sample_tokens(tok: Tokenizer | None, template: str | None, vocab_size: int) -> tuple[Tensor, str]:
-    """128 ids [T], and what they are: an answer to a question in the chat template, else the plain text, else random
+    """128 ids [T], and what they are: a question and its answer in the chat template, else as plain text, else random
     ids.
     """
-    if tok is None:
+    ids, kind = ([], "") if tok is None else _sample_text(tok, template)
+    # or the tokenizer is another model's
+    if not ids or max(ids) >= vocab_size:
         random = torch.Generator().manual_seed(0)
         return torch.randint(vocab_size, (TOKENS,), generator=random), f"{TOKENS} random ids"
-    ids, kind = tok.encode("\n\n".join(message["content"] for message in CONVERSATION), bos=True), "English text"
+    ids = ids[:TOKENS]
+    return torch.tensor(ids), f"{len(ids)} tokens of {kind}"
+
+
+def _sample_text(tok: Tokenizer, template: str | None) -> tuple[list[int], str]:
     if template not in (None, "none"):
         try:
             ids = render_chat(tok, CONVERSATION, add_generation_prompt=False, template=template)
-            kind = f"an English answer in the template {template}"
+            return ids, f"an English answer in the template {template}"
         except UserError as error:
             log.info("the template %s does not render the sample: %s", template, error)
-    ids = ids[:TOKENS]
-    return torch.tensor(ids), f"{len(ids)} tokens of {kind}"
+    return tok.encode("\n\n".join(message["content"] for message in CONVERSATION), bos=True), "English text"
 
 
 class Effect(NamedTuple):
@@ -158,7 +163,8 @@ def print_effect(contents: Contents, written: Weights, what: str) -> None:
     if effect.share is None:
         print("the adapter changes no logits" if not updates else "the adapter changes embedding and head alone")
         return
-    print(f"{what} keeps {effect.share:.0%} of the adapter's change of the logits")
+    # + 0: no -0%
+    print(f"{what} keeps {round(effect.share, 2) + 0:.0%} of the adapter's change of the logits")
     if effect.share < LITTLE:
         log.warning("%s loses most of the adapter's effect; use base and adapter unmerged instead", what)
 

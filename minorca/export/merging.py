@@ -172,7 +172,7 @@ class _Opened:
             for part in parts
         }
         chosen = {name: settings.part(layer, part.name) for name, (layer, part) in parts.items()}
-        self.weight = adapter.weight
+        self.directory, self.weight = adapter
         self.scales = {name: settings.scale for name, settings in chosen.items() if settings}
         self._files = open_adapter(adapter.directory, adapter_parameters(model))
         self._names = {
@@ -180,8 +180,18 @@ class _Opened:
         }
 
     def factors(self, name: str) -> list[Tensor]:
-        """A and B of a projection, in fp32."""
-        return [self._files.read(matrix, 0, self._files.shape(matrix)[0]).float() for matrix in self._names[name]]
+        """A and B of a projection, in fp32.
+
+        Raises:
+            UserError: they contain NaN or infinite values.
+        """
+        names = self._names[name]
+        matrices = [self._files.read(matrix, 0, self._files.shape(matrix)[0]).float() for matrix in names]
+        for matrix, value in zip(names, matrices):
+            if not value.isfinite().all():
+                message = "contains NaN or infinite values; did training diverge?"
+                raise UserError(message, path=self.directory, field=matrix)
+        return matrices
 
     def product(self, name: str) -> Tensor:
         """B A."""

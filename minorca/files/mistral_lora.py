@@ -111,7 +111,8 @@ def _rank_and_scale(path: Path, files: TensorFiles) -> tuple[int, float]:
         raise UserError(message, path=path, field="lora.scaling")
     rank = section.get("rank")
     if rank is None:
-        rank = next((files.shape(name)[0] for name in sorted(files.files) if name.endswith("lora_A.weight")), 1)
+        shapes = (files.shape(name) for name in sorted(files.files) if name.endswith("lora_A.weight"))
+        rank = next((shape[0] for shape in shapes if len(shape) == 2 and shape[0]), 1)
     if type(rank) is not int or rank <= 0:
         raise UserError(f"is {quote(rank)}; expected a positive int", path=path, field="lora.rank")
     return rank, float(scale)
@@ -120,7 +121,7 @@ def _rank_and_scale(path: Path, files: TensorFiles) -> tuple[int, float]:
 @functools.cache
 def _log_default(path: Path) -> None:
     """Once for each adapter."""
-    log.info("%s: no lora.scaling; using %s, as mistral-inference does", path, DEFAULT_SCALE)
+    log.warning("%s: no lora.scaling; using %s, as mistral-inference does", path, DEFAULT_SCALE)
 
 
 def _check(files: TensorFiles, arch: Architecture, rank: int) -> list[ProjectionSpec]:

@@ -67,6 +67,20 @@ def test_any_order_of_messages(version, tokenizers):
     assert accepted > 40
 
 
+@pytest.mark.parametrize("version", SOURCES)
+def test_a_thousand_random_conversations(version, tokenizers):
+    """Of up to nine turns, with random texts."""
+    rng = random.Random(version)
+    accepted = 0
+    for _ in range(1000):
+        roles = [*["system"] * rng.randint(0, 1), *["user", "assistant"] * rng.randint(1, 4)]
+        roles = roles[: -1 if rng.random() < 0.5 else None]
+        texts = ["".join(rng.choices("abc xyz\n\t<>[]/_éß日🦜0123", k=rng.randint(1, 30))) for _ in roles]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+        accepted += compare(tokenizers, version, messages)
+    assert accepted > 950
+
+
 CALL = {"type": "function", "id": "a1B2c3D4e", "function": {"name": "add", "arguments": '{"a": 2,  "b": "é"}'}}
 OTHER = {"type": "function", "id": "000000000", "function": {"name": "now", "arguments": ""}}
 TOOLS = [

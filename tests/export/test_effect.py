@@ -110,6 +110,7 @@ def test_what_the_logits_are_compared_on(smollm2, tmp_path, save_mistral):
     assert tokens.tolist() == rendered[:TOKENS] and len(rendered) >= TOKENS
     tokens, kind = sample_tokens(tok, None, tok.vocab_size)
     assert kind == "128 tokens of English text" and tok.decode(tokens.tolist()).startswith("Why is the sky blue")
+    assert sample_tokens(tok, "chatml", 40)[1] == "128 random ids"
     tokens, kind = sample_tokens(None, None, 40)
     assert kind == "128 random ids" and int(tokens.max()) < 40 and torch.equal(tokens, sample_tokens(None, None, 40)[0])
     directory, _ = save_mistral(vocab_size=260)

@@ -271,6 +271,15 @@ def test_two_adapters_of_one_vocabulary(save_mistral, tmp_path):
     assert torch.equal(found[name], alone[name])
 
 
+def test_an_adapter_of_nan(adapters, tmp_path):
+    directory, _ = adapters
+    tensors = load_file(tmp_path / "b" / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, tmp_path / "b" / "adapter_model.safetensors")
+    message = refused(directory, tmp_path, "--adapter", tmp_path / "a", "--adapter", tmp_path / "b")
+    assert message.startswith(f"{tmp_path / 'b'}: ") and "contains NaN or infinite values; did training div" in message
+
+
 def test_bases_tokenizers_and_templates(save_mistral, tmp_path, caplog):
     """Another base's quantization and a tokenizer with other ids are refused by name; another template is said."""
     directory, base = save_mistral(vocab_size=512)

@@ -105,9 +105,8 @@ def test_the_order_of_rows_matters(save_mistral, tmp_path):
 def test_the_default_scale_is_said_once(save_mistral, tmp_path, caplog):
     base, _ = consolidated(save_mistral)
     write_lora(base, tmp_path / "lora", None, rank=8)
-    with caplog.at_level("INFO", "minorca"):
-        settings = read_adapter_settings(tmp_path / "lora")
-        read_adapter_settings(tmp_path / "lora")
+    settings = read_adapter_settings(tmp_path / "lora")
+    read_adapter_settings(tmp_path / "lora")
     assert (settings.rank, settings.scale) == (8, 2.0)
     assert caplog.text.count("no lora.scaling; using 2.0, as mistral-inference does") == 1
 
@@ -150,6 +149,7 @@ def test_a_side_of_a_comparison(save_mistral, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- bad files
 
 A = "layers.1.attention.wq.lora_A.weight"
+FIRST = "layers.0.attention.wk.lora_A.weight"
 
 
 def change(**tensors):
@@ -190,6 +190,14 @@ BAD = {
     "another rank in params.json": (section(rank=8), r"lora_A.weight has shape \[4, 64\]; expected \[8, 64\]"),
     "integers": (change(**{A: torch.zeros(4, 64, dtype=torch.int8)}), f"{A} is I8; expected a floating-point type"),
     "no axes": (change(**{A: torch.zeros(())}), rf"{A} has shape \[\]; expected"),
+    "no axes and no rank": (
+        lambda directory: (section(rank=None)(directory), change(**{FIRST: torch.zeros(())})(directory)),
+        rf"{FIRST} has shape \[\]; expected",
+    ),
+    "a rank of no rows": (
+        lambda directory: (section(rank=None)(directory), change(**{FIRST: torch.zeros(0, 64)})(directory)),
+        rf"{FIRST} has shape \[0, 64\]; expected \[4, 64\]",
+    ),
     "a whole model's tensors": (
         change(**{"tok_embeddings.weight": torch.zeros(4, 4)}),
         "unexpected tensor tok_embeddings.weight; expected lora_A and .*: give a whole checkpoint as the model",
