@@ -53,7 +53,7 @@ class FakeHub:
         self.gated: set[str] = set()
         self.tokens: set[str] = set()
         self.objects: dict[str, bytes] = {}
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.server = Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def put(self, name: str, source: Path | dict[str, bytes], branch: str = "main", kind: str = "models") -> str:
@@ -66,6 +66,12 @@ class FakeHub:
     def downloaded(self) -> list[str]:
         """The names of the files that were sent, in order."""
         return [path.split("/", 5)[5] for method, path in self.requests if method == "GET" and "/resolve/" in path]
+
+
+class Server(ThreadingHTTPServer):
+    # A request that hangs does not keep the test from ending.
+    daemon_threads = True
+    block_on_close = False
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -293,7 +299,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeHub]:
     from huggingface_hub.utils import close_session
 
     hub = FakeHub()
-    thread = threading.Thread(target=hub.server.serve_forever, args=(0.01,))
+    thread = threading.Thread(target=hub.server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     for name, value in environment.items():

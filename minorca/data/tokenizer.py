@@ -379,7 +379,7 @@ def _encode_unlocked(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
 
 
 def load_tokenizer(path: str | Path, new_tokens: tuple[str, ...] = ()) -> Tokenizer:
-    """Loads the tokenizer of model directory `path`, and adds new control tokens to it.
+    """Loads the tokenizer of a model, whose directory or hub id is `path`, and adds new control tokens to it.
 
     `tokenizer.json` takes precedence where several formats exist: it contains the added tokens too, and it is what
     transformers and its servers read, so the ids are the same as theirs.

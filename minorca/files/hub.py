@@ -113,9 +113,15 @@ def resolve(hub_id: HubId, kind: str = "model") -> str:
     check_hub_cache()
     from huggingface_hub import HfApi, constants
 
+    class Api(HfApi):
+        """Waits for an answer as long as for others of the hub, not for ever."""
+
+        def repo_info(self, *arguments, **options):
+            return super().repo_info(*arguments, **options, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+
     with _hub_errors(hub_id, kind):
         offline = constants.HF_HUB_OFFLINE
-        found = HfApi().resolve_revision(
+        found = Api().resolve_revision(
             hub_id.repository, revision=hub_id.revision, repo_type=kind, local_files_only=offline
         )
     if offline:
@@ -141,10 +147,10 @@ def _hub_errors(hub_id: HubId, kind: str = "model") -> Iterator[None]:
 
 def _reason(hub_id: HubId, error: Exception) -> str:
     """Why the hub did not give what was asked for, and what to do."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):
-        page = f"{_endpoint()}/{hub_id.repository}"
+        page = f"{constants.ENDPOINT}/{hub_id.repository}"
         return f"on the hub it is gated: accept its terms at {page}, then log in with hf auth login"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "the hub has none of that name, or it is private: check the name, or log in with hf auth login"
@@ -166,7 +172,8 @@ def _not_cached(hub_id: HubId, kind: str, error: Exception) -> str:
     cause = error.__cause__
     network = "HF_HUB_OFFLINE is set"
     if not constants.HF_HUB_OFFLINE:
-        network = f"the hub cannot be reached ({type(cause).__name__ if cause else 'no answer'})"
+        answer = getattr(cause, "response", None)
+        network = f"the hub cannot be reached ({answer.status_code if answer else type(cause or error).__name__})"
     option = " --repo-type dataset" if kind == "dataset" else ""
     revision = f" --revision {hub_id.revision}" if hub_id.revision else ""
     ways = f"where there is a network: hf download {hub_id.repository}{option}{revision}"
@@ -191,12 +198,6 @@ def _cached_revisions(repository: str, kind: str) -> dict[str, str]:
     named = {str(file.relative_to(refs)): file.read_text().strip() for file in refs.rglob("*") if file.is_file()}
     named = {name: commit for name, commit in sorted(named.items()) if commit in commits}
     return named | {commit: commit for commit in sorted(commits - set(named.values()))}
-
-
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return constants.ENDPOINT
 
 
 # -------------------------------------------------------------------------------------------------------- downloading

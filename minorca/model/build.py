@@ -50,7 +50,8 @@ def load_model(
     double_quant: bool = True,
     vocabulary_only: bool = False,
 ) -> Mistral:
-    """A model ready to run, from a directory in Hugging Face's or Mistral's layout, with a PEFT adapter where given.
+    """A model ready to run, from a directory in Hugging Face's or Mistral's layout, with a PEFT adapter where given; of
+    both, a hub id (org/name or org/name@REVISION) is as good.
 
     What the adapter makes of the embedding and head is merged into them.
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import huggingface_hub
 import pytest
@@ -14,10 +15,13 @@ from huggingface_hub import constants
 from safetensors.torch import load, save
 
 from minorca import UserError, load_model, load_tokenizer
+from minorca.config import Config, DataConfig, ModelConfig
 from minorca.data.tokenizer_files import tokenizer_paths
 from minorca.files.adapters import read_adapter_settings
 from minorca.files.hub import HubId, local_directory, name_of, parse_id, resolve
 from minorca.generate.__main__ import main as generate
+from minorca.model.architecture import read_architecture
+from minorca.plan.estimate import model_of
 from tests.fake_hub import forget
 from tests.helpers import ENVIRONMENT, random_adapter, random_mistral, save_tokenizer
 
@@ -85,6 +89,12 @@ def test_what_is_read_is_downloaded_and_nothing_else(form, hub, model):
     assert sorted(hub.downloaded()) == sorted(rest)
     assert torch.equal(logits("org/name"), logits(model)) and read == load_tokenizer(model).encode("a")
     assert sorted(hub.downloaded()) == sorted(rest | wanted)
+
+
+def test_a_plan_needs_no_weights(hub, model):
+    hub.put("org/name", model)
+    _, arch = model_of(Config(ModelConfig("org/name"), DataConfig("rows.jsonl")))
+    assert arch == read_architecture(model) and not [name for name in hub.downloaded() if "safetensors" in name]
 
 
 def test_every_file_of_a_tokenizer_is_downloaded(hub, tmp_path):
@@ -178,14 +188,15 @@ def test_without_a_network_the_cache_is_read(hub, model, monkeypatch, caplog):
         load_model("org/other")
 
 
-def test_a_hub_that_is_down_is_not_needed(hub, model, caplog):
+def test_a_hub_that_is_down_is_not_needed(hub, model, caplog, monkeypatch):
     commit = hub.put("org/name", model)
     expected = logits("org/name")
-    for fault in (500, 503, 0):
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    for fault in (lambda *_: 500, lambda *_: 503, lambda *_: 0, lambda *_: time.sleep(2)):
         forget()
-        hub.fail = lambda method, path, fault=fault: fault
+        hub.fail = fault
         assert torch.equal(logits("org/name"), expected)
-    assert caplog.text.count("Could not reach the Hub") == 3 and resolve(HubId("org/name")) == commit
+    assert caplog.text.count("Could not reach the Hub") == 4 and resolve(HubId("org/name")) == commit
 
 
 def hide(hub):
