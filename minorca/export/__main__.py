@@ -7,7 +7,7 @@ from minorca.export.huggingface import export
 from minorca.model.quantization import parse_quantization
 
 
-def main(argv: list[str]) -> None:
+def build_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="minorca.export", description="Writes a model, merged with an adapter, as a Hugging Face directory."
     )
@@ -16,7 +16,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="a directory that does not exist yet")
     parser.add_argument("--format", choices=["hf"], default="hf", help="the layout to write")
     cli.add_quantization(parser, "nf4: write the weights in 4 bits, as bitsandbytes does")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = build_parser().parse_args(argv)
     cli.outlive_readers()
     export(args.model, args.adapter, Path(args.output), parse_quantization(args.quantize, args.double_quant))
 
