@@ -63,8 +63,9 @@ def directory(tmp_path):
 
 def by_bash(script, directory, words: list[str]) -> set[str]:
     program = (
-        f"source {script}; COMP_WORDS=(minorca \"$@\"); COMP_CWORD=$#; $(complete -p minorca | sed 's/.*-F //; s/ .*//')"
-        '; printf "%s\\n" "${COMPREPLY[@]}"'
+        f'source {script}; COMP_WORDS=(minorca "$@"); COMP_CWORD=$#; '
+        # the function that `complete` names
+        '$(complete -p minorca | sed "s/.*-F //; s/ .*//"); printf "%s\\n" "${COMPREPLY[@]}"'
     )
     ran = subprocess.run(["bash", "-c", program, "-", *words], cwd=directory, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
