@@ -7,7 +7,19 @@ import sys
 from minorca import __version__, cli
 from minorca.errors import UserError
 
-COMMANDS = ("train", "plan", "data", "generate", "serve", "export", "evaluate", "compare", "doctor", "completion")
+COMMANDS = (
+    "train",
+    "plan",
+    "data",
+    "generate",
+    "serve",
+    "export",
+    "evaluate",
+    "compare",
+    "doctor",
+    "init",
+    "completion",
+)
 
 
 def dispatch(argv: list[str]) -> None:

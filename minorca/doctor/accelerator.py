@@ -111,7 +111,7 @@ def _cuda_of_driver() -> str:
     import torch
 
     # what torch itself compares with; 12040 is 12.4, 0 is no driver
-    version = torch._C._cuda_getDriverVersion()
+    version = torch._C._cuda_getDriverVersion()  # pyright: ignore[reportAttributeAccessIssue]
     return f"{version // 1000}.{version % 1000 // 10}" if version else "none"
 
 
@@ -164,12 +164,13 @@ def ranks() -> Iterator[Fact | Finding]:
     """What several processes of a run communicate by."""
     import torch
     import torch.distributed as dist
+    from torch.cuda import nccl
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     has_nccl = dist.is_available() and dist.is_nccl_available()
     has_gloo = dist.is_available() and dist.is_gloo_available()
-    nccl = f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))}" if has_nccl else "no nccl"
-    yield Fact("back ends", "several ranks", f"{nccl}, {'gloo' if has_gloo else 'no gloo'}")
+    by_nccl = f"nccl {'.'.join(map(str, nccl.version()))}" if has_nccl else "no nccl"
+    yield Fact("back ends", "several ranks", f"{by_nccl}, {'gloo' if has_gloo else 'no gloo'}")
     if not has_gloo:
         yield Finding("this build of torch has no gloo, without which nothing is trained", _reinstall("torch"), True)
     if count > 1 and not has_nccl:

@@ -5,6 +5,7 @@ Axes: T tokens, D features, V vocabulary.
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,8 +59,8 @@ def smoke_tests(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str,
     yield "forward", _compare(hidden, expected_hidden, tolerance)
 
     targets = tokens.roll(-1)
-    loss = linear_cross_entropy(hidden, model.head.weight, targets.to(device)).sum()  # pyright: ignore
-    expected_loss = linear_cross_entropy_definition(expected_hidden, exact.head.weight, targets).sum()  # pyright: ignore
+    loss = linear_cross_entropy(hidden, model.head.weight, targets.to(device)).sum()
+    expected_loss = linear_cross_entropy_definition(expected_hidden, exact.head.weight, targets).sum()
     found, expected = (
         torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(parameters.values()))])
         for loss, parameters in ((loss, adapter_parameters(model)), (expected_loss, adapter_parameters(exact)))
@@ -81,7 +82,7 @@ def _compare(found: Tensor, expected: Tensor, tolerance: float) -> str | None:
     return None if error <= tolerance else f"a relative error of {error:.1g}; expected at most {tolerance:g}"
 
 
-def _by_definition(dtype: torch.dtype) -> Mistral:
+def _by_definition(dtype: torch.dtype) -> Any:
     """The model in fp64 on the CPU, its values those of `dtype`."""
     model = build_model(ARCHITECTURE, dtype)
     add_adapters(model, LoRASettings(8, 16, TARGETS))
@@ -95,7 +96,7 @@ def _by_definition(dtype: torch.dtype) -> Mistral:
     return model.double()
 
 
-def _on_device(exact: Mistral, device: torch.device, dtype: torch.dtype) -> Mistral:
+def _on_device(exact: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """The same model as training builds it."""
     model = build_model(ARCHITECTURE, dtype)
     add_adapters(model, LoRASettings(8, 16, TARGETS))
@@ -120,15 +121,17 @@ def _hidden(model: Mistral, tokens_T: Tensor, cu_seqlens: Tensor) -> Tensor:
     return model(tokens_T, cu_seqlens, head=lambda hidden_TD, weight: hidden_TD)
 
 
-def _hidden_by_definition(model: Mistral, tokens_T: Tensor, lengths: tuple[int, ...] = LENGTHS) -> Tensor:
+def _hidden_by_definition(model: Any, tokens_T: Tensor, lengths: tuple[int, ...] = LENGTHS) -> Tensor:
     """The network in the definitions of its operations."""
     arch = model.arch
-    attend = PackedAttention(torch.tensor([0, *itertools.accumulate(lengths)]), len(tokens_T), arch.window, "cpu")
-    tables = [table.double() for table in attend.rope_tables(arch.head_dim, arch.rope_theta)]
+    attend = PackedAttention(
+        torch.tensor([0, *itertools.accumulate(lengths)]), len(tokens_T), arch.window, tokens_T.device
+    )
+    cos, sin = (table.double() for table in attend.rope_tables(arch.head_dim, arch.rope_theta))
     x_TD = model.embedding.weight[tokens_T].detach()
     for block in model.layers:
         qkv = _linear(_norm(x_TD, block.attention_norm), block.qkv)
-        q, k, v = rope_definition(qkv, *tables, arch.heads, arch.kv_heads)
+        q, k, v = rope_definition(qkv, cos, sin, arch.heads, arch.kv_heads)
         x_TD = x_TD + _linear(attention_definition(q, k, v, attend.first).flatten(1), block.o)
         gate_up = _linear(_norm(x_TD, block.mlp_norm), block.gate_up)
         x_TD = x_TD + _linear(swiglu_definition(gate_up), block.down)
@@ -139,7 +142,7 @@ def _norm(x_TD: Tensor, norm: RMSNorm) -> Tensor:
     return rms_norm_definition(x_TD, norm.weight.detach(), norm.eps)
 
 
-def _linear(x_TD: Tensor, projection: Projection) -> Tensor:
+def _linear(x_TD: Tensor, projection: Any) -> Tensor:
     """The product with the frozen weight, and what its adapters add: scale * x A^T B^T."""
     y = x_TD @ projection.base.weight.detach().T
     lora = projection.lora
@@ -147,7 +150,7 @@ def _linear(x_TD: Tensor, projection: Projection) -> Tensor:
     return y + torch.cat(updates, -1)
 
 
-def _answer_by_definition(model: Mistral, prompt: list[int]) -> list[int]:
+def _answer_by_definition(model: Any, prompt: list[int]) -> list[int]:
     ids = list(prompt)
     for _ in range(NEW_TOKENS):
         hidden = _hidden_by_definition(model, torch.tensor(ids), (len(ids),))

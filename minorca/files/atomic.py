@@ -157,6 +157,27 @@ def write_file(path: Path, content: str | bytes, owner: str = "") -> None:
             temporary.unlink()
 
 
+def create_file(path: Path, content: str) -> None:
+    """Writes a new file, in UTF-8: complete or absent, and never in place of another.
+
+    Raises:
+        UserError: there is one, or it cannot be written.
+    """
+    temporary = temporary_path(path)
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        sync(temporary)
+        # unlike a renaming, it fails where there is a file
+        os.link(temporary, path)
+    except FileExistsError:
+        raise UserError("exists, and is not replaced; choose another name", path=path) from None
+    except OSError as error:
+        raise UserError(f"cannot be written ({disk_reason(error, path)})", path=path) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def write_manifest(directory: Path) -> None:
     """Writes the size and SHA-256 of every file in a directory; to be called after all other files are written."""
     files = {path.name: found for path, found in _describe(sorted(directory.iterdir()))}
