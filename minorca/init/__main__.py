@@ -20,11 +20,14 @@ from minorca.init.answers import (
     check_model,
     default_goal,
 )
-from minorca.init.settings import choose, configuration, file_text, tokens_of
+from minorca.init.settings import choose, file_text, tokens_of
 from minorca.plan.devices import GPUS, Machine
 from minorca.plan.report import table
 
 Answer = TypeVar("Answer")
+# where the first questions look for what they propose
+MODELS = ("models/*/config.json", "examples/*/config.json")
+ROWS = ("data/*.jsonl", "data/*.parquet", "examples/data/train.jsonl")
 QUESTIONS = {
     "model": "model (a directory)",
     "data": "data (a file, a directory or a hub id)",
@@ -54,7 +57,7 @@ def main(argv: list[str]) -> None:
     model = _answer(
         args, "model", check_model, _first_of("models/*/config.json", "examples/*/config.json", parent=True)
     )
-    data = _answer(args, "data", check_data, _first_of("data/*.jsonl", "data/*.parquet", "examples/data/*.jsonl"))
+    data = _answer(args, "data", check_data, _first_of(ROWS))
     print(f"{data.path}: format {' or '.join(data.formats)}" + (f", {data.count:,} rows" if data.count else ""))
     while True:
         device = _answer(args, "gpu", lambda text: check_card(text, args.gpus), THIS_MACHINE)
@@ -63,13 +66,13 @@ def main(argv: list[str]) -> None:
             settings, plan, lengths = choose(model, data, device, goal, args.gpus)
             break
         except UserError as error:
-            if args.gpu and args.goal:
+            # another card or goal may need less memory
+            if error.field != "--gpu" or (args.gpu and args.goal):
                 raise
             _say(error)
     lines = _figures(plan, data, lengths)
     text = file_text(settings, [f"By minorca init, for {goal} on {_cards(device, args.gpus)}:", *lines[-1:]])
     create_file(output, text)
-    configuration(settings)
     print("\n".join(lines))
     _print_next(output, args.gpus)
 
@@ -113,7 +116,7 @@ def _say(error: UserError) -> None:
         print(f"  {problem}")
 
 
-def _first_of(*patterns: str, parent: bool = False) -> str | None:
+def _first_of(patterns: tuple[str, ...], parent: bool = False) -> str | None:
     """The first file that is here, or its directory."""
     found = (path for pattern in patterns for path in sorted(Path().glob(pattern)))
     return next((str(path.parent if parent else path) for path in found), None)

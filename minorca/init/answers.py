@@ -13,10 +13,10 @@ from minorca.data.new_tokens import training_tokenizer
 from minorca.data.rendering import decide
 from minorca.data.row_files import RowError
 from minorca.data.sources import Row, SourceReader, open_source, read_rows
+from minorca.data.tokenizer import check_vocabulary, load_tokenizer
 from minorca.errors import UserError, nearest
-from minorca.files.bitsandbytes import stored_quantization
-from minorca.files.weights import not_quantizable
-from minorca.model.architecture import Architecture, model_directory, read_architecture
+from minorca.files.weights import not_quantizable, open_model
+from minorca.model.architecture import Architecture
 from minorca.plan.devices import Machine, here, machine
 from minorca.progress import progress
 
@@ -61,9 +61,10 @@ class Data:
 
 
 def check_model(text: str) -> Model:
-    """Raises UserError: there is no model of this network."""
-    arch = read_architecture(text)
-    return Model(text, arch, stored_quantization(model_directory(text)) is not None)
+    """Raises UserError: there is no model of this network, or its weights or tokenizer are not there or damaged."""
+    files = open_model(text)
+    check_vocabulary(load_tokenizer(files.directory), files.arch.vocab_size, files.directory)
+    return Model(text, files.arch, files.quantization is not None)
 
 
 def check_data(text: str) -> Data:

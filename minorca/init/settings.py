@@ -77,8 +77,10 @@ def first_settings(model: Model, data: Data, goal: str, device: Machine) -> Sett
     }
 
 
-def fit_to_rows(settings: Settings, data: Data, lengths: list[int]) -> Settings:
-    """Rows no longer than they are, where all were seen; and steps of so few tokens that there are enough of them."""
+def fit_to_rows(settings: Settings, data: Data, lengths: list[int], ranks: int) -> Settings:
+    """Rows no longer than they are, where all were seen; steps of so few tokens that there are enough of them; and
+    forwards as large as rows may be, where the ranks share a step.
+    """
     if data.count is None:
         return settings | {"data.eval": 0.01, "train.eval_every": "0.25 epochs"}
     settings = dict(settings)
@@ -90,7 +92,10 @@ def fit_to_rows(settings: Settings, data: Data, lengths: list[int]) -> Settings:
     batch = settings["train.batch_tokens"]
     while batch > seq_len and tokens / batch < FEWEST_STEPS:
         batch //= 2
-    settings |= {"data.seq_len": seq_len, "train.batch_tokens": batch, "train.micro_batch_tokens": seq_len}
+    micro_batch = min(LONGEST, batch)
+    while micro_batch > seq_len and batch // micro_batch < ranks:
+        micro_batch //= 2
+    settings |= {"data.seq_len": seq_len, "train.batch_tokens": batch, "train.micro_batch_tokens": micro_batch}
     # of fewer, too few would be held out
     if data.count >= 100:
         settings |= {"data.eval": 0.05 if data.count < 10_000 else 0.01, "train.eval_every": "0.25 epochs"}
@@ -102,7 +107,7 @@ def tokens_of(data: Data, lengths: list[int]) -> int | None:
     return None if data.count is None else round(data.count * sum(lengths) / len(lengths))
 
 
-def fit_to_card(settings: Settings, model: Model, device: Machine, ranks: int) -> tuple[Settings, dict[str, Any]]:
+def fit_to_card(settings: Settings, device: Machine, ranks: int) -> tuple[Settings, dict[str, Any]]:
     """The fastest settings with which a step fits, and their plan.
 
     Raises:
@@ -132,7 +137,7 @@ def choose(model: Model, data: Data, device: Machine, goal: str, ranks: int) -> 
     """Settings that fit the rows and the card, their plan, and the lengths of the rows that were rendered."""
     settings = first_settings(model, data, goal, device)
     lengths = sample_lengths(configuration(settings))
-    settings, plan = fit_to_card(fit_to_rows(settings, data, lengths), model, device, ranks)
+    settings, plan = fit_to_card(fit_to_rows(settings, data, lengths, ranks), device, ranks)
     return settings, plan, lengths
 
 
