@@ -7,19 +7,8 @@ import sys
 from minorca import __version__, cli
 from minorca.errors import UserError
 
-COMMANDS = (
-    "train",
-    "plan",
-    "data",
-    "generate",
-    "serve",
-    "export",
-    "evaluate",
-    "compare",
-    "doctor",
-    "init",
-    "completion",
-)
+COMMANDS = ("train", "plan", "data", "generate", "serve", "export", "evaluate", "compare")
+COMMANDS += ("doctor", "init", "completion")
 
 
 def dispatch(argv: list[str]) -> None:

@@ -54,9 +54,7 @@ def build_parser() -> cli.Parser:
 def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     output = _check(args)
-    model = _answer(
-        args, "model", check_model, _first_of("models/*/config.json", "examples/*/config.json", parent=True)
-    )
+    model = _answer(args, "model", check_model, _first_of(MODELS, parent=True))
     data = _answer(args, "data", check_data, _first_of(ROWS))
     print(f"{data.path}: format {' or '.join(data.formats)}" + (f", {data.count:,} rows" if data.count else ""))
     while True:

@@ -118,10 +118,9 @@ def _of_no_format(reader: SourceReader) -> UserError:
     if isinstance(record, RowError):
         return record
     listed = "; ".join(f"{name}: {', '.join(row_format.needed)}" for name, row_format in FORMATS.items())
-    message = f"its first row has the columns {', '.join(map(str, record))}, and no format fits ({listed})"
-    return UserError(
-        f"{message}; rename columns, or write the configuration by hand with data.columns", path=reader.path
-    )
+    message = f"its first row has the columns {quote(list(record))}, and no format fits ({listed})"
+    remedy = "rename columns, or write the configuration by hand, with data.columns"
+    return UserError(f"{message}; {remedy}", path=reader.path)
 
 
 def check_card(text: str, ranks: int) -> Machine:
@@ -142,9 +141,7 @@ def check_goal(text: str, model: Model, data: Data) -> str:
         raise UserError(message, field="--goal")
     others = [name for name in data.formats if name != "preference"]
     if text == "dpo" and "preference" not in data.formats:
-        message = (
-            f"is dpo, which needs rows of format preference (prompt, chosen, rejected); {data.path} has {others[0]}"
-        )
+        message = f"is dpo, which compares answers (prompt, chosen, rejected), and {data.path} has format {others[0]}"
         raise UserError(message, field="--goal")
     if text != "dpo" and not others:
         raise UserError(f"is {text}, and {data.path} has answers to compare; choose dpo", field="--goal")
