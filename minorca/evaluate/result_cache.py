@@ -11,7 +11,6 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 from minorca.data.tokenizer import Tokenizer
 from minorca.errors import UserError
 from minorca.files.adapters import adapter_file
-from minorca.files.atomic import sha256
+from minorca.files.atomic import sha256_each
 from minorca.files.safe_io import quote, user_path
 from minorca.files.weights import open_model
 from minorca.model.quantization import Quantization
@@ -48,8 +47,7 @@ def identity(
     if adapter is not None:
         directory = user_path(adapter)
         paths += [adapter_file(directory), directory / "adapter_config.json"]
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(sha256, paths))
+    digests = sha256_each(paths)
     how = dataclasses.asdict(files.quantization) if files.quantization else None
     return {"files": digests, "architecture": dataclasses.asdict(files.arch), "quantization": how}
 

@@ -19,14 +19,27 @@ from safetensors import SafetensorError
 
 from minorca.errors import UserError, disk_reason
 from minorca.files.safe_io import find_file, quote, read_json
+from minorca.progress import progress_bar
 
 MANIFEST = "MANIFEST.json"
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(path: Path, hashed: Callable[[int], object] = lambda count: None) -> str:
+    """The SHA-256 of a file's content, in hexadecimal; `hashed` is told of every block how many bytes it has."""
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(2**20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            hashed(count)
+    return digest.hexdigest()
+
+
+def sha256_each(paths: Sequence[Path], what: str = "reading checksums") -> list[str]:
+    """The SHA-256 of each file; of a large model they are many, so each core reads one."""
+    size = sum(path.stat().st_size for path in paths)
+    with ThreadPoolExecutor() as pool, progress_bar(what, size, "B") as bar:
+        return list(pool.map(lambda path: sha256(path, bar.update), paths))
 
 
 def sync(path: Path) -> None:
@@ -185,10 +198,9 @@ def write_manifest(directory: Path) -> None:
 
 
 def _describe(paths: list[Path]) -> Iterator[tuple[Path, dict]]:
-    """The size and SHA-256 of each file; of a large model they are many, so each core reads one."""
-    with ThreadPoolExecutor() as pool:
-        for path, digest in zip(paths, pool.map(sha256, paths)):
-            yield path, {"bytes": path.stat().st_size, "sha256": digest}
+    """The size and SHA-256 of each file."""
+    for path, digest in zip(paths, sha256_each(paths)):
+        yield path, {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def verify_manifest(directory: Path) -> None:

@@ -1,6 +1,7 @@
 """`python -m minorca.init`: writes a configuration from four answers: a model, data, a card and a goal."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,9 @@ def _answer(args: argparse.Namespace, name: str, check: Callable[[str], Answer],
     """The checked value of an option, or of the first answer in the terminal that passes the check."""
     if (given := getattr(args, name)) is not None:
         return check(given)
+    # with readline, `input` supports editing
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
     shown = f" [{default}]" if default else ""
     while True:
         try:

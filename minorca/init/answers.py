@@ -15,6 +15,7 @@ from minorca.data.row_files import RowError
 from minorca.data.sources import Row, SourceReader, open_source, read_rows
 from minorca.data.tokenizer import check_vocabulary, load_tokenizer
 from minorca.errors import UserError, nearest
+from minorca.files.safe_io import quote
 from minorca.files.weights import not_quantizable, open_model
 from minorca.model.architecture import Architecture
 from minorca.plan.devices import Machine, here, machine
