@@ -43,6 +43,7 @@ setup(
         "uvicorn>=0.38,<0.55",
         "prometheus-client>=0.22,<0.27",
         "llguidance>=1.7,<1.10",
+        "shtab>=1.11,<1.14",
     ],
     extras_require={
         "eval": ["lm_eval==0.4.13"],

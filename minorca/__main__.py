@@ -8,6 +8,7 @@ from minorca import __version__, cli
 from minorca.errors import UserError
 
 COMMANDS = ("train", "plan", "data", "generate", "serve", "export", "evaluate", "compare", "replay")
+COMMANDS += ("doctor", "init", "completion")
 
 
 def dispatch(argv: list[str]) -> None:

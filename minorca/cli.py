@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import typing
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from minorca.config import Config, Source, default_of, fields
@@ -35,6 +35,16 @@ class Parser(argparse.ArgumentParser):
         # the help, while `run` can still see that nobody reads it
         sys.stdout.flush()
         super().exit(status, message)
+
+
+def parser_of_commands(prog: str, description: str, commands: Mapping[str, Parser]) -> Parser:
+    """One parser of several commands, for the completion of command lines; each command parses its own."""
+    parser = Parser(prog=prog, description=description)
+    names = parser.add_subparsers()
+    for name, command in commands.items():
+        about = command.description
+        names.add_parser(name, parents=[command], add_help=False, description=about, help=about)
+    return parser
 
 
 def add_quantization(parser: Parser, help: str) -> None:

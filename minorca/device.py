@@ -1,7 +1,5 @@
-"""The device that a command runs on, checked before it does any work, and the memory of the host."""
+"""The device that a command runs on, checked before it does any work."""
 
-import contextlib
-import os
 import shutil
 import sysconfig
 import warnings
@@ -48,24 +46,6 @@ def default_device(index: int = 0) -> torch.device:
         raise UserError(f"{name}; expected 8.0 or higher (NVIDIA's Ampere, with bf16); {ON_THE_CPU}")
     _check_triton()
     return device
-
-
-def host_memory_bytes(cgroups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
-    """The memory of this machine, or what a container or scheduler leaves of it to this process (cgroup v1 and v2)."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for line in membership.read_text().splitlines() if membership.exists() else []:
-        _, controllers, path = line.split(":", 2)
-        # of v2, which has one tree for all controllers, or v1
-        root, name = (cgroups / "memory", "memory.limit_in_bytes") if controllers else (cgroups, "memory.max")
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        # a group's limit is that of all below it; in a container the path may be the host's, and the root its own group
-        parts = path.strip("/").split("/")
-        for depth in range(len(parts) + 1):
-            # without the file there is no limit, and in v2 "max" says so
-            with contextlib.suppress(OSError, ValueError):
-                limits.append(int(root.joinpath(*parts[:depth], name).read_text()))
-    return min(limits)
 
 
 def _check_triton() -> None:

@@ -16,7 +16,6 @@ import json
 import logging
 import platform
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 from minorca import __version__
 from minorca.errors import UserError
 from minorca.files.adapters import adapter_paths
-from minorca.files.atomic import sha256
+from minorca.files.atomic import sha256, sha256_each
 from minorca.files.hub import local_directory
 from minorca.files.safe_io import find_file, parse_json, quote, read_json, read_small
 
@@ -64,11 +63,10 @@ def is_sealed(receipt: dict[str, Any]) -> bool:
 
 
 def sha256_of(paths: Iterable[Path], root: Path | None = None) -> dict[str, str]:
-    """The SHA-256 of files, by name, or by their path below `root`. Each core reads one."""
+    """The SHA-256 of files, by name, or by their path below `root`."""
     found = sorted(paths)
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(sha256, found)
-        return {path.relative_to(root).as_posix() if root else path.name: each for path, each in zip(found, digests)}
+    names = (path.relative_to(root).as_posix() if root else path.name for path in found)
+    return dict(zip(names, sha256_each(found)))
 
 
 # ---------------------------------------------------------------------------------------------------- what computed it
@@ -216,7 +214,7 @@ def read_receipt(directory: Path) -> dict[str, Any] | None:
 
 
 def of_weights(paths: Iterable[Path], adapters: Iterable[str | Path]) -> dict[str, Any]:
-    """What was computed with a model's weight files and adapters: their digests, and the receipts that lie beside them."""
+    """What was computed with a model's weight files and adapters: their digests, and the receipts beside them."""
     files = list(paths)
     values: dict[str, Any] = {"minorca": __version__, "code": code_sha256(), "base": sha256_of(files)}
     values["base_receipt"] = _receipt_beside(files[0].parent)

@@ -1,4 +1,4 @@
-"""Machines whose GPU cannot be used end with one line that says why."""
+"""Machines whose GPU cannot be used end with one line that says why; what a container leaves of a machine."""
 
 import os
 import subprocess
@@ -10,8 +10,9 @@ import pytest
 import torch
 import triton
 
-from minorca.device import default_device, host_memory_bytes
+from minorca.device import default_device
 from minorca.errors import UserError
+from minorca.host import host_memory_bytes, host_processors
 from tests.helpers import ROOT
 
 
@@ -143,3 +144,26 @@ def test_the_memory_of_a_container(membership, files, limit, tmp_path):
     assert host_memory_bytes(tmp_path / "tree", tmp_path / "cgroup") == (limit or whole)
     # another system
     assert host_memory_bytes(tmp_path / "tree", tmp_path / "none") == whole
+
+
+@pytest.mark.parametrize(
+    "membership, files, processors",
+    [
+        ("0::/", {"cpu.max": "max 100000"}, None),
+        ("0::/", {}, None),
+        ("0::/job/step", {"job/cpu.max": "100000 100000", "job/step/cpu.max": "max 100000"}, 1),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "40000000 100000"}, None),
+        ("4:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "90000", "cpu/a/cpu.cfs_period_us": "100000"}, 1),
+        ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("4:memory:/", {"cpu/cpu.cfs_quota_us": "1", "cpu/cpu.cfs_period_us": "1"}, None),
+    ],
+)
+def test_the_processors_of_a_container(membership, files, processors, tmp_path):
+    (tmp_path / "cgroup").write_text(membership)
+    for name, content in files.items():
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{content}\n")
+    mine = len(os.sched_getaffinity(0))
+    assert host_processors(tmp_path / "tree", tmp_path / "cgroup") == (processors or mine)

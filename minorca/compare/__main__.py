@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     print("\n".join([*summary(result), f"{page}, {numbers}"]))
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def build_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="minorca.compare",
         description="Compares two models or adapters on the same prompts: their greedy answers, how likely they find "
@@ -79,7 +79,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--output", required=True, metavar="FILE.html", help="the page to write; its numbers go to FILE.json"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
     raise_problems(_problems(args))
     return args
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minorca.compare.paired_test import TEST, paired
 from minorca.compare.prompts import Prompt, Rendered
 from minorca.compare.sides import Runner, flatten, why_not_comparable
 from minorca.data.tokenizer import Tokenizer
 from minorca.generate.text_stream import TextStream
+from minorca.progress import progress_bar
 
 # Tokens of a forward, unless a row alone has more.
 BATCH_TOKENS = 4096
@@ -88,7 +88,7 @@ def score(
     """Of each row, the log-probabilities of its scored tokens under both models (`logp_a`, `logp_b`), and where the
     rows are the same ids for both, the divergences `kl_a_b` and `kl_b_a` at each, in nats, in fp64.
     """
-    with tqdm(total=len(rendered), desc="scores", unit="row") as bar:
+    with progress_bar("scores", len(rendered), "rows") as bar:
         for start, end in pairwise(_batches(rendered)):
             yield from _score_batch(runners, rendered[start:end], comparable)
             bar.update(end - start)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from minorca.compare.prompts import Rendered
 from minorca.data.chat_template import resolve_template
@@ -28,6 +27,7 @@ from minorca.model.architecture import Architecture, model_directory, read_archi
 from minorca.model.build import load_adapters, load_model, prepack
 from minorca.model.lora import AdapterChoice
 from minorca.model.network import Mistral
+from minorca.progress import progress_bar
 from minorca_kernels import FrozenWeight
 
 # Scored tokens whose logits exist at once, in fp64: of 32,768 ids, 34 MB a model.
@@ -177,7 +177,7 @@ class Runner:
         for request in requests:
             engine.add(request)
         ids: dict[Request, list[int]] = {request: [] for request in requests}
-        with tqdm(total=len(prompts), desc=f"answers of {self.side.name}", unit="answer") as bar:
+        with progress_bar(f"answers of {self.side.name}", len(prompts), "answers") as bar:
             while engine.busy:
                 for token in engine.step():
                     ids[token.request].append(token.id)

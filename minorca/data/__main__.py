@@ -20,14 +20,18 @@ from minorca.data.visible_text import branch_headings, marked_text
 from minorca.errors import UserError
 
 
-def show(argv: list[str]) -> None:
+def _show_parser() -> cli.Parser:
     description = (
         "Prints rows as they are trained, and those that are not, with the reason. «Trained» tokens are marked (on a "
         "terminal, in green). Control tokens are spelled out; text that only spells one has a backslash before it."
     )
     parser = cli.config_parser("minorca.data show", description)
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to print, of each source (default: 3)")
-    args, config = cli.parse_config(parser, argv)
+    return parser
+
+
+def show(argv: list[str]) -> None:
+    args, config = cli.parse_config(_show_parser(), argv)
     if args.rows < 1:
         raise UserError(f"is {args.rows}; expected at least 1", field="--rows")
     tok, template = training_tokenizer(config)
@@ -95,11 +99,13 @@ def _text_with_cuts(tok: Tokenizer, outcome: Outcome, seq_len: int) -> str:
     return marked_text(tok, outcome.ids, trained, cuts)
 
 
+def _prepare_parser() -> cli.Parser:
+    description = "Renders data.train and data.eval into the token store, where training finds them."
+    return cli.config_parser("minorca.data prepare", description)
+
+
 def prepare(argv: list[str]) -> None:
-    parser = cli.config_parser(
-        "minorca.data prepare", "Renders data.train and data.eval into the token store, where training finds them."
-    )
-    _, config = cli.parse_config(parser, argv)
+    _, config = cli.parse_config(_prepare_parser(), argv)
     cli.outlive_readers()
     tok, template = training_tokenizer(config)
     for setting in (config.data.train, config.data.eval):
@@ -107,6 +113,11 @@ def prepare(argv: list[str]) -> None:
             store = prepare_store(sources, tok, template, config.data)
             store.report()
             print(f"{len(store)} rows in {store.path}")
+
+
+def build_parser() -> cli.Parser:
+    description = "Prints rows as they are trained, or renders all of them."
+    return cli.parser_of_commands("minorca.data", description, {"show": _show_parser(), "prepare": _prepare_parser()})
 
 
 def main(argv: list[str]) -> None:

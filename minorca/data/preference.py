@@ -11,11 +11,10 @@ A prompt and an answer is text, a message, or a list of messages or its JSON; `s
 """
 
 import math
+import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from minorca.data.conversation import Conversation, Preference
 from minorca.data.messages import (
@@ -230,8 +229,8 @@ def _read_score(value: Any, place: str) -> float:
         score = math.nan
     if not abs(score) <= LARGEST_SCORE:
         raise UserError(f"is {quote(value)}; expected a number", field=place)
-    # as a store has it
-    return float(np.float32(score))
+    # in fp32, as a store has it
+    return struct.unpack("f", struct.pack("f", score))[0]
 
 
 def _read_label(value: Any) -> float:

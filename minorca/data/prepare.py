@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from minorca.config import DataConfig, Source
 from minorca.data.rendering import RENDERER_VERSION, render_sources
@@ -37,6 +36,7 @@ from minorca.data.tokenizer_files import tokenizer_paths
 from minorca.errors import UserError
 from minorca.files.atomic import lock, publish, remove_unfinished, sha256
 from minorca.files.safe_io import cache_directory, find_file, user_path
+from minorca.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -146,8 +146,7 @@ def _write_store(directory: Path, readers: list[SourceReader], tok: Tokenizer, t
             np.zeros(1, np.int64).tofile(files[name])
         counts = [tally.counts for tally in tallies]
         chunks = stack.enter_context(closing(render_sources(readers, tok, template, data, counts)))
-        # disable=None: no progress bar unless on a terminal
-        progress = stack.enter_context(tqdm(desc="rendering", unit=" rows", unit_scale=True, leave=False, disable=None))
+        bar = stack.enter_context(progress_bar("rendering", unit="rows"))
         for n, chunk, tally in chunks:
             tallies[n].update(tally)
             if tally.broken:
@@ -159,7 +158,7 @@ def _write_store(directory: Path, readers: list[SourceReader], tok: Tokenizer, t
                     ends[name] = int(array[-1])
                 array.tofile(files[name])
             token_type = chunk.tokens.dtype.name
-            progress.update(len(chunk))
+            bar.update(len(chunk))
     raise_errors(tallies)
     finish_store(directory, token_type, _describe_sources(readers, tallies))
 

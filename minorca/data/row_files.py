@@ -83,7 +83,7 @@ def _reading(read: Callable[[Path], Iterator[NumberedRecord]], path: Path) -> It
 
 def _sha256(path: Path) -> str:
     try:
-        return atomic.sha256(path)
+        return atomic.sha256_each([path])[0]
     except OSError as error:
         raise UserError(f"cannot be read ({error})", path=path) from None
 

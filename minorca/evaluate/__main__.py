@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
         _evaluate(args, world)
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def build_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="minorca.evaluate", description="Evaluates a model on tasks of lm_eval; results are kept and reused."
     )
@@ -98,7 +98,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--cache", type=Path, metavar="DIR", help="keep results there; default: ~/.cache/minorca/results"
     )
     cache.add_argument("--no-cache", action="store_true", help="compute everything, and keep nothing")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
     raise_problems(_problems(args))
     if args.output:
         beside = [args.output.with_suffix(suffix) for suffix in suites.BESIDE] if args.suite else []

@@ -24,11 +24,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from minorca.data.row_files import open_file
 from minorca.errors import UserError, raise_problems
 from minorca.files.safe_io import parse_json, quote
+from minorca.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +124,7 @@ class Judge:
         in_a_row = 0
         stop = threading.Event()
         lock = threading.Lock()
-        progress = tqdm(total=len(matches), initial=len(judged), desc="judging", unit=" answers", disable=None)
+        progress = progress_bar("judging", len(matches), "answers", len(judged))
 
         def judge_one(match: Match) -> None:
             nonlocal in_a_row

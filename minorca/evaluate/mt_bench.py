@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from tqdm import tqdm
-
 from minorca.data.chat_template import render_chat
 from minorca.data.tokenizer import Tokenizer
 from minorca.errors import UserError, raise_problems
@@ -32,6 +30,7 @@ from minorca.generate.engine import Engine
 from minorca.generate.request import Request, default_max_length
 from minorca.generate.sampling import Sampling
 from minorca.model.network import Mistral
+from minorca.progress import progress_bar
 
 TEMPERATURES = {
     "writing": 0.7,
@@ -300,7 +299,7 @@ def answer_questions(
 
     for question in questions:
         ask(_Conversation(question, [*opening]))
-    with tqdm(total=len(questions), desc="answering", unit=" questions", disable=None) as progress:
+    with progress_bar("answering", len(questions), "questions") as progress:
         while engine.busy:
             for token in engine.step():
                 conversation = running[token.request]

@@ -11,7 +11,6 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 from minorca.data.tokenizer import Tokenizer
 from minorca.errors import UserError
 from minorca.files.adapters import adapter_paths
-from minorca.files.atomic import sha256
+from minorca.files.atomic import sha256_each
 from minorca.files.safe_io import quote
 from minorca.files.weights import open_model
 from minorca.model.quantization import Quantization
@@ -47,8 +46,7 @@ def identity(
     paths = [*files.paths, tok.file]
     if adapter is not None:
         paths += adapter_paths(adapter)
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(sha256, paths))
+    digests = sha256_each(paths)
     how = dataclasses.asdict(files.quantization) if files.quantization else None
     return {"files": digests, "architecture": dataclasses.asdict(files.arch), "quantization": how}
 

@@ -25,6 +25,7 @@ from minorca.errors import UserError, raise_problems
 from minorca.evaluate import bigbench
 from minorca.evaluate.published import AGIEVAL_MEAN, BIGBENCH_MEAN, FOUR, GPT4ALL_MEAN, SIX
 from minorca.evaluate.task_data import data_files, task_configs
+from minorca.progress import progress
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -178,7 +179,7 @@ def prepare(name: str, data: Path = DATA, limit: int | None = None) -> Prepared:
         if name not in (key, SEED):
             continue
         prepared[key] = {}
-        for member in suite.members:
+        for member in progress(suite.members, f"reading the tasks of {key}", unit="tasks"):
             try:
                 prepared[key][member.name] = [_load(config, manager, limit) for config in member.configure(data)]
             # two suites may miss the same data

@@ -17,37 +17,7 @@ from minorca.export.push import check_push, push
 from minorca.model.quantization import parse_quantization
 
 
-def main(argv: list[str]) -> None:
-    args, merge = _parse(argv)
-    cli.outlive_readers()
-    output = Path(args.output)
-    origin = None
-    if args.push:
-        check_push(args.push)
-        adapters = [str(adapter.directory) for adapter in merge.adapters] if merge else []
-        origin = read_origin(args.model, adapters, args.adapter_only, args.quantize != "none", args.scores)
-    if merge and args.adapter_only:
-        _export_adapter(args, merge, output, origin)
-    elif args.format == "gguf":
-        export_gguf(args.model, merge, output, args.type or DEFAULT_TYPE)
-    elif args.format == "consolidated":
-        export_consolidated(args.model, merge, output)
-    else:
-        export(args.model, merge, output, parse_quantization(args.quantize, args.double_quant))
-    if origin:
-        write_card(origin, output, args.push)
-        print(push(output, args.push, args.private))
-
-
-def _export_adapter(args: argparse.Namespace, merge: Merge, output: Path, origin: Origin | None) -> None:
-    ((adapter, _),) = merge.adapters
-    if args.format == "gguf":
-        gguf_adapter.export_adapter(args.model, adapter, output, args.type or gguf_adapter.DEFAULT_TYPE)
-    else:
-        export_adapter(adapter, output, origin and origin.base)
-
-
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, Merge | None]:
+def build_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="minorca.export",
         description="Writes a model, merged with adapters, or an adapter alone, in the form that another engine reads.",
@@ -83,10 +53,39 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Merge | None]:
     parser.add_argument(
         "--scores", nargs="+", default=[], metavar="FILE", help="with --push: results of minorca.evaluate, for the card"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = build_parser().parse_args(argv)
     merge = parse_merge(args.adapter, args.merge, args.density, args.seed)
     raise_problems(_problems(args, merge))
-    return args, merge
+    cli.outlive_readers()
+    output = Path(args.output)
+    origin = None
+    if args.push:
+        check_push(args.push)
+        adapters = [str(adapter.directory) for adapter in merge.adapters] if merge else []
+        origin = read_origin(args.model, adapters, args.adapter_only, args.quantize != "none", args.scores)
+    if merge and args.adapter_only:
+        _export_adapter(args, merge, output, origin)
+    elif args.format == "gguf":
+        export_gguf(args.model, merge, output, args.type or DEFAULT_TYPE)
+    elif args.format == "consolidated":
+        export_consolidated(args.model, merge, output)
+    else:
+        export(args.model, merge, output, parse_quantization(args.quantize, args.double_quant))
+    if origin:
+        write_card(origin, output, args.push)
+        print(push(output, args.push, args.private))
+
+
+def _export_adapter(args: argparse.Namespace, merge: Merge, output: Path, origin: Origin | None) -> None:
+    ((adapter, _),) = merge.adapters
+    if args.format == "gguf":
+        gguf_adapter.export_adapter(args.model, adapter, output, args.type or gguf_adapter.DEFAULT_TYPE)
+    else:
+        export_adapter(adapter, output, origin and origin.base)
 
 
 def _problems(args: argparse.Namespace, merge: Merge | None) -> Iterator[UserError]:

@@ -19,14 +19,27 @@ from safetensors import SafetensorError
 
 from minorca.errors import UserError, disk_reason
 from minorca.files.safe_io import find_file, quote, read_json
+from minorca.progress import progress_bar
 
 MANIFEST = "MANIFEST.json"
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(path: Path, hashed: Callable[[int], object] = lambda count: None) -> str:
+    """The SHA-256 of a file's content, in hexadecimal; `hashed` is told of every block how many bytes it has."""
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(2**20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            hashed(count)
+    return digest.hexdigest()
+
+
+def sha256_each(paths: Sequence[Path], what: str = "reading checksums") -> list[str]:
+    """The SHA-256 of each file; of a large model they are many, so each core reads one."""
+    size = sum(path.stat().st_size for path in paths)
+    with ThreadPoolExecutor() as pool, progress_bar(what, size, "B") as bar:
+        return list(pool.map(lambda path: sha256(path, bar.update), paths))
 
 
 def sync(path: Path) -> None:
@@ -157,6 +170,27 @@ def write_file(path: Path, content: str | bytes, owner: str = "") -> None:
             temporary.unlink()
 
 
+def create_file(path: Path, content: str) -> None:
+    """Writes a new file, in UTF-8: complete or absent, and never in place of another.
+
+    Raises:
+        UserError: there is one, or it cannot be written.
+    """
+    temporary = temporary_path(path)
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        sync(temporary)
+        # unlike a renaming, it fails where there is a file
+        os.link(temporary, path)
+    except FileExistsError:
+        raise UserError("exists, and is not replaced; choose another name", path=path) from None
+    except OSError as error:
+        raise UserError(f"cannot be written ({disk_reason(error, path)})", path=path) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def write_manifest(directory: Path) -> None:
     """Writes the size and SHA-256 of every file in a directory; to be called after all other files are written."""
     files = {path.name: found for path, found in _describe(sorted(directory.iterdir()))}
@@ -164,10 +198,9 @@ def write_manifest(directory: Path) -> None:
 
 
 def _describe(paths: list[Path]) -> Iterator[tuple[Path, dict]]:
-    """The size and SHA-256 of each file; of a large model they are many, so each core reads one."""
-    with ThreadPoolExecutor() as pool:
-        for path, digest in zip(paths, pool.map(sha256, paths)):
-            yield path, {"bytes": path.stat().st_size, "sha256": digest}
+    """The size and SHA-256 of each file."""
+    for path, digest in zip(paths, sha256_each(paths)):
+        yield path, {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def verify_manifest(directory: Path) -> None:

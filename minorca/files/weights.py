@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from minorca.errors import UserError
 from minorca.files.bitsandbytes import NF4Tensor, names_beside, open_quantized, stored_quantization
@@ -35,6 +36,7 @@ from minorca.model.network import RMSNorm
 from minorca.model.projection import Projection
 from minorca.model.quantization import Quantization
 from minorca.model.vocabulary import VocabularyMatrix
+from minorca.progress import progress_bar
 from minorca_kernels import FrozenWeight, NF4Weight, fill_rows
 from minorca_kernels.nf4 import BLOCK
 
@@ -240,20 +242,36 @@ def load_weights(model: nn.Module, source: ModelFiles) -> None:
     """
     started = time.perf_counter()
     size = 0
-    for name, tensors in source.tensors.items():
-        module = model.get_submodule(name)
-        weight = module.base if isinstance(module, Projection) else module
-        if isinstance(weight, NF4Weight):
-            size += _store_quantized(weight, source, tensors)
-        elif isinstance(weight, FrozenWeight):
-            size += _store_rows(weight, source, tensors)
-            if isinstance(weight, VocabularyMatrix) and source.new_ids:
-                _store_mean(weight, source.mean_row(name), source.new_ids)
-        elif isinstance(weight, RMSNorm):
-            fill_rows(weight.weight, lambda start, stop, tensor=tensors[0]: source.read(tensor, start, stop))
-            size += source.files.bytes(tensors[0].name)
+    weights = {name: _weight_of(model, name) for name in source.tensors}
+    total = sum(_own_bytes(weights[name], source, tensors) for name, tensors in source.tensors.items())
+    with progress_bar("loading weights", total, "B") as loaded:
+        for name, tensors in source.tensors.items():
+            weight = weights[name]
+            if isinstance(weight, NF4Weight):
+                size += _store_quantized(weight, source, tensors, loaded)
+            elif isinstance(weight, FrozenWeight):
+                size += _store_rows(weight, source, tensors, loaded)
+                if isinstance(weight, VocabularyMatrix) and source.new_ids:
+                    _store_mean(weight, source.mean_row(name), source.new_ids)
+            elif isinstance(weight, RMSNorm):
+                fill_rows(weight.weight, lambda start, stop, tensor=tensors[0]: source.read(tensor, start, stop))
+                size += source.files.bytes(tensors[0].name)
     seconds = time.perf_counter() - started
     log.info("model: %.2f GB in %.2f s, %.1f GB/s", size / 1e9, seconds, size / seconds / 1e9)
+
+
+def _weight_of(model: nn.Module, name: str) -> nn.Module:
+    module = model.get_submodule(name)
+    return module.base if isinstance(module, Projection) else module
+
+
+def _own_bytes(weight: nn.Module, source: ModelFiles, tensors: list[SourceTensor]) -> int:
+    """What this rank reads of a weight: of one that is quantized while it loads, all rows."""
+    size = sum(map(source.bytes, tensors))
+    if isinstance(weight, NF4Weight) or not isinstance(weight, FrozenWeight):
+        return size
+    start, stop = weight.local_rows()
+    return size * (stop - start) // weight.out_features
 
 
 def _store_mean(weight: VocabularyMatrix, mean_H: Tensor, ids: range) -> None:
@@ -266,7 +284,7 @@ def _store_mean(weight: VocabularyMatrix, mean_H: Tensor, ids: range) -> None:
         fill_rows(weight.rows.values_NH, lambda start, stop: mean_H.expand(stop - start, -1))
 
 
-def _store_rows(weight: FrozenWeight, source: ModelFiles, tensors: list[SourceTensor]) -> int:
+def _store_rows(weight: FrozenWeight, source: ModelFiles, tensors: list[SourceTensor], loaded: tqdm) -> int:
     """Reads the rows that this rank stores of a stacked weight, block by block; returns how many bytes it read."""
     own_start, own_stop = weight.local_rows()
     size = 0
@@ -277,11 +295,12 @@ def _store_rows(weight: FrozenWeight, source: ModelFiles, tensors: list[SourceTe
             rows = source.read(tensor, start, min(start + BLOCK_ROWS, stop))
             weight.store_rows(first + start, rows)
             size += rows.nbytes
+            loaded.update(rows.nbytes)
         first += tensor.rows
     return size
 
 
-def _store_quantized(weight: NF4Weight, source: ModelFiles, tensors: list[SourceTensor]) -> int:
+def _store_quantized(weight: NF4Weight, source: ModelFiles, tensors: list[SourceTensor], loaded: tqdm) -> int:
     """Quantizes the parts of a stacked weight while they are read, or stores what the files hold quantized; returns how
     many bytes were read.
     """
@@ -289,7 +308,14 @@ def _store_quantized(weight: NF4Weight, source: ModelFiles, tensors: list[Source
     for part, tensor in enumerate(tensors):
         if stored := source.quantized.get(tensor.name):
             weight.store_quantized_part(part, stored.whole())
+            loaded.update(source.bytes(tensor))
         else:
-            weight.store_part(part, functools.partial(source.read, tensor))
+            weight.store_part(part, functools.partial(_read_counted, source, tensor, loaded))
         size += source.files.bytes(tensor.name)
     return size
+
+
+def _read_counted(source: ModelFiles, tensor: SourceTensor, loaded: tqdm, start: int, stop: int) -> Tensor:
+    rows = source.read(tensor, start, stop)
+    loaded.update(rows.nbytes)
+    return rows

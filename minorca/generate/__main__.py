@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
         _complete(args, tok, arch, sampling)
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="minorca.generate", description="Generates text; greedy by default (temperature 0).")
     parser.add_argument("--model", required=True, metavar="DIR", help="the model's directory or hub id")
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format, or its hub id")
@@ -89,7 +89,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, metavar="N", help="makes sampling reproducible; default: a random seed")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
     raise_problems(_problems(args))
     return args
 

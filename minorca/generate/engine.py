@@ -48,6 +48,7 @@ from minorca.model.build import (
 )
 from minorca.model.lora import NO_ADAPTER, AdapterChoice, LoRA
 from minorca.model.network import Mistral
+from minorca.progress import progress_bar
 from minorca.signals import signals_noted
 from minorca_kernels import FrozenWeight
 
@@ -176,14 +177,21 @@ class Engine:
             UserError: as `check` does.
         """
         self.add(request)
+        bar = progress_bar("reading the prompt", len(request.prompt), "tokens")
         try:
             while self.busy:
                 with signals_noted() as noted:
                     tokens = self.step()
                 for signum in noted[:1]:
                     signal.raise_signal(signum)
+                for sequence in self._prefilling:
+                    bar.update(int(self.cache.lengths[sequence.slot]) - bar.n)
+                if tokens:
+                    # before the caller prints them
+                    bar.close()
                 yield from tokens
         finally:
+            bar.close()
             with signals_noted():
                 self.cancel(request)
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from minorca.device import host_memory_bytes
 from minorca.errors import UserError
 from minorca.generate.cache_attention import DecodeAttention, PrefillAttention, Segment
 from minorca.generate.on_device import copy_to
 from minorca.generate.prefix_tree import Node, PrefixTree
+from minorca.host import host_memory_bytes
 from minorca.model.architecture import Architecture
 from minorca.model.network import Mistral
 from minorca_kernels import NF4Weight, decode_spans, rope_frequencies

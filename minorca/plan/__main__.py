@@ -12,13 +12,17 @@ from minorca.train.inputs import check_length
 from minorca.train.optim import check_optimizer
 
 
-def main(argv: list[str]) -> None:
+def build_parser() -> cli.Parser:
     parser = cli.config_parser("minorca.plan", "Predicts a training run's memory and speed; reads no weights.")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks, each with one (default: 1)")
     names = ", ".join(gpu.name for gpu in GPUS)
     parser.add_argument("--gpu", metavar="NAME", help=f"{names}, or cpu (default: what is here)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args, config = cli.parse_config(parser, argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args, config = cli.parse_config(build_parser(), argv)
     if args.gpus < 1:
         raise UserError(f"is {args.gpus}; expected at least 1", field="--gpus")
     check_optimizer(config.optim)

@@ -9,6 +9,7 @@ from minorca.config import Config, choices
 from minorca.config_rules import problems
 from minorca.files.weights import not_quantizable
 from minorca.plan.estimate import Estimator
+from minorca.progress import progress
 
 Settings = Mapping[str, object]
 CHECKPOINTING = "parallel.activation_checkpointing"
@@ -90,7 +91,8 @@ def advise(estimator: Estimator, config: Config) -> list[Advice]:
     if estimator.fits(config):
         found = _faster(estimator, config)
     else:
-        found = [advice for way in _ways(estimator, config) if (advice := _fitting(estimator, config, way))]
+        ways = progress(list(_ways(estimator, config)), "looking for settings that fit", unit="settings")
+        found = [advice for way in ways if (advice := _fitting(estimator, config, way))]
         last = (_fitting(estimator, config, way) for way in _last_ways(estimator, config))
         found = found or [advice for advice in [next(filter(None, last), None)] if advice]
     return sorted(found, key=lambda advice: -(advice.tokens_per_second or 0))

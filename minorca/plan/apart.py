@@ -20,13 +20,13 @@ from minorca.plan.report import make_plan
 _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def plan_apart(config: Config, arch: Architecture, device: Machine, ranks: int) -> dict[str, Any]:
+def plan_apart(config: Config, arch: Architecture, device: Machine, ranks: int, whole: bool = True) -> dict[str, Any]:
     """`make_plan`, in a process of its own where this one sees a GPU. Raises UserError: there can be no plan here."""
     if device.arch and torch.cuda.is_available():
-        return PlanProcess(config, arch, device, ranks).result()
+        return PlanProcess(config, arch, device, ranks, whole).result()
     if device.arch and (reason := unavailable()):
         raise UserError(reason)
-    return make_plan(config, arch, device, ranks)
+    return make_plan(config, arch, device, ranks, whole)
 
 
 class PlanProcess:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minorca.device import default_device, host_memory_bytes
+from minorca.device import default_device
 from minorca.errors import UserError
+from minorca.host import host_memory_bytes
 from minorca.plan.rates import Rates
 
 # what a CUDA context, cuBLAS's workspace and NCCL's buffers take beside tensors: assumed

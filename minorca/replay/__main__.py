@@ -13,7 +13,7 @@ from minorca.replay.verify import verify_directory, verify_run, verify_scores
 from minorca.train.checkpoint import PLACES
 
 
-def main(argv: list[str]) -> None:
+def build_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="minorca.replay",
         description="Verifies what a receipt vouches for, and computes steps of a run again. The settings below say "
@@ -25,7 +25,11 @@ def main(argv: list[str]) -> None:
     steps = "of a run: compute steps A+1 to B again, from the newest checkpoint up to step A, and compare"
     parser.add_argument("--steps", type=_steps, metavar="A:B", help=steps)
     cli.add_settings(parser, only=PLACES)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    args = build_parser().parse_args(argv)
     path, is_first = args.path, os.environ.get("RANK", "0") == "0"
     if (path / CHAIN).is_file():
         run = read_run(path, cli.given_settings(args))

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
         asyncio.run(_serve(opener, models, listener, args))
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def build_parser() -> cli.Parser:
     parser = cli.Parser(
         prog="minorca.serve", description="Serves OpenAI's chat and completions API over HTTP, and a chat page at /."
     )
@@ -130,7 +130,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="N",
         help="the maximum number of tokens of a prompt and its answer; default: the model's",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
     raise_problems(_problems(args))
     return args
 

@@ -14,17 +14,21 @@ from minorca.train.dry_run import dry_run
 from minorca.train.run import train
 
 
-def main(argv: list[str]) -> None:
-    # standard error is for errors and the progress bar
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("minorca").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+def build_parser() -> cli.Parser:
     parser = cli.config_parser("minorca.train", "Fine-tunes a Mistral model, with LoRA or all weights.")
     profile = "write a trace of the third step, and what holds memory, to OUTPUT/profile"
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--profile", action="store_true", help=profile)
     dry = "print how long the run is, a rendered row and the first micro-batch; write nothing (one process is enough)"
     instead.add_argument("--dry-run", action="store_true", help=dry)
-    args, config = _parse(parser, argv)
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    # standard error is for errors and the progress bar
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("minorca").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    args, config = _parse(build_parser(), argv)
     # micro-batches of many lengths fragment a GPU's memory; read when CUDA starts
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

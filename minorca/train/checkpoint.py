@@ -18,7 +18,6 @@ import shutil
 import typing
 import uuid
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from torch import Tensor
@@ -29,10 +28,11 @@ from minorca.data.portable_files import write_files
 from minorca.data.store import TokenStore
 from minorca.errors import UserError, raise_problems
 from minorca.files.adapters import adapter_file
-from minorca.files.atomic import MANIFEST, publish, sha256, temporary_path, verify_manifest, write_manifest
+from minorca.files.atomic import MANIFEST, publish, sha256, sha256_each, temporary_path, verify_manifest, write_manifest
 from minorca.files.safe_io import quote, read_json, user_path
 from minorca.files.tensor_files import FLOATS, open_exactly, write_tensors
 from minorca.model.architecture import Architecture
+from minorca.progress import progress
 from minorca.train.best import Best
 from minorca.train.optim import Optimizer
 from minorca.train.ranks import World
@@ -96,9 +96,8 @@ def identity(
     reference = sha256(adapter_file(directory)) if directory else config.dpo.reference
     values["the reference"] = reference if config.has_reference else None
     values |= {f"the base's {key}": value for key, value in dataclasses.asdict(arch).items()}
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(sha256, weights)
-        values |= {f"the base's {path.name}'s sha256": digest for path, digest in zip(weights, digests)}
+    digests = sha256_each(weights, "reading the base's checksums")
+    values |= {f"the base's {path.name}'s sha256": digest for path, digest in zip(weights, digests)}
     return json.loads(json.dumps(values))
 
 
@@ -161,7 +160,7 @@ def save(
 
     def write(temporary: Path) -> None:
         trainable.save(temporary, trained)
-        write_tensors(temporary / MOMENTS, moments)
+        write_tensors(temporary / MOMENTS, progress(moments, "saving the optimizer", unit="tensors"))
         if best:
             write_tensors(temporary / BEST, best_tensors)
         write_files(temporary, files or {})

@@ -11,6 +11,7 @@ import torch
 from minorca.config import Config
 from minorca.data.packing import plan_epoch
 from minorca.data.store import TokenStore
+from minorca.progress import progress
 from minorca.train.build import Learner
 from minorca.train.objectives import Sums
 from minorca.train.ranks import World
@@ -34,7 +35,7 @@ def evaluate(
     sets = evaluation_sets(config, store)
     plan = [(name, step) for name, rows in sets.items() for step in _plan(store, rows, config, world)]
     done: list[Sums] = []
-    for _, micro_batches in plan:
+    for _, micro_batches in progress(plan, "held-out loss", unit="micro-batches"):
         batch = local_batch(store, micro_batches, world.rank, world.device)
         done.append(batch_sums(model, objective, batch))
         if world.sum([len(noted)])[0]:

@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from minorca.config import ParallelConfig
-from minorca.device import host_memory_bytes
 from minorca.errors import UserError
+from minorca.host import host_memory_bytes
 from minorca.model.network import Mistral
 from minorca.train.offload import HostMemory, input_on_host
 from minorca.train.ranks import World, lift_timeouts

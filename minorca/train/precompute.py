@@ -19,6 +19,7 @@ from minorca.data.packing import plan_epoch
 from minorca.data.store import TokenStore
 from minorca.errors import UserError
 from minorca.files.atomic import MANIFEST, publish, remove_unfinished, verify_manifest, write_manifest
+from minorca.progress import progress
 from minorca.train.inputs import Inputs
 from minorca.train.ranks import World
 from minorca.train.reference import Reference
@@ -79,7 +80,8 @@ def _read(directory: Path) -> np.ndarray | None:
 def _compute(store: TokenStore, reference: Reference, config: Config, world: World) -> np.ndarray:
     capacity = config.train.micro_batch_tokens
     values = torch.zeros(int(store.trained_counts.sum()), device=world.device)
-    for micro_batches in plan_epoch(store.lengths, capacity, world.size, config.data.packing, seed=0, epoch=0):
+    plan = plan_epoch(store.lengths, capacity, world.size, config.data.packing, seed=0, epoch=0)
+    for micro_batches in progress(plan, "reference", unit="micro-batches"):
         batch = local_batch(store, micro_batches, world.rank, world.device)
         logps = reference.of(batch)
         if world.rank < len(micro_batches):

@@ -21,6 +21,7 @@ from minorca.files.weights import load_weights, open_model
 from minorca.model.layout import source_tensors
 from minorca.model.lora import LoRASettings, adapter_parameters
 from minorca.model.network import Mistral
+from minorca.progress import progress
 from minorca.train.optim import clip_gradients
 from minorca.train.ranks import World
 
@@ -79,7 +80,7 @@ class Weights:
                 parts = self.layout[module]
                 yield from zip([part.name for part in parts], tensor.split([part.rows for part in parts]))
 
-        write_tensors(directory / "model.safetensors", split())
+        write_tensors(directory / "model.safetensors", progress(split(), "saving weights", unit="tensors"))
 
     def load(self, directory: Path) -> None:
         load_weights(self.model, open_model(directory))

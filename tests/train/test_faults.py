@@ -206,7 +206,9 @@ def test_a_signal_is_heard_at_any_moment(moment, signum, workplace, tmp_path, mo
     assert_same_bits(tmp_path / "whole", tmp_path / "stopped")
 
 
-@pytest.mark.parametrize("owner, name", [(build, "load_weights"), (checkpoint, "sha256"), (inputs, "prepare_store")])
+@pytest.mark.parametrize(
+    "owner, name", [(build, "load_weights"), (checkpoint, "sha256_each"), (inputs, "prepare_store")]
+)
 def test_a_signal_while_loading_ends_at_once(owner, name, workplace, tmp_path, monkeypatch):
     """There is nothing to save."""
     on_call(monkeypatch, owner, name, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
