@@ -53,7 +53,7 @@ NAVIGATION = [
     ("Using a model", ["evaluation", "serving", "exporting", "merging", "hub", "receipts"]),
     ("Moving here", ["moving/*"]),
     ("Known recipes", ["same-here/*"]),
-    ("Inside", ["architecture", "inside", "files", "benchmarks", "promises"]),
+    ("Inside", ["architecture", "inside", "benchmarks", "promises"]),
     ("Reference", ["reference/python", "reference/*"]),
     ("The project", ["../README", "../CONTRIBUTING", "../CHANGELOG", "../SECURITY"]),
 ]

@@ -189,6 +189,23 @@ def kernels() -> str:
     return "\n\n".join(parts)
 
 
+def files() -> str:
+    """Each package, and its modules with the first paragraph of their docstrings."""
+    parts = []
+    for root in ("minorca", "kernels/minorca_kernels"):
+        for package in sorted(path.parent for path in (ROOT / root).rglob("__init__.py")):
+            described = [(path.name, first_paragraph(path)) for path in sorted(package.glob("*.py"))]
+            rows = [f"| `{name}` | {text} |" for name, text in described if name != "__init__.py"]
+            parts += [f"## {package.relative_to(ROOT)}", "\n".join(["| file | what it is |", "| --- | --- |", *rows])]
+    return "\n\n".join(parts)
+
+
+def first_paragraph(path: Path) -> str:
+    """That of a module's docstring, in one line that can be a cell of a table."""
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return " ".join(docstring.partition("\n\n")[0].split()).replace("|", r"\|")
+
+
 def _body(function) -> str:
     """A function's code after its docstring."""
     source = inspect.getsource(function)

@@ -149,6 +149,13 @@ def test_the_reference_has_every_name(package, reference):
         assert f"{package.__name__}.{name}" in ids
 
 
+@pytest.mark.slow
+def test_the_reference_has_every_module(reference):
+    rows = [row[0] for row in reference["files"].rows if len(row) == 2]
+    for path in [*ROOT.glob("minorca/**/*.py"), *ROOT.glob("kernels/**/*.py")]:
+        assert path.name == "__init__.py" or path.name in rows, path
+
+
 def test_the_files_of_a_run_are_those_in_the_reference(workplace):
     text = (DOCS / "reference" / "run-files.md").read_text()
     named = set(re.findall(r"`([\w./-]+?)/?`", text))
