@@ -69,7 +69,7 @@ def open_side(name: str, path: str, model: str | None, template: str | None) -> 
     """
     directory = model_directory(path)
     adapter = directory if find_file(directory, "adapter_config.json") else None
-    base = directory if adapter is None else _base(adapter, model)
+    base = user_path(path) if adapter is None else _base(adapter, model)
     tok, arch = load_tokenizer(base), read_architecture(base)
     check_vocabulary(tok, arch.vocab_size, base)
     arch = adapted_architecture(arch, adapter)
@@ -79,7 +79,7 @@ def open_side(name: str, path: str, model: str | None, template: str | None) -> 
 
 def _base(adapter: Path, model: str | None) -> Path:
     if model is not None:
-        return model_directory(model)
+        return user_path(model)
     config = AdapterConfig(adapter)
     field = "base_model_name_or_path"
     named = config.values.get(field)
