@@ -38,12 +38,13 @@ setup(
         "uvicorn>=0.38,<0.55",
         "prometheus-client>=0.22,<0.27",
         "llguidance>=1.7,<1.10",
+        # reads and writes llama.cpp's files
+        "gguf>=0.19,<0.20",
     ],
     extras_require={
         "eval": ["lm_eval==0.4.13"],
         "test": [
             "basedpyright==1.40.2",
-            "gguf",
             "httpx",
             "instructor",
             "jsonschema",

@@ -13,13 +13,16 @@ from minorca.model.quantization import Quantization, parse_quantization
 
 def main(argv: list[str]) -> None:
     parser = cli.Parser(
-        prog="minorca.export", description="Writes a model, merged with an adapter, in the form that another engine reads."
+        prog="minorca.export",
+        description="Writes a model, merged with an adapter, in the form that another engine reads.",
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="the base model's directory")
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format to merge in")
     parser.add_argument("--output", required=True, metavar="DIR", help="a directory that does not exist yet")
     parser.add_argument("--format", choices=["hf", "gguf"], default="hf", help="the layout to write")
-    parser.add_argument("--type", choices=[*TYPES, *K_QUANTS], help=f"of gguf: how matrices are stored ({DEFAULT_TYPE})")
+    parser.add_argument(
+        "--type", choices=[*TYPES, *K_QUANTS], help=f"of gguf: how matrices are stored ({DEFAULT_TYPE})"
+    )
     parser.add_argument("--adapter-only", action="store_true", help="of gguf: the adapter, which is not merged")
     cli.add_quantization(parser, "nf4: write the weights in 4 bits, as bitsandbytes does")
     args = parser.parse_args(argv)

@@ -87,8 +87,10 @@ def export_gguf(
 
 
 def plan(contents: Contents, type: str) -> list[Written]:
-    """How each tensor is stored. Vectors are fp32; rows that are not made of whole blocks are fp16, as the converter has
-    it; the head, or the embedding that is one, is q8_0 in files of fewer bits, where llama-quantize has q6_k.
+    """How each tensor is stored.
+
+    Vectors are fp32, and rows that are not made of whole blocks fp16, as the converter has it. The head, or the embedding
+    that is one, is q8_0 in files of fewer bits, where llama-quantize has q6_k.
     """
     arch = contents.source.arch
     layouts = (source_tensors(arch, "huggingface"), source_tensors(arch, "gguf"))
@@ -187,7 +189,9 @@ def _print_differences(arch: Architecture, written: list[Written], type: str) ->
         print(f"its context is {arch.window} tokens, the model's window: llama.cpp has none for this network")
     unfit = [each for each in written if each.place.columns and each.place.columns % _BLOCK]
     if type.startswith("q") and unfit:
-        print(f"{len(unfit)} tensors are in f16: their rows are not multiples of {_BLOCK} values, as {type} stores them")
+        print(
+            f"{len(unfit)} tensors are in f16: their rows are not multiples of {_BLOCK} values, as {type} stores them"
+        )
 
 
 def _llama_quantize(type: str) -> str:
@@ -204,7 +208,9 @@ def _llama_quantize(type: str) -> str:
 def _quantize(program: str, plain: Path, path: Path, type: str) -> None:
     """Has llama.cpp quantize a file, which is removed."""
     command = [program, str(plain), str(path), type.upper()]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+    )
     if done.returncode or not path.is_file():
         said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         raise UserError(f"ended with status {done.returncode}: {said[-1] if said else 'no output'}", path=program)

@@ -69,7 +69,7 @@ def add_tokenizer(
         is_prefixed = vocabulary.tokens[tok.encode("a")[0]].startswith(SPACE)
         writer.add_add_space_prefix(is_prefixed)
         if is_prefixed and tok.encode(" a") == tok.encode("a"):
-            log.warning("%s: llama.cpp begins every text with a space; this tokenizer none that begins with one", tok.path)
+            log.warning("%s: llama.cpp begins every text with a space; this tokenizer not one that has it", tok.path)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.kinds)
     for name, i in _special_ids(tok, vocabulary, model).items():

@@ -1,7 +1,8 @@
 """A model's weights, from its files into its modules.
 
 Reads Hugging Face's safetensors and `.bin` files and Mistral's consolidated ones, single or sharded, those that
-bitsandbytes quantized, and llama.cpp's GGUF files. Each rank copies only the rows it stores, once, from the mapped file to its device.
+bitsandbytes quantized, and llama.cpp's GGUF files. Each rank copies only the rows it stores, once, from the mapped file
+to its device.
 """
 
 import functools
@@ -21,7 +22,15 @@ from minorca.files.gguf import is_gguf
 from minorca.files.safe_io import user_path
 from minorca.files.tensor_files import FLOATS, TensorFiles, open_weights
 from minorca.model.architecture import Architecture, model_directory, read_architecture
-from minorca.model.layout import Layout, ProjectionSpec, SourceTensor, outside_name, projections, source_tensors, unwrapped_name
+from minorca.model.layout import (
+    Layout,
+    ProjectionSpec,
+    SourceTensor,
+    outside_name,
+    projections,
+    source_tensors,
+    unwrapped_name,
+)
 from minorca.model.network import RMSNorm
 from minorca.model.projection import Projection
 from minorca.model.quantization import Quantization

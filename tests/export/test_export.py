@@ -295,7 +295,7 @@ def test_a_recorded_template_that_the_model_cannot_write(save_mistral, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("format", ["gguf", "consolidated", "pt"])
+@pytest.mark.parametrize("format", ["consolidated", "pt"])
 def test_only_formats_that_exist(format, tmp_path):
     with pytest.raises(UserError, match="--format.*invalid choice"):
         main(["--model", str(tmp_path), "--output", str(tmp_path / "out"), "--format", format])

@@ -65,8 +65,10 @@ def test_reading_gives_the_values_that_were_written(type, shape, save_mistral, t
 
 def permute(weights, n_head):
     """llama.cpp's, conversion/llama.py."""
-    return weights.reshape(n_head, 2, weights.shape[0] // n_head // 2, *weights.shape[1:]).swapaxes(1, 2).reshape(
-        weights.shape
+    return (
+        weights.reshape(n_head, 2, weights.shape[0] // n_head // 2, *weights.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weights.shape)
     )
 
 
@@ -348,7 +350,9 @@ def test_export_of_a_gguf_file_as_hugging_faces(save_mistral, tmp_path):
     export_gguf(directory, None, tmp_path / "out")
     main(["--model", str(tmp_path / "out" / "model-F16.gguf"), "--output", str(tmp_path / "back")])
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
-    expected = {name: weight.half().float() if weight.ndim > 1 else weight for name, weight in theirs.state_dict().items()}
+    expected = {
+        name: weight.half().float() if weight.ndim > 1 else weight for name, weight in theirs.state_dict().items()
+    }
     found = back.state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     assert load_tokenizer(tmp_path / "back").encode(SAMPLE) == load_tokenizer(directory).encode(SAMPLE)

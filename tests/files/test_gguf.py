@@ -28,7 +28,7 @@ def exported(save_mistral, tmp_path):
 
 
 def changed(path, values: dict, tensors: dict | None = None):
-    """A copy of a file by the gguf library with other metadata (None: without it), and with other tensors (the same)."""
+    """A copy of a file by the gguf library with other metadata and tensors (None: without)."""
     reader = GGUFReader(path)
     architecture = values.get("general.architecture", "llama")
     writer = gguf.GGUFWriter(path.with_name("changed.gguf"), architecture)
@@ -116,7 +116,10 @@ def test_harmless_metadata_is_read(exported):
         ({"blk.1.ffn_up.weight": None}, "missing tensor blk.1.ffn_up.weight"),
         ({"blk.0.attn_q.bias": numpy.zeros(64, numpy.float32)}, "unexpected tensor blk.0.attn_q.bias"),
         ({"rope_freqs.weight": numpy.ones(8, numpy.float32)}, "rope_freqs.weight scales the rotary embeddings"),
-        ({"output_norm.weight": numpy.zeros(64, numpy.int32)}, "output_norm.weight is stored as I32, which is not read"),
+        (
+            {"output_norm.weight": numpy.zeros(64, numpy.int32)},
+            "output_norm.weight is stored as I32, which is not",
+        ),
         ({"token_embd.weight": None}, "token_embd.weight is missing"),
     ],
 )
