@@ -44,6 +44,8 @@ setup(
         "prometheus-client>=0.22,<0.27",
         "llguidance>=1.7,<1.10",
         "shtab>=1.11,<1.14",
+        # reads and writes llama.cpp's files
+        "gguf>=0.19,<0.20",
     ],
     extras_require={
         "eval": ["lm_eval==0.4.13"],
@@ -51,7 +53,6 @@ setup(
         "test": [
             *DOCS,
             "basedpyright==1.40.2",
-            "gguf",
             "httpx",
             "instructor",
             "jsonschema",

@@ -83,6 +83,14 @@ def hub(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch) -> Path:
+    """An empty ~/.cache of the test's own, where the directories that GGUF files stand for are kept."""
+    directory = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(directory))
+    return directory
+
+
+@pytest.fixture
 def save_mistral(tmp_path):
     """save_mistral(**fields): a directory in Hugging Face's layout, and transformers' model, which it holds."""
 

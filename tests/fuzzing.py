@@ -61,6 +61,7 @@ def make(directory: Path) -> None:
         if convert:
             convert(directory / name)
     _four_bits(directory / "four_bits")
+    _gguf(directory / "gguf")
     for name, save in {"tokenizer": _json_tokenizer, "sentencepiece": _sentencepiece}.items():
         (directory / name).mkdir()
         save(directory / name, {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE})
@@ -87,6 +88,21 @@ def _four_bits(home: Path) -> None:
     for file in home.iterdir():
         if file.name not in ("config.json", "model.safetensors"):
             file.unlink()
+
+
+def _gguf(home: Path) -> None:
+    from minorca.export.gguf import export_gguf
+    from tests.helpers import random_mistral, save_tokenizer
+
+    model, written = home.with_name("hf of gguf"), home.with_name("gguf written")
+    random_mistral(vocab_size=258, hidden_size=32, intermediate_size=32, num_hidden_layers=1).save_pretrained(model)
+    save_tokenizer(model)
+    with contextlib.redirect_stdout(io.StringIO()):
+        export_gguf(model, None, written, "q4_0")
+    home.mkdir()
+    (written / "model-Q4_0.gguf").rename(home / "model.gguf")
+    for directory in (model, written):
+        shutil.rmtree(directory)
 
 
 def _json_tokenizer(home: Path, config: dict) -> None:
@@ -154,6 +170,22 @@ def _load(directory: Path) -> None:
     load_model(directory, torch.float32, "cpu")
 
 
+def _load_gguf(directory: Path) -> None:
+    """With the files that it stands for in its own directory: nothing is written outside."""
+    import torch
+
+    from minorca import load_model
+    from minorca.files.gguf import GGUF
+    from minorca.files.gguf_directory import model_files
+    from minorca.model import architecture
+
+    for name, content in model_files(GGUF(directory / "model.gguf")).items():
+        (directory / Path(name).name).write_bytes(content)
+    architecture.gguf_directory = lambda path: path.parent
+    load_model(directory / "model.gguf", torch.float32, "cpu")
+    _tokenize(directory)
+
+
 def _load_adapter(directory: Path) -> None:
     import torch
 
@@ -213,6 +245,7 @@ READERS = {
     "bin_shards": _load,
     "consolidated": _load,
     "four_bits": _load,
+    "gguf": _load_gguf,
     "tokenizer": _tokenize,
     "sentencepiece": _tokenize,
     "adapter": _load_adapter,

@@ -71,7 +71,7 @@ def open_side(name: str, path: str, model: str | None, template: str | None) -> 
     """
     directory = model_directory(path)
     adapter = directory if is_adapter(directory) else None
-    base = model_directory(path, weights=True) if adapter is None else _base(adapter, model)
+    base = user_path(path) if adapter is None else _base(adapter, model)
     tok, arch = load_tokenizer(base), read_architecture(base)
     check_vocabulary(tok, arch.vocab_size, base)
     arch = adapted_architecture(arch, adapter)
@@ -81,7 +81,7 @@ def open_side(name: str, path: str, model: str | None, template: str | None) -> 
 
 def _base(adapter: Path, model: str | None) -> Path:
     if model is not None:
-        return model_directory(model, weights=True)
+        return user_path(model)
     if is_mistral_lora(adapter):
         raise UserError("does not name its base; give it with --model DIR", path=adapter)
     config = AdapterConfig(adapter)

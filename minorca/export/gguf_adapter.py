@@ -93,10 +93,8 @@ def _write(path: Path, parts: Parts, alpha: float, files: TensorFiles, type: str
 def _tensors(parts: Parts, alpha: float, files: TensorFiles) -> Iterator[tuple[str, Tensor]]:
     for layer, part, (rank, scale) in parts:
         name = part.tensor_name(layer, "gguf")
-        a, b = (
-            files.read(part.peft_name(layer, matrix), 0, rows)
-            for matrix, rows in (("A", rank), ("B", part.out_features))
-        )
+        a = files.read(part.peft_name(layer, "A"), 0, rank)
+        b = files.read(part.peft_name(layer, "B"), 0, part.out_features)
         b = b.float() * (scale * rank / alpha)
         yield f"{name}.lora_a", a
         yield f"{name}.lora_b", b[mistral_order(len(b), part.rotary_heads)] if part.rotary_heads else b

@@ -66,7 +66,10 @@ def add_tokenizer(
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(vocabulary.scores)
-        writer.add_add_space_prefix(vocabulary.tokens[tok.encode("a")[0]].startswith(SPACE))
+        is_prefixed = vocabulary.tokens[tok.encode("a")[0]].startswith(SPACE)
+        writer.add_add_space_prefix(is_prefixed)
+        if is_prefixed and tok.encode(" a") == tok.encode("a"):
+            log.warning("%s: llama.cpp begins every text with a space; this tokenizer not one that has it", tok.path)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.kinds)
     for name, i in _special_ids(tok, vocabulary, model).items():
@@ -85,7 +88,8 @@ def _special_ids(tok: Tokenizer, vocabulary: Vocabulary, model: Path) -> dict[st
     if UNKNOWN in vocabulary.kinds:
         found["unknown"] = vocabulary.kinds.index(UNKNOWN)
     for name, key in (("unknown", "unk"), ("seperator", "sep"), ("padding", "pad"), ("mask", "mask")):
-        token = content(settings.get(f"{key}_token"))
+        # Mistral's own files have no settings beside them, and call the tokens so
+        token = content(settings.get(f"{key}_token", f"<{key}>" if f"<{key}>" in tok.control_ids else None))
         named = next(iter(token_ids(tok.path, f"{key}_token_id")), None)
         if (i := named if token is None else tok.control_ids.get(token)) is not None:
             found[name] = i

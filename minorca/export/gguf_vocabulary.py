@@ -127,8 +127,8 @@ def _pre_tokenizer(tok: JsonTokenizer, values: dict) -> str:
                 log.warning("%s: llama.cpp leaves out its normalizer, %s", tok.file, quote(values["normalizer"]))
             return name
     raise UserError(
-        f"has the pre-tokenizer {quote(values.get('pre_tokenizer'))}, whose name in llama.cpp is not known here (known: "
-        f"{', '.join(PRE_TOKENIZERS)}); export with --format hf, and convert that with llama.cpp's "
+        f"has the pre-tokenizer {quote(values.get('pre_tokenizer'))}, whose name in llama.cpp is not known "
+        f"here (known: {', '.join(PRE_TOKENIZERS)}); export with --format hf, and convert that with llama.cpp's "
         "convert_hf_to_gguf.py",
         path=tok.file,
     )

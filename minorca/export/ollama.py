@@ -18,8 +18,8 @@ from minorca.files.weights import ModelFiles
 
 log = logging.getLogger(__name__)
 
-# AFTER and INSIDE as in data/portable_template.py. Ollama puts a bos in front where the tokenizer adds one. SYSTEM: what
-# is written where a conversation has no system prompt; OTHERWISE: of another message than an answer.
+# AFTER and INSIDE are those of data/portable_template.py. Ollama puts a bos in front where the tokenizer adds one.
+# SYSTEM: what is written where a conversation has no system prompt; OTHERWISE: of another message than an answer.
 _CHATML = """\
 {{- range $i, $_ := .Messages }}
 {{- if and (eq $i 0) (ne .Role "system") }}SYSTEM{{ end }}
@@ -70,9 +70,7 @@ FROM ./base/model-F16.gguf"""
 
 
 def _untranslated(tok: Tokenizer) -> str:
-    message = (
-        "the chat template is none that Ollama's language can be given for here; add a TEMPLATE, or prompt in its form"
-    )
+    message = "the chat template is none of those that are known in Ollama's language; add a TEMPLATE"
     log.warning("%s: Modelfile: %s", tok.path, message)
     return f"# {message}"
 

@@ -138,7 +138,7 @@ def _byte_level(vocabulary: _Vocabulary, pre: str) -> dict:
         for i, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds))
         if kind in (CONTROL, USER_DEFINED)
     ]
-    merges = [merge.split(" ") for merge in vocabulary.entries("merges", str)]
+    merges = [merge.split(" ") for merge in vocabulary.entries("merges", str, [])]
     if any(len(pair) != 2 for pair in merges):
         vocabulary.refuse("merges", "has an entry that is not two tokens with a space between them")
     steps, ignore_merges = PRE_TOKENIZERS[pre]

@@ -1,7 +1,8 @@
 """A model's weights, from its files into its modules.
 
 Reads Hugging Face's safetensors and `.bin` files and Mistral's consolidated ones, single or sharded, those that
-bitsandbytes quantized, and llama.cpp's GGUF files. Each rank copies only the rows it stores, once, from the mapped file to its device.
+bitsandbytes quantized, and llama.cpp's GGUF files. Each rank copies only the rows it stores, once, from the mapped file
+to its device.
 """
 
 import functools
