@@ -1,5 +1,6 @@
 """Shared by several tests: small random models in Hugging Face's format, written by transformers, and whole runs."""
 
+import contextlib
 import json
 import os
 import random
@@ -106,6 +107,14 @@ def write_rows(path: Path) -> None:
             system = draw.choice(["", "Be brief."])
             row = {"id": f"t0.{n}", "system_prompt": system, "question": f"Reverse {word}", "response": word[::-1]}
             file.write(json.dumps(row) + "\n")
+
+
+@contextlib.contextmanager
+def without_curves():
+    """Within it no run draws curves.png, which takes longer than a few steps of a small model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minorca.train.metrics.draw", lambda output: None)
+        yield
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def _start(run: RecordedRun, first: int, last: int) -> Path | None:
     if last > end:
         raise UserError(f"has steps up to {end}; expected no later one", path=run.output / CHAIN, field="--steps")
     steps = {int(path.name.removeprefix("step-")): path for path in checkpoint.published(run.output / "checkpoints")}
-    known = [step for step in steps if begin <= step <= first and run.checkpoint_line(step)]
+    known = [step for step in steps if step <= first and (step == begin or run.checkpoint_line(step))]
     if not known and begin:
         message = f"the run's receipt begins after step {begin}, and no checkpoint is of a step from there to {first}"
         listed = ", ".join(map(str, sorted(steps))) or "none"

@@ -76,7 +76,9 @@ def _verify_checkpoints(run: RecordedRun) -> int:
         found = run.checkpoint_line(state.step)
         if found is None:
             # the run was killed before it could write the line, and writes it when it resumes
-            if path == published[-1] and state.receipt == run.lines[-1]["sha256"]:
+            is_next = path == published[-1] and state.receipt == run.lines[-1]["sha256"]
+            # of a run that began without a receipt
+            if is_next or state.step <= run.lines[0]["step"]:
                 continue
             raise UserError(f"has no line in {CHAIN}", path=path)
         n, line = found
@@ -141,7 +143,7 @@ def _verify_inputs(run: RecordedRun) -> Inputs:
 def _changed_rows(run: RecordedRun, inputs: Inputs) -> Iterator[UserError]:
     """The first row, by its file and line, that is not one of the run."""
     known, stores = run.lines[0].get("rows", {}), {"rows": inputs.store, "held-out rows": inputs.held_out}
-    for name, digests in row_digests(inputs).items():
+    for name, digests in row_digests(inputs.store, inputs.held_out).items():
         store = stores[name]
         assert store is not None
         size, everything = rows_in_block(store), replace(store, selected=None)

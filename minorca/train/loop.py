@@ -323,7 +323,9 @@ class Run:
         set_outcome_aside(outcome, self.step)
         publish(outcome, lambda path: self._write_outcome(path, tensors), self.run_id)
         self._close()
-        metrics.draw(self.config.output)
+        # of a replay, nobody looks at them
+        if self.until is None:
+            metrics.draw(self.config.output)
         log.info("done: %s", outcome)
         if not self.config.train.full and any(".layers." not in name for name in self.learner.trainable.parameters):
             log.info(

@@ -140,7 +140,7 @@ def open_receipt(
     if not (kept and found and state):
         if state:
             log.info("%s: has no lines up to step %d; it begins after it", config.output / CHAIN, step)
-        receipt.add("start", step, about | {"rows": row_digests(inputs)})
+        receipt.add("start", step, about | {"rows": row_digests(inputs.store, inputs.held_out)})
         return receipt
     receipt.head = kept[-1].values["sha256"]
     covered = metrics_digests(line.values for line in kept)
@@ -187,13 +187,13 @@ def _changed(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     return changed | {"renderer": now["renderer"]}
 
 
-def row_digests(inputs: Inputs) -> dict[str, list[str]]:
+def row_digests(rows: TokenStore, held_out: TokenStore | None) -> dict[str, list[str]]:
     """Digests of all rows that were read, by which a row that was changed is found; a fraction that is held out is
     among the rows.
     """
-    found = {"rows": _block_digests(inputs.store)}
-    if inputs.held_out and inputs.held_out.offsets is not inputs.store.offsets:
-        found["held-out rows"] = _block_digests(inputs.held_out)
+    found = {"rows": _block_digests(rows)}
+    if held_out and held_out.offsets is not rows.offsets:
+        found["held-out rows"] = _block_digests(held_out)
     return found
 
 

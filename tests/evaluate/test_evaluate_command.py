@@ -17,6 +17,8 @@ from minorca import UserError
 from minorca.evaluate import __main__ as command
 from minorca.evaluate.scoring import Scorer
 from minorca.evaluate.task_files import load_tasks
+from minorca.files.atomic import sha256
+from minorca.replay import __main__ as replay
 from tests.evaluate.harness_oracle import MIRRORED, TASKS, rows_of, save_bpe, write_tasks
 from tests.helpers import ENVIRONMENT, evaluate_on_two_ranks, random_adapter
 
@@ -70,6 +72,13 @@ def test_results_are_printed_written_and_kept(evaluate):
     assert ours["requests"] > 12 and 0 < ours["tokens_computed"] < ours["tokens_shared"]
     _, again = evaluate("--limit", 4, "--num-fewshot", 1)
     assert again["results"] == written["results"] and again["minorca"]["tokens_computed"] == 0
+    receipt = again["receipt"]
+    assert receipt["base"] == {"model.safetensors": sha256(evaluate.base / "model.safetensors")}
+    replay.main([str(evaluate.path / "out.json")])
+    again["results"]["arc_local"]["acc,none"] += 0.25
+    (evaluate.path / "out.json").write_text(json.dumps(again))
+    with pytest.raises(UserError, match="results/arc_local/acc,none is not as the evaluation wrote it"):
+        replay.main([str(evaluate.path / "out.json")])
     assert "samples" not in again
 
 

@@ -157,7 +157,10 @@ def test_what_belongs_to_the_model_comes_along(save_mistral, tmp_path, capsys):
     main(["--model", str(directory), "--output", str(tmp_path / "out" / "model")])
     assert str(tmp_path / "out" / "model") in capsys.readouterr().out
     names = {file.name for file in (tmp_path / "out" / "model").iterdir()}
-    assert names == {file.name for file in directory.iterdir()} - {BIN, "README.md"} | {"model.safetensors"}
+    assert names == {file.name for file in directory.iterdir()} - {BIN, "README.md"} | {
+        "model.safetensors",
+        "receipt.json",
+    }
     assert (tmp_path / "out" / "model" / "config.json").read_text() == (directory / "config.json").read_text()
     text = "the quick brown fox <|im_end|>"
     assert load_tokenizer(tmp_path / "out" / "model").encode(text) == load_tokenizer(directory).encode(text)

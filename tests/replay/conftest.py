@@ -8,7 +8,7 @@ import pytest
 
 from minorca.replay import __main__ as command
 from minorca.train import __main__ as train_command
-from tests.helpers import Workplace, random_mistral, save_tokenizer, write_rows
+from tests.helpers import Workplace, random_mistral, save_tokenizer, without_curves, write_rows
 
 SETTINGS = {
     "train.steps": 10,
@@ -19,6 +19,12 @@ SETTINGS = {
     "train.eval_every": 4,
     "train.batch_tokens": 256,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def curves():
+    with without_curves():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -266,3 +266,17 @@ def test_every_forgery_is_named(count, made):
         check(made, seed)
     for path in honest:
         command.main([str(path)])
+
+
+def test_a_file_of_weights_can_carry_a_receipt(made):
+    """As metadata: of the base, of the adapter and of its run."""
+    place, output, _ = made
+    found = receipts.for_export([place.model_path / "model.safetensors"], output / "adapter", format="gguf")
+    receipt = json.loads(found["minorca.receipt"])
+    lines, _ = read_lines(output / CHAIN)
+    assert receipts.is_sealed(receipt) and receipt["export"] == {"format": "gguf"}
+    assert receipt["adapter_receipt"]["run"] == lines[-1].values["sha256"]
+    assert (
+        receipt["adapter_receipt"]["identity"]["the base's model.safetensors's sha256"]
+        == (receipt["base"]["model.safetensors"])
+    )
