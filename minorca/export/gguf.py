@@ -15,14 +15,17 @@ import torch
 from torch import Tensor
 
 from minorca.errors import UserError
-from minorca.export.contents import Contents, ExportedTensor, check_new, read_contents
+from minorca.export.contents import Contents, ExportedTensor, check_new, merged_tensors, read_contents
+from minorca.export.effect import print_effect, readers
 from minorca.export.gguf_metadata import add_architecture, add_tokenizer, context_length
 from minorca.export.merging import Merge
 from minorca.export.ollama import modelfile
 from minorca.files.atomic import publish
+from minorca.files.weights import open_model
 from minorca.model.architecture import Architecture
 from minorca.model.layout import SourceTensor, mistral_order, source_tensors
 from minorca.progress import progress
+from minorca.receipts import as_metadata, write_receipt
 
 # this module has the library's name
 if TYPE_CHECKING:
@@ -49,18 +52,12 @@ class Written:
     type: str
 
 
-def export_gguf(
-    model: str | Path,
-    adapter: str | Path | Merge | None,
-    output: Path,
-    type: str = DEFAULT_TYPE,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
+def export_gguf(model: str | Path, adapter: str | Path | Merge | None, output: Path, type: str = DEFAULT_TYPE) -> None:
     """Writes model-TYPE.gguf and a Modelfile to `output`, which appears when it is complete.
 
     Args:
+        adapter: what is merged in.
         type: of `TYPES` or `K_QUANTS`.
-        metadata: more texts for the file, by keys that begin with "minorca.".
 
     Raises:
         UserError: what is wrong with which file, that `output` exists, or a value that the type cannot hold.
@@ -71,26 +68,32 @@ def export_gguf(
     stored = _PLAIN_TYPES.get(contents.tensors[0].make().dtype, "f32") if quantize else type
     name = f"model-{type.upper()}.gguf"
     description = modelfile(f"./{name}", contents.tok, contents.template, contents.source, "FROM")
+    receipt = contents.receipt(format="gguf", type=type)
 
     def write(temporary: Path) -> None:
         if quantize:
             plain = temporary / "plain.gguf"
-            _write(plain, contents, stored, output.name, metadata or {})
+            _write(plain, contents, stored, output.name, as_metadata(receipt))
             _quantize(quantize, plain, temporary / name, type)
         else:
-            _write(temporary / name, contents, stored, output.name, metadata or {})
+            _write(temporary / name, contents, stored, output.name, as_metadata(receipt))
         (temporary / "Modelfile").write_text(description)
+        write_receipt(temporary, receipt)
 
     publish(output, write)
     print(f"{output}: {name}, {len(contents.tensors)} tensors{contents.merged}")
     _print_differences(contents.source.arch, plan(contents, stored), stored)
+    # what llama.cpp has quantized is not read here
+    if not quantize:
+        written = readers(merged_tensors(open_model(output / name), None, {}))
+        print_effect(contents, written, f"storing as {type}")
 
 
 def plan(contents: Contents, type: str) -> list[Written]:
     """How each tensor is stored.
 
-    Vectors are fp32, and rows that are not made of whole blocks fp16, as the converter has it. The head, or the embedding
-    that is one, is q8_0 in files of fewer bits, where llama-quantize has q6_k.
+    Vectors are fp32, and rows that are not made of whole blocks fp16, as the converter has it. The head, or the
+    embedding that is one, is q8_0 in files of fewer bits, where llama-quantize has q6_k.
     """
     arch = contents.source.arch
     layouts = (source_tensors(arch, "huggingface"), source_tensors(arch, "gguf"))

@@ -109,8 +109,8 @@ class _Vocabulary:
         return values
 
     def pre_tokenizer(self) -> str:
-        pre = self.value("pre", str, "default")
-        pre = _OTHER_NAMES.get(pre, pre)
+        given: str = self.value("pre", str, "default")
+        pre = _OTHER_NAMES.get(given, given)
         if pre not in PRE_TOKENIZERS:
             self.refuse(
                 "pre",

@@ -16,8 +16,12 @@ from minorca import UserError, load_model, load_tokenizer, render_chat
 from minorca.data.chat_template import PROBES, resolve_template
 from minorca.data.portable_files import SAMPLE
 from minorca.export.__main__ import main
-from minorca.export.gguf import export_gguf, interleave
+from minorca.export.gguf import export_gguf
 from minorca.files.adapters import read_adapter_settings
+from minorca.files.atomic import sha256
+from minorca.model.layout import mistral_order
+from minorca.receipts import is_sealed
+from minorca.replay.verify import verify_directory
 from tests.data.test_portable_files import json_of_llama, tokenizer_v1, tokenizer_v3
 from tests.data.test_tekken import FILE as TEKKEN
 from tests.data.test_tokenizer import V3, byte_level, orca, sentencepiece_directory
@@ -87,13 +91,13 @@ def test_tensors_are_llama_cpps(save_mistral, tmp_path):
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         assert numpy.array_equal(found[name].data, weight.numpy()), name
-    assert torch.equal(interleave(torch.arange(8.0), 2), torch.tensor([0.0, 2, 1, 3, 4, 6, 5, 7]))
+    assert mistral_order(8, 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_the_metadata(save_mistral, tmp_path, capsys):
     directory, _ = save_mistral(vocab_size=258, sliding_window=100, rope_theta=5e4, rms_norm_eps=1e-6, head_dim=32)
     save_tokenizer(directory)
-    export_gguf(directory, None, tmp_path / "a name", "q8_0", {"minorca.run": "line\nü"})
+    export_gguf(directory, None, tmp_path / "a name", "q8_0")
     said = fields(tmp_path / "a name" / "model-Q8_0.gguf")
     expected = {
         "general.architecture": "llama",
@@ -116,9 +120,11 @@ def test_the_metadata(save_mistral, tmp_path, capsys):
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.add_bos_token": False,
-        "minorca.run": "line\nü",
     }
     assert {name: said.get(name) for name in expected} == expected
+    receipt = json.loads(said["minorca.receipt"])
+    assert is_sealed(receipt) and receipt["base"] == {"model.safetensors": sha256(directory / "model.safetensors")}
+    verify_directory(tmp_path / "a name")
     assert "its context is 100 tokens, the model's window: llama.cpp has none" in capsys.readouterr().out
 
 

@@ -164,7 +164,7 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_written(hub, workpl
         export([*options, "--push", "org/new"])
     (tmp_path / "scores.json").write_text('{"results": {}}')
     with pytest.raises(UserError, match="scores.json: holds no results"):
-        read_origin(str(workplace.model_path), None, False, False, [str(tmp_path / "scores.json")])
+        read_origin(str(workplace.model_path), [], False, False, [str(tmp_path / "scores.json")])
     assert not (tmp_path / "out").exists() and not hub.requests
 
 

@@ -271,12 +271,12 @@ def test_every_forgery_is_named(count, made):
 def test_a_file_of_weights_can_carry_a_receipt(made):
     """As metadata: of the base, of the adapter and of its run."""
     place, output, _ = made
-    found = receipts.for_export([place.model_path / "model.safetensors"], output / "adapter", format="gguf")
-    receipt = json.loads(found["minorca.receipt"])
+    done = {"format": "gguf"}
+    weights = receipts.of_weights([place.model_path / "model.safetensors"], [output / "adapter"])
+    receipt = json.loads(receipts.as_metadata({"export": done} | weights)["minorca.receipt"])
     lines, _ = read_lines(output / CHAIN)
-    assert receipts.is_sealed(receipt) and receipt["export"] == {"format": "gguf"}
-    assert receipt["adapter_receipt"]["run"] == lines[-1].values["sha256"]
-    assert (
-        receipt["adapter_receipt"]["identity"]["the base's model.safetensors's sha256"]
-        == (receipt["base"]["model.safetensors"])
-    )
+    assert receipts.is_sealed(receipt) and receipt["export"] == done
+    [adapter] = receipt["adapters"]
+    assert adapter["receipt"]["run"] == lines[-1].values["sha256"]
+    digest = adapter["receipt"]["identity"]["the base's model.safetensors's sha256"]
+    assert digest == receipt["base"]["model.safetensors"]
