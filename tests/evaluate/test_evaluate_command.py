@@ -73,7 +73,7 @@ def test_results_are_printed_written_and_kept(evaluate):
     _, again = evaluate("--limit", 4, "--num-fewshot", 1)
     assert again["results"] == written["results"] and again["minorca"]["tokens_computed"] == 0
     receipt = again["receipt"]
-    assert receipt["base"] == {"model.safetensors": sha256(evaluate.base / "model.safetensors")}
+    assert receipt["base"] == {"model.safetensors": sha256(evaluate.model / "model.safetensors")}
     replay.main([str(evaluate.path / "out.json")])
     again["results"]["arc_local"]["acc,none"] += 0.25
     (evaluate.path / "out.json").write_text(json.dumps(again))
