@@ -107,7 +107,7 @@ def spaces_that_match(tok: Tokenizer, template: str) -> tuple[str, str] | None:
     """The values of AFTER and INSIDE with which a built-in template, its text encoded at once, gives its ids; None
     where no values do.
     """
-    pairs = product(("", " "), repeat=2)
+    pairs = product(("", " "), ("", " "))
     return next((pair for pair in pairs if writes_same(tok, _source(tok, template, *pair), template)), None)
 
 

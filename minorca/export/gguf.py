@@ -89,8 +89,8 @@ def export_gguf(
 def plan(contents: Contents, type: str) -> list[Written]:
     """How each tensor is stored.
 
-    Vectors are fp32, and rows that are not made of whole blocks fp16, as the converter has it. The head, or the embedding
-    that is one, is q8_0 in files of fewer bits, where llama-quantize has q6_k.
+    Vectors are fp32, and rows that are not made of whole blocks fp16, as the converter has it. The head, or the
+    embedding that is one, is q8_0 in files of fewer bits, where llama-quantize has q6_k.
     """
     arch = contents.source.arch
     layouts = (source_tensors(arch, "huggingface"), source_tensors(arch, "gguf"))

@@ -132,7 +132,7 @@ def open_model(path: str | Path, quantization: Quantization | None = None) -> Mo
         )
     _unwrap_names(files, directory)
     layouts: tuple[Layout, ...] = ("mistral", "gguf", "huggingface")
-    layout = next((one for one in layouts if outside_name("embedding", one) in files.files), "huggingface")
+    layout = next((one for one in layouts if outside_name("embedding", one) in files.files), layouts[-1])
     tensors = source_tensors(arch, layout)
     expected = {tensor.name: tensor for stacked in tensors.values() for tensor in stacked}
     shapes = _quantized_shapes(directory, tensors)
