@@ -97,7 +97,7 @@ def _problems(args: argparse.Namespace, merge: Merge | None) -> Iterator[UserErr
         yield UserError("is of --format hf and gguf; Mistral's layout has no adapters", field="--adapter-only")
     if args.quantize != "none" and (args.format != "hf" or args.adapter_only):
         advice = "; choose a --type, such as q4_0" if args.format == "gguf" else ""
-        yield UserError(f"is an option of --format hf, for models{advice}", field="--quantize")
+        yield UserError(f"is an option of --format hf, of whole models{advice}", field="--quantize")
     if args.type and args.format != "gguf":
         yield UserError("is an option of --format gguf", field="--type")
     for option in ("private", "scores"):

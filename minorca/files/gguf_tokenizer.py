@@ -8,7 +8,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from minorca.errors import UserError
 from minorca.files.gguf import GGUF
@@ -93,7 +93,7 @@ class _Vocabulary:
         if len(set(self.tokens)) < len(self.tokens):
             self.refuse("tokens", "has a token twice")
 
-    def refuse(self, key: str, problem: str) -> None:
+    def refuse(self, key: str, problem: str) -> NoReturn:
         raise UserError(f"{problem}; export the file again", path=self.gguf.path, field=f"tokenizer.ggml.{key}")
 
     def value(self, key: str, kind: type, *default: Any) -> Any:
@@ -109,8 +109,13 @@ class _Vocabulary:
         return values
 
     def pre_tokenizer(self) -> str:
+<<<<<<< HEAD
         given: str = self.value("pre", str, "default")
         pre = _OTHER_NAMES.get(given, given)
+=======
+        named: str = self.value("pre", str, "default")
+        pre = _OTHER_NAMES.get(named, named)
+>>>>>>> gguf
         if pre not in PRE_TOKENIZERS:
             self.refuse(
                 "pre",

@@ -156,7 +156,7 @@ def test_with_an_adapter_and_a_quantized_base(save_mistral, tmp_path):
         back = export(there, tmp_path / f"{base.name}-back")
         found, expected = (load_file(path / "model.safetensors") for path in (back, plain))
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-    with pytest.raises(UserError, match="--quantize is nf4, which Mistral's layout cannot hold; give --format hf"):
+    with pytest.raises(UserError, match="--quantize is an option of --format hf"):
         export(directory, tmp_path / "out", "--format", "consolidated", "--quantize", "nf4")
     with pytest.raises(UserError, match="already exists; give --output a new name"):
         export(directory, tmp_path / "nf4", "--format", "consolidated")

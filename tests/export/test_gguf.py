@@ -177,7 +177,7 @@ def test_what_llama_cpps_program_is_given(dtype, plain, save_mistral, tmp_path, 
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     command(model=directory, output=tmp_path / "out", type="q4_k_m")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["Modelfile", "model-Q4_K_M.gguf", "model-Q4_K_M.gguf.type"]
+    assert names == ["Modelfile", "model-Q4_K_M.gguf", "model-Q4_K_M.gguf.type", "receipt.json"]
     assert (tmp_path / "out" / "model-Q4_K_M.gguf.type").read_text() == "Q4_K_M\n"
     assert tensors(tmp_path / "out" / "model-Q4_K_M.gguf")["blk.0.attn_q.weight"].tensor_type.name == plain
 
@@ -327,8 +327,8 @@ def test_adapters_that_gguf_does_not_hold(save_mistral, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--format=gguf", "--adapter-only"], "--adapter-only needs --adapter"),
-        (["--format=hf", "--adapter-only"], "--adapter-only is an option of --format gguf"),
+        (["--format=gguf", "--adapter-only"], "--adapter-only needs one --adapter"),
+        (["--format=consolidated", "--adapter-only", "--adapter=a"], "--adapter-only is of --format hf and gguf"),
         (["--type=f16"], "--type is an option of --format gguf"),
         (["--format=gguf", "--quantize=nf4"], "--quantize is an option of --format hf"),
         (["--format=gguf", "--type=q3"], "invalid choice: 'q3'"),

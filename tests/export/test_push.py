@@ -155,7 +155,7 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_written(hub, workpl
         (["--push", "org/new"], "--push needs a token that may write: log in with hf auth login"),
         (["--push", "new"], "--push is new; expected ORG/NAME"),
         (["--private"], "--private needs --push"),
-        (["--adapter-only"], "--adapter-only needs --adapter"),
+        (["--adapter-only"], "--adapter-only needs one --adapter"),
     ):
         with pytest.raises(UserError, match=expected):
             export([*options, *more])
