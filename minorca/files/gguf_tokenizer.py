@@ -109,13 +109,8 @@ class _Vocabulary:
         return values
 
     def pre_tokenizer(self) -> str:
-<<<<<<< HEAD
-        given: str = self.value("pre", str, "default")
-        pre = _OTHER_NAMES.get(given, given)
-=======
         named: str = self.value("pre", str, "default")
         pre = _OTHER_NAMES.get(named, named)
->>>>>>> gguf
         if pre not in PRE_TOKENIZERS:
             self.refuse(
                 "pre",

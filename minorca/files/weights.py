@@ -137,12 +137,8 @@ def open_model(path: str | Path, quantization: Quantization | None = None) -> Mo
         )
     _unwrap_names(files, directory)
     layouts: tuple[Layout, ...] = ("mistral", "gguf", "huggingface")
-<<<<<<< HEAD
     found = (one for one in layouts if outside_name("embedding", one) in files.files)
     layout: Layout = next(found, layouts[-1])
-=======
-    layout = next((one for one in layouts if outside_name("embedding", one) in files.files), layouts[-1])
->>>>>>> gguf
     tensors = source_tensors(arch, layout)
     expected = {tensor.name: tensor for stacked in tensors.values() for tensor in stacked}
     shapes = _quantized_shapes(directory, tensors)

@@ -197,12 +197,8 @@ def test_llama_cpp_gives_our_ids(name, llama_cpp, smollm2, tmp_path):
     export_gguf(directory, None, tmp_path / "out", "q8_0")
     tok = load_tokenizer(directory)
     template = resolve_template(tok)
-<<<<<<< HEAD
     source = llama_cpp_template(tok, template)
     assert source
-=======
-    source = llama_cpp_template(tok, template) or ""
->>>>>>> gguf
     chats = [messages for messages, is_prompt in PROBES if is_prompt]
     written = [write_by(source, tok, messages, [], True) for messages in chats]
     around = "".join(f"{token} a " for token in list(tok.control_ids)[:10])
