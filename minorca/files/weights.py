@@ -24,6 +24,7 @@ from minorca.files.safe_io import user_path
 from minorca.files.tensor_files import FLOATS, TensorFiles, open_weights
 from minorca.model.architecture import Architecture, model_directory, read_architecture
 from minorca.model.layout import (
+    LAYOUTS,
     Layout,
     ProjectionSpec,
     SourceTensor,
@@ -136,9 +137,8 @@ def open_model(path: str | Path, quantization: Quantization | None = None) -> Mo
             path=directory,
         )
     _unwrap_names(files, directory)
-    layouts: tuple[Layout, ...] = ("mistral", "gguf", "huggingface")
-    found = (one for one in layouts if outside_name("embedding", one) in files.files)
-    layout: Layout = next(found, layouts[-1])
+    others = (one for one in LAYOUTS[1:] if outside_name("embedding", one) in files.files)
+    layout = next(others, LAYOUTS[0])
     tensors = source_tensors(arch, layout)
     expected = {tensor.name: tensor for stacked in tensors.values() for tensor in stacked}
     shapes = _quantized_shapes(directory, tensors)
