@@ -9,6 +9,7 @@ import functools
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 from pathlib import Path
@@ -137,7 +138,7 @@ def open_model(path: str | Path, quantization: Quantization | None = None) -> Mo
             path=directory,
         )
     _unwrap_names(files, directory)
-    others = (one for one in LAYOUTS[1:] if outside_name("embedding", one) in files.files)
+    others: Iterator[Layout] = (one for one in LAYOUTS[1:] if outside_name("embedding", one) in files.files)
     layout = next(others, LAYOUTS[0])
     tensors = source_tensors(arch, layout)
     expected = {tensor.name: tensor for stacked in tensors.values() for tensor in stacked}
