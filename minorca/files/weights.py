@@ -139,7 +139,7 @@ def open_model(path: str | Path, quantization: Quantization | None = None) -> Mo
         )
     _unwrap_names(files, directory)
     others: Iterator[Layout] = (one for one in LAYOUTS[1:] if outside_name("embedding", one) in files.files)
-    layout = next(others, LAYOUTS[0])
+    layout: Layout = next(others, LAYOUTS[0])
     tensors = source_tensors(arch, layout)
     expected = {tensor.name: tensor for stacked in tensors.values() for tensor in stacked}
     shapes = _quantized_shapes(directory, tensors)
