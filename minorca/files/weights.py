@@ -9,7 +9,6 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 from pathlib import Path
@@ -138,8 +137,7 @@ def open_model(path: str | Path, quantization: Quantization | None = None) -> Mo
             path=directory,
         )
     _unwrap_names(files, directory)
-    others: Iterator[Layout] = (one for one in LAYOUTS[1:] if outside_name("embedding", one) in files.files)
-    layout: Layout = next(others, LAYOUTS[0])
+    layout = _layout_of(files)
     tensors = source_tensors(arch, layout)
     expected = {tensor.name: tensor for stacked in tensors.values() for tensor in stacked}
     shapes = _quantized_shapes(directory, tensors)
@@ -202,6 +200,14 @@ def _quantized_shapes(directory: Path, tensors: dict[str, list[SourceTensor]]) -
         for tensor in stacked
         if tensor.columns is not None
     }
+
+
+def _layout_of(files: TensorFiles) -> Layout:
+    """By the name of the embedding."""
+    for layout in LAYOUTS:
+        if outside_name("embedding", layout) in files.files:
+            return layout
+    return "huggingface"
 
 
 def _unwrap_names(files: TensorFiles, directory: Path) -> None:

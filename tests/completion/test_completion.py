@@ -36,7 +36,9 @@ PLACES = [
 
 
 def lines(cases):
-    return pytest.mark.parametrize("words, expected", cases, ids=lambda value: " ".join(value))
+    return pytest.mark.parametrize(
+        "words, expected", cases, ids=lambda value: " ".join(sorted(value) if isinstance(value, set) else value)
+    )
 
 
 @pytest.fixture(scope="module")
