@@ -9,6 +9,7 @@ import functools
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -55,7 +56,7 @@ def plan(tmp_path_factory):
         parser.add_argument("--gpu")
         parser.add_argument("--gpus", type=int, default=1)
         args, config = cli.parse_config(parser, shlex.split(options))
-        config.model.path = str(models / config.model.path.removeprefix("models/"))
+        config.model.path = str(models / Path(config.model.path).name)
         config, arch = model_of(config)
         found = estimator(arch, args.gpu, args.gpus)
         return found(config).memory["total"] / 1e9, found.fits(config), found.tokens_per_second(config) or 0.0
