@@ -131,8 +131,7 @@ def open_model(path: str | Path, quantization: Quantization | None = None) -> Mo
             path=directory,
         )
     _unwrap_names(files, directory)
-    layouts: tuple[Layout, ...] = ("mistral", "gguf", "huggingface")
-    layout = next((one for one in layouts if outside_name("embedding", one) in files.files), layouts[-1])
+    layout = _layout(files)
     tensors = source_tensors(arch, layout)
     expected = {tensor.name: tensor for stacked in tensors.values() for tensor in stacked}
     shapes = _quantized_shapes(directory, tensors)
@@ -166,6 +165,12 @@ def open_model(path: str | Path, quantization: Quantization | None = None) -> Mo
             )
         quantization = stored
     return ModelFiles(directory, arch, files, tensors, quantized, quantization)
+
+
+def _layout(files: TensorFiles) -> Layout:
+    layouts: tuple[Layout, ...] = ("mistral", "gguf", "huggingface")
+    found = [layout for layout in layouts if outside_name("embedding", layout) in files.files]
+    return found[0] if found else "huggingface"
 
 
 def check_quantizable(arch: Architecture, directory: Path) -> None:
