@@ -23,6 +23,7 @@ from minorca.files.safe_io import user_path
 from minorca.files.tensor_files import FLOATS, TensorFiles, open_weights
 from minorca.model.architecture import Architecture, model_directory, read_architecture
 from minorca.model.layout import (
+    LAYOUTS,
     Layout,
     ProjectionSpec,
     SourceTensor,
@@ -168,9 +169,10 @@ def open_model(path: str | Path, quantization: Quantization | None = None) -> Mo
 
 
 def _layout(files: TensorFiles) -> Layout:
-    layouts: tuple[Layout, ...] = ("mistral", "gguf", "huggingface")
-    found = [layout for layout in layouts if outside_name("embedding", layout) in files.files]
-    return found[0] if found else "huggingface"
+    for layout in LAYOUTS:
+        if outside_name("embedding", layout) in files.files:
+            return layout
+    return "huggingface"
 
 
 def check_quantizable(arch: Architecture, directory: Path) -> None:

@@ -13,7 +13,7 @@ from minorca.model.architecture import Architecture
 
 # how files name tensors: Hugging Face's, Mistral's and llama.cpp's (GGUF); in this order in the tables below
 Layout = Literal["huggingface", "mistral", "gguf"]
-_LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 _LAYERS = ("model.layers", "layers", "blk")
 
 Target = Literal["q", "k", "v", "o", "gate", "up", "down"]
@@ -98,7 +98,7 @@ class ProjectionSpec:
 
     def tensor_name(self, layer: int, layout: Layout) -> str:
         """The name of the weight in files."""
-        index = _LAYOUTS.index(layout)
+        index = LAYOUTS.index(layout)
         return f"{_LAYERS[index]}.{layer}.{self.names[index]}.weight"
 
     def peft_name(self, layer: int, matrix: str) -> str:
@@ -201,12 +201,12 @@ def projections(arch: Architecture) -> dict[str, tuple[ProjectionSpec, ...]]:
 
 def outside_name(module: str, layout: Layout) -> str:
     """The name of the weight of "embedding", "norm" or "head" in files."""
-    return f"{_OUTSIDE_LAYERS[module][_LAYOUTS.index(layout)]}.weight"
+    return f"{_OUTSIDE_LAYERS[module][LAYOUTS.index(layout)]}.weight"
 
 
 def source_tensors(arch: Architecture, layout: Layout) -> dict[str, list[SourceTensor]]:
     """Module of the network -> the tensors of the files that its weight stacks, in order."""
-    index = _LAYOUTS.index(layout)
+    index = LAYOUTS.index(layout)
 
     def outside(module: str, rows: int, columns: int | None = None) -> dict[str, list[SourceTensor]]:
         return {module: [SourceTensor(outside_name(module, layout), rows, columns)]}
