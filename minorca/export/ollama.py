@@ -18,8 +18,9 @@ from minorca.files.weights import ModelFiles
 
 log = logging.getLogger(__name__)
 
-# AFTER and INSIDE are those of data/portable_template.py. Ollama puts a bos in front where the tokenizer adds one.
-# SYSTEM: what is written where a conversation has no system prompt; OTHERWISE: of another message than an answer.
+# AFTER and INSIDE are those of data/portable_template.py. Ollama puts a bos in front where the tokenizer adds one;
+# Mistral's formats begin with BOS where it does not. SYSTEM: what is written where a conversation has no system prompt;
+# OTHERWISE: the condition of a message that is no answer.
 _CHATML = """\
 {{- range $i, $_ := .Messages }}
 {{- if and (eq $i 0) (ne .Role "system") }}SYSTEM{{ end }}
@@ -33,7 +34,7 @@ INSIDE{{ .Content }}<|im_end|>AFTER
 _MISTRAL = """\
 {{- $last := -1 }}{{ $first := -1 }}
 {{- range $i, $_ := .Messages }}{{ if eq .Role "user" }}{{ $last = $i }}{{ if eq $first -1 }}{{ $first = $i }}{{ end }}\
-{{ end }}{{ end }}
+{{ end }}{{ end }}BOS
 {{- range $i, $_ := .Messages }}
 {{- if eq .Role "user" }}USER
 {{- else if eq .Role "assistant" }}ASSISTANTEOS
@@ -88,7 +89,9 @@ def go_template(tok: Tokenizer, template: str | None) -> str | None:
         return _chatml(after, inside, "", 'else if or (ne .Role "system") .Content')
     user, assistant = _PARTS[template]
     answer = f"{assistant}{{{{ .Content }}}}"
-    parts = {"USER": user, "ASSISTANT": answer, "EOS": special_tokens(tok)["eos_token"]}
+    special = special_tokens(tok)
+    bos = "" if tok.adds_bos else special["bos_token"]
+    parts = {"USER": user, "ASSISTANT": answer, "BOS": bos, "EOS": special["eos_token"]}
     return fill(_MISTRAL, parts | {"AFTER": after, "INSIDE": inside})
 
 

@@ -137,7 +137,7 @@ def open_model(path: str | Path, quantization: Quantization | None = None) -> Mo
             path=directory,
         )
     _unwrap_names(files, directory)
-    layout = _layout_of(files)
+    layout = _layout(files)
     tensors = source_tensors(arch, layout)
     expected = {tensor.name: tensor for stacked in tensors.values() for tensor in stacked}
     shapes = _quantized_shapes(directory, tensors)
@@ -173,6 +173,13 @@ def open_model(path: str | Path, quantization: Quantization | None = None) -> Mo
     return ModelFiles(directory, arch, files, tensors, quantized, quantization)
 
 
+def _layout(files: TensorFiles) -> Layout:
+    for layout in LAYOUTS:
+        if outside_name("embedding", layout) in files.files:
+            return layout
+    return "huggingface"
+
+
 def check_quantizable(arch: Architecture, directory: Path) -> None:
     """Raises UserError where the rows of a projection are not made of whole blocks."""
     if projection := not_quantizable(arch):
@@ -200,14 +207,6 @@ def _quantized_shapes(directory: Path, tensors: dict[str, list[SourceTensor]]) -
         for tensor in stacked
         if tensor.columns is not None
     }
-
-
-def _layout_of(files: TensorFiles) -> Layout:
-    """By the name of the embedding."""
-    for layout in LAYOUTS:
-        if outside_name("embedding", layout) in files.files:
-            return layout
-    return "huggingface"
 
 
 def _unwrap_names(files: TensorFiles, directory: Path) -> None:
