@@ -30,7 +30,7 @@ Answer = TypeVar("Answer")
 MODELS = ("models/*/config.json", "examples/*/config.json")
 ROWS = ("data/*.jsonl", "data/*.parquet", "examples/data/train.jsonl")
 QUESTIONS = {
-    "model": "model (a directory)",
+    "model": "model (a directory or a hub id)",
     "data": "data (a file, a directory or a hub id)",
     "gpu": f"card ({', '.join(gpu.name for gpu in GPUS)}, cpu, or {THIS_MACHINE})",
     "goal": "goal (" + "; ".join(f"{name}: {about}" for name, about in GOALS.items()) + ")",
@@ -43,7 +43,7 @@ def build_parser() -> cli.Parser:
         description="Writes a configuration from four answers, with settings that fit the card. What no option "
         "says is asked in the terminal.",
     )
-    parser.add_argument("--model", metavar="DIR", help="the base model's directory")
+    parser.add_argument("--model", metavar="DIR", help="the base model's directory or hub id")
     parser.add_argument("--data", metavar="FILE", help="rows: a file, a directory, a glob or a hub id")
     parser.add_argument("--gpu", metavar="NAME", help=QUESTIONS["gpu"])
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks, each with one (default: 1)")

@@ -282,7 +282,7 @@ def test_leaving_the_questions(key, status, tmp_path):
     with contextlib.suppress(OSError):
         while select.select([terminal], [], [], 120)[0]:
             printed += os.read(terminal, 1000)
-            if key and b"model (a directory): " in printed:
+            if key and b"model (a directory or a hub id): " in printed:
                 os.write(terminal, key.encode())
                 key = ""
         # it said nothing for two minutes
