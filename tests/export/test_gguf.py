@@ -255,6 +255,22 @@ def test_a_pre_tokenizer_that_llama_cpp_has_no_name_for(save_mistral, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("name", ["<e{{>", '<e""">', '<e">'])
+def test_token_names_that_a_modelfile_cannot_hold(name, save_mistral, tmp_path):
+    """They are in the GGUF file all the same."""
+    directory, _ = save_mistral(vocab_size=32003)
+    config = (directory / "config.json").read_text()
+    tokenizer_v1(directory)
+    (directory / "config.json").write_text(config)
+    added = {"added_tokens_decoder": {"32002": {"content": name, "special": True}}}
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": name, "bos_token": "<s>"} | added))
+    export_gguf(directory, None, tmp_path / "out", "q4_0")
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert "{{" not in name or "TEMPLATE" not in text.replace("add a TEMPLATE", "")
+    assert f'stop "{name}"' not in text
+    assert fields(tmp_path / "out" / "model-Q4_0.gguf")["tokenizer.ggml.tokens"][32002] == name
+
+
 def test_a_model_without_tokenizer(save_mistral, tmp_path):
     directory, _ = save_mistral()
     export_gguf(directory, None, tmp_path / "out")
