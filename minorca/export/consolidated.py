@@ -18,7 +18,8 @@ from minorca.files.atomic import publish
 from minorca.files.tensor_files import PlannedTensor, write_one_file
 from minorca.files.weights import open_model
 from minorca.model.architecture import Architecture
-from minorca.model.layout import SourceTensor, mistral_order, outside_name, source_tensors
+from minorca.model.layout import SourceTensor, outside_name, source_tensors
+from minorca.model.row_order import mistral_order
 from minorca.progress import progress
 from minorca.receipts import write_receipt
 

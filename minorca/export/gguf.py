@@ -23,7 +23,8 @@ from minorca.export.ollama import modelfile
 from minorca.files.atomic import publish
 from minorca.files.weights import open_model
 from minorca.model.architecture import Architecture
-from minorca.model.layout import SourceTensor, mistral_order, source_tensors
+from minorca.model.layout import SourceTensor, source_tensors
+from minorca.model.row_order import mistral_order
 from minorca.progress import progress
 from minorca.receipts import as_metadata, write_receipt
 

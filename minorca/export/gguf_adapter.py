@@ -21,8 +21,9 @@ from minorca.files.vocabulary import vocabulary_updates
 from minorca.files.weights import open_model
 from minorca.model.architecture import Architecture
 from minorca.model.build import build_model
-from minorca.model.layout import ProjectionSpec, mistral_order, projections
+from minorca.model.layout import ProjectionSpec, projections
 from minorca.model.lora import LoRASettings, PartSettings, adapter_parameters, add_adapters
+from minorca.model.row_order import mistral_order
 
 DEFAULT_TYPE = "f32"
 

@@ -66,7 +66,7 @@ def add_tokenizer(
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(vocabulary.scores)
-        is_prefixed = vocabulary.tokens[tok.encode("a")[0]].startswith(SPACE)
+        is_prefixed = any(vocabulary.tokens[i].startswith(SPACE) for i in tok.encode("a")[:1] if i < arch.vocab_size)
         writer.add_add_space_prefix(is_prefixed)
         if is_prefixed and tok.encode(" a") == tok.encode("a"):
             log.warning("%s: llama.cpp begins every text with a space; this tokenizer not one that has it", tok.path)

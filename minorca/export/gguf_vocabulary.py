@@ -97,8 +97,10 @@ def _put_pieces(tok: SentencePieceTokenizer, vocabulary: Vocabulary) -> None:
 def _put_json(tok: JsonTokenizer, vocabulary: Vocabulary) -> None:
     values = json.loads(read_small(tok.file, MAX_TOKENIZER_BYTES))
     model = values["model"]
-    if model.get("type", "BPE") != "BPE":
-        message = f"is a tokenizer of the kind {quote(model['type'])}; llama.cpp reads BPE of Llama and Mistral models"
+    if model.get("type", "BPE") != "BPE" or "merges" not in model:
+        message = (
+            f"is a tokenizer of the kind {quote(model.get('type'))}; llama.cpp reads BPE of Llama and Mistral models"
+        )
         raise UserError(message, path=tok.file)
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     ranks: dict[str, int] = {}

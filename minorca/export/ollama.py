@@ -60,7 +60,7 @@ def modelfile(file: str, tok: Tokenizer | None, template: str | None, source: Mo
         go = go_template(tok, template)
         lines.append(f'TEMPLATE """{go}"""' if go else _untranslated(tok))
         names = (name_of(tok, i) for i in stop_ids(tok, source.directory))
-        lines += [f'PARAMETER stop "{name}"' for name in names if name]
+        lines += [f'PARAMETER stop "{name}"' for name in names if name and _is_plain(name) and '"' not in name]
     lines.append(f"PARAMETER num_ctx {context_length(source.arch)}")
     return "\n".join(lines) + "\n"
 
@@ -68,6 +68,11 @@ def modelfile(file: str, tok: Tokenizer | None, template: str | None, source: Mo
 _BASE = """\
 # the base model as GGUF: python -m minorca.export --model {} --output base --format gguf
 FROM ./base/model-F16.gguf"""
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text stands for itself in a Modelfile's template."""
+    return not any(mark in text for mark in ("{{", "}}", '"""', "\0"))
 
 
 def _untranslated(tok: Tokenizer) -> str:
@@ -90,6 +95,8 @@ def go_template(tok: Tokenizer, template: str | None) -> str | None:
     user, assistant = _PARTS[template]
     answer = f"{assistant}{{{{ .Content }}}}"
     special = special_tokens(tok)
+    if not all(map(_is_plain, special.values())):
+        return None
     bos = "" if tok.adds_bos else special["bos_token"]
     parts = {"USER": user, "ASSISTANT": answer, "BOS": bos, "EOS": special["eos_token"]}
     return fill(_MISTRAL, parts | {"AFTER": after, "INSIDE": inside})
@@ -109,7 +116,7 @@ def _default_system(tok: Tokenizer) -> str | None:
     try:
         text = write_by(tok.chat_template, tok, [question], [], True)
         system, separator, _ = text.partition("<|im_start|>user\nquestion")
-        if not separator or any(mark in system for mark in ("{{", "}}", '"""')):
+        if not separator or not _is_plain(system):
             return None
         for messages, prompt in PROBES:
             written = "".join(f"<|im_start|>{each['role']}\n{each['content']}<|im_end|>\n" for each in messages)

@@ -14,8 +14,9 @@ from minorca.errors import UserError
 from minorca.files.safe_io import find_file, quote, read_json
 from minorca.files.tensor_files import TensorFiles
 from minorca.model.architecture import MAX_NUMBER, Architecture, read_mistral_architecture
-from minorca.model.layout import TARGETS, ProjectionSpec, huggingface_order, peft_name_of_mistral_lora, projections
+from minorca.model.layout import TARGETS, ProjectionSpec, peft_name_of_mistral_lora, projections
 from minorca.model.lora import LoRASettings
+from minorca.model.row_order import huggingface_order
 
 log = logging.getLogger(__name__)
 

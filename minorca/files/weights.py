@@ -28,7 +28,6 @@ from minorca.model.layout import (
     Layout,
     ProjectionSpec,
     SourceTensor,
-    huggingface_order,
     outside_name,
     projections,
     source_tensors,
@@ -37,6 +36,7 @@ from minorca.model.layout import (
 from minorca.model.network import RMSNorm
 from minorca.model.projection import Projection
 from minorca.model.quantization import Quantization
+from minorca.model.row_order import huggingface_order
 from minorca.model.vocabulary import VocabularyMatrix
 from minorca.progress import progress_bar
 from minorca_kernels import FrozenWeight, NF4Weight, fill_rows

@@ -9,9 +9,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
-from torch import Tensor
-
 from minorca.model.architecture import Architecture
 
 # how files name tensors: Hugging Face's, Mistral's and llama.cpp's (GGUF); in this order in the tables below
@@ -174,19 +171,6 @@ def module_name(layer: int, projection: Target | Matrix) -> str:
     if projection == "embed" or projection == "head":
         return _OUTSIDE_LAYERS[matrix_module(projection)][0]
     return f"model.layers.{layer}.{_PROJECTIONS[projection][1][0]}"
-
-
-def huggingface_order(rows: int, heads: int) -> Tensor:
-    """Which rows of a query or key matrix in Mistral's files are Hugging Face's, in their order.
-
-    Mistral's files order the rows of a head for rotary pairs (2i, 2i + 1), Hugging Face's for (i, i + D/2).
-    """
-    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
-
-
-def mistral_order(rows: int, heads: int) -> Tensor:
-    """Which rows in Hugging Face's files are those of Mistral's, in their order."""
-    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from minorca.export.__main__ import main
 from minorca.export.gguf import export_gguf
 from minorca.files.adapters import read_adapter_settings
 from minorca.files.atomic import sha256
-from minorca.model.layout import mistral_order
+from minorca.model.row_order import mistral_order
 from minorca.receipts import is_sealed
 from minorca.replay.verify import verify_directory
 from tests.data.test_portable_files import json_of_llama, tokenizer_v1, tokenizer_v3
@@ -259,6 +259,22 @@ def test_a_pre_tokenizer_that_llama_cpp_has_no_name_for(save_mistral, tmp_path):
     with pytest.raises(UserError, match=r"pre-tokenizer .*'use_regex': False.*not known.*smollm.*--format hf"):
         export_gguf(directory, None, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("name", ["<e{{>", '<e""">', '<e">'])
+def test_token_names_that_a_modelfile_cannot_hold(name, save_mistral, tmp_path):
+    """They are in the GGUF file all the same."""
+    directory, _ = save_mistral(vocab_size=32003)
+    config = (directory / "config.json").read_text()
+    tokenizer_v1(directory)
+    (directory / "config.json").write_text(config)
+    added = {"added_tokens_decoder": {"32002": {"content": name, "special": True}}}
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": name, "bos_token": "<s>"} | added))
+    export_gguf(directory, None, tmp_path / "out", "q4_0")
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert "{{" not in name or "TEMPLATE" not in text.replace("add a TEMPLATE", "")
+    assert f'stop "{name}"' not in text
+    assert fields(tmp_path / "out" / "model-Q4_0.gguf")["tokenizer.ggml.tokens"][32002] == name
 
 
 def test_a_model_without_tokenizer(save_mistral, tmp_path):

@@ -348,7 +348,7 @@ def test_weights_in_four_bits_count_as_what_they_become(save_mistral, monkeypatc
     dense = sum(parameter.nbytes for parameter in theirs.parameters())
     for memory, fits in ((dense, False), (dense + 10 * page_bytes(model, page), True)):
         sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}
-        monkeypatch.setattr("minorca.device.os.sysconf", sizes.get)
+        monkeypatch.setattr("minorca.host.os.sysconf", sizes.get)
         with contextlib.nullcontext() if fits else pytest.raises(UserError, match="are free after loading"):
             # as many as have room
             assert affordable_pages(model, 100, 8, 512) == 9

@@ -112,7 +112,8 @@ def test_learning_rates_are_those_of_transformers(schedule, workplace):
 def test_a_finished_run_says_so(workplace, tmp_path, caplog):
     options = workplace(**{"train.steps": 2})
     train_command.main(options)
-    files = {"config.yaml", "metrics.jsonl", "checkpoints", "adapter", "curves.png", "tensorboard", "run.json"}
+    files = {"config.yaml", "metrics.jsonl", "receipt.jsonl", "checkpoints", "adapter", "curves.png", "tensorboard"}
+    files |= {"run.json"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == files | {".lock"}
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     caplog.set_level("INFO")
