@@ -11,7 +11,6 @@ from typing import NoReturn
 
 from minorca.errors import UserError, raise_problems
 from minorca.files.gguf import is_gguf
-from minorca.files.gguf_directory import gguf_directory
 from minorca.files.hub import local_directory
 from minorca.files.safe_io import find_file, quote, read_json
 from minorca.model.quantization import INSTEAD
@@ -96,6 +95,9 @@ def model_directory(path: str | Path, weights: bool = False) -> Path:
     if directory.is_dir():
         return directory
     if is_gguf(directory):
+        # settings are read without what it imports
+        from minorca.files.gguf_directory import gguf_directory
+
         return gguf_directory(directory)
     is_file = "is a file; expected a model's directory, or a file that ends in .gguf"
     raise UserError(is_file if directory.exists() else "no such directory", path=path)
