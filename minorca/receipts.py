@@ -15,7 +15,7 @@ import importlib.metadata
 import json
 import logging
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -213,16 +213,19 @@ def read_receipt(directory: Path) -> dict[str, Any] | None:
     return receipt
 
 
-def of_weights(paths: Iterable[Path], adapters: Iterable[str | Path]) -> dict[str, Any]:
-    """What was computed with a model's weight files and adapters: their digests, and the receipts beside them."""
-    files = list(paths)
-    values: dict[str, Any] = {"minorca": __version__, "code": code_sha256(), "base": sha256_of(files)}
-    values["base_receipt"] = _receipt_beside(files[0].parent)
-    values["adapters"] = [
+def of_weights(paths: Sequence[Path], adapters: Iterable[str | Path]) -> dict[str, Any]:
+    """What is made of a model's weight files and adapters: their digests, and the receipts beside them."""
+    base = {"base": sha256_of(paths), "base_receipt": _receipt_beside(paths[0].parent)}
+    return base | of_adapters(adapters)
+
+
+def of_adapters(adapters: Iterable[str | Path]) -> dict[str, Any]:
+    """What is made of adapters alone, as `of_weights`."""
+    described = [
         {"files": sha256_of(adapter_paths(adapter)), "receipt": _receipt_beside(local_directory(adapter))}
         for adapter in adapters
     ]
-    return values
+    return {"minorca": __version__, "code": code_sha256(), "adapters": described}
 
 
 def _receipt_beside(directory: Path) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from minorca.files.atomic import publish
 from minorca.files.hub import HubId, local_directory, parse_id
 from minorca.files.safe_io import MAX_JSON_BYTES, find_file, read_small
 from minorca.files.tensor_files import TensorFiles
+from minorca.receipts import of_adapters, write_receipt
 
 
 def named_base(adapter: str | Path) -> HubId | None:
@@ -49,6 +50,7 @@ def export_adapter(adapter: str | Path, output: Path, base: HubId | None = None)
         write_files(temporary, files)
         content = {name: tensors.read(name, 0, tensors.shape(name)[0]).contiguous() for name in tensors.files}
         save_file(content, temporary / "adapter_model.safetensors", {"format": "pt"})
+        write_receipt(temporary, {"export": {"format": "hf"}} | of_adapters([adapter]))
 
     publish(output, write)
     print(f"{output}: {len(tensors.files)} tensors of {adapter}")

@@ -6,6 +6,7 @@ pair (llama-adapter.h), so that any other scale becomes a part of B.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ from minorca.model.build import build_model
 from minorca.model.layout import ProjectionSpec, projections
 from minorca.model.lora import LoRASettings, PartSettings, adapter_parameters, add_adapters
 from minorca.model.row_order import mistral_order
+from minorca.receipts import as_metadata, of_adapters, write_receipt
+
+# this module is loaded by commands that need no gguf
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 DEFAULT_TYPE = "f32"
 
@@ -58,10 +64,15 @@ def export_adapter(model: str | Path, adapter: str | Path, output: Path, type: s
     files = open_adapter(adapter, adapter_parameters(shadow))
     name = f"adapter-{type.upper()}.gguf"
     description = modelfile(f"./{name}", *read_chat(source, [adapter]), source, "ADAPTER")
+    receipt = {"export": {"format": "gguf", "type": type}} | of_adapters([adapter])
 
     def write(temporary: Path) -> None:
-        _write(temporary / name, parts, settings.alpha or 1.0, files, type, output.name)
+        writer = _writer(temporary / name, output.name, settings.alpha or 1.0, type)
+        for key, text in as_metadata(receipt).items():
+            writer.add_string(key, text)
+        write_tensors(writer, _described(parts, type), _tensors(parts, settings.alpha or 1.0, files))
         (temporary / "Modelfile").write_text(description)
+        write_receipt(temporary, receipt)
 
     publish(output, write)
     print(f"{output}: {name}, {2 * len(parts)} tensors")
@@ -73,7 +84,7 @@ def _parts(arch: Architecture, settings: LoRASettings) -> Parts:
     return [(layer, part, chosen) for layer, part, chosen in found if chosen]
 
 
-def _write(path: Path, parts: Parts, alpha: float, files: TensorFiles, type: str, name: str) -> None:
+def _writer(path: Path, name: str, alpha: float, type: str) -> "GGUFWriter":
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")
@@ -83,12 +94,17 @@ def _write(path: Path, parts: Parts, alpha: float, files: TensorFiles, type: str
     writer.add_float32("adapter.lora.alpha", alpha)
     writer.add_file_type(TYPES[type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    return writer
+
+
+def _described(parts: Parts, type: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The shape and ggml's type of each tensor."""
     described = {}
     for layer, part, (rank, _) in parts:
         for matrix, shape in (("a", (rank, part.in_features)), ("b", (part.out_features, rank))):
             fits = not type.startswith("q") or shape[1] % 32 == 0
             described[f"{part.tensor_name(layer, 'gguf')}.lora_{matrix}"] = (shape, type.upper() if fits else "F16")
-    write_tensors(writer, described, _tensors(parts, alpha, files))
+    return described
 
 
 def _tensors(parts: Parts, alpha: float, files: TensorFiles) -> Iterator[tuple[str, Tensor]]:

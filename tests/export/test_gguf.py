@@ -319,6 +319,10 @@ def test_an_adapter_alone_is_exact(config, save_mistral, tmp_path):
     assert (said["general.type"], said["adapter.type"]) == ("adapter", "lora")
     alpha = said["adapter.lora.alpha"]
     assert alpha == (config["lora_alpha"] or 1)
+    [described] = json.loads(said["minorca.receipt"])["adapters"]
+    weights = "adapter_model.safetensors"
+    assert described["files"][weights] == sha256(tmp_path / "adapter" / weights)
+    verify_directory(tmp_path / "out")
     modules = {name: module for name, module in with_adapter.named_modules() if hasattr(module, "lora_A")}
     assert len(found) == 2 * len(modules) == 28
     names = {"q_proj": ("attn_q", 4), "k_proj": ("attn_k", 2), "v_proj": ("attn_v", 0), "o_proj": ("attn_output", 0)}

@@ -62,6 +62,10 @@ def test_an_adapter_of_a_run(writer, workplace, tmp_path, monkeypatch):
     assert writer.messages == ["Export of minorca"] and len(repository.commits) == 2 and repository.private
     assert files.keys() - {".gitattributes"} == {path.name for path in output.iterdir()}
     assert {"adapter_model.safetensors", "tokenizer.json", "minorca.json", "curves.png"} < files.keys()
+    # of the run's receipt
+    last = (run / "receipt.jsonl").read_text().splitlines()[-1]
+    [adapter] = json.loads(files["receipt.json"])["adapters"]
+    assert adapter["receipt"]["run"] == json.loads(last)["sha256"]
     card = card_of(files)
     data = card.data.to_dict()
     assert (data["base_model"], data["base_model_relation"], data["library_name"]) == ("org/base", "adapter", "peft")
