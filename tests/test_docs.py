@@ -75,7 +75,7 @@ def name_of(document: Path) -> str:
 
 @pytest.fixture(scope="module")
 def copy_checkout(tmp_path_factory, smollm2):
-    """copy_checkout() -> a copy of the checkout, in whose .venv `python` is the one that runs this."""
+    """copy_checkout() -> a copy of the checkout, in whose .venv `python` and `torchrun` are those that run this."""
 
     def copy() -> Path:
         directory = tmp_path_factory.mktemp("docs") / "minorca"
@@ -83,8 +83,9 @@ def copy_checkout(tmp_path_factory, smollm2):
         shutil.copytree(ROOT, directory, ignore=left_out, ignore_dangling_symlinks=True)
         programs = directory / ".venv" / "bin"
         programs.mkdir(parents=True)
-        (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-        (programs / "python").chmod(0o755)
+        for name, program in (("python", ""), ("torchrun", "-m torch.distributed.run")):
+            (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {program} "$@"\n')
+            (programs / name).chmod(0o755)
         # what `make` takes as the sign that the environment is there
         (directory / ".venv" / "ready").touch()
         return directory
