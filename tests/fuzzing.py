@@ -175,13 +175,12 @@ def _load_gguf(directory: Path) -> None:
     import torch
 
     from minorca import load_model
+    from minorca.files import gguf_directory
     from minorca.files.gguf import GGUF
-    from minorca.files.gguf_directory import model_files
-    from minorca.model import architecture
 
-    for name, content in model_files(GGUF(directory / "model.gguf")).items():
+    for name, content in gguf_directory.model_files(GGUF(directory / "model.gguf")).items():
         (directory / Path(name).name).write_bytes(content)
-    architecture.gguf_directory = lambda path: path.parent
+    gguf_directory.gguf_directory = lambda path: path.parent
     load_model(directory / "model.gguf", torch.float32, "cpu")
     _tokenize(directory)
 
