@@ -6,18 +6,14 @@ as MyST reads it.
 
 import argparse
 import ast
-import contextlib
 import dataclasses
 import importlib
 import inspect
-import io
-import re
 import textwrap
 import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import minorca
 import minorca.generate
@@ -30,30 +26,15 @@ ROOT = Path(__file__).parent.parent
 # ----------------------------------------------------------------------------------------------------------- commands
 
 
-def help_of(main, argv: list[str]) -> tuple[cli.Parser | None, list[str]]:
-    """The parser whose help `main` prints for these arguments, None where it prints a text of its own; and the
-    subcommands of which it tells.
-    """
-    caught, text = [], io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        with mock.patch.object(cli.Parser, "print_help", lambda parser, file=None: caught.append(parser)):
-            main([*argv, "--help"])
-    if not caught:
-        return None, re.findall(r"\w+", re.findall(r"\{([\w,]+)\}", text.getvalue())[0])
-    groups = [action for action in caught[0]._actions if isinstance(action, argparse._SubParsersAction)]
-    return caught[0], [name for action in groups for name in action.choices]
-
-
 def parsers() -> Iterator[tuple[str, cli.Parser]]:
     """Every command with its parser, of those that have subcommands each of these."""
     for command in COMMANDS:
-        main = importlib.import_module(f"minorca.{command}.__main__").main
-        parser, names = help_of(main, [])
-        for name in names:
-            subparser, _ = help_of(main, [name])
-            assert subparser
-            yield f"{command} {name}", subparser
-        if parser and not names:
+        parser = importlib.import_module(f"minorca.{command}.__main__").build_parser()
+        groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        for group in groups:
+            for name, subparser in group.choices.items():
+                yield f"{command} {name}", subparser
+        if not groups:
             yield command, parser
 
 

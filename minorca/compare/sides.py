@@ -96,7 +96,7 @@ def _base(adapter: Path, model: str | None) -> Path:
 
 def why_not_comparable(a: Side, b: Side, rendered: Sequence[tuple[Rendered, Rendered]]) -> str | None:
     """Why the models' distributions over the next token cannot be compared; None where they can."""
-    if a.tok is not b.tok and _vocabulary(a.tok) != _vocabulary(b.tok):
+    if a.tok is not b.tok and not a.tok.has_ids_of(b.tok):
         return "the tokenizers differ: an id of A is another text in B"
     if a.arch.vocab_size != b.arch.vocab_size:
         return f"A has {a.arch.vocab_size} ids and B {b.arch.vocab_size}"
@@ -104,10 +104,6 @@ def why_not_comparable(a: Side, b: Side, rendered: Sequence[tuple[Rendered, Rend
         templates = f"A (template {a.template}) and B (template {b.template})"
         return f"rows become other ids for {templates}; --template may give both the same"
     return None
-
-
-def _vocabulary(tok: Tokenizer) -> tuple:
-    return type(tok), tok.control_ids, tok.vocabulary()
 
 
 class FlatRows(NamedTuple):

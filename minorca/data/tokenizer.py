@@ -184,6 +184,11 @@ class Tokenizer:
         """What decides the ids of text beside the settings; to be compared between tokenizers of one class."""
         return read_small(self.file, MAX_TOKENIZER_BYTES)
 
+    def has_ids_of(self, other: "Tokenizer") -> bool:
+        """Whether the ids of both are those of the same vocabulary."""
+        is_alike = type(self) is type(other) and self.control_ids == other.control_ids
+        return is_alike and self.vocabulary() == other.vocabulary()
+
     def token_id(self, token: str) -> int | None:
         """The id of a token of any kind; None where the vocabulary has no such token."""
         raise NotImplementedError

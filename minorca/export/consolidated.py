@@ -7,8 +7,6 @@ What reads it: mistral-inference (transformer.py, args.py, main.py), mistral-fin
 import json
 from pathlib import Path
 
-from torch import Tensor
-
 from minorca.data.portable_files import portable_files, tokenizer_files, write_files
 from minorca.export.contents import Contents, ExportedTensor, check_new, merged_tensors, read_contents
 from minorca.export.effect import print_effect, readers, rounding
@@ -19,7 +17,7 @@ from minorca.files.tensor_files import PlannedTensor, write_one_file
 from minorca.files.weights import open_model
 from minorca.model.architecture import Architecture
 from minorca.model.layout import SourceTensor, outside_name, source_tensors
-from minorca.model.row_order import mistral_order
+from minorca.model.row_order import in_mistral_order
 from minorca.progress import progress
 from minorca.receipts import write_receipt
 
@@ -47,7 +45,8 @@ def export_consolidated(model: str | Path, adapter: str | Path | Merge | None, o
         (temporary / "params.json").write_text(json.dumps(params_json(source.arch), indent=2) + "\n")
         write_files(temporary, files)
         planned = [PlannedTensor(theirs.name, theirs.shape, ours.dtype) for theirs, ours in pairs]
-        values = (_value(*pair) for pair in progress(pairs, "writing", unit="tensors"))
+        described = progress(pairs, "writing", unit="tensors")
+        values = (in_mistral_order(ours.make(), theirs.rotary_heads) for theirs, ours in described)
         write_one_file(temporary / "consolidated.safetensors", planned, values)
         write_receipt(temporary, contents.receipt(format="consolidated"))
 
@@ -91,8 +90,3 @@ def _pairs(contents: Contents) -> list[tuple[SourceTensor, ExportedTensor]]:
         head = SourceTensor(outside_name("head", "mistral"), arch.vocab_size, arch.hidden_size)
         pairs.append((head, contents.tensors[0]))
     return pairs
-
-
-def _value(theirs: SourceTensor, ours: ExportedTensor) -> Tensor:
-    value = ours.make()
-    return value[mistral_order(theirs.rows, theirs.rotary_heads)] if theirs.rotary_heads else value

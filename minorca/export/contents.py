@@ -149,7 +149,7 @@ def read_chat(source: ModelFiles, adapters: Sequence[str | Path]) -> tuple[Token
             recorded.setdefault(template, directory)
         if brought is base:
             continue
-        if brought_by and _ids(brought) != _ids(tok):
+        if brought_by and not brought.has_ids_of(tok):
             message = f"its tokenizer gives other ids than that of {brought_by}; merge adapters of one tokenizer"
             raise UserError(message, path=directory)
         if brought_by is None:
@@ -165,11 +165,6 @@ def read_chat(source: ModelFiles, adapters: Sequence[str | Path]) -> tuple[Token
             raise
         log.warning("no chat template is written: %s", error)
         return tok, None
-
-
-def _ids(tok: Tokenizer) -> tuple:
-    """What decides the ids of text."""
-    return type(tok), tok.control_ids, tok.vocabulary()
 
 
 def _check_base(source: ModelFiles, adapter: str | Path) -> None:

@@ -24,7 +24,7 @@ from minorca.files.atomic import publish
 from minorca.files.weights import open_model
 from minorca.model.architecture import Architecture
 from minorca.model.layout import SourceTensor, source_tensors
-from minorca.model.row_order import mistral_order
+from minorca.model.row_order import in_mistral_order
 from minorca.progress import progress
 from minorca.receipts import as_metadata, write_receipt
 
@@ -66,7 +66,7 @@ def export_gguf(model: str | Path, adapter: str | Path | Merge | None, output: P
     check_new(output)
     quantize = _llama_quantize(type) if type in K_QUANTS else None
     contents = read_contents(model, adapter)
-    stored = _PLAIN_TYPES.get(contents.tensors[0].make().dtype, "f32") if quantize else type
+    stored = _PLAIN_TYPES.get(contents.tensors[0].dtype, "f32") if quantize else type
     name = f"model-{type.upper()}.gguf"
     description = modelfile(f"./{name}", contents.tok, contents.template, contents.source, "FROM")
     receipt = contents.receipt(format="gguf", type=type)
@@ -132,7 +132,7 @@ def _write(path: Path, contents: Contents, type: str, name: str, metadata: Mappi
     write_tensors(
         writer,
         {each.place.name: (each.place.shape, each.type) for each in written},
-        ((each.place.name, _in_file_order(each.tensor.make(), each.place)) for each in written),
+        ((each.place.name, in_mistral_order(each.tensor.make(), each.place.rotary_heads)) for each in written),
     )
 
 
@@ -161,11 +161,6 @@ def write_tensors(
             writer.write_tensor_data(_encoded(name, tensor, described[name][1]))
     finally:
         writer.close()
-
-
-def _in_file_order(weight: Tensor, place: SourceTensor) -> Tensor:
-    """The rows of query and key heads in the order of rotary pairs (2i, 2i + 1)."""
-    return weight[mistral_order(place.rows, place.rotary_heads)] if place.rotary_heads else weight
 
 
 def _encoded(name: str, tensor: Tensor, kind: str) -> "numpy.ndarray":

@@ -24,7 +24,7 @@ from minorca.model.architecture import Architecture
 from minorca.model.build import build_model
 from minorca.model.layout import ProjectionSpec, projections
 from minorca.model.lora import LoRASettings, PartSettings, adapter_parameters, add_adapters
-from minorca.model.row_order import mistral_order
+from minorca.model.row_order import in_mistral_order
 from minorca.receipts import as_metadata, of_adapters, write_receipt
 
 # this module is loaded by commands that need no gguf
@@ -114,4 +114,4 @@ def _tensors(parts: Parts, alpha: float, files: TensorFiles) -> Iterator[tuple[s
         b = files.read(part.peft_name(layer, "B"), 0, part.out_features)
         b = b.float() * (scale * rank / alpha)
         yield f"{name}.lora_a", a
-        yield f"{name}.lora_b", b[mistral_order(len(b), part.rotary_heads)] if part.rotary_heads else b
+        yield f"{name}.lora_b", in_mistral_order(b, part.rotary_heads)

@@ -178,11 +178,8 @@ def written_settings(output: Path) -> Path:
     Raises:
         UserError: run.json is damaged.
     """
-    run, path, resolved = (
-        _parse(output) if (output / FILE).exists() else None,
-        output / "config.yaml",
-        output / RESOLVED,
-    )
+    run = _parse(output) if (output / FILE).exists() else None
+    path, resolved = output / "config.yaml", output / RESOLVED
     if run and RESOLVED in run.made and resolved.exists() and not _is_unedited(path, run.config_sha256):
         return resolved
     return path
