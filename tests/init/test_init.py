@@ -24,7 +24,7 @@ from minorca.init.settings import choose, file_text, fit_to_card
 from minorca.plan.devices import machine
 from minorca.plan.fake_device import unavailable
 from minorca.train.dry_run import dry_run
-from tests.helpers import ENVIRONMENT, save_tokenizer
+from tests.helpers import ENVIRONMENT, save_tokenizer, wait_until
 
 TURNS = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 # a row of each format
@@ -270,6 +270,11 @@ def test_a_card_that_is_too_small_is_asked_again(model, tmp_path, monkeypatch, c
         command.main([*options[:-1], str(tmp_path / "other.yaml"), "--gpu", "small", "--goal", "adapters"])
 
 
+def state_of(pid: int) -> str:
+    """Of a process: `R` where it runs, `S` where it waits (proc(5))."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 @pytest.mark.parametrize("key, status", [("\x03", 130), ("\x04", 2)], ids=["Ctrl-C", "Ctrl-D"])
 def test_leaving_the_questions(key, status, tmp_path):
     pid, terminal = pty.fork()
@@ -283,6 +288,8 @@ def test_leaving_the_questions(key, status, tmp_path):
         while select.select([terminal], [], [], 120)[0]:
             printed += os.read(terminal, 1000)
             if key and b"model (a directory or a hub id): " in printed:
+                # a signal that comes before it reads would wait for a line
+                wait_until(lambda: state_of(pid) == "S", 60)
                 os.write(terminal, key.encode())
                 key = ""
         # it said nothing for two minutes

@@ -50,8 +50,8 @@ def by_hand() -> list[Start]:
 def by_slurm() -> list[Start]:
     """The script runs on the first node; its srun starts both."""
     names = {"JOB_ID": "7", "JOB_NUM_NODES": "2", "JOB_NODELIST": "node[0-1]", "CPUS_PER_TASK": "64"}
-    script = str(EXAMPLES / "slurm.sbatch")
-    return [Start(["bash", script, CONFIG], {f"SLURM_{name}": value for name, value in names.items()})]
+    environment = {f"SLURM_{name}": value for name, value in names.items()}
+    return [Start(["bash", "examples/slurm.sbatch", CONFIG], environment)]
 
 
 def by_trainer() -> list[Start]:
@@ -131,6 +131,7 @@ class Cluster:
             (self.programs / name).write_text(f"#!{sys.executable}\n{code.strip()}\n")
             (self.programs / name).chmod(0o755)
         (directory / "configs").mkdir()
+        (directory / "examples").symlink_to(EXAMPLES)
 
     def write_config(self, options: list[str]) -> None:
         _, config = cli.parse_config(cli.config_parser("", ""), options)
