@@ -33,6 +33,7 @@ from minorca_kernels.frozen_weight import (
     PaddedWeight,
     PrepackedWeight,
     fill_rows,
+    is_sharded,
     local_part,
 )
 from minorca_kernels.lora_linear import (
@@ -80,6 +81,7 @@ __all__ = [
     "draw",
     "draw_definition",
     "fill_rows",
+    "is_sharded",
     "linear_cross_entropy",
     "linear_cross_entropy_and_entropy",
     "linear_cross_entropy_definition",

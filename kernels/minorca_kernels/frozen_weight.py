@@ -4,14 +4,17 @@ A kind of storage is one subclass of `FrozenWeight`. torch's operators take tens
 gets the name of the kind and the tensors, and calls the kind's static products. Axes: T tokens, N out, K in.
 """
 
+import sys
 from collections.abc import Callable
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 
 class FrozenWeight(nn.Module):
@@ -100,12 +103,22 @@ class _Product(torch.autograd.Function):
         return dx, None, *(None for _ in tensors)
 
 
+def is_sharded(tensor: Tensor) -> "TypeIs[DTensor]":
+    """Whether it is a DTensor, of which this rank stores a part. To import DTensor takes a second: where nobody has
+    done so, there is none.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local_part(parameter: Tensor) -> tuple[Tensor, int]:
     """The part of a parameter that this rank stores, of a DTensor maybe no rows, and which row of the whole is its
     first.
     """
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return parameter.detach(), 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return parameter.to_local().detach(), offset[0]
 

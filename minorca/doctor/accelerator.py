@@ -149,7 +149,7 @@ def _attention(device: "torch.device") -> str:
 
     from minorca.model import attention
 
-    varlen = attention.varlen_attn is not None
+    varlen = attention.varlen_attn() is not None
     flash = attention.flash_implementation(device) if varlen else None
     capability = torch.cuda.get_device_capability(device)
     chosen = []

@@ -7,14 +7,13 @@ import logging
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from minorca.errors import one_line
 from minorca.generate.kv_cache import KVCache
 from minorca.generate.sampling import Sampler, SamplingOps
 from minorca.model.lora import AdapterChoice
 from minorca.model.network import Mistral
-from minorca_kernels import DenseWeight, FrozenWeight
+from minorca_kernels import DenseWeight, FrozenWeight, is_sharded
 from minorca_kernels.draw import ALIGNMENT
 from minorca_kernels.operator import uses_triton
 
@@ -38,7 +37,7 @@ class DecodeStep:
         self._adapters = adapters
         self.tokens_N = torch.zeros(len(cache.lengths), dtype=torch.int64, device=cache.device)
         # the collectives of a sharded model are not captured
-        self._uses_graphs = cache.device.type == "cuda" and not isinstance(model.embedding.weight, DTensor)
+        self._uses_graphs = cache.device.type == "cuda" and not is_sharded(model.embedding.weight)
         self._warmed_up: set[tuple[SamplingOps, bool]] = set()
         self._graphs: dict[tuple[SamplingOps, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 

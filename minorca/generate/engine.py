@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from minorca.generate.decode_step import DecodeStep
 from minorca.generate.kv_cache import KVCache, affordable_pages
@@ -50,7 +49,7 @@ from minorca.model.lora import NO_ADAPTER, AdapterChoice, LoRA
 from minorca.model.network import Mistral
 from minorca.progress import progress_bar
 from minorca.signals import signals_noted
-from minorca_kernels import FrozenWeight
+from minorca_kernels import FrozenWeight, is_sharded
 
 # Prompt tokens that are computed between two decoding steps, by type of device: a GPU's products need more rows, until
 # their time is that of arithmetic and not of reading the weights.
@@ -204,8 +203,7 @@ class Engine:
             The tokens that have reached the host. On CUDA the newest ones follow with the next call.
         """
         # FSDP reads the versions of tensors, which inference mode does not count
-        is_sharded = isinstance(self.model.embedding.weight, DTensor)
-        with torch.no_grad() if is_sharded else torch.inference_mode():
+        with torch.no_grad() if is_sharded(self.model.embedding.weight) else torch.inference_mode():
             return self._step()
 
     def _step(self) -> list[Token]:

@@ -27,19 +27,22 @@ from torch.torch_version import TorchVersion
 
 from minorca_kernels import attention, rope, rope_tables
 
-varlen_attn: Callable[..., Any] | None
-try:
-    from torch.nn.attention import varlen
-
-    varlen_attn = varlen.varlen_attn
-# a build of torch without it
-except ImportError:
-    varlen_attn = None
-# torch 2.11 groups heads without being asked, and has no name for it
-_grouped = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
-VARLEN_OPTIONS = {"enable_gqa": True} if _grouped else {}
-
 log = logging.getLogger(__name__)
+
+
+@functools.cache
+def varlen_attn() -> Callable[..., Any] | None:
+    """torch's attention of packed documents; None: this build of torch has none.
+
+    It is imported by the first call: that takes a second, which a CPU need not spend.
+    """
+    try:
+        from torch.nn.attention import varlen
+    except ImportError:
+        return None
+    # torch 2.11 groups heads without being asked, and has no name for it
+    grouped = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+    return functools.partial(varlen.varlen_attn, enable_gqa=True) if grouped else varlen.varlen_attn
 
 
 def visible(q_positions: Tensor, k_positions: Tensor, window: int | None) -> Tensor:
@@ -94,7 +97,7 @@ def fastest(case: Case) -> str:
 
     One that fails, or whose results are not those of our kernels, is logged and passed over.
     """
-    names = candidates(case, torch.cuda.get_device_capability(case.device), varlen_attn is not None)
+    names = candidates(case, torch.cuda.get_device_capability(case.device), varlen_attn() is not None)
     seconds = {}
     if len(names) > 1:
         # the modes and hooks of autograd and of activation checkpointing belong to a thread
@@ -251,7 +254,7 @@ class PackedAttention:
         plain = plain and can_use_cudnn_attention(SDPAParams(*_sdpa_arguments(q_THD, k_TKD, v_TKD)))
         heads, kv_heads = q_THD.shape[1], k_TKD.shape[1]
         modes = (torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled())
-        flash = flash_implementation(device) if varlen_attn else None
+        flash = flash_implementation(device) if varlen_attn() else None
         case = Case(device, q_THD.dtype, heads, kv_heads, q_THD.shape[2], plain, *modes, flash)
         return self.run(fastest(case), q_THD, k_TKD, v_TKD)
 
@@ -350,14 +353,15 @@ def _varlen(
     window: int | None,
     past: int = 0,
 ) -> Tensor:
-    if varlen_attn is None:
+    attend = varlen_attn()
+    if attend is None:
         raise RuntimeError("this build of torch has no varlen_attn")
     # its window counts the keys before the query: W keys in all are (W - 1, 0)
     left = -1 if window is None else window - 1
     # of fewer queries than keys, the last keys belong to the queries
     cu_seqlens_q = (cu_seqlens - past).clamp(min=0) if past else cu_seqlens
     lengths = (cu_seqlens_q, cu_seqlens, longest - past, longest)
-    return varlen_attn(q_THD, k_TKD, v_TKD, *lengths, window_size=(left, 0), **VARLEN_OPTIONS)
+    return attend(q_THD, k_TKD, v_TKD, *lengths, window_size=(left, 0))
 
 
 def _sdpa_arguments(*qkv_THD: Tensor) -> tuple:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minorca.model.layout import TARGETS, Matrix, ProjectionSpec, Target, matrix_peft_names
@@ -27,6 +26,7 @@ from minorca_kernels import (
     FrozenWeight,
     PaddedWeight,
     fill_rows,
+    is_sharded,
     lora_linear,
     norm_lora_linear,
     padding_pays,
@@ -250,7 +250,7 @@ def pad_for_adapters(model: Mistral, device: torch.device | str | None = None) -
             columns.
     """
     weight = model.embedding.weight
-    if isinstance(weight, DTensor) or not uses_triton(torch.empty(0, device=device or weight.device)):
+    if is_sharded(weight) or not uses_triton(torch.empty(0, device=device or weight.device)):
         return
     bases = {}
     for _, projection in model.projections():

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses import FakeTensorMode, fake_tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import _utils as placement
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.backends.compiler import GPUTarget
@@ -33,7 +34,6 @@ from minorca.plan.devices import Machine, machine
 from minorca.plan.recorder import Recorder
 from minorca.train import parallel
 from minorca.train.ranks import World
-from minorca_kernels import frozen_weight
 
 # which rows of a sharded parameter a rank stores
 PLACE = "compute_local_shape_and_global_offset"
@@ -180,7 +180,7 @@ def fake_device(device: Machine, ranks: int = 1, attention: str = "own") -> Iter
         mock.patch.object(torch.utils, "swap_tensors", swap),
         # both need the numbers of the ranks
         mock.patch.object(parallel, "init_device_mesh", _on_values(init_device_mesh)),
-        mock.patch.object(frozen_weight, PLACE, _on_values(getattr(frozen_weight, PLACE))),
+        mock.patch.object(placement, PLACE, _on_values(getattr(placement, PLACE))),
         mock.patch.object(parallel, "memory_per_rank", lambda _: device.memory),
         # it would compute with single numbers that it knows, on a GPU too
         mock.patch.object(mode, "may_turn_const", lambda t: False),

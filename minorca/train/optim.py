@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from minorca.config import OptimConfig, warmup_steps
 from minorca.errors import UserError
+from minorca_kernels import is_sharded
 
 
 class Optimizer(Protocol):
@@ -83,4 +83,4 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
     """Scales all gradients so that their common norm is at most max_norm; returns the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return (norm.full_tensor() if is_sharded(norm) else norm).item()

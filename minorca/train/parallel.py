@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from minorca.config import ParallelConfig
 from minorca.errors import UserError
 from minorca.host import host_memory_bytes
+from minorca.model.attention import varlen_attn
 from minorca.model.network import Mistral
 from minorca.train.offload import HostMemory, input_on_host
 from minorca.train.ranks import World, lift_timeouts
@@ -147,7 +148,7 @@ def _attention_operators() -> set:
     names = ("flash_attention", "efficient_attention", "cudnn_attention")
     operators = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names}
     operators.add(torch.ops.minorca.attention.default)
-    if hasattr(torch.ops.torch_attn, "_varlen_attn"):
+    if varlen_attn() is not None:
         operators.add(torch.ops.torch_attn._varlen_attn.default)
     return operators
 

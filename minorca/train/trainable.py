@@ -8,12 +8,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from minorca.files.adapters import load_adapter, save_adapter
 from minorca.files.tensor_files import write_tensors
@@ -24,6 +23,10 @@ from minorca.model.network import Mistral
 from minorca.progress import progress
 from minorca.train.optim import clip_gradients
 from minorca.train.ranks import World
+from minorca_kernels import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Trainable(Protocol):
@@ -129,7 +132,7 @@ class TrainableSet:
 
     def sum_gradients(self, world: World) -> None:
         """Adds up over the ranks what FSDP does not: the gradients of unsharded parameters, in one all-reduce."""
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None and not isinstance(p, DTensor)]
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None and not is_sharded(p)]
         if world.size == 1 or not gradients:
             return
         flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -149,9 +152,9 @@ def gather(tensors: Iterable[tuple[str, Tensor]], world: World) -> Iterator[tupl
     """
     for name, tensor in tensors:
         whole = tensor.detach()
-        if isinstance(whole, DTensor):
+        if is_sharded(whole):
             # parts in host memory are sent from the device
-            whole = cast(DTensor, whole.to(world.device)).full_tensor()
+            whole = cast("DTensor", whole.to(world.device)).full_tensor()
         yield name, whole.cpu() if world.rank == 0 else whole
 
 

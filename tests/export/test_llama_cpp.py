@@ -27,6 +27,7 @@ from minorca.export.gguf_adapter import export_adapter
 from minorca.export.gguf_metadata import llama_cpp_template
 from minorca.export.ollama import go_template
 from minorca.files.adapters import save_adapter
+from minorca.generate.batch import generate
 from minorca.model.architecture import read_architecture
 from minorca.model.build import build_model
 from minorca.model.lora import LoRASettings, adapter_parameters, add_adapters
@@ -210,7 +211,9 @@ def test_llama_cpp_gives_our_ids(name, llama_cpp, smollm2, tmp_path):
     assert found["eos"] == tok.eos_id
 
 
-QUESTIONS = ["What is the capital of France?", "Write a poem about the sea.", "Convert 3 kilograms to grams."]
+# each answered without a near tie: of our own 150 tokens every one is at least 0.018 of a logit ahead of the next,
+# three times what llama.cpp's cache in fp16 changes
+QUESTIONS = ["Write a poem about the sea.", "Tell me a story about a dragon.", "Explain how photosynthesis works."]
 
 
 @pytest.fixture(scope="module")
@@ -230,9 +233,7 @@ def adapter(smollm2, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("apart", [False, True], ids=["merged", "base and adapter"])
 def test_llama_cpp_answers_as_we_do(apart, adapter, llama_cpp, smollm2, tmp_path):
-    """150 greedy ids for three chats: each is our best too, given those before. Our weights are those of the file, our
-    arithmetic is fp32; llama.cpp rounds what it multiplies by fp16 weights to fp16, so that near ties may turn.
-    """
+    """150 greedy ids for three chats. Our weights are those of the file, our arithmetic is fp32."""
     tok = load_tokenizer(smollm2)
     prompts = [render_chat(tok, [{"role": "user", "content": question}]) for question in QUESTIONS]
     export_gguf(smollm2, None if apart else adapter, tmp_path / "out")
@@ -242,15 +243,9 @@ def test_llama_cpp_answers_as_we_do(apart, adapter, llama_cpp, smollm2, tmp_path
     answers = llama_cpp(file, [], prompts, 150, tmp_path / "adapter" / "adapter-F32.gguf" if apart else None)["answers"]
     plain = load_model(file, torch.float32, "cpu")
     ours = load_model(file, torch.float32, "cpu", adapter=adapter) if apart else plain
-    changes = 0
-    for prompt, answer in zip(prompts, answers):
-        assert len(answer) == 150
-        with torch.no_grad():
-            logits_TV = ours(torch.tensor(prompt + answer))[len(prompt) - 1 : -1]
-            changes += int((plain(torch.tensor(prompt))[-1] - ours(torch.tensor(prompt))[-1]).abs().max() > 1)
-        chosen_T = logits_TV.gather(1, torch.tensor(answer)[:, None])[:, 0]
-        assert float((logits_TV.max(1).values - chosen_T).max()) < 0.02
-    assert changes == 3 * apart
+    assert answers == generate(ours, prompts, 150)
+    # an adapter that was left out would be seen
+    assert not apart or answers != generate(plain, prompts, 150)
 
 
 # ------------------------------------------------------------------------------------------------------------- Ollama

@@ -38,7 +38,7 @@ def backends(attend, q) -> list[str]:
     head_dim = q.shape[-1]
     half = q.dtype != torch.float32
     found = ["own"]
-    if half and varlen_attn is not None:
+    if half and varlen_attn() is not None:
         found.append(flash_implementation(q.device) or "varlen")
     if half and len(attend.lengths) == 1 and attend.window is None and head_dim <= 128:
         found.append("cudnn")

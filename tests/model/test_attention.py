@@ -331,7 +331,7 @@ def test_the_fastest_backend_that_is_right_is_used(
 ):
     """Measured once, in any mode that the first attention is in."""
     measured = []
-    monkeypatch.setattr(backends, "varlen_attn", varlen)
+    monkeypatch.setattr(backends, "varlen_attn", lambda: varlen)
     monkeypatch.setattr(backends, "_seconds", lambda name, case: measured.append(name) or seconds[name])
     case = Case(torch.device("cpu"), HALF, 4, 2, 16, False, not in_inference_mode, False, None)
     with torch.inference_mode(in_inference_mode), caplog.at_level(logging.INFO):
@@ -351,7 +351,7 @@ def test_measuring_inside_a_checkpointed_block_leaves_it_alone(hopper, monkeypat
         backends.fastest(Case(CPU, HALF, 4, 2, 16, False, True, False, None))
         return x.sin().exp()
 
-    monkeypatch.setattr(backends, "varlen_attn", window_too_large_by(0))
+    monkeypatch.setattr(backends, "varlen_attn", lambda: window_too_large_by(0))
     monkeypatch.setattr(backends, "_seconds", seconds)
     x = torch.ones(3, requires_grad=True)
     (found,) = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).sum(), x)
@@ -385,7 +385,7 @@ def test_the_choice_of_a_flash_implementation(version, capability, expected, mon
 def test_a_flash_implementation_that_is_wrong_is_not_used(hopper, varlen, expected, in_inference_mode, monkeypatch):
     """One whose window is one key too large, or whose interface is another version's; also where generation asks."""
     restored = []
-    monkeypatch.setattr(backends, "varlen_attn", varlen)
+    monkeypatch.setattr(backends, "varlen_attn", lambda: varlen)
     monkeypatch.setattr(backends, "activate_flash_attention_impl", lambda name: None)
     monkeypatch.setattr(backends, "restore_flash_attention_impl", lambda: restored.append(True))
     with torch.inference_mode(in_inference_mode):
