@@ -25,7 +25,7 @@ setup(
         "triton>=3.6,<3.10",
         "safetensors>=0.6.2,<0.9",
         "sentencepiece>=0.2.1,<0.3",
-        "tokenizers>=0.22,<0.24",
+        "tokenizers>=0.22.1,<0.24",
         # older ones let templates out of the sandbox (CVE-2025-27516)
         "jinja2>=3.1.6,<3.2",
         # older ones run scripts of a hub's repository
