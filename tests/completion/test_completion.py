@@ -28,10 +28,12 @@ LINES = [
 # files and directories of the current directory
 PLACES = [
     (["train", "--config", "set"], {"settings.yaml"}),
-    (["train", "--model.path", "m"], {"models"}),
+    (["train", "--model.path", ""], {"settings.yaml", "models"}),
     (["train", "--data.train", ""], {"settings.yaml", "models"}),
-    (["generate", "--model", ""], {"models"}),
-    (["compare", "models", "m"], {"models"}),
+    # a directory, or a GGUF file
+    (["generate", "--model", ""], {"settings.yaml", "models"}),
+    (["compare", "models", "s"], {"settings.yaml"}),
+    (["generate", "--adapter", ""], {"models"}),
 ]
 
 
