@@ -114,7 +114,7 @@ def test_rows_without_an_answer_to_train(model, tmp_path):
 
 
 def test_an_output_in_no_directory_is_named_before_the_questions(tmp_path, monkeypatch):
-    monkeypatch.setattr(command.sys, "stdin", open(os.devnull))
+    monkeypatch.setattr(command.sys, "stdin", io.StringIO())
     with pytest.raises(UserError) as caught:
         command.main(["--output", str(tmp_path / "none" / "run.yaml")])
     assert f"{tmp_path / 'none'}: no such directory" in str(caught.value.problems[-1])
