@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import shtab
 
 from minorca.config import choices, fields
+from minorca.init.answers import GOALS
 from minorca.plan.devices import GPUS
 
 # by what the options' help calls their values
@@ -15,6 +16,7 @@ _OF_METAVAR = {
     "FILE.html": shtab.FILE,
     "DIR": shtab.DIRECTORY,
     "[NAME=]DIR": shtab.DIRECTORY,
+    "PATH": shtab.FILE,
 }
 # by the argument or setting
 _OF_NAME = {
@@ -43,6 +45,8 @@ def add_values(parser: argparse.ArgumentParser) -> None:
             action.choices = ("true", "false")
         elif action.dest == "gpu":
             action.choices = (*(gpu.name for gpu in GPUS), "cpu")
+        elif action.dest == "goal":
+            action.choices = tuple(GOALS)
         elif "." in action.dest:
             action.choices = choices(action.dest) or None
 
