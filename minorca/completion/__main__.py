@@ -28,7 +28,11 @@ def build_parser() -> cli.Parser:
 
 def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
-    print(shtab.complete(all_commands(), args.shell))
+    script = shtab.complete(all_commands(), args.shell)
+    # shtab's functions for bash split a path at its spaces, and complete the first part
+    for kind in "fd":
+        script = script.replace(f"compgen -{kind} -- $1 ", f'compgen -{kind} -- "$1" ')
+    print(script)
 
 
 def all_commands() -> cli.Parser:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import shtab
 
 from minorca.config import choices, fields
+from minorca.init.answers import GOALS
 from minorca.plan.devices import GPUS
 
 # by what the options' help calls their values
@@ -15,11 +16,15 @@ _OF_METAVAR = {
     "FILE.html": shtab.FILE,
     "DIR": shtab.DIRECTORY,
     "[NAME=]DIR": shtab.DIRECTORY,
-    "A": shtab.DIRECTORY,
-    "B": shtab.DIRECTORY,
+    "PATH": shtab.FILE,
 }
-_OF_SETTING = {
-    "model.path": shtab.DIRECTORY,
+# by the argument or setting
+_OF_NAME = {
+    # a model may be a GGUF file
+    "model": shtab.FILE,
+    "a": shtab.FILE,
+    "b": shtab.FILE,
+    "model.path": shtab.FILE,
     "lora.init": shtab.DIRECTORY,
     "data.train": shtab.FILE,
     "data.eval": shtab.FILE,
@@ -34,12 +39,14 @@ def add_values(parser: argparse.ArgumentParser) -> None:
     """Tells shtab what may follow each option of a parser and of its commands."""
     flags = {f"{section}.{key.name}" for section, key, hint in fields() if typing.get_args(hint)[0] is bool}
     for action in _actions(parser):
-        if complete := _OF_SETTING.get(action.dest) or _OF_METAVAR.get(str(action.metavar)):
+        if complete := _OF_NAME.get(action.dest) or _OF_METAVAR.get(str(action.metavar)):
             action.complete = complete  # pyright: ignore[reportAttributeAccessIssue]
         elif action.dest in flags:
             action.choices = ("true", "false")
         elif action.dest == "gpu":
             action.choices = (*(gpu.name for gpu in GPUS), "cpu")
+        elif action.dest == "goal":
+            action.choices = tuple(GOALS)
         elif "." in action.dest:
             action.choices = choices(action.dest) or None
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minorca.doctor.findings import EndOfChecks, Fact, Finding
-from minorca.errors import UserError, one_line
+from minorca.doctor.findings import EndOfChecks, Fact, Finding, reason_of
+from minorca.errors import UserError
 from minorca.host import host_processors
 
 if TYPE_CHECKING:
@@ -31,10 +31,9 @@ def imports() -> Iterator[Fact | Finding]:
             importlib.import_module(name)
         # a package that is broken raises what it likes
         except Exception as error:
-            reason = one_line(f"{type(error).__name__}: {error}")[:500]
             package = name.partition(".")[0]
             remedy = "install the package that it names anew" if "minorca" in package else _reinstall(package)
-            yield Finding(f"{name} cannot be imported: {reason}", remedy, prevents=name in NEEDED)
+            yield Finding(f"{name} cannot be imported: {reason_of(error)}", remedy, prevents=name in NEEDED)
             if name in NEEDED:
                 raise EndOfChecks from None
 
@@ -136,11 +135,17 @@ def back_ends() -> Iterator[Fact | Finding]:
     yield Fact("back ends", "fastest dtype", str(dtype).removeprefix("torch."))
     prepacked = PrepackedWeight.is_faster(torch.empty(0, dtype=dtype, device=device))
     yield Fact("back ends", "prepacked weights", "for inference" if prepacked else "no")
-    for name, problem in smoke_tests(device, dtype):
-        yield Fact("back ends", f"{name} of a small model", problem or "as defined")
-        if problem:
-            message = f"{name} of a small model on {device} is wrong: {problem}"
-            yield Finding(message, f"{_reinstall('torch triton')}, and report it if that does not help", prevents=True)
+    remedy = f"{_reinstall('torch triton')}, and report it if that does not help"
+    try:
+        for name, problem in smoke_tests(device, dtype):
+            yield Fact("back ends", f"{name} of a small model", problem or "as defined")
+            if problem:
+                message = f"{name} of a small model on {device} is wrong: {problem}"
+                yield Finding(message, remedy, prevents=True)
+    # of CUDA, a compiler or torch: what they like
+    except Exception as error:
+        message = f"a small model cannot be run on {device}: {reason_of(error)}"
+        yield Finding(message, remedy, prevents=True)
 
 
 def _attention(device: "torch.device") -> str:

@@ -41,6 +41,10 @@ class EndOfChecks(Exception):
     """Raised by a check after whose findings the later ones have nothing to say."""
 
 
+def reason_of(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}")[:500]
+
+
 _REPORT = "report it to minorca's authors with the whole output"
 
 # A check yields what it finds while it goes on.
@@ -92,5 +96,5 @@ def _run(checks: list[Check], sender: Connection) -> None:
         except EndOfChecks:
             return
         except Exception as error:
-            reason = one_line(f"{type(error).__name__}: {error}")[:500]
-            sender.send((check.__name__, Finding(f"the check of {check.__name__} failed: {reason}", _REPORT)))
+            message = f"the check of {check.__name__} failed: {reason_of(error)}"
+            sender.send((check.__name__, Finding(message, _REPORT)))

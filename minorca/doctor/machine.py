@@ -1,7 +1,6 @@
 """Checks of the machine and of what is installed; none imports torch."""
 
 import importlib.metadata
-import importlib.util
 import multiprocessing
 import os
 import platform
@@ -66,8 +65,11 @@ def python() -> Iterator[Fact | Finding]:
 
 def optional_packages() -> Iterator[Fact | Finding]:
     for name, (purpose, command) in OPTIONAL.items():
-        found = importlib.util.find_spec(name) is not None
-        state = importlib.metadata.version(name) if found else f"not installed; {command}"
+        # not by what can be imported: `wandb` makes a directory of that name where a run is started
+        try:
+            state = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            state = f"not installed; {command}"
         yield Fact("optional packages", name, f"{state}: for {purpose}")
 
 
@@ -81,7 +83,7 @@ def host() -> Iterator[Fact | Finding]:
     yield Fact("host", "processor", f"{_processor_name()}, {processors} of {os.cpu_count()} usable")
     yield Fact("host", "memory", f"{_gigabytes(memory)}{of_container}{available}")
     threads = os.environ.get("OMP_NUM_THREADS")
-    if threads and threads.isdigit() and int(threads) > processors:
+    if threads and threads.isdecimal() and int(threads) > processors:
         message = f"OMP_NUM_THREADS is {threads}, more than the {processors} processors that this process may use"
         yield Finding(message, f"export OMP_NUM_THREADS={processors}")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -98,7 +100,7 @@ def disks() -> Iterator[Fact | Finding]:
     except UserError as error:
         yield Fact("disks", "cache", "none")
         yield Finding(str(error), "export XDG_CACHE_HOME=DIRECTORY", prevents=True)
-    yield from _place("current directory", Path.cwd(), "cd elsewhere, or set train.output", prevents=False)
+    yield from _place("current directory", Path(os.curdir), "cd elsewhere, or set train.output", prevents=False)
     try:
         yield from _place("temporary files", Path(tempfile.gettempdir()), "export TMPDIR=DIRECTORY")
     except FileNotFoundError as error:
@@ -119,9 +121,10 @@ def shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Fact | Finding]:
 
 
 def compilers() -> Iterator[Fact | Finding]:
-    c, cxx = (next(filter(None, map(shutil.which, names)), None) for names in (_c_compilers(), ("g++",)))
+    names = _c_compilers()
+    c, cxx = next(filter(None, map(shutil.which, names)), None), shutil.which("g++")
     headers = Path(sysconfig.get_path("include"), "Python.h")
-    yield Fact("compilers", "C", c or "none: Triton needs one to launch kernels on a GPU")
+    yield Fact("compilers", "C", c or f"no {' or '.join(names)}: Triton needs one to launch kernels on a GPU")
     yield Fact("compilers", "Python.h", str(headers) if headers.exists() else "none: Triton needs it on a GPU")
     yield Fact("compilers", "C++", cxx or "none")
     if not cxx:
@@ -134,8 +137,15 @@ def _c_compilers() -> tuple[str, ...]:
 
 
 def _place(name: str, path: Path, remedy: str, prevents: bool = True) -> Iterator[Fact | Finding]:
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    try:
+        path = path.absolute()
+        # a link to nothing is not what may be made below its parent
+        existing = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        yield Fact("disks", name, "none")
+        yield Finding(f"the place of the {name} cannot be read: {error}", remedy, prevents)
+        return
     yield Fact("disks", name, f"{path}, {_gigabytes(free)} free")
     try:
         with tempfile.TemporaryFile(dir=existing):

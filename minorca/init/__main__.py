@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
 
 
 def _check(args: argparse.Namespace) -> Path:
-    """Raises UserError: an answer that is missing where nobody can be asked; an output that is there."""
+    """Raises UserError: an answer that is missing where nobody can be asked; an output that cannot be made."""
     missing = [name for name in QUESTIONS if getattr(args, name) is None]
     problems = []
     if not sys.stdin.isatty():
@@ -87,6 +87,8 @@ def _check(args: argparse.Namespace) -> Path:
     output = user_path(args.output)
     if output.exists():
         problems.append(UserError("exists, and is not replaced; choose another --output", path=output))
+    elif not output.parent.is_dir():
+        problems.append(UserError("no such directory; make it, or choose another --output", path=output.parent))
     raise_problems(problems)
     return output
 

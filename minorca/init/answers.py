@@ -118,6 +118,11 @@ def _of_no_format(reader: SourceReader) -> UserError:
     _, record = first
     if isinstance(record, RowError):
         return record
+    # a row that has a format's columns is wrong by their values
+    for name, row_format in FORMATS.items():
+        error = _first_row(reader, name) if set(row_format.needed) <= set(record) else None
+        if isinstance(error, RowError):
+            return error
     listed = "; ".join(f"{name}: {', '.join(row_format.needed)}" for name, row_format in FORMATS.items())
     message = f"its first row has the columns {quote(list(record))}, and no format fits ({listed})"
     remedy = "rename columns, or write the configuration by hand, with data.columns"
@@ -172,7 +177,7 @@ def sample_lengths(config: Config) -> list[int]:
         outcome = decide(row, tok, config.data, template)
         if outcome.error and not outcome.dropped:
             raise outcome.error
-        if len(outcome.ids):
+        if outcome.trained.any() and outcome.dropped in (None, "too long"):
             lengths.append(len(outcome.ids))
     if not lengths:
         raise UserError("none of its first rows has an answer to train", path=source.path)

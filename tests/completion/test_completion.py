@@ -23,15 +23,19 @@ LINES = [
     (["data", "show", "--ro"], {"--rows"}),
     (["plan", "--gpu", ""], {gpu.name for gpu in GPUS} | {"cpu"}),
     (["evaluate", "--quantize", ""], {"none", "nf4"}),
+    (["init", "--goal", ""], {"adapters", "qlora", "dpo", "full"}),
     (["completion", ""], {"bash", "zsh", "fish"}),
 ]
 # files and directories of the current directory
 PLACES = [
     (["train", "--config", "set"], {"settings.yaml"}),
-    (["train", "--model.path", "m"], {"models"}),
+    (["train", "--model.path", ""], {"settings.yaml", "models"}),
     (["train", "--data.train", ""], {"settings.yaml", "models"}),
-    (["generate", "--model", ""], {"models"}),
-    (["compare", "models", "m"], {"models"}),
+    (["replay", "m"], {"models"}),
+    # a directory, or a GGUF file
+    (["generate", "--model", ""], {"settings.yaml", "models"}),
+    (["compare", "models", "s"], {"settings.yaml"}),
+    (["generate", "--adapter", ""], {"models"}),
 ]
 
 
@@ -94,12 +98,12 @@ def test_fish(words, expected, script, directory):
     assert {found.split("\t")[0] for found in ran.stdout.splitlines()} == expected, ran.stderr
 
 
-# zsh asks a terminal what is completed
-ZSH = """
+# what a shell completes in a terminal
+TERMINAL = """
 import os, pty, select, sys, time
 pid, master = pty.fork()
 if not pid:
-    os.execvp("zsh", ["zsh", "-f", "-i"])
+    os.execvp(sys.argv[1], sys.argv[1:4])
 def send(text, until):
     os.write(master, text.encode())
     seen, end = "", time.monotonic() + 10
@@ -107,9 +111,30 @@ def send(text, until):
         if select.select([master], [], [], 0.1)[0]:
             seen += os.read(master, 4096).decode(errors="replace")
     return seen
-send(f"fpath=({sys.argv[1]} $fpath); autoload -U compinit; compinit -u -D; PS1=; echo rea''dy\\n", "ready")
-sys.stdout.write(send(sys.argv[2] + "\\t", sys.argv[3]))
+send(f"{sys.argv[4]}; PS1=; echo rea''dy\\n", "ready")
+sys.stdout.write(send(sys.argv[5] + "\\t", sys.argv[6]))
 """
+
+
+def in_terminal(shell: list[str], setup: str, line: str, rest: str, directory) -> str:
+    command = [sys.executable, "-c", TERMINAL, *shell, setup, line, rest]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True).stdout.replace("\b", "")
+
+
+@pytest.mark.parametrize(
+    "line, rest",
+    [
+        ("train --config my\\ r", "ows.yaml"),
+        ('train --config "my r', "ows.yaml"),
+        ("generate --adapter my\\ m", "odels/"),
+    ],
+)
+def test_spaces_in_bash(line, rest, script, directory):
+    (directory / "my rows.yaml").touch()
+    (directory / "my models").mkdir()
+    shell = ["bash", "--norc", "-i"]
+    printed = in_terminal(shell, f"source {script('bash')}", f"minorca {line}", rest, directory)
+    assert rest in printed, printed
 
 
 @pytest.mark.parametrize(
@@ -129,10 +154,9 @@ def test_zsh(line, expected, script, directory):
     functions.mkdir()
     shutil.copy(script("zsh"), functions / "_minorca")
     rest = expected.removeprefix(line.rpartition(" ")[2])
-    ran = subprocess.run(
-        [sys.executable, "-c", ZSH, functions, line, rest], cwd=directory, capture_output=True, text=True
-    )
-    assert rest in ran.stdout.replace("\b", ""), ran.stdout
+    setup = f"fpath=({functions} $fpath); autoload -U compinit; compinit -u -D"
+    printed = in_terminal(["zsh", "-f", "-i"], setup, line, rest, directory)
+    assert rest in printed, printed
 
 
 def test_another_shell_is_refused():

@@ -1,7 +1,6 @@
 """What doctor says of machines on which something is missing, broken or old; each is made by a fake of that thing."""
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import signal
@@ -115,8 +114,11 @@ def test_a_package_that_is_missing(versions):
     assert found.prevents and str(found) == "safetensors is not installed; pip install 'safetensors>=0.6.2,<0.9'"
 
 
-def test_optional_packages_are_no_findings(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def test_optional_packages_are_no_findings(versions, monkeypatch, tmp_path):
+    """Whatever directories lie where a run was started."""
+    versions.update(dict.fromkeys(machine.OPTIONAL))
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
     assert not findings_of(machine.optional_packages)
     assert facts_of(machine.optional_packages)["wandb"] == "not installed; pip install wandb: for train.wandb"
 
@@ -127,8 +129,11 @@ def test_optional_packages_are_no_findings(monkeypatch):
 def test_no_compiler_in_the_path(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    assert facts_of(machine.compilers)["C"].startswith("none")
+    assert facts_of(machine.compilers)["C"].startswith("no cc or gcc or clang: Triton")
     assert [f.remedy for f in findings_of(machine.compilers)] == ["apt install g++"]
+    # Triton runs it as one word
+    monkeypatch.setenv("CC", "ccache gcc")
+    assert facts_of(machine.compilers)["C"].startswith("no ccache gcc: Triton")
 
 
 def test_no_home_directory(monkeypatch):
@@ -154,6 +159,20 @@ def test_a_disk_that_is_full_or_cannot_be_written(monkeypatch, tmp_path):
     assert all("cannot be written (Permission denied)" in f.message for f in found)
 
 
+def test_places_that_are_gone(monkeypatch, tmp_path):
+    """A cache that is a link to a file system of another node, and a current directory that was removed."""
+    (tmp_path / "cache").symlink_to(tmp_path / "scratch")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    cache, current = findings_of(machine.disks)
+    assert cache.prevents and "the place of the cache cannot be read" in cache.message
+    assert not current.prevents and "current directory cannot be read" in current.message
+    monkeypatch.chdir(tmp_path)
+
+
 def test_no_shared_memory(monkeypatch, tmp_path):
     def lock():
         raise FileNotFoundError(2, "No such file or directory")
@@ -170,8 +189,9 @@ def test_limits_of_files_and_threads(monkeypatch):
     remedies = [finding.remedy for finding in findings_of(machine.host)]
     assert remedies == [f"export OMP_NUM_THREADS={machine.host_processors()}", "ulimit -n 1024"]
     monkeypatch.setattr(machine.resource, "getrlimit", lambda which: (-1, -1))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert not findings_of(machine.host)
+    for threads in ("1", "²"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        assert not findings_of(machine.host)
 
 
 def test_memory_of_a_container(monkeypatch):
@@ -270,6 +290,16 @@ def test_a_build_without_distributed(monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------------- smoke tests
+
+
+def test_a_device_on_which_nothing_runs(monkeypatch):
+    def fail(device, dtype):
+        yield "forward", None
+        raise RuntimeError("CUDA error: no kernel image is available")
+
+    monkeypatch.setattr(smoke, "smoke_tests", fail)
+    (found,) = findings_of(accelerator.back_ends)
+    assert found.prevents and "cannot be run on cpu: RuntimeError: CUDA error: no kernel image" in found.message
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -91,7 +91,9 @@ def test_other_kinds_of_files(tmp_path):
         ),
         ("", "has no rows"),
         ("{not json\n", "line 1: not valid JSON"),
-        ('{"messages": 3}\n', "no format fits"),
+        ('{"messages": 3}\n', "line 1: .*messages"),
+        ('{"messages": []}\n', "line 1: .*messages"),
+        ('{"instruction": 3, "output": "4"}\n', "line 1: .*instruction"),
     ],
 )
 def test_rows_that_are_not(content, expected, tmp_path):
@@ -101,6 +103,22 @@ def test_rows_that_are_not(content, expected, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------------- goals
+
+
+def test_rows_without_an_answer_to_train(model, tmp_path):
+    """Of which a run would use none."""
+    data = write_rows(tmp_path / "rows.jsonl", {"messages": TURNS[:1]})
+    options = ["--model", model, "--data", data, "--gpu", "cpu", "--goal", "adapters"]
+    with pytest.raises(UserError, match="none of its first rows has an answer to train"):
+        command.main([*options, "--output", str(tmp_path / "run.yaml")])
+
+
+def test_an_output_in_no_directory_is_named_before_the_questions(tmp_path, monkeypatch):
+    monkeypatch.setattr(command.sys, "stdin", io.StringIO())
+    with pytest.raises(UserError) as caught:
+        command.main(["--output", str(tmp_path / "none" / "run.yaml")])
+    assert f"{tmp_path / 'none'}: no such directory" in str(caught.value.problems[-1])
+
 
 CASES = [("adapters", "openorca"), ("qlora", "messages"), ("dpo", "labelled"), ("full", "text")]
 MORE = [("adapters", name) for name in ("sharegpt", "messages", "alpaca", "prompt_completion", "text")]
