@@ -9,7 +9,8 @@ import sentencepiece
 from minorca.export.gguf import export_gguf
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-SENTENCE = "the quick brown fox number jumps over lazy dogs while unhappy animals unwillingly rethink"
+# with words of the sample that is compared
+SENTENCE = "the quick brown fox jumps over two spaces, def and return, while unhappy animals unwillingly rethink"
 MISTRALS: dict[str, Any] = {
     "model_type": "bpe",
     "normalization_rule_name": "identity",
