@@ -93,6 +93,8 @@ def _problems(args: argparse.Namespace, merge: Merge | None) -> Iterator[UserErr
         yield UserError("is missing; expected a model's directory, hub id or GGUF file", field="--model")
     if args.adapter_only and (merge is None or [adapter.weight for adapter in merge.adapters] != [1]):
         yield UserError("needs one --adapter, without a weight", field="--adapter-only")
+    if args.adapter_only and args.merge:
+        yield UserError("changes nothing with --adapter-only, which writes one adapter", field="--merge")
     if args.adapter_only and args.format == "consolidated":
         yield UserError("is of --format hf and gguf; Mistral's layout has no adapters", field="--adapter-only")
     if args.quantize != "none" and (args.format != "hf" or args.adapter_only):

@@ -6,10 +6,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from minorca.data.portable_files import tokenizer_files, write_files
+from minorca.errors import UserError
 from minorca.export.contents import check_new
 from minorca.files.adapters import RECORD, AdapterConfig, adapter_file, read_adapter_settings
 from minorca.files.atomic import publish
 from minorca.files.hub import HubId, local_directory, parse_id
+from minorca.files.mistral_lora import is_mistral_lora
 from minorca.files.safe_io import MAX_JSON_BYTES, find_file, read_small
 from minorca.files.tensor_files import TensorFiles
 from minorca.receipts import of_adapters, write_receipt
@@ -36,8 +38,14 @@ def export_adapter(adapter: str | Path, output: Path, base: HubId | None = None)
         UserError: what is wrong with which file, or that `output` exists.
     """
     check_new(output)
-    read_adapter_settings(adapter)
     directory = local_directory(adapter)
+    if is_mistral_lora(directory):
+        raise UserError(
+            "is mistral-finetune's, which is not converted to PEFT's format; give it to others as it is, choose "
+            "--format gguf, or merge it: leave out --adapter-only",
+            path=directory,
+        )
+    read_adapter_settings(adapter)
     config = AdapterConfig(directory).values
     if base:
         config |= {"base_model_name_or_path": base.repository, "revision": base.revision}
@@ -48,7 +56,9 @@ def export_adapter(adapter: str | Path, output: Path, base: HubId | None = None)
 
     def write(temporary: Path) -> None:
         write_files(temporary, files)
-        content = {name: tensors.read(name, 0, tensors.shape(name)[0]).contiguous() for name in tensors.files}
+        # copies: two tensors of a pickled file may share their memory
+        content = {name: tensors.read(name, 0, tensors.shape(name)[0]).clone() for name in tensors.files}
+        content = {name: tensor.contiguous() for name, tensor in content.items()}
         save_file(content, temporary / "adapter_model.safetensors", {"format": "pt"})
         write_receipt(temporary, {"export": {"format": "hf"}} | of_adapters([adapter]))
 

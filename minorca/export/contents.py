@@ -7,6 +7,8 @@ one is in memory at a time.
 """
 
 import logging
+import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from minorca.data.tokenizer import Tokenizer, load_tokenizer
 from minorca.errors import UserError
 from minorca.export.merging import Deltas, Merge, WeightedAdapter
 from minorca.files.adapters import other_base
+from minorca.files.gguf import is_gguf
 from minorca.files.hub import local_directory, pinned
 from minorca.files.vocabulary import MatrixUpdate, adapt
 from minorca.files.weights import ModelFiles, open_model
@@ -88,7 +91,8 @@ class Contents:
 
 def check_new(output: Path) -> None:
     """Raises UserError where the directory to write exists."""
-    if output.exists():
+    # a broken link is one too, which a directory cannot replace
+    if os.path.lexists(output):
         raise UserError("already exists; give --output a new name", path=output)
 
 
@@ -174,12 +178,18 @@ def _check_base(source: ModelFiles, adapter: str | Path) -> None:
         return
     if other.trained_on is None:
         raise UserError(f"{other}; merge it into the unquantized model", path=adapter)
-    unquantized = "UNQUANTIZED" if source.quantization else source.directory
+    unquantized = "UNQUANTIZED" if source.quantization else as_argument(source)
     raise UserError(
         f"{other}; write the base of its training, python -m minorca.export --model {unquantized} "
         f"{other.trained_on.options} --output BASE, and merge it into BASE",
         path=adapter,
     )
+
+
+def as_argument(source: ModelFiles) -> str:
+    """What names a model in a command line: its directory, or the GGUF file itself."""
+    path = source.paths[0]
+    return shlex.quote(str(path if is_gguf(path) else source.directory))
 
 
 def merged_tensors(
@@ -190,6 +200,9 @@ def merged_tensors(
     Args:
         updates: what an adapter makes of which module of the vocabulary.
         rounded: to the dtype of the model's files; else what is merged stays in fp32.
+
+    Raises:
+        UserError: while a tensor is made, that merging gives values that its dtype does not hold.
     """
     deltas = Deltas(source.arch, merge) if merge else None
 
@@ -202,7 +215,15 @@ def merged_tensors(
                 merged = updates[module].apply(weight.float(), wanted.rows)
             else:
                 merged = deltas.add(wanted.name, weight) if deltas else weight
-            return merged.to(dtype) if rounded else merged
+            made = merged.to(dtype) if rounded else merged
+            if merged is not weight and not made.isfinite().all():
+                raise UserError(
+                    f"contains NaN or infinite values with what is merged in, in {str(made.dtype)[6:]}; give the "
+                    "adapters smaller weights, or a base in bfloat16",
+                    path=source.directory,
+                    field=wanted.name,
+                )
+            return made
 
         projection = module.startswith("layers.") and tensor.columns is not None
         return ExportedTensor(wanted.name, wanted.shape, dtype, make, projection)

@@ -158,6 +158,9 @@ def print_effect(contents: Contents, written: Weights, what: str) -> None:
         adapted = merged_tensors(source, merge, updates, rounded=False)
         adapted_TV = logits_by_layer(source.arch, tokens_T, readers(adapted))
     base_TV, written_TV = (logits_by_layer(source.arch, tokens_T, weights) for weights in (base, written))
+    if not all(logits_TV.isfinite().all() for logits_TV in (base_TV, adapted_TV, written_TV)):
+        log.warning("logits are NaN or infinite, so that nothing is compared; is a weight of the adapters too large?")
+        return
     effect = effect_of(base_TV, adapted_TV, written_TV)
     print(f"beside base and adapter in fp32, on {sample}: {effect}")
     if effect.share is None:

@@ -4,6 +4,7 @@ Names, the order of query and key rows, and which tensors have which type are th
 (convert_hf_to_gguf.py).
 """
 
+import logging
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from minorca.data.portable_files import SAMPLE
+from minorca.data.tokenizer import Tokenizer, load_tokenizer
 from minorca.errors import UserError
 from minorca.export.contents import Contents, ExportedTensor, check_new, merged_tensors, read_contents
 from minorca.export.effect import print_effect, readers
@@ -32,6 +35,8 @@ from minorca.receipts import as_metadata, write_receipt
 if TYPE_CHECKING:
     import numpy
     from gguf import GGUFWriter
+
+log = logging.getLogger(__name__)
 
 # what the gguf library writes, and llama.cpp's numbers of files whose matrices are stored so (llama.h, llama_ftype)
 TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32}
@@ -78,7 +83,7 @@ def export_gguf(model: str | Path, adapter: str | Path | Merge | None, output: P
             _quantize(quantize, plain, temporary / name, type)
         else:
             _write(temporary / name, contents, stored, output.name, as_metadata(receipt))
-        (temporary / "Modelfile").write_text(description)
+        (temporary / "Modelfile").write_text(description, encoding="utf-8")
         write_receipt(temporary, receipt)
 
     publish(output, write)
@@ -134,6 +139,20 @@ def _write(path: Path, contents: Contents, type: str, name: str, metadata: Mappi
         {each.place.name: (each.place.shape, each.type) for each in written},
         ((each.place.name, in_mistral_order(each.tensor.make(), each.place.rotary_heads)) for each in written),
     )
+    if contents.tok:
+        _check_tokenizer(path, contents.tok)
+
+
+def _check_tokenizer(path: Path, tok: Tokenizer) -> None:
+    """Warns where a file's tokenizer, which is llama.cpp's, gives other ids to text than the one that it is made of.
+
+    SentencePiece has kinds and normalizers that llama.cpp lacks.
+
+    Raises:
+        UserError: the file cannot be read back.
+    """
+    if load_tokenizer(path).encode(SAMPLE) != tok.encode(SAMPLE):
+        log.warning("%s: llama.cpp gives other ids to some texts: it has no such kind or normalizer", tok.file)
 
 
 def write_tensors(

@@ -71,7 +71,7 @@ def export_adapter(model: str | Path, adapter: str | Path, output: Path, type: s
         for key, text in as_metadata(receipt).items():
             writer.add_string(key, text)
         write_tensors(writer, _described(parts, type), _tensors(parts, settings.alpha or 1.0, files))
-        (temporary / "Modelfile").write_text(description)
+        (temporary / "Modelfile").write_text(description, encoding="utf-8")
         write_receipt(temporary, receipt)
 
     publish(output, write)

@@ -13,6 +13,7 @@ from minorca.data.portable_template import fill, spaces_that_match
 from minorca.data.shipped_template import name_of, special_tokens, write_by
 from minorca.data.tokenizer import Tokenizer
 from minorca.errors import UserError
+from minorca.export.contents import as_argument
 from minorca.export.gguf_metadata import context_length
 from minorca.files.weights import ModelFiles
 
@@ -55,7 +56,7 @@ def modelfile(file: str, tok: Tokenizer | None, template: str | None, source: Mo
         file: the GGUF file, as FROM or ADAPTER names it.
         instruction: FROM for a model, ADAPTER for an adapter.
     """
-    lines = [f"FROM {file}"] if instruction == "FROM" else [_BASE.format(source.directory), f"ADAPTER {file}"]
+    lines = [f"FROM {file}"] if instruction == "FROM" else [_BASE.format(as_argument(source)), f"ADAPTER {file}"]
     if tok is not None:
         go = go_template(tok, template)
         lines.append(f'TEMPLATE """{go}"""' if go else _untranslated(tok))

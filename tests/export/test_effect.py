@@ -133,3 +133,12 @@ def test_embedding_and_head_alone(save_mistral, tmp_path, capsys):
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     merge(directory, tmp_path / "out", "--adapter", tmp_path / "adapter")
     assert "the adapter changes embedding and head alone" in capsys.readouterr().out
+
+
+def test_logits_that_overflow(save_mistral, tmp_path, capsys, caplog):
+    """Weights that fp32 holds, and logits that it does not: they are not said to be equal."""
+    directory, theirs = save_mistral()
+    adapted(theirs, tmp_path / "adapter")
+    merge(directory, tmp_path / "out", "--adapter", f"{tmp_path / 'adapter'}=1e38")
+    assert "logits are NaN or infinite, so that nothing is compared" in caplog.text
+    assert "the adapter changes no logits" not in capsys.readouterr().out

@@ -298,6 +298,17 @@ def test_a_recorded_template_that_the_model_cannot_write(save_mistral, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["broken link", "long name"])
+def test_a_name_that_no_directory_can_have(kind, save_mistral, tmp_path):
+    """Said before anything is computed, and without a traceback."""
+    directory, _ = save_mistral()
+    output = tmp_path / ("o" if kind == "broken link" else "o" * 300)
+    if kind == "broken link":
+        output.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="already exists" if kind == "broken link" else "File name too long"):
+        main([f"--model={directory}", f"--output={output}"])
+
+
 @pytest.mark.parametrize("format", ["onnx", "pt"])
 def test_only_formats_that_exist(format, tmp_path):
     with pytest.raises(UserError, match="--format.*invalid choice"):

@@ -280,6 +280,18 @@ def test_an_adapter_of_nan(adapters, tmp_path):
     assert message.startswith(f"{tmp_path / 'b'}: ") and "contains NaN or infinite values; did training div" in message
 
 
+@pytest.mark.parametrize("format", ["hf", "consolidated", "gguf"])
+def test_values_that_the_bases_dtype_does_not_hold(format, save_mistral, tmp_path):
+    """Of fp16, for which a weight is too large: not written as infinite."""
+    directory, theirs = save_mistral()
+    theirs.half().save_pretrained(directory)
+    saved(theirs.float(), tmp_path / "a", target_modules=ALL).unload()
+    adapter = f"--adapter={tmp_path / 'a'}=1e7"
+    with pytest.raises(UserError, match=r"model\.layers\.0\.\S+ contains NaN or infinite values .*, in float16; give"):
+        main([f"--model={directory}", adapter, f"--output={tmp_path / 'out'}", f"--format={format}"])
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_bases_tokenizers_and_templates(save_mistral, tmp_path, caplog):
     """Another base's quantization and a tokenizer with other ids are refused by name; another template is said."""
     directory, base = save_mistral(vocab_size=512)
