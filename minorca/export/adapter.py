@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from minorca.data.portable_files import tokenizer_files, write_files
@@ -57,8 +58,10 @@ def export_adapter(adapter: str | Path, output: Path, base: HubId | None = None)
     def write(temporary: Path) -> None:
         write_files(temporary, files)
         # copies: two tensors of a pickled file may share their memory
-        content = {name: tensors.read(name, 0, tensors.shape(name)[0]).clone() for name in tensors.files}
-        content = {name: tensor.contiguous() for name, tensor in content.items()}
+        content = {
+            name: tensors.read(name, 0, tensors.shape(name)[0]).clone(memory_format=torch.contiguous_format)
+            for name in tensors.files
+        }
         save_file(content, temporary / "adapter_model.safetensors", {"format": "pt"})
         write_receipt(temporary, {"export": {"format": "hf"}} | of_adapters([adapter]))
 

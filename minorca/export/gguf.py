@@ -6,6 +6,7 @@ Names, the order of query and key rows, and which tensors have which type are th
 
 import logging
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minorca.data.portable_files import SAMPLE
+from minorca.data.portable_files import SAMPLE, write_files
 from minorca.data.tokenizer import Tokenizer, load_tokenizer
 from minorca.errors import UserError
 from minorca.export.contents import Contents, ExportedTensor, check_new, merged_tensors, read_contents
@@ -24,6 +25,8 @@ from minorca.export.gguf_metadata import add_architecture, add_tokenizer, contex
 from minorca.export.merging import Merge
 from minorca.export.ollama import modelfile
 from minorca.files.atomic import publish
+from minorca.files.gguf import GGUF
+from minorca.files.gguf_directory import model_files
 from minorca.files.weights import open_model
 from minorca.model.architecture import Architecture
 from minorca.model.layout import SourceTensor, source_tensors
@@ -151,7 +154,10 @@ def _check_tokenizer(path: Path, tok: Tokenizer) -> None:
     Raises:
         UserError: the file cannot be read back.
     """
-    if load_tokenizer(path).encode(SAMPLE) != tok.encode(SAMPLE):
+    with tempfile.TemporaryDirectory() as directory:
+        write_files(Path(directory), model_files(GGUF(path)))
+        ids = load_tokenizer(directory).encode(SAMPLE)
+    if ids != tok.encode(SAMPLE):
         log.warning("%s: llama.cpp gives other ids to some texts: it has no such kind or normalizer", tok.file)
 
 
