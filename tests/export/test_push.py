@@ -239,8 +239,8 @@ def test_text_of_others_is_no_markup():
 
 def test_the_record_of_a_run(tmp_path, monkeypatch):
     """Sources of one name stay apart, weights of the best step say so, and what is set aside is not of all steps."""
-    settings = TrainConfig(output=str(tmp_path / "run"), keep_best=True)
-    config = Config(ModelConfig("/models/base"), DataConfig(["/a/x.jsonl", "/b/x.jsonl"]), train=settings)
+    settings = TrainConfig(output=str(tmp_path / "run"), keep_best=True, eval_every=1)
+    config = Config(ModelConfig("/models/base"), DataConfig(["/a/x.jsonl", "/b/x.jsonl"], 0.1), train=settings)
     config.output.mkdir()
     claim(config, False, rows={"/a/x.jsonl": {"read": 20}, "/b/x.jsonl": {"read": 5}})
     lines = [{"step": step, "tokens": 4, "trained_tokens": 2} for step in (1, 2)]
