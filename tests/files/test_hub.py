@@ -273,7 +273,7 @@ def test_the_first_rank_alone_shows_a_bar(rank, shown, hub, model, monkeypatch):
 
     def noted(*arguments, **options):
         with options["tqdm_class"](total=1, file=Terminal()) as bar:
-            bars.append(bar.disable)
+            bars.append(bool(bar.disable))
         return download(*arguments, **options)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", noted)
