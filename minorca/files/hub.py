@@ -148,11 +148,11 @@ def _hub_errors(hub_id: HubId, kind: str = "model") -> Iterator[None]:
         raise
     except Exception as error:
         cause = error.__cause__
-        is_refused = isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code < 500
-        if isinstance(error, errors.RevisionResolutionError | errors.LocalEntryNotFoundError) and not is_refused:
+        refusal = cause if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code < 500 else None
+        if isinstance(error, errors.RevisionResolutionError | errors.LocalEntryNotFoundError) and refusal is None:
             raise UserError(_not_cached(hub_id, kind, error), path=str(hub_id)) from None
         missing = "directory" if kind == "model" else "file"
-        reason = _reason(hub_id, kind, cause if is_refused else error)
+        reason = _reason(hub_id, kind, refusal or error)
         raise UserError(f"no such {missing}, and {reason}", path=str(hub_id)) from None
 
 
