@@ -25,6 +25,11 @@ def progress(items: Iterable[Item], what: str, total: int | None = None, unit: s
             bar.update()
 
 
+def bar_disabled() -> bool | None:
+    """What tqdm's `disable` is: on ranks after the first True; None, unless standard error is no terminal."""
+    return None if os.environ.get("RANK", "0") == "0" else True
+
+
 def progress_bar(what: str, total: int | None = None, unit: str = "", done: int = 0) -> tqdm:
     """A bar for `with`, whose `update(n)` says that n more are done; see `progress`.
 
@@ -32,15 +37,13 @@ def progress_bar(what: str, total: int | None = None, unit: str = "", done: int 
         unit: "B" counts bytes, in multiples of 1000.
         done: how many were before.
     """
-    is_first_rank = os.environ.get("RANK", "0") == "0"
     return tqdm(
         desc=what,
         total=total,
         initial=done,
         leave=False,
         delay=2,
-        # None: unless standard error is no terminal
-        disable=None if is_first_rank else True,
+        disable=bar_disabled(),
         unit=f" {unit}" if unit != "B" else unit,
         unit_scale=unit == "B",
     )

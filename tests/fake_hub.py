@@ -158,7 +158,8 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, body, query, kind, name, revision="main"):
         if (repository := self._find(kind, name)) and (commit := self._commit_of(repository, revision)):
             files = [{"rfilename": file} for file in repository.commits[commit]]
-            self._send(200, {"_id": name, "id": name, "modelId": name, "sha": commit, "siblings": files, "tags": []})
+            about = {"_id": name, "id": name, "modelId": name, "private": repository.private, "tags": []}
+            self._send(200, about | {"sha": commit, "siblings": files})
 
     def tree(self, body, query, kind, name, revision, folder=""):
         if not ((repository := self._find(kind, name)) and (commit := self._commit_of(repository, revision))):

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     output = Path(args.output)
     origin = None
     if args.push:
-        check_push(args.push)
+        check_push(args.push, args.private)
         adapters = [str(adapter.directory) for adapter in merge.adapters] if merge else []
         origin = read_origin(args.model, adapters, args.adapter_only, args.quantize != "none", args.scores)
     if merge and args.adapter_only:

@@ -22,11 +22,12 @@ def named_base(adapter: str | Path) -> HubId | None:
     """The hub id and, where it is known, the commit that an adapter names as its base; None for a directory."""
     values = AdapterConfig(local_directory(adapter)).values
     base, revision = values.get("base_model_name_or_path"), values.get("revision")
-    found = parse_id(base) if isinstance(base, str) else None
-    if found is None or found.revision:
+    if not isinstance(base, str):
         return None
+    # with a commit it is the hub's, also where a directory here has its name
     with_revision = parse_id(f"{base}@{revision}") if isinstance(revision, str) else None
-    return with_revision or found
+    found = with_revision or parse_id(base)
+    return found if found and (found is with_revision or found.revision is None) else None
 
 
 def export_adapter(adapter: str | Path, output: Path, base: HubId | None = None) -> None:

@@ -17,7 +17,7 @@ from minorca.export.adapter import named_base
 from minorca.export.run_commands import run_commands
 from minorca.export.run_record import RunRecord, last_part, read_run_record
 from minorca.files.atomic import write_file
-from minorca.files.hub import HubId, local_directory, parse_id, pinned
+from minorca.files.hub import HubId, local_directory, name_of, parse_id, pinned
 from minorca.files.safe_io import read_json
 
 CARD = "README.md"
@@ -85,11 +85,13 @@ def read_origin(
     base = pinned(model) if model and not alone else parse_id(model) if model else None
     base = base or (named_base(adapter) if adapter else run and run.base)
     if alone and base is None:
-        message = "names a directory of this machine as its base; give the hub id of that with --model ORG/NAME"
+        message = (
+            "names a directory of this machine as its base; give the hub id of that with --model ORG/NAME@REVISION"
+        )
         raise UserError(message, path=adapter)
     name = base.repository if base else last_part(str(Path(model or "").resolve()))
     found = [score for file in scores for score in read_scores(Path(file))]
-    return Origin(base, name, " and ".join(map(last_part, adapters)) or None, alone, quantized, run, found)
+    return Origin(base, name, " and ".join(map(name_of, adapters)) or None, alone, quantized, run, found)
 
 
 def read_scores(path: Path) -> list[Score]:
@@ -229,10 +231,12 @@ def _training(run: RunRecord) -> Iterator[str]:
     )
     yield f"<details><summary>config.yaml</summary>\n\n{code_block(config_text(settings), 'yaml')}\n\n</details>"
     if run.rows:
-        rows = [(source, what, f"{count:,}") for source, counts in run.rows.items() for what, count in counts.items()]
+        rows = [(source, what, f"{count:,}") for source, counts in run.rows for what, count in counts.items()]
         yield table(["data", "rows or tokens", "number"], rows)
     if run.losses:
         best = min(run.losses, key=lambda pair: pair[1])
+        if settings.train.keep_best:
+            yield f"The weights are those after step {best[0]:,}, of the lowest held-out loss."
         named = (("first", run.losses[0]), ("best", best), ("last", run.losses[-1]))
         yield table(["held-out loss", "step", "value"], [(name, step, f"{loss:.4f}") for name, (step, loss) in named])
     if run.curves:

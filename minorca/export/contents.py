@@ -85,7 +85,7 @@ class Contents:
             done: how it is written, as type="q8_0".
         """
         adapters = [adapter.directory for adapter in self.merge.adapters] if self.merge else []
-        how = done | {"merge": str(self.merge) if self.merge else None, "hub": self.commits}
+        how = done | {"merge": self.merge and self.merge.without_paths(), "hub": self.commits}
         return {"export": how} | receipts.of_weights(self.source.paths, adapters)
 
 

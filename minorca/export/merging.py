@@ -12,7 +12,7 @@ dare_ties  dropped as in dare, combined as in ties
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minorca.errors import UserError
 from minorca.files.adapters import open_adapter, read_adapter_settings
+from minorca.files.hub import name_of, parse_id
 from minorca.files.safe_io import quote
 from minorca.model.architecture import Architecture
 from minorca.model.build import build_model
@@ -62,6 +63,14 @@ class Merge:
         if adapter is None or isinstance(adapter, Merge):
             return adapter
         return Merge((WeightedAdapter(adapter),))
+
+    def without_paths(self) -> str:
+        """As `str`, for what may be published: of a directory, its name alone."""
+        named = [
+            adapter if parse_id(adapter.directory) else adapter._replace(directory=name_of(adapter.directory))
+            for adapter in self.adapters
+        ]
+        return str(replace(self, adapters=tuple(named)))
 
     def __str__(self) -> str:
         names = " and ".join(map(str, self.adapters))

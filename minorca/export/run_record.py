@@ -10,7 +10,7 @@ from minorca.config_file import read_config
 from minorca.errors import UserError
 from minorca.files.hub import HubId
 from minorca.files.safe_io import parse_json
-from minorca.train.output import RESOLVED, read_run
+from minorca.train.output import read_run, written_settings
 
 # an id that a run has pinned
 _PINNED = re.compile(r"([^/@:\s]+/[^/@:\s]+)@([0-9a-f]{40})(?::.*)?", re.S)
@@ -24,7 +24,7 @@ class RunRecord:
         settings: with the last parts of paths alone.
         base: the model that it trained, if that is one of the hub.
         datasets: those of the hub that it trained on.
-        rows: source -> outcome -> number of rows.
+        rows: of each source its last part, and outcome -> number of rows. Several may have one name.
         steps, tokens, trained_tokens: of all steps.
         losses: (step, held-out loss), in order.
         curves: the picture of them, if there is one.
@@ -33,7 +33,7 @@ class RunRecord:
     settings: Config
     base: HubId | None
     datasets: list[str]
-    rows: dict[str, dict[str, int]]
+    rows: list[tuple[str, dict[str, int]]]
     steps: int
     tokens: int
     trained_tokens: int
@@ -42,17 +42,20 @@ class RunRecord:
 
 
 def read_run_record(trained: Path) -> RunRecord | None:
-    """The record of the run whose adapter or model lies in `trained`; None where this lies in no run's directory.
+    """The record of the run whose result `trained` is; None where it is no run's, or one that the run has set aside.
 
     Raises:
         UserError: a file of the run that cannot be read.
     """
-    output = trained.resolve().parent
+    trained = trained.resolve()
+    output = trained.parent
+    settings = written_settings(output)
     run = read_run(output)
-    files = [output / name for name in (RESOLVED, "config.yaml") if (output / name).is_file()]
-    if run is None or not files:
+    if run is None or not settings.is_file():
         return None
-    config = read_config(files[0], {})
+    config = read_config(settings, {})
+    if trained.name != config.outcome.name:
+        return None
     found = pinned_id(config.model.path)
     sources = [source.path for source in config.data.sources(config.data.train)]
     datasets = [dataset.repository for dataset in map(pinned_id, sources) if dataset]
@@ -62,7 +65,7 @@ def read_run_record(trained: Path) -> RunRecord | None:
         settings=without_paths(config),
         base=found,
         datasets=list(dict.fromkeys(datasets)),
-        rows={last_part(path): counts for path, counts in run.rows.items()},
+        rows=[(last_part(path), counts) for path, counts in run.rows.items()],
         steps=max((line["step"] for line in steps), default=0),
         tokens=sum(line["tokens"] for line in steps),
         trained_tokens=sum(line["trained_tokens"] for line in steps),

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from minorca.errors import MACHINE_ERRORS, UserError
 from minorca.files.safe_io import check_hub_cache, read_json, user_path
+from minorca.progress import bar_disabled
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ _ID = re.compile(
 )
 _COMMIT = re.compile("[0-9a-f]{40}")
 # what is read of a model or an adapter, beside weights
-_SETTINGS = (
+MODEL_SETTINGS = (
     "config.json",
     "params.json",
     "generation_config.json",
@@ -61,8 +62,15 @@ def parse_id(path: str | Path) -> HubId | None:
 
 
 def is_repository(name: str) -> bool:
-    """Whether a name has the form org/name, without a revision."""
+    """Whether a name is one that a repository of the hub can have, org/name without a revision."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     match = _ID.fullmatch(name)
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
     return bool(match and match[2] is None)
 
 
@@ -138,19 +146,24 @@ def _hub_errors(hub_id: HubId, kind: str = "model") -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (errors.RevisionResolutionError, errors.LocalEntryNotFoundError) as error:
-        raise UserError(_not_cached(hub_id, kind, error), path=str(hub_id)) from None
     except Exception as error:
+        cause = error.__cause__
+        refusal = cause if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code < 500 else None
+        if isinstance(error, errors.RevisionResolutionError | errors.LocalEntryNotFoundError) and refusal is None:
+            raise UserError(_not_cached(hub_id, kind, error), path=str(hub_id)) from None
         missing = "directory" if kind == "model" else "file"
-        raise UserError(f"no such {missing}, and {_reason(hub_id, error)}", path=str(hub_id)) from None
+        reason = _reason(hub_id, kind, refusal or error)
+        raise UserError(f"no such {missing}, and {reason}", path=str(hub_id)) from None
 
 
-def _reason(hub_id: HubId, error: Exception) -> str:
+def _reason(hub_id: HubId, kind: str, error: Exception) -> str:
     """Why the hub did not give what was asked for, and what to do."""
     from huggingface_hub import constants, errors
 
+    if isinstance(error, errors.HFValidationError):
+        return f"it is not an id that the hub can have ({error})"
     if isinstance(error, errors.GatedRepoError):
-        page = f"{constants.ENDPOINT}/{hub_id.repository}"
+        page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{hub_id.repository}"
         return f"on the hub it is gated: accept its terms at {page}, then log in with hf auth login"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "the hub has none of that name, or it is private: check the name, or log in with hf auth login"
@@ -158,7 +171,11 @@ def _reason(hub_id: HubId, error: Exception) -> str:
         return f"on the hub it has no revision {hub_id.revision}; expected a branch, a tag, or a commit of 40 digits"
     # errors of the hub are errors of the system too
     if isinstance(error, errors.HfHubHTTPError):
-        return f"the hub answered {error.response.status_code} {error.response.reason_phrase}; try again later"
+        answer = f"the hub answered {error.response.status_code} {error.response.reason_phrase}"
+        if error.response.status_code in (401, 403):
+            advice = "the token is not valid, or may not read it: log in again with hf auth login, or set HF_TOKEN"
+            return f"{answer}; {advice}"
+        return f"{answer}; try again later"
     if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
         return f"the hub's cache cannot be written ({error}); make room, or set HF_HOME to another directory"
     what = f"{type(error).__name__}: {error}".rstrip(": ").splitlines()[0]
@@ -211,10 +228,10 @@ def _download(hub_id: HubId, weights: bool) -> Path:
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):
-        """As `progress`: on a terminal alone, from the third second on."""
+        """As `progress`: on a terminal alone, of the first rank alone, from the third second on."""
 
         def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **({"disable": None, "leave": False, "delay": 2} | options))
+            super().__init__(*arguments, **({"disable": bar_disabled(), "leave": False, "delay": 2} | options))
 
     def fetch(names: list[str] | tuple[str, ...]) -> Path:
         # of two processes that want the same file, one waits for the other
@@ -229,16 +246,27 @@ def _download(hub_id: HubId, weights: bool) -> Path:
         )
 
     with _hub_errors(hub_id):
-        directory = fetch(_SETTINGS)
+        directory = fetch(MODEL_SETTINGS)
         names = _listed(hub_id.repository, commit, directory)
         if adapter := next((name for name in _ADAPTER_FILES if name in names), None):
             fetch([adapter])
         chosen = _weight_files(names) if weights else []
+        if (weights and not chosen) or not directory.is_dir():
+            raise UserError(_nothing_to_read(hub_id, names, weights), path=str(hub_id))
         if chosen:
             fetch(chosen)
         if chosen and chosen[0].endswith(".index.json"):
             fetch(_indexed(directory / chosen[0], names))
     return directory
+
+
+def _nothing_to_read(hub_id: HubId, names: set[str], weights: bool) -> str:
+    what = f"on the hub it has no {'weights' if weights else 'files of a model or an adapter'} that can be read"
+    if found := sorted(name for name in names if name.endswith(".gguf")):
+        revision = f" --revision {hub_id.revision}" if hub_id.revision else ""
+        command = f"hf download {hub_id.repository}{revision} {found[0]} --local-dir ."
+        return f"{what}; of GGUF files give the path of one that is here: {command}"
+    return f"{what}; it has {', '.join(sorted(names)[:5]) or 'none at all'}"
 
 
 def _listed(repository: str, commit: str, directory: Path) -> set[str]:

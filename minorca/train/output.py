@@ -50,7 +50,8 @@ class RunFiles:
         made: the names in the directory that are the run's.
         config_sha256: of the config.yaml that it wrote last, and of the one before.
         resolved_sha256: the same of config.resolved.yaml.
-        revisions: hub ids as the settings gave them -> the same at the commits that the run uses.
+        revisions: hub ids as the settings gave them, data sets' after datasets/ -> the same at the commits that the run
+            uses.
         rows: what became of the rows to train on: source -> outcome -> how many.
     """
 

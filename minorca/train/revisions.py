@@ -16,7 +16,7 @@ def pin(config: Config) -> tuple[Config, dict[str, str]]:
     """The settings with every hub id at a commit: that which the run began with, where it goes on.
 
     Returns:
-        The settings, and each id as they gave it -> the id at its commit.
+        The settings, and each id as they gave it, of a data set after datasets/ -> the id at its commit.
 
     Raises:
         UserError: the id of a model or an adapter that cannot be resolved.
@@ -26,21 +26,23 @@ def pin(config: Config) -> tuple[Config, dict[str, str]]:
     recorded = run.revisions if run else {}
     revisions: dict[str, str] = {}
 
-    def resolved(path: str, resolve: Callable[[str], object]) -> str:
-        found = recorded.get(path) or resolve(path)
+    def resolved(path: str, resolve: Callable[[str], object], kind: str = "") -> str:
+        # a model and a data set may have one id; an earlier version recorded both without what they are
+        key = kind + path
+        found = recorded.get(key) or recorded.get(path) or resolve(path)
         if found and str(found) != path:
-            revisions[path] = str(found)
-        return revisions.get(path, path)
+            revisions[key] = str(found)
+        return revisions.get(key, path)
 
     def of_sources(what: Sources) -> Sources:
         if isinstance(what, list):
             return [
-                dataclasses.replace(source, path=resolved(source.path, at_commit))
+                dataclasses.replace(source, path=resolved(source.path, at_commit, "datasets/"))
                 if isinstance(source, Source)
-                else resolved(source, at_commit)
+                else resolved(source, at_commit, "datasets/")
                 for source in what
             ]
-        return resolved(what, at_commit) if isinstance(what, str) else what
+        return resolved(what, at_commit, "datasets/") if isinstance(what, str) else what
 
     model = dataclasses.replace(config.model, path=resolved(config.model.path, pinned))
     adapters = {key: resolved(path, pinned) for key, path in config.adapters.items()}

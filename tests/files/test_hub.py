@@ -203,6 +203,11 @@ def hide(hub):
     hub.repositories["models/org/name"].private = True
 
 
+def refused(status):
+    """The hub says which commit, and refuses to give its files."""
+    return lambda method, path: status if "/tree/" in path else None
+
+
 # What is asked for, what is wrong with the hub, the message.
 FAULTS = {
     "no repository": ("org/nothing", lambda hub: None, "no such directory, and the hub has none of that name"),
@@ -210,6 +215,18 @@ FAULTS = {
     "gated": ("org/name", lambda hub: hub.gated.add("org/name"), "gated: accept its terms at http.*hf auth login"),
     "no revision": ("org/name@v9", lambda hub: None, "no revision v9; expected a branch, a tag, or a commit"),
     "down": ("org/name", lambda hub: setattr(hub, "fail", lambda *_: 503), "the hub cannot be reached"),
+    "no access": (
+        "org/name",
+        lambda hub: setattr(hub, "fail", refused(403)),
+        "answered 403 Forbidden; the token",
+    ),
+    "expired token": ("org/name", lambda hub: setattr(hub, "fail", refused(401)), "answered 401 Unauth.*log in again"),
+    "too many": (
+        "org/name",
+        lambda hub: setattr(hub, "fail", refused(409)),
+        "the hub answered 409 Conflict; try again",
+    ),
+    "no id": ("org/na--me", lambda hub: None, "not an id that the hub can have"),
     "other": ("org/name", lambda hub: setattr(hub, "fail", lambda *_: 418), "the hub answered 418"),
     "cut": ("org/name", lambda hub: setattr(hub, "fail", lambda *_: -5), "the hub cannot be reached"),
 }
@@ -223,6 +240,46 @@ def test_what_goes_wrong_is_a_line(name, hub, model):
     with pytest.raises(UserError, match=f"^{path}: .*{expected}") as caught:
         load_model(path)
     assert "\n" not in str(caught.value) and len(caught.value.problems) == 1
+
+
+def test_the_page_of_a_gated_data_set(hub):
+    hub.put("org/rows", {"train.jsonl": b"{}"}, kind="datasets")
+    hub.gated.add("org/rows")
+    with pytest.raises(UserError, match=f"no such file.* accept its terms at {hub.url}/datasets/org/rows, then"):
+        resolve(HubId("org/rows"), "dataset")
+
+
+@pytest.mark.parametrize("settings", [{}, {"config.json": b"{}"}])
+def test_a_repository_of_other_files(settings, hub):
+    """GGUF files are read from paths; an empty directory is not mistaken for a missing one."""
+    hub.put("org/name", {"README.md": b"", "b.Q4_K_M.gguf": b"GGUF", "a.F16.gguf": b"GGUF"} | settings, "v1")
+    command = r"hf download org/name --revision v1 a.F16.gguf --local-dir \."
+    with pytest.raises(UserError, match=rf"^org/name@v1: on the hub it has no weights that can be read.*: {command}$"):
+        local_directory("org/name@v1", weights=True)
+    hub.put("org/other", {"README.md": b""})
+    with pytest.raises(UserError, match="^org/other: on the hub it has no files of a model.*; it has README.md$"):
+        load_tokenizer("org/other")
+    assert not [name for name in hub.downloaded() if name.endswith(".gguf")]
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
+def test_the_first_rank_alone_shows_a_bar(rank, shown, hub, model, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    hub.put("org/name", model)
+    download, bars = huggingface_hub.snapshot_download, []
+
+    def noted(*arguments, **options):
+        with options["tqdm_class"](total=1, file=Terminal()) as bar:
+            bars.append(bool(bar.disable))
+        return download(*arguments, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", noted)
+    monkeypatch.setenv("RANK", rank)
+    local_directory("org/name")
+    assert bars == [not shown]
 
 
 def test_a_download_that_breaks_off_goes_on(hub, model, monkeypatch):

@@ -5,9 +5,12 @@ import json
 import pytest
 
 from minorca import UserError
+from minorca.config import Config, DataConfig, ModelConfig, TrainConfig
 from minorca.config_file import load_yaml
 from minorca.data.sources import at_commit
 from minorca.train.__main__ import main as train
+from minorca.train.output import claim
+from minorca.train.revisions import pin
 from tests.fake_hub import forget
 from tests.helpers import SAME, lines_of, random_adapter, random_mistral
 
@@ -47,6 +50,24 @@ def test_a_run_resumes_with_the_commits_it_began_with(hub, workplace):
     # a run that has no checkpoint yet begins with what is there now
     train(workplace("new", **{"model.path": "org/name", "train.steps": 1}))
     assert settings_of(workplace.path / "new")["model"]["path"] == f"org/name@{second}"
+
+
+def test_a_model_and_a_data_set_of_one_name(hub, workplace):
+    """Each goes on at its own commit."""
+    model = hub.put("org/name", workplace.model_path)
+    rows = hub.put("org/name", {"train.jsonl": b"{}"}, kind="datasets")
+    settings = TrainConfig(output=str(workplace.path / "run"))
+    given = Config(ModelConfig("org/name"), DataConfig("org/name", ["org/name:train.jsonl"]), train=settings)
+    config, revisions = pin(given)
+    assert (config.model.path, config.data.train) == (f"org/name@{model}", f"org/name@{rows}")
+    assert config.data.eval == [f"org/name@{rows}:train.jsonl"]
+    config.output.mkdir()
+    claim(config, False, revisions)
+    (config.output / "checkpoints" / "step-00000001").mkdir()
+    hub.put("org/name", {"config.json": b"{}"})
+    hub.put("org/name", {"train.jsonl": b"{ }"}, kind="datasets")
+    forget()
+    assert pin(given) == (config, revisions)
 
 
 def test_adapters_to_start_from(hub, workplace):
