@@ -1,5 +1,6 @@
 """Whether files are those that a receipt vouches for, by their digests alone: the first that is not is named."""
 
+import hashlib
 import json
 import os
 import re
@@ -96,7 +97,9 @@ def _verify_metrics(run: RecordedRun) -> int:
 def _verify_checkpoints(run: RecordedRun) -> int:
     """The number of checkpoints that are verified."""
     published = checkpoint.published(run.output / "checkpoints")
-    count = 0
+    count, content = 0, b"".join(run.metrics())
+    # from this line on the file has not begun anew
+    begin = max((n for n, line in enumerate(run.lines) if line.get("metrics", {}).get("first") == 1), default=0)
     for path in published:
         try:
             state = checkpoint.verify(path)
@@ -122,6 +125,13 @@ def _verify_checkpoints(run: RecordedRun) -> int:
         for key, (before, now) in checkpoint.changes(state.run, run.state_at(n)["identity"]).items():
             message = f"is {quote(before)}; {CHAIN} has {quote(now)}"
             raise UserError(message, path=path / "state.json", field=key)
+        # the receipt has the lines as they were in the file by then, the checkpoint as the run wrote them
+        first = content[: state.metrics_bytes]
+        is_known = state.metrics_bytes >= 0 and n > begin
+        if is_known and hashlib.sha256(first).hexdigest() != state.metrics_sha256:
+            message = f"is not as the run wrote it, as {path.name}/state.json says"
+            where = f"lines 1 to {len(first.splitlines())}"
+            raise UserError(message, path=run.output / "metrics.jsonl", where=where)
         count += 1
     return count
 
@@ -188,6 +198,8 @@ def _changed_rows(run: RecordedRun, inputs: Inputs) -> Iterator[UserError]:
         store = stores[name]
         assert store is not None
         size, everything = rows_in_block(store), replace(store, selected=None)
+        if name == "rows":
+            yield from _other_number(run, inputs, size, len(known.get(name, [])))
         for block, (now, before) in enumerate(zip_longest(digests, known.get(name, []))):
             if now is None:
                 yield UserError(
@@ -196,6 +208,23 @@ def _changed_rows(run: RecordedRun, inputs: Inputs) -> Iterator[UserError]:
             elif now != before:
                 which = "is not a row of the run" if size == 1 else f"of {size} rows from here on, one is not the run's"
                 yield UserError(which, path=everything.locate(block * size))
+
+
+def _other_number(run: RecordedRun, inputs: Inputs, size: int, digests: int) -> Iterator[UserError]:
+    """The first source that has another number of rows, where a digest is of several: they are not of the same ones
+    then.
+
+    Args:
+        size: of how many rows a digest is now.
+        digests: how many the run has.
+    """
+    key = "data.train's rows and weights"
+    sizes_before = run.state["identity"][key]
+    if size == 1 and sum(before for before, _ in sizes_before) <= digests:
+        return
+    for source, (now, _), (before, _) in zip(inputs.store.sources, inputs.identity[key], sizes_before):
+        if now != before:
+            yield UserError(f"has {now} rows to train on; the run had {before}", path=source.path)
 
 
 # ------------------------------------------------------------------------------------------------ directories, scores

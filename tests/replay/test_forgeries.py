@@ -18,7 +18,7 @@ from minorca.model.quantization import parse_quantization
 from minorca.receipts import CHAIN, FILE, make_line, read_lines
 from minorca.replay import __main__ as command
 from minorca.train import __main__ as train_command
-from minorca.train import checkpoint
+from minorca.train import checkpoint, metrics, receipt
 from tests.replay.conftest import SETTINGS
 
 
@@ -270,6 +270,45 @@ def test_every_forgery_is_named(count, made):
         check(made, seed)
     for path in honest:
         command.main([str(path)])
+
+
+def test_another_number_of_rows_than_digests_are_for(place, monkeypatch):
+    """Where a digest is of several rows, one more or less moves all that follow."""
+    monkeypatch.setattr(receipt, "BLOCKS", 20)
+    train_command.main(place("blocks", **SETTINGS | {"train.steps": 1}))
+    path = place.path / "rows.jsonl"
+    content = path.read_text()
+    lines = content.splitlines(keepends=True)
+    command.main([str(place.path / "blocks")])
+    for n, forged in ((55, [*lines, lines[0].replace("Reverse", "Mirror")]), (9, lines[:10])):
+        path.write_text("".join(forged))
+        try:
+            with pytest.raises(UserError, match=rf"rows.jsonl: has {n} rows to train on; the run had 54"):
+                command.main([str(place.path / "blocks")])
+        finally:
+            path.write_text(content)
+
+
+def test_a_line_that_is_changed_while_the_run_goes_on(place, monkeypatch):
+    """In place, before a checkpoint: the receipt has it as it is in the file by then."""
+    path, record_step = place.path / "meanwhile" / "metrics.jsonl", metrics.Record.step
+
+    def step(record, number, *rest):
+        record_step(record, number, *rest)
+        if number == 2:
+            content = path.read_bytes()
+            with path.open("r+b") as file:
+                file.write(content.replace(b'"loss": 5', b'"loss": 4', 1))
+            assert path.read_bytes() != content
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Record, "step", step)
+        train_command.main(
+            place("meanwhile", **SETTINGS | {"train.steps": 4, "data.eval": "null", "train.eval_every": 0})
+        )
+    message = "metrics.jsonl, lines 1 to 3: is not as the run wrote it, as step-00000003/state.json says"
+    with pytest.raises(UserError, match=message):
+        command.main([str(place.path / "meanwhile")])
 
 
 def test_a_score_that_is_there_twice(made, tmp_path):
