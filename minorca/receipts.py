@@ -136,9 +136,13 @@ def _raw(receipt: dict[str, Any]) -> bytes:
 
 
 def read_lines(path: Path) -> tuple[list[Line], UserError | None]:
-    """The lines of a chain up to the first that is not as it was written, and what is wrong with that one."""
+    """The lines of a chain up to the first that is not as it was written, and what is wrong with that one.
+
+    The beginning of a line at the end is none: a run was stopped within it, or is writing it.
+    """
     lines: list[Line] = []
-    for n, raw in enumerate(read_small(path, MAX_CHAIN_BYTES).splitlines(keepends=True), 1):
+    content = read_small(path, MAX_CHAIN_BYTES)
+    for n, raw in enumerate(content[: content.rfind(b"\n") + 1].splitlines(keepends=True), 1):
         receipt = _parse(raw)
         wrong = _problem(receipt, raw, lines)
         if receipt is None or wrong:
@@ -189,9 +193,19 @@ KINDS = {
 # ------------------------------------------------------------------------------------------------ directories, scores
 
 
-def write_receipt(directory: Path, values: dict[str, Any]) -> None:
-    """Writes receipt.json of a directory: `values`, and the SHA-256 of every file that is there already."""
-    files = sha256_of((path for path in directory.rglob("*") if path.is_file() and path.name != FILE), directory)
+def sha256_in(directory: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a directory, its receipt left out, by path."""
+    return sha256_of((path for path in directory.rglob("*") if path.is_file() and path.name != FILE), directory)
+
+
+def write_receipt(directory: Path, values: dict[str, Any], files: dict[str, str] | None = None) -> None:
+    """Writes receipt.json of a directory.
+
+    Args:
+        values: what it says beside the SHA-256 of every file.
+        files: these, where they are known.
+    """
+    files = sha256_in(directory) if files is None else files
     receipt = sealed({"format": FORMAT, **values, "files": files})
     (directory / FILE).write_text(json.dumps(receipt, indent=2) + "\n")
 

@@ -125,7 +125,8 @@ def parse_json(text: str | bytes):
     return json.loads(text, **_STRICT)
 
 
-def _unique_keys(pairs: list[tuple]) -> dict:
+def unique_keys(pairs: list[tuple]) -> dict:
+    """A JSON object of these. Raises ValueError: two have one key, of which parsers take the first or the last."""
     values = dict(pairs)
     if len(values) < len(pairs):
         duplicate, _ = Counter(key for key, _ in pairs).most_common(1)[0]
@@ -141,7 +142,7 @@ def _finite_number(number: str) -> float:
 
 
 _STRICT: dict[str, Any] = {
-    "object_pairs_hook": _unique_keys,
+    "object_pairs_hook": unique_keys,
     "parse_constant": _finite_number,
     "parse_float": _finite_number,
 }

@@ -72,6 +72,10 @@ def _start(run: RecordedRun, first: int, last: int) -> Path | None:
     if last > end:
         raise UserError(f"has steps up to {end}; expected no later one", path=run.output / CHAIN, field="--steps")
     steps = {int(path.name.removeprefix("step-")): path for path in checkpoint.published(run.output / "checkpoints")}
+    recorded = [step for step, kind in run.steps() if kind == "loss"]
+    if recorded and first + 1 < min(recorded):
+        message = f"begins with step {first + 1}, and metrics.jsonl with step {min(recorded)}: it was moved away once"
+        raise UserError(message, field="--steps")
     known = [step for step in steps if step <= first and (step == begin or run.checkpoint_line(step))]
     if not known and begin:
         message = f"the run's receipt begins after step {begin}, and no checkpoint is of a step from there to {first}"
@@ -154,10 +158,8 @@ class Comparison:
 
     def _compare_line(self, values: dict[str, Any]) -> None:
         step, kind, path = values["step"], kind_of(values), self.run.output / "metrics.jsonl"
+        # without the lines before it was moved away, and the evaluation after the last step of a run that was stopped
         if (step, kind) not in self.recorded:
-            # the evaluation that is due after the last step of a run that was interrupted
-            if kind == "loss":
-                raise UserError(f"has no line of step {step}", path=path)
             return
         n, recorded = self.recorded[step, kind]
         for key in sorted((values.keys() | recorded.keys()) - MEASURED):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from minorca.config import Config
 from minorca.config_file import read_config
+from minorca.errors import UserError
 from minorca.receipts import CHAIN, read_lines
 from minorca.train.checkpoint import PLACES
 from minorca.train.receipt import last_state
@@ -103,4 +104,7 @@ def read_run(output: Path, places: dict[str, Any]) -> RecordedRun:
     lines, error = read_lines(output / CHAIN)
     if error:
         raise error
+    if not lines:
+        message = "has no whole line: the run is about to write its first, or was stopped before"
+        raise UserError(message, path=output / CHAIN)
     return RecordedRun(output, [line.values for line in lines], places)

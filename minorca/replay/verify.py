@@ -1,6 +1,9 @@
 """Whether files are those that a receipt vouches for, by their digests alone: the first that is not is named."""
 
+import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import zip_longest
@@ -12,9 +15,9 @@ from minorca.config_file import read_config
 from minorca.data.rendering import RENDERER_VERSION
 from minorca.errors import UserError
 from minorca.files.atomic import MANIFEST, sha256
-from minorca.files.safe_io import find_file, quote, read_json, read_small
+from minorca.files.safe_io import find_file, quote, read_json, read_small, unique_keys
 from minorca.receipts import CHAIN, FILE, read_receipt, short_digest
-from minorca.replay.recorded_run import RecordedRun
+from minorca.replay.recorded_run import RecordedRun, read_run
 from minorca.train import checkpoint
 from minorca.train.inputs import Inputs, read_inputs
 from minorca.train.output import written_settings
@@ -22,6 +25,10 @@ from minorca.train.receipt import metrics_digests, row_digests, rows_in_block
 
 MAX_SCORES_BYTES = 2**31
 ADAPTER = "adapter_model.safetensors"
+# of a run's identity, see `checkpoint.identity`
+_BASE = re.compile("the base's (.*)'s sha256")
+# what programs read of a model's or adapter's directory wherever it is there
+LOADED = ("*.safetensors", "*.index.json", "*.jinja", "*config.json", "*token*.json", "params.json")
 
 
 def verify_run(run: RecordedRun) -> str:
@@ -31,8 +38,18 @@ def verify_run(run: RecordedRun) -> str:
         UserError: the first thing that is not as its receipt says: a setting, a line of metrics.jsonl, a file of a
             checkpoint or of what was trained, of the base model, or a row.
     """
-    if not run.lines:
-        raise UserError("is empty", path=run.output / CHAIN)
+    while True:
+        try:
+            return _verify(run)
+        except (UserError, FileNotFoundError):
+            # a run that goes on has written more since, and removed older checkpoints
+            now = read_run(run.output, run.places)
+            if now.lines == run.lines:
+                raise
+            run = now
+
+
+def _verify(run: RecordedRun) -> str:
     _verify_settings(run)
     lines = _verify_metrics(run)
     checkpoints = _verify_checkpoints(run)
@@ -45,11 +62,20 @@ def verify_run(run: RecordedRun) -> str:
 
 def _verify_settings(run: RecordedRun) -> None:
     path, recorded = written_settings(run.output), run.state["settings"]
+    # where it resumes or starts, it writes them after the line
+    is_last = run.lines[-1]["kind"] in ("start", "resume")
+    if is_last and len(run.lines) == 1 and not path.exists():
+        return
     now = json.loads(json.dumps(read_config(path, {}).flat()))
-    for key, value in now.items():
-        # a later version has added the others, with their defaults
-        if key in recorded and recorded[key] != value:
-            raise UserError(f"is {quote(value)}; the run had {quote(recorded[key])}", path=path, field=key)
+    if is_last and len(run.lines) > 1 and not _differing(now, run.state_at(len(run.lines) - 1)["settings"]):
+        return
+    for key in _differing(now, recorded):
+        raise UserError(f"is {quote(now[key])}; the run had {quote(recorded[key])}", path=path, field=key)
+
+
+def _differing(now: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
+    """Which settings are not as recorded; those that a later version has added have their defaults."""
+    return [key for key, value in now.items() if key in recorded and recorded[key] != value]
 
 
 def _verify_metrics(run: RecordedRun) -> int:
@@ -69,10 +95,19 @@ def _verify_metrics(run: RecordedRun) -> int:
 
 
 def _verify_checkpoints(run: RecordedRun) -> int:
-    """The number of checkpoints, all of which are verified."""
+    """The number of checkpoints that are verified."""
     published = checkpoint.published(run.output / "checkpoints")
+    count, content = 0, b"".join(run.metrics())
+    # from this line on the file has not begun anew
+    begin = max((n for n, line in enumerate(run.lines) if line.get("metrics", {}).get("first") == 1), default=0)
     for path in published:
-        state = checkpoint.verify(path)
+        try:
+            state = checkpoint.verify(path)
+        except (UserError, FileNotFoundError):
+            # a run that goes on has removed it
+            if not os.path.lexists(path):
+                continue
+            raise
         found = run.checkpoint_line(state.step)
         if found is None:
             # the run was killed before it could write the line, and writes it when it resumes
@@ -90,7 +125,15 @@ def _verify_checkpoints(run: RecordedRun) -> int:
         for key, (before, now) in checkpoint.changes(state.run, run.state_at(n)["identity"]).items():
             message = f"is {quote(before)}; {CHAIN} has {quote(now)}"
             raise UserError(message, path=path / "state.json", field=key)
-    return len(published)
+        # the receipt has the lines as they were in the file by then, the checkpoint as the run wrote them
+        first = content[: state.metrics_bytes]
+        is_known = state.metrics_bytes >= 0 and n > begin
+        if is_known and hashlib.sha256(first).hexdigest() != state.metrics_sha256:
+            message = f"is not as the run wrote it, as {path.name}/state.json says"
+            where = f"lines 1 to {len(first.splitlines())}"
+            raise UserError(message, path=run.output / "metrics.jsonl", where=where)
+        count += 1
+    return count
 
 
 def _compare_files(directory: Path, found: dict[str, str], expected: dict[str, str], where: str) -> None:
@@ -106,8 +149,9 @@ def _verify_outcome(run: RecordedRun) -> list[str]:
     last = run.lines[-1]
     directory = run.config(run.state, **{"train.output": str(run.output)}).outcome
     if not directory.is_dir():
-        if last["kind"] == "outcome":
-            raise UserError("is missing", path=directory)
+        if last["kind"] == "outcome" and not _was_stopped(directory, last):
+            message = "is missing; if it was not moved, the same command that trained writes it again"
+            raise UserError(message, path=directory)
         return []
     verify_directory(directory)
     receipt = read_receipt(directory) or {}
@@ -122,6 +166,13 @@ def _verify_outcome(run: RecordedRun) -> list[str]:
     if saved and adapter and "best.json" not in line["files"] and adapter != saved[1]["files"].get(ADAPTER):
         raise UserError(f"is not that of the checkpoint of step {line['step']}", path=directory / ADAPTER)
     return [directory.name]
+
+
+def _was_stopped(outcome: Path, last: dict[str, Any]) -> bool:
+    """Whether the run was stopped between the last line, of what was trained, and its publication, or as it went on."""
+    aside = outcome.parent.glob(f"{outcome.name}-before-step-*")
+    set_aside = any((read_receipt(directory) or {}).get("run") == last["sha256"] for directory in aside)
+    return set_aside or any(outcome.parent.glob(f"{outcome.name}.tmp-*"))
 
 
 def _verify_inputs(run: RecordedRun) -> Inputs:
@@ -147,6 +198,8 @@ def _changed_rows(run: RecordedRun, inputs: Inputs) -> Iterator[UserError]:
         store = stores[name]
         assert store is not None
         size, everything = rows_in_block(store), replace(store, selected=None)
+        if name == "rows":
+            yield from _other_number(run, inputs, size, len(known.get(name, [])))
         for block, (now, before) in enumerate(zip_longest(digests, known.get(name, []))):
             if now is None:
                 yield UserError(
@@ -155,6 +208,23 @@ def _changed_rows(run: RecordedRun, inputs: Inputs) -> Iterator[UserError]:
             elif now != before:
                 which = "is not a row of the run" if size == 1 else f"of {size} rows from here on, one is not the run's"
                 yield UserError(which, path=everything.locate(block * size))
+
+
+def _other_number(run: RecordedRun, inputs: Inputs, size: int, digests: int) -> Iterator[UserError]:
+    """The first source that has another number of rows, where a digest is of several: they are not of the same ones
+    then.
+
+    Args:
+        size: of how many rows a digest is now.
+        digests: how many the run has.
+    """
+    key = "data.train's rows and weights"
+    sizes_before = run.state["identity"][key]
+    if size == 1 and sum(before for before, _ in sizes_before) <= digests:
+        return
+    for source, (now, _), (before, _) in zip(inputs.store.sources, inputs.identity[key], sizes_before):
+        if now != before:
+            yield UserError(f"has {now} rows to train on; the run had {before}", path=source.path)
 
 
 # ------------------------------------------------------------------------------------------------ directories, scores
@@ -173,11 +243,18 @@ def verify_directory(directory: Path) -> str:
         )
     for name, expected in receipt["files"].items():
         path = directory / name
-        found = find_file(path.parent, path.name) if path.resolve().is_relative_to(directory.resolve()) else None
+        # a file of a hub's cache is a link out of its directory
+        is_inside = path.parent.resolve().is_relative_to(directory.resolve())
+        found = find_file(path.parent, path.name) if is_inside else None
         if found is None:
             raise UserError(f"is missing; {FILE} has it", path=path)
         if (now := sha256(found)) != expected:
             raise UserError(f"has the SHA-256 {now}; {FILE} has {quote(expected)}", path=path)
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if name not in receipt["files"] and any(path.match(pattern) for pattern in LOADED):
+            raise UserError(f"is not in {FILE}, and programs that load what is beside it read it", path=path)
+    _verify_base(receipt, directory / FILE)
     return f"{len(receipt['files'])} files are as {FILE} says"
 
 
@@ -187,8 +264,12 @@ def verify_scores(path: Path) -> str:
     Raises:
         UserError: it has no receipt, or a score or a part of it is not as it was written.
     """
+    content = read_small(path, MAX_SCORES_BYTES)
+    if content.startswith(b"GGUF"):
+        raise UserError(f"is GGUF; give the directory that it was written to, with {FILE}", path=path)
     try:
-        written: Any = json.loads(read_small(path, MAX_SCORES_BYTES))
+        # what has no number may be NaN
+        written: Any = json.loads(content, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise UserError(f"is not JSON ({error})", path=path) from None
     receipt = written.get("receipt") if isinstance(written, dict) else None
@@ -202,4 +283,35 @@ def verify_scores(path: Path) -> str:
             raise UserError("is missing; the receipt has it", path=path, field=key)
         if now[key] != expected.get(key):
             raise UserError("is not as the evaluation wrote it", path=path, field=key)
+    _verify_base(receipt, path)
     return f"{len(now)} parts are as the receipt says"
+
+
+def _verify_base(receipt: dict[str, Any], path: Path) -> None:
+    """Raises UserError: an adapter was trained on another base than the one that it was merged into, or evaluated on.
+
+    A base that was exported from the one of the training, as a quantized one, says so in its own receipt.
+    """
+    bases, base = [], receipt
+    while base and isinstance(base.get("base"), dict):
+        bases.append(base["base"])
+        base = base.get("base_receipt")
+    for trained in _bases_of_training(receipt) if bases else ():
+        if trained in bases:
+            continue
+        # of files of other names, as of another format, it is not known
+        for name in sorted(trained.keys() & bases[0].keys()):
+            if trained[name] != bases[0][name]:
+                message = f"is {quote(bases[0][name])}; the adapter was trained on a base with {quote(trained[name])}"
+                raise UserError(message, path=path, field=f"base, {name},")
+
+
+def _bases_of_training(receipt: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """For each adapter of a receipt, the digests of the files of its base by name, if its own receipt has them."""
+    for adapter in receipt.get("adapters", []):
+        own = adapter["receipt"] or {}
+        keys = {key: _BASE.fullmatch(key) for key in own.get("identity", {})}
+        if base := {match[1]: own["identity"][key] for key, match in keys.items() if match}:
+            yield base
+        # of an adapter that was exported itself
+        yield from _bases_of_training(own)

@@ -209,8 +209,8 @@ def claim(
     revisions: dict[str, str] | None = None,
     rows: dict[str, dict[str, int]] | None = None,
 ) -> str:
-    """Readies the output directory, of which this process has the lock: removes what the run had begun to write or to
-    remove when it was killed, and writes its settings.
+    """Readies the output directory, of which this process has the lock: says in run.json what is the run's, and removes
+    what it had begun to write or to remove when it was killed.
 
     Args:
         revisions: what `pin` made of which hub id of the settings.
@@ -225,9 +225,8 @@ def claim(
     output = config.output
     run = _read(output, _names(config, profile))
     path = _settings_file(output, run)
-    text = config_text(config)
     # the former one too: the process may be killed before the new one is written
-    digests = [hashlib.sha256(text.encode()).hexdigest(), *([sha256(path)] if path.exists() else [])]
+    digests = [hashlib.sha256(config_text(config).encode()).hexdigest(), *([sha256(path)] if path.exists() else [])]
     if path.name == RESOLVED:
         log.warning("%s: config.yaml was edited and is left as it is; the run's settings are in %s", output, RESOLVED)
         run.made = sorted({*run.made, RESOLVED})
@@ -237,7 +236,6 @@ def claim(
     run.revisions |= revisions or {}
     run.rows = rows or run.rows
     write_file(output / FILE, json.dumps(dataclasses.asdict(run), indent=2) + "\n", run.id)
-    write_file(path, text, run.id)
     (output / "checkpoints").mkdir(exist_ok=True)
     unfinished = [path for path in output.iterdir() if UNFINISHED.fullmatch(path.name) and path.is_file()]
     for leftover in (*unfinished, *output.glob(f"*.tmp-{run.id}*"), *output.glob(f"checkpoints/*.tmp-{run.id}*")):
@@ -246,6 +244,11 @@ def claim(
         else:
             leftover.unlink(missing_ok=True)
     return run.id
+
+
+def write_settings(config: Config, run_id: str) -> None:
+    """Writes the settings of the run, which has claimed its directory; its receipt says them already."""
+    write_file(_settings_file(config.output, _read(config.output, set())), config_text(config), run_id)
 
 
 def set_outcome_aside(outcome: Path, step: int) -> None:

@@ -78,8 +78,14 @@ class Receipt:
     lines: int = 0
 
     def add(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Adds a line of these values, see `write`."""
+        self.write(self._line(kind, step, values))
+
+    def _line(self, kind: str, step: int, values: dict[str, Any]) -> Line:
+        return make_line({"format": FORMAT, "kind": kind, "step": step, **values}, self.head)
+
+    def write(self, line: Line) -> None:
         """Adds a line, and waits until it is on the disk."""
-        line = make_line({"format": FORMAT, "kind": kind, "step": step, **values}, self.head)
         with (self.output / CHAIN).open("ab") as file:
             file.write(line.raw)
             file.flush()
@@ -95,10 +101,12 @@ class Receipt:
         """Adds the line of what was trained, and writes receipt.json into its directory, which has all other files and
         is going to be called `name`.
         """
-        files = receipts.sha256_of((path for path in directory.rglob("*") if path.is_file()), directory)
-        self.add("outcome", step, {"name": name, "files": files, "metrics": self._new_lines()})
+        files = receipts.sha256_in(directory)
+        line = self._line("outcome", step, {"name": name, "files": files, "metrics": self._new_lines()})
         about = {key: self.about[key] for key in ("identity", "renderer", "versions", "machine")}
-        receipts.write_receipt(directory, {"run": self.head, "steps": step, **about})
+        receipts.write_receipt(directory, {"run": line.values["sha256"], "steps": step, **about}, files)
+        # last, for it says that all else is there
+        self.write(line)
 
     def _new_lines(self, size: int = -1) -> dict[str, Any]:
         """Digests of the lines of metrics.jsonl, up to `size` bytes, that no line of the receipt covers."""
@@ -151,7 +159,10 @@ def open_receipt(
     # the run was killed after it had published the checkpoint
     if not any(line.values["kind"] == "checkpoint" and line.values["step"] == step for line in kept):
         receipt.checkpoint(step, found, state.metrics_bytes)
-    receipt.add("resume", step, _changed(about, last_state(line.values for line in kept)))
+    changed = _changed(about, last_state(line.values for line in kept))
+    if covered and not receipt.lines:
+        changed["metrics"] = {"first": 1, "lines": []}
+    receipt.add("resume", step, changed)
     return receipt
 
 

@@ -22,7 +22,15 @@ from minorca.train.loop import Run
 from minorca.train.memory import out_of_memory, weights_do_not_fit
 from minorca.train.metrics_lines import kept_lines
 from minorca.train.optim import check_optimizer
-from minorca.train.output import check_output, check_settings, claim, create_output, output_lock, set_outcome_aside
+from minorca.train.output import (
+    check_output,
+    check_settings,
+    claim,
+    create_output,
+    output_lock,
+    set_outcome_aside,
+    write_settings,
+)
 from minorca.train.precompute import with_reference
 from minorca.train.profiling import profiled
 from minorca.train.ranks import World, init_distributed
@@ -154,7 +162,7 @@ def _train(
         run_id = claim(config, profile, revisions, rows)
         if not finished:
             set_outcome_aside(config.outcome, resumed)
-        record, receipt = _open_record(config, inputs, world, found, state, length)
+        record, receipt = _open_record(config, inputs, world, found, state, length, run_id)
 
     # 5. the steps
     noted = stack.enter_context(signals_noted())
@@ -186,12 +194,16 @@ def _open_record(
     found: Path | None,
     state: checkpoint.State | None,
     length: RunLength,
+    run_id: str,
 ) -> tuple[metrics.Record, Receipt]:
-    """Opens the record and the receipt of the output directory, of which this process has the lock."""
+    """Opens the record and the receipt of the output directory, of which this process has the lock, and writes the
+    settings there.
+    """
     if state:
         checkpoint.set_damaged_aside(state, config)
     kept = kept_lines(config.output, found, state)
     receipt = open_receipt(config, inputs, world.size, found, state, kept.content)
+    write_settings(config, run_id)
     return metrics.Record(config, state.step if state else 0, length.steps, kept), receipt
 
 

@@ -2,19 +2,23 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from minorca import UserError, receipts
 from minorca.config_file import load_yaml
+from minorca.export.adapter import export_adapter
 from minorca.export.huggingface import export
 from minorca.files.atomic import MANIFEST, write_manifest
+from minorca.model.quantization import parse_quantization
 from minorca.receipts import CHAIN, FILE, make_line, read_lines
 from minorca.replay import __main__ as command
 from minorca.train import __main__ as train_command
-from minorca.train import checkpoint
+from minorca.train import checkpoint, metrics, receipt
 from tests.replay.conftest import SETTINGS
 
 
@@ -266,6 +270,92 @@ def test_every_forgery_is_named(count, made):
         check(made, seed)
     for path in honest:
         command.main([str(path)])
+
+
+def test_another_number_of_rows_than_digests_are_for(place, monkeypatch):
+    """Where a digest is of several rows, one more or less moves all that follow."""
+    monkeypatch.setattr(receipt, "BLOCKS", 20)
+    train_command.main(place("blocks", **SETTINGS | {"train.steps": 1}))
+    path = place.path / "rows.jsonl"
+    content = path.read_text()
+    lines = content.splitlines(keepends=True)
+    command.main([str(place.path / "blocks")])
+    for n, forged in ((55, [*lines, lines[0].replace("Reverse", "Mirror")]), (9, lines[:10])):
+        path.write_text("".join(forged))
+        try:
+            with pytest.raises(UserError, match=rf"rows.jsonl: has {n} rows to train on; the run had 54"):
+                command.main([str(place.path / "blocks")])
+        finally:
+            path.write_text(content)
+
+
+def test_a_line_that_is_changed_while_the_run_goes_on(place, monkeypatch):
+    """In place, before a checkpoint: the receipt has it as it is in the file by then."""
+    path, record_step = place.path / "meanwhile" / "metrics.jsonl", metrics.Record.step
+
+    def step(record, number, *rest):
+        record_step(record, number, *rest)
+        if number == 2:
+            content = path.read_bytes()
+            with path.open("r+b") as file:
+                file.write(content.replace(b'"loss": 5', b'"loss": 4', 1))
+            assert path.read_bytes() != content
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Record, "step", step)
+        train_command.main(
+            place("meanwhile", **SETTINGS | {"train.steps": 4, "data.eval": "null", "train.eval_every": 0})
+        )
+    message = "metrics.jsonl, lines 1 to 3: is not as the run wrote it, as step-00000003/state.json says"
+    with pytest.raises(UserError, match=message):
+        command.main([str(place.path / "meanwhile")])
+
+
+def test_a_score_that_is_there_twice(made, tmp_path):
+    """Python takes the last, other parsers the first."""
+    path = tmp_path / "scores.json"
+    text = (made[2] / "scores.json").read_text()
+    path.write_text(text.replace('"acc,none": 0.25', '"acc,none": 0.9, "acc,none": 0.25', 1))
+    assert json.loads(path.read_text()) == json.loads(text)
+    with pytest.raises(UserError, match="scores.json: is not JSON .duplicate key 'acc,none'"):
+        command.main([str(path)])
+
+
+def test_a_file_that_was_added_and_is_loaded(made, tmp_path):
+    """transformers prefers some of them to those that are in the receipt; a card is nobody's weights."""
+    merged = shutil.copytree(made[2] / "merged", tmp_path / "merged")
+    (merged / "README.md").write_text("A card.")
+    command.main([str(merged)])
+    for name in ("adapter_model.safetensors", "added_tokens.json", "model.safetensors.index.json", "more/b.jinja"):
+        (merged / name).parent.mkdir(exist_ok=True)
+        (merged / name).write_text("{}")
+        with pytest.raises(UserError, match=f"{name}: is not in receipt.json"):
+            command.main([str(merged)])
+        (merged / name).unlink()
+
+
+def test_an_adapter_on_another_base_than_that_of_its_training(made, place, tmp_path):
+    """Merged into it, or evaluated on it; but a base that was exported from the right one is right."""
+    output, other = made[1], tmp_path / "other"
+    shutil.copytree(place.model_path, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    export(other, output / "adapter", tmp_path / "wrong")
+    message = "base, model.safetensors, is '[0-9a-f]{64}'; the adapter was trained on a base with '[0-9a-f]{64}'"
+    with pytest.raises(UserError, match=f"wrong/receipt.json: {message}"):
+        command.main([str(tmp_path / "wrong")])
+    # an adapter that was exported says so too
+    export_adapter(output / "adapter", tmp_path / "adapter")
+    written: dict = {"results": {}}
+    of_weights = receipts.of_weights([other / "model.safetensors"], [tmp_path / "adapter"])
+    written["receipt"] = receipts.of_scores(written, of_weights)
+    (tmp_path / "scores.json").write_text(json.dumps(written))
+    with pytest.raises(UserError, match=f"scores.json: {message}"):
+        command.main([str(tmp_path / "scores.json")])
+    export(place.model_path, None, tmp_path / "nf4", parse_quantization("nf4"))
+    train_command.main(place("nf4", **SETTINGS | {"train.steps": 1, "model.quantize": "nf4"}))
+    export(tmp_path / "nf4", place.path / "nf4" / "adapter", tmp_path / "right")
+    command.main([str(tmp_path / "right")])
 
 
 def test_a_file_of_weights_can_carry_a_receipt(made):

@@ -42,23 +42,23 @@ WHOLE = [("start", 0), ("checkpoint", 2), ("checkpoint", 4), ("outcome", 4)]
 
 def test_killed_at_any_line_it_comes_to_the_same(workplace, tmp_path, monkeypatch):
     """Before a line, and within it."""
-    add = Receipt.add
+    write = Receipt.write
     for n, cut in ((0, True), (1, False), (2, False), (2, True), (3, True)):
         left = n
 
-        def kill(receipt, *values, cut=cut):
+        def kill(receipt, line, cut=cut):
             nonlocal left
             if left:
                 left -= 1
-                return add(receipt, *values)
+                return write(receipt, line)
             if cut:
-                add(receipt, *values)
+                write(receipt, line)
                 path = receipt.output / CHAIN
                 path.write_bytes(path.read_bytes()[:-20])
             raise SystemExit
 
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(Receipt, "add", kill)
+            patch.setattr(Receipt, "write", kill)
             train_command.main(workplace(f"run-{n}-{cut}", **SHORT))
         run = tmp_path / f"run-{n}-{cut}"
         if n == 2:
