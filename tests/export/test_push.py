@@ -21,7 +21,7 @@ from minorca.export.run_commands import run_commands
 from minorca.export.run_record import last_part, read_run_record, without_paths
 from minorca.files.hub import HubId
 from minorca.train.__main__ import main as train
-from minorca.train.output import claim
+from minorca.train.output import claim, write_settings
 from tests.fake_hub import forget
 from tests.helpers import random_adapter
 
@@ -242,7 +242,8 @@ def test_the_record_of_a_run(tmp_path, monkeypatch):
     settings = TrainConfig(output=str(tmp_path / "run"), keep_best=True, eval_every=1)
     config = Config(ModelConfig("/models/base"), DataConfig(["/a/x.jsonl", "/b/x.jsonl"], 0.1), train=settings)
     config.output.mkdir()
-    claim(config, False, rows={"/a/x.jsonl": {"read": 20}, "/b/x.jsonl": {"read": 5}})
+    rows = {"/a/x.jsonl": {"read": 20}, "/b/x.jsonl": {"read": 5}}
+    write_settings(config, claim(config, False, rows=rows))
     lines = [{"step": step, "tokens": 4, "trained_tokens": 2} for step in (1, 2)]
     lines += [{"step": step, "eval_loss": loss} for step, loss in enumerate((2.0, 1.0, 1.5))]
     (config.output / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
