@@ -189,8 +189,7 @@ STATIONS = {
 }
 
 
-# Those that between them have every tokenizer and every kind of template.
-FAST = ("Instruct-v0.3", "another", "jinja")
+FAST = ("Instruct-v0.3", "jinja")
 
 
 @pytest.mark.parametrize(
