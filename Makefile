@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
 # two processes, each of one thread
-PARALLEL = -n 2 --dist worksteal
+PARALLEL = -n 2 --dist worksteal --durations=20
 
 # run a second time with Triton's kernels in place of plain PyTorch
 KERNEL_TESTS = tests/kernels/test_kernels.py tests/kernels/test_dropout.py tests/kernels/test_low_rank_gradients.py \
@@ -36,7 +36,7 @@ test: examples/model
 
 test-slow: examples/model
 	command -v chromium >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 .venv/ready: setup.py
 	$(PYTHON) -m venv .venv

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from minorca.device import default_device
 from minorca.errors import UserError
@@ -81,7 +82,7 @@ def load_model(
         add_adapters(model, read_adapter_settings(adapter).of_projections(), dtype)
         open_adapter(adapter, adapter_parameters(model))
         pad_for_adapters(model, device)
-    model.to_empty(device=device)
+    _allocate(model, device)
     load_weights(model, files)
     for module, update in updates.items():
         weight = model.get_parameter(f"{module}.weight").detach()
@@ -89,6 +90,11 @@ def load_model(
     if adapter is not None:
         load_adapter(model, adapter)
     return model.eval()
+
+
+def _allocate(module: nn.Module, device: torch.device | str) -> None:
+    """As `module.to_empty`, which imports sympy where a tensor is on the meta device: half a second, and 40 MB."""
+    module._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
 
 
 def quantization_of(model: Mistral) -> Quantization | None:
@@ -141,7 +147,7 @@ def read_adapter(model: Mistral, directory: str | Path, device: torch.device | s
     open_adapter(directory, adapter_parameters(shadow))
     loras = {place: projection.lora for place, (_, projection) in enumerate(shadow.projections()) if projection.lora}
     for lora in loras.values():
-        lora.to_empty(device=device)
+        _allocate(lora, device)
     load_adapter(shadow, directory)
     for name, parameter in adapter_parameters(shadow).items():
         # zero times NaN would reach the rows that do not use the adapter

@@ -278,6 +278,8 @@ def test_the_first_rank_alone_shows_a_bar(rank, shown, hub, model, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", noted)
     monkeypatch.setenv("RANK", rank)
+    # a push without a terminal turns them off
+    huggingface_hub.utils.enable_progress_bars()
     local_directory("org/name")
     assert bars == [not shown]
 

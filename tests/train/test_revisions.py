@@ -86,6 +86,8 @@ def test_rows_of_a_revision(hub, workplace, monkeypatch):
     """`datasets` reads them at the commit; the run records it."""
     rows = (workplace.path / "rows.jsonl").read_bytes()
     first = hub.put("org/rows", {"train.jsonl": rows, "README.md": b""}, kind="datasets")
+    # it may have been imported offline
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(workplace.path / "datasets"))
     train(workplace(**{"data.train": "org/rows:train.jsonl", "train.steps": 1}))
