@@ -82,8 +82,14 @@ def read_origin(
     adapter = adapters[0] if len(adapters) == 1 else None
     trained = adapter or (None if adapters else model)
     run = read_run_record(local_directory(trained)) if trained and parse_id(trained) is None else None
-    base = pinned(model) if model and not alone else parse_id(model) if model else None
-    base = base or (named_base(adapter) if adapter else run and run.base)
+    base = None
+    if model:
+        # no more than the name is needed beside an adapter alone
+        base = parse_id(model) if alone else pinned(model)
+    if base is None and adapter:
+        base = named_base(adapter)
+    elif base is None and run:
+        base = run.base
     if alone and base is None:
         message = (
             "names a directory of this machine as its base; give the hub id of that with --model ORG/NAME@REVISION"
