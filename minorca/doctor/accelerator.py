@@ -1,6 +1,7 @@
 """Checks of torch, of the devices and of what runs on them. What imports torch, imports it late."""
 
 import importlib
+import importlib.metadata
 import os
 import shutil
 from collections.abc import Iterator
@@ -38,8 +39,16 @@ def imports() -> Iterator[Fact | Finding]:
                 raise EndOfChecks from None
 
 
-def _reinstall(package: str) -> str:
-    return f"pip install --force-reinstall {package}"
+def _reinstall(*packages: str) -> str:
+    """In the versions that are there: of others, pip would choose the newest."""
+    wanted = []
+    for package in packages:
+        try:
+            version = importlib.metadata.version(package).partition("+")[0]
+            wanted.append(f"{package}=={version}")
+        except importlib.metadata.PackageNotFoundError:
+            wanted.append(package)
+    return f"pip install --force-reinstall {' '.join(wanted)}"
 
 
 def devices() -> Iterator[Fact | Finding]:
@@ -135,7 +144,7 @@ def back_ends() -> Iterator[Fact | Finding]:
     yield Fact("back ends", "fastest dtype", str(dtype).removeprefix("torch."))
     prepacked = PrepackedWeight.is_faster(torch.empty(0, dtype=dtype, device=device))
     yield Fact("back ends", "prepacked weights", "for inference" if prepacked else "no")
-    remedy = f"{_reinstall('torch triton')}, and report it if that does not help"
+    remedy = f"{_reinstall('torch', 'triton')}, and report it if that does not help"
     try:
         for name, problem in smoke_tests(device, dtype):
             yield Fact("back ends", f"{name} of a small model", problem or "as defined")
