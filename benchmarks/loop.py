@@ -17,6 +17,13 @@ from minorca.train import __main__ as train_command
 from minorca.train.metrics import PHASES
 
 
+def train_quickstart(output: Path, steps: int, *settings: str) -> list[dict]:
+    """Trains the quickstart's model for some steps without evaluations, and returns the lines of metrics.jsonl."""
+    options = [f"--train.steps={steps}", "--data.eval=null", "--train.eval_every=0", f"--train.output={output}"]
+    train_command.main([f"--config={ROOT / 'configs' / 'quickstart.yaml'}", *options, *settings])
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
 def main() -> None:
     options = argparse.ArgumentParser(prog="python -m benchmarks.loop", description="The time of a run by phase.")
     options.add_argument("--steps", type=int, default=20, metavar="N", help="at least 4 (default: 20)")
@@ -24,19 +31,7 @@ def main() -> None:
     args, settings = options.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder, "run")
-        train_command.main(
-            [
-                f"--config={ROOT / 'configs' / 'quickstart.yaml'}",
-                f"--train.steps={args.steps}",
-                "--data.eval=null",
-                "--train.eval_every=0",
-                "--train.checkpoint_every=100",
-                f"--train.output={run}",
-                "--profile",
-                *settings,
-            ]
-        )
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][3:]
+        lines = train_quickstart(run, args.steps, "--train.checkpoint_every=100", "--profile", *settings)[3:]
         if args.output:
             args.output.mkdir(parents=True, exist_ok=True)
             for path in (run / "profile").iterdir():

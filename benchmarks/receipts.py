@@ -8,15 +8,14 @@ is listed apart: the digests of the source files and of the rows.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import ROOT, report
+from benchmarks.common import report
+from benchmarks.loop import train_quickstart
 from minorca import receipts
-from minorca.train import __main__ as train_command
 from minorca.train import receipt, run
 from minorca.train.receipt import Receipt
 
@@ -48,18 +47,7 @@ def main() -> None:
     receipt.row_digests = timed(receipt.row_digests, rows)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "run")
-        train_command.main(
-            [
-                f"--config={ROOT / 'configs' / 'quickstart.yaml'}",
-                f"--train.steps={args.steps}",
-                "--data.eval=null",
-                "--train.eval_every=0",
-                f"--train.checkpoint_every={args.every}",
-                f"--train.output={output}",
-                *settings,
-            ]
-        )
-        steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        steps = train_quickstart(output, args.steps, f"--train.checkpoint_every={args.every}", *settings)
         size = (output / receipts.CHAIN).stat().st_size
     seconds = [line["seconds"] for line in steps]
     result = {

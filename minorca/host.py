@@ -1,13 +1,30 @@
-"""What a container or scheduler leaves of this machine to this process: memory and processors (cgroup v1 and v2)."""
+"""This process and its machine: which rank it is, and what a container or scheduler leaves to it of memory and
+processors (cgroup v1 and v2).
+"""
 
 import contextlib
 import math
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the only one, or the first of those that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def host_memory_bytes(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:

@@ -1,10 +1,11 @@
 """A progress bar for what takes longer than two seconds: on a terminal, on standard error, of the first rank alone."""
 
-import os
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+from minorca.host import is_first_rank
 
 Item = TypeVar("Item")
 
@@ -25,9 +26,10 @@ def progress(items: Iterable[Item], what: str, total: int | None = None, unit: s
             bar.update()
 
 
-def bar_disabled() -> bool | None:
-    """What tqdm's `disable` is: on ranks after the first True; None, unless standard error is no terminal."""
-    return None if os.environ.get("RANK", "0") == "0" else True
+def bar_settings() -> dict[str, Any]:
+    """tqdm's arguments by which a bar is on a terminal alone, of the first rank alone, and there after two seconds."""
+    # None: unless standard error is no terminal
+    return {"disable": None if is_first_rank() else True, "leave": False, "delay": 2}
 
 
 def progress_bar(what: str, total: int | None = None, unit: str = "", done: int = 0) -> tqdm:
@@ -41,9 +43,7 @@ def progress_bar(what: str, total: int | None = None, unit: str = "", done: int 
         desc=what,
         total=total,
         initial=done,
-        leave=False,
-        delay=2,
-        disable=bar_disabled(),
         unit=f" {unit}" if unit != "B" else unit,
         unit_scale=unit == "B",
+        **bar_settings(),
     )

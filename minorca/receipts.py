@@ -26,6 +26,7 @@ from minorca.files.adapters import adapter_paths
 from minorca.files.atomic import sha256, sha256_each
 from minorca.files.hub import local_directory
 from minorca.files.safe_io import find_file, parse_json, quote, read_json, read_small
+from minorca.host import processor_name
 
 log = logging.getLogger(__name__)
 
@@ -102,17 +103,8 @@ def machine(ranks: int) -> dict[str, str | int]:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
-        device = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+        device = f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}"
     return {"device": device, "threads": torch.get_num_threads(), "ranks": ranks}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 # --------------------------------------------------------------------------------------------------- a chain of lines

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -116,6 +117,15 @@ runpy.run_module({module!r}, run_name="__main__")
 MAX_V1 = 2**63 - 4096
 
 
+def write_container(directory: Path, membership: str, files: dict[str, str]) -> None:
+    """/proc/self/cgroup as `cgroup`, and the files below /sys/fs/cgroup as `tree`."""
+    (directory / "cgroup").write_text(membership)
+    for name, content in files.items():
+        path = directory / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{content}\n")
+
+
 @pytest.mark.parametrize(
     "membership, files, limit",
     [
@@ -135,11 +145,7 @@ MAX_V1 = 2**63 - 4096
     ],
 )
 def test_the_memory_of_a_container(membership, files, limit, tmp_path):
-    (tmp_path / "cgroup").write_text(membership)
-    for name, content in files.items():
-        path = tmp_path / "tree" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{content}\n")
+    write_container(tmp_path, membership, files)
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert host_memory_bytes(tmp_path / "tree", tmp_path / "cgroup") == (limit or whole)
     # another system
@@ -160,10 +166,6 @@ def test_the_memory_of_a_container(membership, files, limit, tmp_path):
     ],
 )
 def test_the_processors_of_a_container(membership, files, processors, tmp_path):
-    (tmp_path / "cgroup").write_text(membership)
-    for name, content in files.items():
-        path = tmp_path / "tree" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{content}\n")
+    write_container(tmp_path, membership, files)
     mine = len(os.sched_getaffinity(0))
     assert host_processors(tmp_path / "tree", tmp_path / "cgroup") == (processors or mine)

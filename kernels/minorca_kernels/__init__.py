@@ -35,6 +35,7 @@ from minorca_kernels.frozen_weight import (
     fill_rows,
     is_sharded,
     local_part,
+    local_tensor,
 )
 from minorca_kernels.lora_linear import (
     Adapter,
@@ -87,6 +88,7 @@ __all__ = [
     "linear_cross_entropy_definition",
     "linear_entropy_definition",
     "local_part",
+    "local_tensor",
     "lora_linear",
     "lora_linear_definition",
     "norm_lora_linear",

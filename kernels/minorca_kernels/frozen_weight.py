@@ -111,6 +111,11 @@ def is_sharded(tensor: Tensor) -> "TypeIs[DTensor]":
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this rank stores of a tensor: of one that is not sharded, itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
 def local_part(parameter: Tensor) -> tuple[Tensor, int]:
     """The part of a parameter that this rank stores, of a DTensor maybe no rows, and which row of the whole is its
     first.
@@ -120,7 +125,7 @@ def local_part(parameter: Tensor) -> tuple[Tensor, int]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return parameter.to_local().detach(), offset[0]
+    return local_tensor(parameter).detach(), offset[0]
 
 
 def fill_rows(parameter: Tensor, read: Callable[[int, int], Tensor]) -> None:

@@ -77,14 +77,6 @@ def adapter_files(tok: Tokenizer, template: str, quantization: Quantization | No
     return portable_files(tok, template, tok.path) | {RECORD: _to_json(record)}
 
 
-def write_files(directory: Path, files: dict[str, bytes]) -> None:
-    """Writes files into an existing directory."""
-    for name, content in files.items():
-        path = directory / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(content)
-
-
 def load_chat(base: Tokenizer, rows: int, adapter: str | Path | None) -> tuple[Tokenizer, str | None]:
     """The tokenizer to use with an adapter, and the name of the template of its training, None if it records none.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from minorca.doctor.findings import Fact, Finding
 from minorca.errors import UserError
 from minorca.files.safe_io import cache_directory
-from minorca.host import host_memory_bytes, host_processors
+from minorca.host import host_memory_bytes, host_processors, processor_name
 
 # what packages that minorca does without are for
 OPTIONAL = {
@@ -80,7 +80,7 @@ def host() -> Iterator[Fact | Finding]:
     # of the whole machine
     available = f", {_gigabytes(min(free, memory))} available" if free else ""
     of_container = f" of the machine's {_gigabytes(whole)} (cgroup)" if memory < whole else ""
-    yield Fact("host", "processor", f"{_processor_name()}, {processors} of {os.cpu_count()} usable")
+    yield Fact("host", "processor", f"{processor_name()}, {processors} of {os.cpu_count()} usable")
     yield Fact("host", "memory", f"{_gigabytes(memory)}{of_container}{available}")
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads and threads.isdecimal() and int(threads) > processors:
@@ -163,15 +163,6 @@ def _meminfo(name: str) -> int | None:
     except OSError:
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
-
-
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
 
 
 def _gigabytes(count: int) -> str:

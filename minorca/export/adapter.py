@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from minorca.data.portable_files import tokenizer_files, write_files
+from minorca.data.portable_files import tokenizer_files
 from minorca.errors import UserError
 from minorca.export.contents import check_new
 from minorca.files.adapters import RECORD, AdapterConfig, adapter_file, read_adapter_settings
-from minorca.files.atomic import publish
+from minorca.files.atomic import publish, write_files
 from minorca.files.hub import HubId, local_directory, parse_id
 from minorca.files.mistral_lora import is_mistral_lora
 from minorca.files.safe_io import MAX_JSON_BYTES, find_file, read_small
@@ -59,10 +59,7 @@ def export_adapter(adapter: str | Path, output: Path, base: HubId | None = None)
     def write(temporary: Path) -> None:
         write_files(temporary, files)
         # copies: two tensors of a pickled file may share their memory
-        content = {
-            name: tensors.read(name, 0, tensors.shape(name)[0]).clone(memory_format=torch.contiguous_format)
-            for name in tensors.files
-        }
+        content = {name: tensors.whole(name).clone(memory_format=torch.contiguous_format) for name in tensors.files}
         save_file(content, temporary / "adapter_model.safetensors", {"format": "pt"})
         write_receipt(temporary, {"export": {"format": "hf"}} | of_adapters([adapter]))
 

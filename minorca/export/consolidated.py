@@ -7,12 +7,12 @@ What reads it: mistral-inference (transformer.py, args.py, main.py), mistral-fin
 import json
 from pathlib import Path
 
-from minorca.data.portable_files import portable_files, tokenizer_files, write_files
+from minorca.data.portable_files import portable_files, tokenizer_files
 from minorca.export.contents import Contents, ExportedTensor, check_new, merged_tensors, read_contents
 from minorca.export.effect import print_effect, readers, rounding
 from minorca.export.merging import Merge
 from minorca.export.mistral_tokenizer import with_mistral_tokenizer
-from minorca.files.atomic import publish
+from minorca.files.atomic import publish, write_files
 from minorca.files.tensor_files import PlannedTensor, write_one_file
 from minorca.files.weights import open_model
 from minorca.model.architecture import Architecture

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from minorca.data.portable_files import SAMPLE, write_files
+from minorca.data.portable_files import SAMPLE
 from minorca.data.tokenizer import Tokenizer, load_tokenizer
 from minorca.errors import UserError
 from minorca.export.contents import Contents, ExportedTensor, check_new, merged_tensors, read_contents
@@ -24,7 +24,7 @@ from minorca.export.effect import print_effect, readers
 from minorca.export.gguf_metadata import add_architecture, add_tokenizer, context_length
 from minorca.export.merging import Merge
 from minorca.export.ollama import modelfile
-from minorca.files.atomic import publish
+from minorca.files.atomic import publish, write_files
 from minorca.files.gguf import GGUF
 from minorca.files.gguf_directory import model_files
 from minorca.files.weights import open_model
@@ -135,10 +135,9 @@ def _write(path: Path, contents: Contents, type: str, name: str, metadata: Mappi
     writer.add_file_type(TYPES[type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_tokenizer(writer, contents.tok, contents.template, source.arch, source.directory)
-    for key, text in metadata.items():
-        writer.add_string(key, text)
     write_tensors(
         writer,
+        metadata,
         {each.place.name: (each.place.shape, each.type) for each in written},
         ((each.place.name, in_mistral_order(each.tensor.make(), each.place.rotary_heads)) for each in written),
     )
@@ -162,11 +161,15 @@ def _check_tokenizer(path: Path, tok: Tokenizer) -> None:
 
 
 def write_tensors(
-    writer: "GGUFWriter", described: Mapping[str, tuple[tuple[int, ...], str]], tensors: Iterator[tuple[str, Tensor]]
+    writer: "GGUFWriter",
+    metadata: Mapping[str, str],
+    described: Mapping[str, tuple[tuple[int, ...], str]],
+    tensors: Iterator[tuple[str, Tensor]],
 ) -> None:
     """Writes the header and then the tensors as they are made, and closes the file.
 
     Args:
+        metadata: texts, beside what the writer has.
         described: shapes and ggml's types by name.
         tensors: in the same order.
     """
@@ -174,6 +177,8 @@ def write_tensors(
     from gguf import GGMLQuantizationType
     from gguf.quants import quant_shape_to_byte_shape
 
+    for key, text in metadata.items():
+        writer.add_string(key, text)
     for name, (shape, kind) in described.items():
         stored = GGMLQuantizationType[kind]
         stored_bytes = int(numpy.prod(quant_shape_to_byte_shape(shape, stored)))

@@ -68,9 +68,8 @@ def export_adapter(model: str | Path, adapter: str | Path, output: Path, type: s
 
     def write(temporary: Path) -> None:
         writer = _writer(temporary / name, output.name, settings.alpha or 1.0, type)
-        for key, text in as_metadata(receipt).items():
-            writer.add_string(key, text)
-        write_tensors(writer, _described(parts, type), _tensors(parts, settings.alpha or 1.0, files))
+        tensors = _tensors(parts, settings.alpha or 1.0, files)
+        write_tensors(writer, as_metadata(receipt), _described(parts, type), tensors)
         (temporary / "Modelfile").write_text(description, encoding="utf-8")
         write_receipt(temporary, receipt)
 

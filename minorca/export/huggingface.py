@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minorca.data.portable_files import portable_files, tokenizer_files, write_files
+from minorca.data.portable_files import portable_files, tokenizer_files
 from minorca.errors import UserError
 from minorca.export.contents import ExportedTensor, check_new, merged_tensors, read_contents
 from minorca.export.effect import print_effect, readers, rounding
 from minorca.export.merging import Merge
 from minorca.files import bitsandbytes
-from minorca.files.atomic import publish
+from minorca.files.atomic import publish, write_files
 from minorca.files.safe_io import find_file, read_json
 from minorca.files.tensor_files import write_tensors
 from minorca.files.weights import ModelFiles, check_quantizable, open_model

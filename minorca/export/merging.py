@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minorca.errors import UserError
-from minorca.files.adapters import open_adapter, read_adapter_settings
+from minorca.files.adapters import check_finite, open_adapter, read_adapter_settings
 from minorca.files.hub import name_of, parse_id
 from minorca.files.safe_io import quote
 from minorca.model.architecture import Architecture
@@ -194,13 +194,10 @@ class _Opened:
         Raises:
             UserError: they contain NaN or infinite values.
         """
-        names = self._names[name]
-        matrices = [self._files.read(matrix, 0, self._files.shape(matrix)[0]).float() for matrix in names]
-        for matrix, value in zip(names, matrices):
-            if not value.isfinite().all():
-                message = "contains NaN or infinite values; did training diverge?"
-                raise UserError(message, path=self.directory, field=matrix)
-        return matrices
+        matrices = {matrix: self._files.whole(matrix).float() for matrix in self._names[name]}
+        for matrix, value in matrices.items():
+            check_finite(value, self.directory, matrix)
+        return list(matrices.values())
 
     def product(self, name: str) -> Tensor:
         """B A."""

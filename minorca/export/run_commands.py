@@ -5,9 +5,8 @@ from pathlib import Path
 
 from minorca.data.portable_files import has_tokenizer, recorded_template
 from minorca.data.tokenizer_files import chat_templates, read_settings
-from minorca.files.adapters import read_adapter_settings
+from minorca.files.adapters import read_adapter_settings, read_record
 from minorca.files.hub import HubId
-from minorca.files.safe_io import read_json
 
 Command = tuple[str, str, str]
 
@@ -63,8 +62,7 @@ def run_commands(directory: Path, repository: str, base: HubId | None, alone: bo
 
 def _of_adapter(directory: Path, repository: str, base: HubId) -> Iterator[Command]:
     settings = read_adapter_settings(directory)
-    record = directory / "minorca.json"
-    quantize = "--quantize nf4 " if record.exists() and read_json(record).get("quantize") else ""
+    quantize = "--quantize nf4 " if read_record(directory).get("quantize") else ""
     brings_tokenizer = has_tokenizer(directory)
     # without one it is the base's, of which nothing is known here
     chats = _has_template(directory) or not brings_tokenizer

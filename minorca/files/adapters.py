@@ -108,6 +108,12 @@ MAX_PATTERNS = 10_000
 MAX_PATTERN_CHARACTERS = 1000
 
 
+def check_finite(tensor: Tensor, directory: str | Path, name: str) -> None:
+    """Raises UserError where a tensor of an adapter has values that are NaN or infinite."""
+    if not tensor.isfinite().all():
+        raise UserError("contains NaN or infinite values; did training diverge?", path=directory, field=name)
+
+
 def read_adapter_settings(directory: str | Path) -> LoRASettings:
     """The settings of an adapter in PEFT's format or mistral-finetune's.
 

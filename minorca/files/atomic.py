@@ -191,6 +191,14 @@ def create_file(path: Path, content: str) -> None:
             temporary.unlink()
 
 
+def write_files(directory: Path, files: dict[str, bytes]) -> None:
+    """Writes files into an existing directory."""
+    for name, content in files.items():
+        path = directory / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+
+
 def write_manifest(directory: Path) -> None:
     """Writes the size and SHA-256 of every file in a directory; to be called after all other files are written."""
     files = {path.name: found for path, found in _describe(sorted(directory.iterdir()))}
@@ -201,6 +209,11 @@ def _describe(paths: list[Path]) -> Iterator[tuple[Path, dict]]:
     """The size and SHA-256 of each file."""
     for path, digest in zip(paths, sha256_each(paths)):
         yield path, {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def manifest_digests(directory: Path) -> dict[str, str]:
+    """The SHA-256 of each file, as a directory's manifest has it."""
+    return {name: about["sha256"] for name, about in read_json(directory / MANIFEST).items()}
 
 
 def verify_manifest(directory: Path) -> None:

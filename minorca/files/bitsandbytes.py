@@ -74,14 +74,13 @@ class NF4Tensor:
 
     def whole(self) -> QuantizedPart:
         """As it is stored."""
-        codes = self.files.read(self.name, 0, self.files.shape(self.name)[0]).flatten()
+        codes = self.files.whole(self.name).flatten()
         if self.offset is None:
             return QuantizedPart(codes, self._part("absmax"))
         return QuantizedPart(codes, self._part("absmax"), self._part("nested_absmax"), torch.tensor(self.offset))
 
     def _part(self, name: str) -> Tensor:
-        name = f"{self.name}.{name}"
-        return self.files.read(name, 0, self.files.shape(name)[0])
+        return self.files.whole(f"{self.name}.{name}")
 
 
 def quantized_tensors(name: str, weight_NK: Tensor, quantization: Quantization) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import numpy
 
 from minorca.errors import UserError
-from minorca.files.atomic import publish
+from minorca.files.atomic import publish, write_files
 from minorca.files.gguf import GGUF
 from minorca.files.gguf_tokenizer import tokenizer_files
 from minorca.files.safe_io import cache_directory, quote
@@ -46,13 +46,8 @@ def _directory(path: Path, changed: tuple[int, int]) -> Path:
         return directory
     files = model_files(gguf)
 
-    def write(temporary: Path) -> None:
-        for name, content in files.items():
-            (temporary / name).parent.mkdir(exist_ok=True)
-            (temporary / name).write_bytes(content)
-
     try:
-        publish(directory, write)
+        publish(directory, lambda temporary: write_files(temporary, files))
     except UserError:
         # another process has been faster
         if not directory.is_dir():

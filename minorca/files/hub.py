@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from minorca.errors import MACHINE_ERRORS, UserError
 from minorca.files.safe_io import check_hub_cache, read_json, user_path
-from minorca.progress import bar_disabled
+from minorca.progress import bar_settings
 
 log = logging.getLogger(__name__)
 
@@ -228,10 +228,10 @@ def _download(hub_id: HubId, weights: bool) -> Path:
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):
-        """As `progress`: on a terminal alone, of the first rank alone, from the third second on."""
+        """As those of `progress`."""
 
         def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **({"disable": bar_disabled(), "leave": False, "delay": 2} | options))
+            super().__init__(*arguments, **bar_settings() | options)
 
     def fetch(names: list[str] | tuple[str, ...]) -> Path:
         # of two processes that want the same file, one waits for the other

@@ -266,6 +266,10 @@ class TensorFiles:
         handle, name = self._handles[self.files[name]], self._stored[name]
         return handle[name][start:stop] if isinstance(handle, dict) else handle.get_slice(name)[start:stop]
 
+    def whole(self, name: str) -> Tensor:
+        """All rows of a tensor."""
+        return self.read(name, 0, self.shape(name)[0])
+
 
 def open_weights(directory: Path) -> TensorFiles:
     """The tensors of a model's directory."""

@@ -79,8 +79,7 @@ class MatrixUpdate:
         return updated_VH.to(weight_VH.dtype)
 
     def _read(self, part: str) -> Tensor:
-        name = self.names[part]
-        return self.files.read(name, 0, self.files.shape(name)[0]).float()
+        return self.files.whole(self.names[part]).float()
 
 
 def vocabulary_updates(adapter: str | Path) -> dict[Matrix, MatrixUpdate]:

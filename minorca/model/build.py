@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from minorca.device import default_device
-from minorca.errors import UserError
-from minorca.files.adapters import load_adapter, open_adapter, other_base, read_adapter_settings
+from minorca.files.adapters import check_finite, load_adapter, open_adapter, other_base, read_adapter_settings
 from minorca.files.vocabulary import adapt, check_shares_vocabulary
 from minorca.files.weights import load_weights, open_model
 from minorca.model.architecture import Architecture
@@ -151,8 +150,7 @@ def read_adapter(model: Mistral, directory: str | Path, device: torch.device | s
     load_adapter(shadow, directory)
     for name, parameter in adapter_parameters(shadow).items():
         # zero times NaN would reach the rows that do not use the adapter
-        if not parameter.isfinite().all():
-            raise UserError("contains NaN or infinite values; did training diverge?", path=directory, field=name)
+        check_finite(parameter, directory, name)
     return loras
 
 

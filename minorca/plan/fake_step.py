@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from minorca.config import Config
@@ -32,6 +31,7 @@ from minorca.train.build import Learner, build
 from minorca.train.inputs import with_vocabulary
 from minorca.train.ranks import World
 from minorca.train.step import forward_backward
+from minorca_kernels import local_tensor
 
 # from the build to the optimizer's state, nothing is trained yet
 PREPARATION = ("build", "first step", "batch")
@@ -252,7 +252,7 @@ def _kinds(learner: Learner, recorder: Recorder) -> Iterator[tuple[int, str]]:
 
 def _stored(t: torch.Tensor) -> list[torch.Tensor]:
     """What a tensor consists of on this rank: itself, or of a moment in 8 bits its codes and scales."""
-    t = t.to_local() if isinstance(t, DTensor) else t
+    t = local_tensor(t)
     if is_traceable_wrapper_subclass(t):
         return [getattr(t, name) for name in t.__tensor_flatten__()[0]]
     return [t]

@@ -25,6 +25,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from triton.runtime.jit import JITFunction
 
+from minorca_kernels import local_tensor
+
 aten = torch.ops.aten
 KEYS = {
     "cuda": torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA),
@@ -285,7 +287,7 @@ class Recorder(TorchDispatchMode):
 
     def number(self, t: Tensor) -> int | None:
         """The number of a tensor's storage in `memory`; None: it is not on the GPU, or was not made in the block."""
-        t = t.to_local() if isinstance(t, DTensor) else t
+        t = local_tensor(t)
         return self._numbers.get(t.untyped_storage())
 
     def _is_here(self, t: Tensor) -> bool:

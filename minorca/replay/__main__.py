@@ -1,11 +1,11 @@
 """`python -m minorca.replay`: verifies a run, or what was made from one, and computes steps of a run again."""
 
 import argparse
-import os
 from pathlib import Path
 
 from minorca import cli
 from minorca.errors import UserError
+from minorca.host import is_first_rank
 from minorca.receipts import CHAIN
 from minorca.replay.recompute import recompute
 from minorca.replay.recorded_run import read_run
@@ -30,10 +30,10 @@ def build_parser() -> cli.Parser:
 
 def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
-    path, is_first = args.path, os.environ.get("RANK", "0") == "0"
+    path = args.path
     if (path / CHAIN).is_file():
         run = read_run(path, cli.given_settings(args))
-        if is_first:
+        if is_first_rank():
             print(f"{path}: {verify_run(run)}")
         if args.steps:
             recompute(run, *args.steps)

@@ -18,6 +18,7 @@ import torch
 from minorca import receipts
 from minorca.errors import UserError
 from minorca.files.safe_io import quote
+from minorca.host import is_first_rank
 from minorca.receipts import CHAIN
 from minorca.replay.recorded_run import RecordedRun, Stretch, kind_of
 from minorca.train import checkpoint
@@ -35,7 +36,7 @@ def recompute(run: RecordedRun, first: int, last: int) -> None:
     Raises:
         UserError: the first thing that differs, or that the steps cannot be computed from what is there.
     """
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = is_first_rank()
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     start = _start(run, first, last)
     begin = checkpoint.verify(start).step if start else 0

@@ -14,8 +14,8 @@ from minorca import receipts
 from minorca.config_file import read_config
 from minorca.data.rendering import RENDERER_VERSION
 from minorca.errors import UserError
-from minorca.files.atomic import MANIFEST, sha256
-from minorca.files.safe_io import find_file, quote, read_json, read_small, unique_keys
+from minorca.files.atomic import manifest_digests, sha256
+from minorca.files.safe_io import find_file, quote, read_small, unique_keys
 from minorca.receipts import CHAIN, FILE, read_receipt, short_digest
 from minorca.replay.recorded_run import RecordedRun, read_run
 from minorca.train import checkpoint
@@ -117,7 +117,7 @@ def _verify_checkpoints(run: RecordedRun) -> int:
                 continue
             raise UserError(f"has no line in {CHAIN}", path=path)
         n, line = found
-        files = {name: about["sha256"] for name, about in read_json(path / MANIFEST).items()}
+        files = manifest_digests(path)
         _compare_files(path, files, line["files"], f"{CHAIN}, line {n}")
         if state.receipt != line["previous"]:
             message = "does not follow the line that the checkpoint's state.json names"

@@ -10,6 +10,7 @@ import time
 from minorca import cli
 from minorca.config import Config
 from minorca.errors import RunEnded, UserError
+from minorca.host import is_first_rank
 from minorca.train.dry_run import dry_run
 from minorca.train.run import train
 
@@ -27,7 +28,7 @@ def build_parser() -> cli.Parser:
 def main(argv: list[str]) -> None:
     # standard error is for errors and the progress bar
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("minorca").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    logging.getLogger("minorca").setLevel(logging.INFO if is_first_rank() else logging.ERROR)
     args, config = _parse(build_parser(), argv)
     # micro-batches of many lengths fragment a GPU's memory; read when CUDA starts
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> None:
         cli.outlive_readers()
         threading.excepthook = _report_of_thread
         train(config, args.profile)
-    elif os.environ.get("RANK", "0") == "0":
+    elif is_first_rank():
         dry_run(config)
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from minorca_kernels import local_tensor
+
 # it warns of kernels that an optimizer does not use, for GPUs that this machine may not have
 logging.getLogger("torchao").setLevel(logging.ERROR)
 
@@ -42,7 +44,7 @@ class AdamW8bit(TorchaoAdamW):
 
     def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
         """A moment of a parameter, all zeros: torchao calls this before the first update."""
-        local = _local(p)
+        local = local_tensor(p)
         block = self._block(p)
         if not block or not len(local):
             return torch.zeros_like(p, requires_grad=False)
@@ -71,12 +73,12 @@ class AdamW8bit(TorchaoAdamW):
         copies = {}
         for name, moment in self._moments(parameter).items():
             copies |= self._empty(parameter, name)
-            local = _local(moment)
+            local: Any = local_tensor(moment)
             if isinstance(local, OptimState8bit):
-                _local(copies[name]).copy_(local.codes)
-                _local(copies[f"{name}_scales"]).copy_(local.scale.view(len(local), -1))
+                local_tensor(copies[name]).copy_(local.codes)
+                local_tensor(copies[f"{name}_scales"]).copy_(local.scale.view(len(local), -1))
             else:
-                _local(copies[name]).copy_(local)
+                local_tensor(copies[name]).copy_(local)
         return copies
 
     def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -98,15 +100,10 @@ class AdamW8bit(TorchaoAdamW):
         """Sets what `moments` gave after so many updates."""
         state = self._moments(parameter)
         for name, moment in state.items():
-            local = _local(moment)
+            local: Any = local_tensor(moment)
             if isinstance(local, OptimState8bit):
-                local.codes.copy_(_local(moments[name]))
-                local.scale.copy_(_local(moments[f"{name}_scales"]).flatten())
+                local.codes.copy_(local_tensor(moments[name]))
+                local.scale.copy_(local_tensor(moments[f"{name}_scales"]).flatten())
             else:
-                local.copy_(_local(moments[name]))
+                local.copy_(local_tensor(moments[name]))
         self.state[parameter] = {"step": torch.tensor(float(updates)), **state}
-
-
-def _local(tensor: Tensor) -> Any:
-    """The part of a parameter or moment that this rank stores."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -24,11 +24,19 @@ from torch import Tensor
 
 from minorca.config import Config, defaults
 from minorca.config_file import settings
-from minorca.data.portable_files import write_files
 from minorca.data.store import TokenStore
 from minorca.errors import UserError, raise_problems
 from minorca.files.adapters import adapter_file
-from minorca.files.atomic import MANIFEST, publish, sha256, sha256_each, temporary_path, verify_manifest, write_manifest
+from minorca.files.atomic import (
+    MANIFEST,
+    publish,
+    sha256,
+    sha256_each,
+    temporary_path,
+    verify_manifest,
+    write_files,
+    write_manifest,
+)
 from minorca.files.safe_io import quote, read_json, user_path
 from minorca.files.tensor_files import FLOATS, open_exactly, write_tensors
 from minorca.model.architecture import Architecture

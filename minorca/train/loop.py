@@ -15,10 +15,10 @@ from torch import Tensor
 
 from minorca.config import Config
 from minorca.data.packing import Step
-from minorca.data.portable_files import RECORD, write_files
+from minorca.data.portable_files import RECORD
 from minorca.errors import UserError
 from minorca.export.huggingface import config_file
-from minorca.files.atomic import publish
+from minorca.files.atomic import publish, write_files
 from minorca.model.lora import seed_dropout
 from minorca.signals import STOPPING
 from minorca.train import checkpoint, metrics

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from minorca.config import ParallelConfig
@@ -27,7 +26,7 @@ from minorca.model.attention import varlen_attn
 from minorca.model.network import Mistral
 from minorca.train.offload import HostMemory, input_on_host
 from minorca.train.ranks import World, lift_timeouts
-from minorca_kernels import NF4Weight
+from minorca_kernels import NF4Weight, is_sharded, local_tensor
 
 
 def memory_per_rank(device: torch.device) -> int:
@@ -98,9 +97,9 @@ def describe(model: Mistral, world: World) -> str:
         if isinstance(weight, NF4Weight):
             count += weight.out_features * weight.in_features - sum(p.numel() for p in weight.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    local = map(local_tensor, parameters)
     gigabytes = sum(p.numel() * p.element_size() for p in local) / 1e9
-    how = "sharded" if isinstance(parameters[0], DTensor) else "whole"
+    how = "sharded" if is_sharded(parameters[0]) else "whole"
     ranks = f"{world.size} rank{'s' if world.size > 1 else ''} on {world.device.type}"
     memory = f"{gigabytes:.2f} GB of weights ({how}) in {memory_per_rank(world.device) / 1e9:.0f} GB"
     return f"{count:,} parameters, {trained:,} trained; {ranks}, each with {memory}"

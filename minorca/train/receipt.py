@@ -23,8 +23,7 @@ from minorca.config import Config
 from minorca.data.rendering import RENDERER_VERSION
 from minorca.data.store import TokenStore
 from minorca.errors import UserError
-from minorca.files.atomic import MANIFEST
-from minorca.files.safe_io import read_json
+from minorca.files.atomic import manifest_digests
 from minorca.receipts import CHAIN, FORMAT, Line, make_line, read_lines, short_digest
 from minorca.train import checkpoint
 from minorca.train.inputs import Inputs
@@ -94,7 +93,7 @@ class Receipt:
 
     def checkpoint(self, step: int, directory: Path, size: int = -1) -> None:
         """Adds the line of a checkpoint that was published when metrics.jsonl had `size` bytes; -1: that it has."""
-        files = {name: about["sha256"] for name, about in read_json(directory / MANIFEST).items()}
+        files = manifest_digests(directory)
         self.add("checkpoint", step, {"files": files, "metrics": self._new_lines(size)})
 
     def outcome(self, step: int, directory: Path, name: str) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from minorca.config import Config
 from minorca.errors import MACHINE_ERRORS, UserError, disk_reason
+from minorca.host import is_first_rank
 from minorca.signals import Terminated, signals_noted
 from minorca.train import checkpoint, metrics, parallel
 from minorca.train.best import Best
@@ -64,7 +65,7 @@ def train(
         # documented, but missing from torch's annotations
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     # before there is a process group: a plan on the CPU has one of its own
-    forecast = Forecast(config) if int(os.environ.get("RANK", 0)) == 0 else None
+    forecast = Forecast(config) if is_first_rank() else None
     with init_distributed(config.parallel.timeout) as world, contextlib.ExitStack() as stack:
         if forecast:
             stack.callback(forecast.close)

@@ -8,7 +8,8 @@ from transformers import AutoTokenizer
 from minorca import UserError, load_tokenizer, render_chat
 from minorca.cli import config_parser, parse_config
 from minorca.data.new_tokens import new_ids, training_tokenizer
-from minorca.data.portable_files import adapter_files, load_chat, write_files
+from minorca.data.portable_files import adapter_files, load_chat
+from minorca.files.atomic import write_files
 from tests.data.test_portable_files import CONVERSATIONS, json_v1, tokenizer_v1, tokenizer_v3
 from tests.data.test_tekken import FILE as TEKKEN
 from tests.data.test_tokenizer import FORGERIES, TEXTS, byte_level, orca, sentencepiece_directory, write

@@ -9,7 +9,8 @@ from tokenizers import processors
 from transformers import AutoTokenizer, GenerationConfig
 
 from minorca import UserError, load_tokenizer, render_chat
-from minorca.data.portable_files import RECORD, adapter_files, load_chat, portable_files, write_files
+from minorca.data.portable_files import RECORD, adapter_files, load_chat, portable_files
+from minorca.files.atomic import write_files
 from tests.data.test_tokenizer import NAMES, ORCA_TOKENS, V1, V2, V3, byte_level, orca, sentencepiece_directory
 
 # Without runs of spaces, to which transformers gives other ids than SentencePiece (test_tokenizer.py).

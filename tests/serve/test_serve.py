@@ -27,8 +27,9 @@ from fastapi import FastAPI, Request
 from prometheus_client.parser import text_string_to_metric_families
 
 from minorca import load_model, load_tokenizer, render_chat
-from minorca.data.portable_files import adapter_files, write_files
+from minorca.data.portable_files import adapter_files
 from minorca.errors import UserError
+from minorca.files.atomic import write_files
 from minorca.generate import generate
 from minorca.model.architecture import read_architecture
 from minorca.serve import __main__ as serve_command
