@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,10 +24,10 @@ from torch import Tensor
 from minorca_kernels.dot import add_dot, dot
 from minorca_kernels.operator import accumulate_dtype, compute_capability, operator
 
-# Queries of a block on the CPU: in forward those that share a mask where a window is active, in backward those whose
-# scores fit the cache.
+# Queries of a block on the CPU: in forward those that share a mask where a window is active, in backward those of one
+# product. Larger blocks take fewer calls, and compute more scores that no query sees.
 CPU_FORWARD_BLOCK = 256
-CPU_BACKWARD_BLOCK = 64
+CPU_BACKWARD_BLOCK = 256
 
 
 def attention_definition(
@@ -581,47 +582,71 @@ def _attention_backward_torch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Multiplies blocks of queries by the keys that they see, all query heads of a key head in one matrix product.
 
-    Torch's backward takes 1.4 to 3.5 times as long in bf16 (64 to 1024 tokens), and supports no window. Names end in _p
-    for a piece's part of a tensor, in _b for a block's.
+    Weights and their gradients take products alike, q k^T and dout v^T, then (q k^T)^T q and (dout v^T)^T dout, so each
+    two are one product of twice as many matrices. The first also subtracts the log-sum-exp and delta, before it rounds:
+    what remains is small where a weight is large. Torch's backward takes 2 to 5 times as long in bf16 (64 to 1024
+    tokens), and supports no window. Names end in _p for a piece's part of a tensor, in _b for a block's; J is 2.
     """
     _, kv_heads, head_dim = k.shape
     scale = head_dim**-0.5
     dq = q.new_empty(q.shape)
-    dk_KTD, dv_KTD = torch.zeros(2, kv_heads, len(k), head_dim, dtype=lse.dtype)
-    lse_KGT = lse.unflatten(0, (kv_heads, -1))
+    q_KGTD, dout_KGTD, out_KGTD, dq_KGTD = (_grouped(t, kv_heads) for t in (q, dout, out, dq))
+    delta_KGT = torch.linalg.vecdot(out_KGTD.to(lse.dtype), dout_KGTD.to(lse.dtype))
+    queries_JKGTD = torch.stack([q_KGTD * scale, dout_KGTD])
+    swapped_JKGTD = queries_JKGTD.flip(0)
+    # D columns, and one or two more
+    queries_JKGTW = _with_addend(queries_JKGTD, -torch.stack([lse.unflatten(0, (kv_heads, -1)), delta_KGT]))
+    keys_JKTD = torch.stack([k, v]).transpose(1, 2)
+    keys_JKTW = F.pad(keys_JKTD, (0, queries_JKGTW.shape[-1] - head_dim), value=1.0)
+    scaled_k_KTD = keys_JKTD[0] * scale
+    gradients_JKTD = torch.zeros(keys_JKTD.shape, dtype=lse.dtype)
+    block = max(CPU_BACKWARD_BLOCK // (1 if q.element_size() == 2 else 2), 1)
+    future = torch.ones(block, block, dtype=torch.bool).triu_(1)
     for piece in _pieces(first, tree):
-        q_p, dout_p, out_p, dq_p = (_grouped(t[piece.queries], kv_heads) for t in (q, dout, out, dq))
-        k_p, v_p = (t[piece.keys].transpose(0, 1).contiguous() for t in (k, v))
-        # views where the piece is a document
-        dk_p = dk_KTD[:, piece.keys]
-        dv_p = dv_KTD[:, piece.keys]
-        lse_p = lse_KGT[:, :, piece.queries, None]
-        delta_p = torch.linalg.vecdot(out_p.to(lse.dtype), dout_p.to(lse.dtype))[..., None]
-        scaled_q = q_p * scale
-        scaled_k = k_p * scale
-        for start in range(0, len(piece.first), CPU_BACKWARD_BLOCK):
-            stop = min(start + CPU_BACKWARD_BLOCK, len(piece.first))
-            queries = slice(start, stop)
+        queries_p, swapped_p, dq_p = (t[..., piece.queries, :] for t in (queries_JKGTW, swapped_JKGTD, dq_KGTD))
+        # the gradients are a view where the piece is a document
+        keys_p, scaled_k_p, gradients_p = (t[..., piece.keys, :] for t in (keys_JKTW, scaled_k_KTD, gradients_JKTD))
+        blocks = []
+        for start in range(0, len(piece.first), block):
+            stop = min(start + block, len(piece.first))
             # the first keys seen by the block's first and last query: keys in [low, high) are masked query by query
             low, high = (0, 0) if piece.causal else piece.first[[start, stop - 1]].tolist()
-            keys = slice(low, piece.past + stop)
-            shape = (kv_heads, -1, stop - start, keys.stop - low)
-            q_b, dout_b = (t[:, :, queries].reshape(kv_heads, -1, head_dim) for t in (scaled_q, dout_p))
-            p = torch.sub((q_b @ k_p[:, keys].mT).view(shape), lse_p[:, :, queries]).exp_()
-            p[..., piece.past + start - low :].tril_()
-            if high > low:
-                p[..., : high - low].masked_fill_(torch.arange(low, high) < piece.first[queries, None], 0)
-            ds = torch.sub((dout_b @ v_p[:, keys].mT).view(shape), delta_p[:, :, queries]).mul_(p)
-            p, ds = (t.to(q.dtype).view(kv_heads, -1, keys.stop - low) for t in (p, ds))
-            dv_p[:, keys] += p.mT @ dout_b
-            dk_p[:, keys] += ds.mT @ q_b
-            dq_p[:, :, queries] = (ds @ scaled_k[:, keys]).view(kv_heads, -1, stop - start, head_dim)
+            blocks.append((slice(start, stop), slice(low, piece.past + stop), high))
+        most = max((rows.stop - rows.start) * (keys.stop - keys.start) for rows, keys, _ in blocks)
+        buffer = q.new_empty(2 * q.shape[1] * most)
+        for rows, keys, high in blocks:
+            length, seen = rows.stop - rows.start, keys.stop - keys.start
+            queries_b, swapped_b = (t[..., rows, :].flatten(2, 3).flatten(0, 1) for t in (queries_p, swapped_p))
+            keys_b = keys_p[:, :, keys].flatten(0, 1)
+            scores = buffer[: 2 * q.shape[1] * length * seen].view(len(keys_b), -1, seen)
+            p, ds = torch.bmm(queries_b, keys_b.mT, out=scores).chunk(2)
+            p_KGTS = p.exp_().unflatten(1, (-1, length))
+            p_KGTS[..., -length:].masked_fill_(future[:length, :length], 0)
+            if high > keys.start:
+                early = torch.arange(keys.start, high) < piece.first[rows, None]
+                p_KGTS[..., : high - keys.start].masked_fill_(early, 0)
+            ds.mul_(p)
+            gradients_p[:, :, keys] += (scores.mT @ swapped_b).unflatten(0, (2, -1))
+            dq_p[:, :, rows] = (ds @ scaled_k_p[:, keys]).unflatten(1, (-1, length))
         if piece.past:
-            dk_KTD[:, piece.keys] = dk_p
-            dv_KTD[:, piece.keys] = dv_p
-    dk = k.new_empty(k.shape).copy_(dk_KTD.transpose(0, 1))
-    dv = v.new_empty(v.shape).copy_(dv_KTD.transpose(0, 1))
+            gradients_JKTD[..., piece.keys, :] = gradients_p
+    # those of v come first
+    dv, dk = (t.new_empty(t.shape).copy_(gradient.transpose(0, 1)) for t, gradient in zip((v, k), gradients_JKTD))
     return dq, dk, dv
+
+
+def _with_addend(rows: Tensor, value: Tensor) -> Tensor:
+    """rows [..., D] with one or two more columns, whose sum is value [...]: a product with rows that end in ones adds
+    it, as exactly as products are summed.
+    """
+    columns = 1 if rows.dtype == value.dtype else 2
+    wider = rows.new_empty(*rows.shape[:-1], rows.shape[-1] + columns)
+    wider[..., :-columns] = rows
+    for column in range(-columns, 0):
+        wider[..., column] = value
+        # what its dtype has rounded off
+        value = value - wider[..., column]
+    return wider
 
 
 # ------------------------------------------------------------------------------------------- operators and autograd
