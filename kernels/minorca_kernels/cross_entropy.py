@@ -17,6 +17,9 @@ from minorca_kernels.operator import accumulate_dtype, operator
 
 # Rows of a chunk. On CUDA, 1024 rows fill 132 processors in both products: 7.8 waves for logits, 1 for gradients.
 CHUNK_ROWS = {"cuda": 1024, "cpu": 256}
+# Rows of a chunk whose logits a CPU reads several times before it goes on to the next: what they take in fp32 fits its
+# cache.
+CACHED_ROWS = 32
 # Logits that a program holds in registers, 16 a thread. Three programs fit a processor: one computes while others load.
 MAX_BLOCK_V = 8192
 
@@ -140,14 +143,15 @@ def _aligned_logits(x: Tensor, weight: Tensor) -> Tensor:
 def _cross_entropy_torch(
     logits: Tensor, targets: Tensor, losses: Tensor, entropies: Tensor | None, gradient: bool
 ) -> None:
-    z = logits.to(losses.dtype, copy=True)
-    lse = torch.logsumexp(z, dim=-1)
-    torch.sub(lse, z.gather(1, targets[:, None])[:, 0], out=losses)
-    if entropies is not None:
-        torch.sub(lse, torch.linalg.vecdot(z, torch.softmax(z, -1)), out=entropies)
-    if gradient:
-        z.sub_(lse[:, None]).exp_().scatter_add_(1, targets[:, None], z.new_full((len(z), 1), -1.0))
-        logits.copy_(z)
+    for start in range(0, len(logits), CACHED_ROWS):
+        rows = slice(start, start + CACHED_ROWS)
+        targets_R1 = targets[rows, None]
+        log_p = F.log_softmax(logits[rows], dim=-1, dtype=losses.dtype)
+        torch.neg(log_p.gather(1, targets_R1)[:, 0], out=losses[rows])
+        if entropies is not None:
+            torch.neg(torch.linalg.vecdot(log_p.exp(), log_p), out=entropies[rows])
+        if gradient:
+            logits[rows] = log_p.exp_().scatter_add_(1, targets_R1, log_p.new_full(targets_R1.shape, -1.0))
 
 
 # ------------------------------------------------------------------------------------------- operators and autograd
