@@ -6,7 +6,6 @@ Source: Su et al. 2021 (arXiv:2104.09864). Positions are given, so each of sever
 Axes: T tokens, H query heads, K key heads, D head size, P = D/2 rotated pairs of a head; N = (H + 2 K) D.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -188,24 +187,32 @@ def _rope_backward_triton(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: 
 # ----------------------------------------------------------------------------------------------------- plain PyTorch
 
 
-@functools.lru_cache(maxsize=1)
-def _head_tables(cos_TP: Tensor, sin_TP: Tensor) -> tuple[Tensor, Tensor]:
-    """The tables for both halves of a head, [T, 1, D]: computed once for all layers, which share the tables."""
-    return torch.cat((cos_TP, cos_TP), dim=1)[:, None], torch.cat((-sin_TP, sin_TP), dim=1)[:, None]
+def _rotate_torch(x_THD: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+    """x, rotated, in the tables' precision at least."""
+    x_THD = x_THD.to(torch.promote_types(x_THD.dtype, cos_TP.dtype))
+    first_THP, second_THP = x_THD.chunk(2, dim=-1)
+    cos_T12P, sin_T1P = cos_TP.repeat(1, 2)[:, None], sin_TP[:, None]
+    rotated_THD = x_THD * cos_T12P
+    rotated_first_THP, rotated_second_THP = rotated_THD.chunk(2, dim=-1)
+    rotated_first_THP.addcmul_(second_THP, sin_T1P, value=-1)
+    rotated_second_THP.addcmul_(first_THP, sin_T1P)
+    return rotated_THD
 
 
 def _rope_torch(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k are views of one new tensor, v is a view of the buffer."""
-    cos_T1D, sin_T1D = _head_tables(cos, sin)
+    q, k, v = _empty_rope(qkv, cos, sin, heads, kv_heads)
     qkv = qkv.view(len(qkv), heads + 2 * kv_heads, -1)
-    qk = qkv[:, : heads + kv_heads]
-    qk = qk.to(torch.promote_types(qkv.dtype, cos.dtype))
-    qk = torch.addcmul(qk * cos_T1D, qk.roll(qk.shape[2] // 2, dims=2), sin_T1D).to(qkv.dtype)
-    return qk[:, :heads], qk[:, heads:], qkv[:, heads + kv_heads :]
+    rotated = _rotate_torch(qkv[:, : heads + kv_heads], cos, sin)
+    return q.copy_(rotated[:, :heads]), k.copy_(rotated[:, heads:]), v.copy_(qkv[:, heads + kv_heads :])
 
 
 def _rope_backward_torch(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return torch.cat((_rotate(dq, cos, -sin), _rotate(dk, cos, -sin), dv), dim=1).flatten(1)
+    heads, kv_heads = dq.shape[1], dk.shape[1]
+    dqkv = _empty_rope_backward(dq, dk, dv, cos, sin)
+    dqkv_by_head = dqkv.view(len(dq), heads + 2 * kv_heads, -1)
+    dqkv_by_head[:, : heads + kv_heads] = _rotate_torch(torch.cat([dq, dk], dim=1), cos, -sin)
+    dqkv_by_head[:, heads + kv_heads :] = dv
+    return dqkv
 
 
 # ------------------------------------------------------------------------------------------- operators and autograd
@@ -223,7 +230,7 @@ def _empty_rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: T
 _rope = operator(
     "rope(Tensor qkv, Tensor cos, Tensor sin, int heads, int kv_heads) -> (Tensor, Tensor, Tensor)",
     cuda=_rope_triton,
-    cpu=lambda *arguments: tuple(t.clone(memory_format=torch.contiguous_format) for t in _rope_torch(*arguments)),
+    cpu=_rope_torch,
     fake=_empty_rope,
 )
 _rope_backward = operator(
@@ -254,6 +261,6 @@ class _Rope(torch.autograd.Function):
 
 
 def rope(qkv_TN: Tensor, cos_TP: Tensor, sin_TP: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`rope_definition`, fused. The results are new tensors; without gradients on a CPU, v is a view of the buffer."""
+    """`rope_definition`, fused. The results are new tensors."""
     function = _rope_torch if can_skip_dispatch(qkv_TN) else _Rope.apply
     return function(qkv_TN, cos_TP, sin_TP, heads, kv_heads)
