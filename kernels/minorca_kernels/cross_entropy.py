@@ -19,7 +19,7 @@ from minorca_kernels.operator import accumulate_dtype, operator
 CHUNK_ROWS = {"cuda": 1024, "cpu": 256}
 # Rows of a chunk whose logits a CPU reads several times before it goes on to the next: what they take in fp32 fits its
 # cache.
-CACHED_ROWS = 32
+CACHED_ROWS = 64
 # Logits that a program holds in registers, 16 a thread. Three programs fit a processor: one computes while others load.
 MAX_BLOCK_V = 8192
 

@@ -22,6 +22,8 @@ from minorca_kernels.low_rank_update import (
     STRATEGIES,
     Factor,
     has_padding,
+    joined,
+    joining_pays,
     own_columns,
     padding_pays,
     ranks_of,
@@ -171,16 +173,22 @@ def _backward(
     strategy: str,
     x_gradient: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    dy_rows = [whole_rows(dy[:, start : start + len(b_i)]) for start, b_i in zip(starts, b)]
     ds = dy.new_empty(s.shape)
-    parts = zip(dy_rows, b, own_columns(s, b), ds.split(ranks_of(b), dim=1))
-    db = [gradients(dy_i, b_i, s_i, scale, ds_i) for dy_i, b_i, s_i, ds_i in parts]
+    ranks = ranks_of(b)
+    if joining_pays(b):
+        db_NR = gradients(dy, joined(b, starts, dy.shape[1]), s, scale, ds)
+        own_blocks = zip(db_NR.split(ranks, dim=1), starts, b)
+        db = [columns[start : start + len(b_i)].contiguous() for columns, start, b_i in own_blocks]
+    else:
+        dy_rows = [whole_rows(dy[:, start : start + len(b_i)]) for start, b_i in zip(starts, b)]
+        parts = zip(dy_rows, b, own_columns(s, b), ds.split(ranks, dim=1))
+        db = [gradients(dy_i, b_i, s_i, scale, ds_i) for dy_i, b_i, s_i, ds_i in parts]
 
     weight = Factor(FrozenWeight.kinds[kind], w, True, a.shape[1])
     dx = x.new_empty(0)
     if x_gradient and dropout:
         dx = weight.product(dy)
-        add_x_gradient(dx, own_columns(ds, b), a.split(ranks_of(b)), seeds, dropout)
+        add_x_gradient(dx, own_columns(ds, b), a.split(ranks), seeds, dropout)
     elif x_gradient:
         # the same sum of two products as in forward; a transposed W has no scratch columns
         strategy = "accumulated" if strategy == "augmented" else strategy
@@ -189,7 +197,7 @@ def _backward(
         # the next operator makes da of ds
         da = ds
     else:
-        da = _a_gradient(swiglu(x) if of_swiglu else x, ds, ranks_of(b), dropout, seeds)
+        da = _a_gradient(swiglu(x) if of_swiglu else x, ds, ranks, dropout, seeds)
     return dx, da, [db_i.to(accumulate_dtype(x.dtype)) for db_i in db]
 
 

@@ -178,7 +178,7 @@ def _rms_norm_backward_triton(
 
 def _rms_norm_torch(x: Tensor, weight: Tensor, eps: float, scratch: int = 0) -> tuple[Tensor, Tensor]:
     value = x.to(accumulate_dtype(x.dtype))
-    rstd = torch.rsqrt(torch.linalg.vecdot(value, value) / x.shape[-1] + eps)
+    rstd = torch.rsqrt(torch.linalg.vector_norm(value, dim=-1).square() / x.shape[-1] + eps)
     return (value * rstd[..., None]).to(x.dtype).mul_(weight).contiguous(), rstd.flatten()
 
 
@@ -193,14 +193,15 @@ def _rms_norm_backward_torch(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, weight_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     rstd = rstd.view(*x.shape[:-1], 1)
-    x_hat = x.to(rstd.dtype) * rstd
+    value = x.to(rstd.dtype)
     dweight = weight.new_empty(0)
     if weight_gradient:
-        dweight = (dy.to(rstd.dtype) * x_hat.to(x.dtype)).flatten(0, -2).sum(0).to(weight.dtype)
+        x_hat = (value * rstd).to(x.dtype)
+        dweight = (dy.to(rstd.dtype) * x_hat).flatten(0, -2).sum(0).to(weight.dtype)
     dx_hat = dy.to(rstd.dtype) * weight
     # the normalisation removes the component along the normalised row
-    mean = torch.linalg.vecdot(dx_hat, x_hat)[..., None] / x.shape[-1]
-    dx = dx_hat.addcmul_(x_hat, mean, value=-1).mul_(rstd)
+    along_x = torch.linalg.vecdot(dx_hat, value)[..., None] / x.shape[-1] * rstd**3
+    dx = dx_hat.mul_(rstd).addcmul_(value, along_x, value=-1)
     return (dx if dtotal is None else dx.add_(dtotal)).to(x.dtype).contiguous(), dweight
 
 

@@ -189,14 +189,12 @@ def _rope_backward_triton(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: 
 
 def _rotate_torch(x_THD: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
     """x, rotated, in the tables' precision at least."""
-    x_THD = x_THD.to(torch.promote_types(x_THD.dtype, cos_TP.dtype))
-    first_THP, second_THP = x_THD.chunk(2, dim=-1)
-    cos_T12P, sin_T1P = cos_TP.repeat(1, 2)[:, None], sin_TP[:, None]
-    rotated_THD = x_THD * cos_T12P
-    rotated_first_THP, rotated_second_THP = rotated_THD.chunk(2, dim=-1)
-    rotated_first_THP.addcmul_(second_THP, sin_T1P, value=-1)
-    rotated_second_THP.addcmul_(first_THP, sin_T1P)
-    return rotated_THD
+    x_TH2P = x_THD.to(torch.promote_types(x_THD.dtype, cos_TP.dtype)).unflatten(-1, (2, -1))
+    sin_T1P = sin_TP[:, None]
+    rotated_TH2P = x_TH2P * cos_TP[:, None, None]
+    rotated_TH2P[:, :, 0].addcmul_(x_TH2P[:, :, 1], sin_T1P, value=-1)
+    rotated_TH2P[:, :, 1].addcmul_(x_TH2P[:, :, 0], sin_T1P)
+    return rotated_TH2P.flatten(-2)
 
 
 def _rope_torch(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:

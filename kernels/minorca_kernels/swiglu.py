@@ -145,8 +145,9 @@ def _swiglu_torch(gate_up: Tensor) -> Tensor:
 def _swiglu_backward_torch(dy: Tensor, gate_up: Tensor, with_output: bool) -> None:
     gate, up = gate_up.chunk(2, dim=-1)
     silu = F.silu(gate)
-    dup = dy * silu
-    gate.copy_(torch.ops.aten.silu_backward(dy * up, gate))
+    product = dy * up
+    torch.ops.aten.silu_backward(product, gate, grad_input=gate)
+    dup = torch.mul(dy, silu, out=product)
     if with_output:
         torch.mul(silu, up, out=dy)
     up.copy_(dup)
