@@ -600,15 +600,14 @@ def _attention_backward_torch(
     keys_JKTW = F.pad(keys_JKTD, (0, queries_JKGTW.shape[-1] - head_dim), value=1.0)
     scaled_k_KTD = keys_JKTD[0] * scale
     gradients_JKTD = torch.zeros(keys_JKTD.shape, dtype=lse.dtype)
-    block = max(CPU_BACKWARD_BLOCK // (1 if q.element_size() == 2 else 2), 1)
-    future = torch.ones(block, block, dtype=torch.bool).triu_(1)
+    future = torch.ones(CPU_BACKWARD_BLOCK, CPU_BACKWARD_BLOCK, dtype=torch.bool).triu_(1)
     for piece in _pieces(first, tree):
         queries_p, swapped_p, dq_p = (t[..., piece.queries, :] for t in (queries_JKGTW, swapped_JKGTD, dq_KGTD))
         # the gradients are a view where the piece is a document
         keys_p, scaled_k_p, gradients_p = (t[..., piece.keys, :] for t in (keys_JKTW, scaled_k_KTD, gradients_JKTD))
         blocks = []
-        for start in range(0, len(piece.first), block):
-            stop = min(start + block, len(piece.first))
+        for start in range(0, len(piece.first), CPU_BACKWARD_BLOCK):
+            stop = min(start + CPU_BACKWARD_BLOCK, len(piece.first))
             # the first keys seen by the block's first and last query: keys in [low, high) are masked query by query
             low, high = (0, 0) if piece.causal else piece.first[[start, stop - 1]].tolist()
             blocks.append((slice(start, stop), slice(low, piece.past + stop), high))

@@ -215,7 +215,7 @@ def _swiglu_backward(
 
 
 def _gradients_torch(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor) -> Tensor:
-    torch.mul(dy @ b, scale, out=ds)
+    ds.addmm_(dy, b, beta=0, alpha=scale)
     db = dy.t() @ s
     # rounds the scale to the dtype of db, too
     torch._foreach_mul_([db], scale)

@@ -178,7 +178,7 @@ def _rms_norm_backward_triton(
 
 def _rms_norm_torch(x: Tensor, weight: Tensor, eps: float, scratch: int = 0) -> tuple[Tensor, Tensor]:
     value = x.to(accumulate_dtype(x.dtype))
-    rstd = torch.rsqrt(torch.linalg.vector_norm(value, dim=-1).square() / x.shape[-1] + eps)
+    rstd = torch.rsqrt(torch.linalg.vecdot(value, value) / x.shape[-1] + eps)
     return (value * rstd[..., None]).to(x.dtype).mul_(weight).contiguous(), rstd.flatten()
 
 
