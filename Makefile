@@ -4,6 +4,9 @@ PYTHON ?= python3
 # On a machine with a GPU of another CUDA version, name the torch that fits it: make demo TORCH=torch
 TORCH ?= torch==2.13.0
 
+# tests are two processes, and start others; commands, and so the demos, choose for themselves (minorca/waiting.py)
+test test-slow: export OMP_WAIT_POLICY ?= PASSIVE
+
 # two processes, each of one thread
 PARALLEL = -n 2 --dist worksteal --durations=20
 

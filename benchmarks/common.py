@@ -156,6 +156,9 @@ def machine() -> dict:
         "device": torch.cuda.get_device_name() if cuda else processor,
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        # oneDNN's switch, such as AVX512_CORE_BF16 to do without AMX
+        "isa": os.environ.get("ONEDNN_MAX_CPU_ISA") or torch.backends.cpu.get_cpu_capability(),
+        "amx": torch.cpu._is_amx_tile_supported(),
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "triton", "transformers", "peft")},
         "cuda": torch.version.cuda,

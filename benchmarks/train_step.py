@@ -10,12 +10,18 @@ Their first losses must agree, and in fp32 the second. In bf16 these differ: PEF
 is rounded already, which loses most of an update as small as the first; minorca adds before it rounds. A side whose
 micro-batches do not fit into the GPU's memory halves them.
 
+Rows are packed, and the last part of each is trained; --trained all trains every token, as pretraining and most
+benchmarks do, and --rows document takes one row of --tokens tokens. --neighbour keeps another process busy, on a CPU:
+how threads wait for each other then decides (minorca/waiting.py), so that the environment of the commands is given too:
+GOMP_SPINCOUNT=1000.
+
 The sides alternate step by step, and only whole steps are timed: on CUDA the host runs ahead within one. The parts are
 those of two more steps, in which the host waits after each. Tokens per second do not count padding. Peak memory is what
 CUDA allocated for one side alone, or the resident memory of a process that runs one side alone (Python and its
 libraries included).
 """
 
+import argparse
 import contextlib
 import functools
 import itertools
@@ -43,6 +49,7 @@ from minorca.train.objectives import NextToken
 from minorca.train.optim import adamw, clip_gradients
 from minorca.train.preference_objective import preference
 from minorca.train.reference import Reference
+from minorca.waiting import waiting_policy
 
 SETTINGS = LoRASettings(rank=16, alpha=32)
 OPTIM = OptimConfig()
@@ -64,15 +71,21 @@ def plan(store: TokenStore, tokens: int) -> list[np.ndarray]:
     return list(itertools.chain(*plan_epoch(store.lengths, tokens, 1, packing=True, seed=0, epoch=0)))
 
 
-def draw_rows(kind: str, vocabulary: int, tokens: int) -> TokenStore:
-    """Random rows that fill two micro-batches; the last 30 to 70% of each row's tokens are trained."""
+def draw_document(vocabulary: int, tokens: int) -> TokenStore:
+    """One random row, all of it trained."""
+    ids = np.random.default_rng(0).integers(vocabulary, size=tokens, dtype=np.int32)
+    return TokenStore(ids, np.ones(tokens, bool), np.array([0, tokens]))
+
+
+def draw_rows(kind: str, vocabulary: int, tokens: int, all_trained: bool = False) -> TokenStore:
+    """Random rows that fill two micro-batches; all or the last 30 to 70% of each row's tokens are trained."""
     random = np.random.default_rng(0)
     shortest, longest, median, sigma = LENGTHS[kind]
     store = TokenStore(np.empty(0, np.int32), np.empty(0, bool), np.zeros(1, np.int64))
     while True:
         length = int(np.clip(random.lognormal(np.log(median), sigma), shortest, longest))
         ids = random.integers(vocabulary, size=length, dtype=np.int32)
-        trained = np.arange(length) >= random.uniform(0.3, 0.7) * length
+        trained = np.arange(length) >= (0 if all_trained else random.uniform(0.3, 0.7) * length)
         longer = TokenStore(
             np.concatenate([store.tokens, ids]),
             np.concatenate([store.trained, trained]),
@@ -81,6 +94,12 @@ def draw_rows(kind: str, vocabulary: int, tokens: int) -> TokenStore:
         if len(plan(longer, tokens)) > 2:
             return store
         store = longer
+
+
+def draw_store(args: argparse.Namespace, vocabulary: int) -> TokenStore:
+    if args.rows == "document":
+        return draw_document(vocabulary, args.tokens)
+    return draw_rows(args.rows, vocabulary, args.tokens, args.trained == "all")
 
 
 def draw_pairs(vocabulary: int, tokens: int) -> TokenStore:
@@ -294,6 +313,16 @@ def host_time(side: Ours) -> dict:
     return {"seconds": spread(seconds)["median"], "launches": launches}
 
 
+@contextlib.contextmanager
+def busy_neighbour() -> Iterator[None]:
+    """Another process that computes all the time, on one processor."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
 def warm_up(side: Ours | Theirs, tokens: int) -> tuple[int, list[int]]:
     """Runs the first step; returns the largest micro-batch that fits, at most `tokens`, and the sizes of all."""
     while True:
@@ -315,8 +344,7 @@ def warm_up(side: Ours | Theirs, tokens: int) -> tuple[int, list[int]]:
 def measure(args, names: list[str]) -> dict:
     with model_under_test(args) as (directory, model):
         vocabulary = model.arch.vocab_size
-        is_dpo = args.objective == "dpo"
-        store = draw_pairs(vocabulary, args.tokens) if is_dpo else draw_rows(args.rows, vocabulary, args.tokens)
+        store = draw_pairs(vocabulary, args.tokens) if args.objective == "dpo" else draw_store(args, vocabulary)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         add_adapters(model, SETTINGS)
         pad_for_adapters(model)
@@ -336,11 +364,12 @@ def measure(args, names: list[str]) -> dict:
                 "losses": [side.loss.item()],
             }
         steps = {name: [] for name in names}
-        for _ in range(args.steps):
-            for name, side in sides.items():
-                steps[name].append(whole_step(side))
-                results[name]["losses"].append(side.loss.item())
-        parts = {name: [timed_parts(side) for _ in range(2)] for name, side in sides.items()}
+        with busy_neighbour() if args.neighbour else contextlib.nullcontext():
+            for _ in range(args.steps):
+                for name, side in sides.items():
+                    steps[name].append(whole_step(side))
+                    results[name]["losses"].append(side.loss.item())
+            parts = {name: [timed_parts(side) for _ in range(2)] for name, side in sides.items()}
         if DEVICE.type == "cuda":
             for name, side in sides.items():
                 results[name]["kernels"] = kernel_times(functools.partial(whole_step, side))
@@ -371,7 +400,12 @@ def measure(args, names: list[str]) -> dict:
 def main() -> None:
     options = parser("benchmarks.train_step", "One LoRA training step, minorca beside transformers + PEFT.")
     options.add_argument("--objective", choices=SIDES, default="sft", help="dpo: random pairs, beside TRL")
-    options.add_argument("--rows", choices=LENGTHS, default="full", help="512 to 1024 tokens each, or short: 16 to 200")
+    kinds = "full: 512 to 1024 tokens each; short: 16 to 200; document: one row of --tokens tokens, all of them trained"
+    options.add_argument("--rows", choices=[*LENGTHS, "document"], default="full", help=kinds)
+    options.add_argument(
+        "--trained", choices=["part", "all"], default="part", help="the last 30 to 70%% of a row, or all of it"
+    )
+    options.add_argument("--neighbour", action="store_true", help="beside a process that keeps one processor busy")
     options.add_argument(
         "--steps", type=int, default=5, metavar="N", help="timed steps of each side, after a warm-up step; default: 5"
     )
@@ -380,7 +414,7 @@ def main() -> None:
     )
     options.add_argument("--only", choices=SIDES["sft"], help="run one side alone and print its peak memory in bytes")
     args = options.parse_args()
-    longest = PROMPTS[1] + 2 * ANSWERS[1] if args.objective == "dpo" else LENGTHS[args.rows][1]
+    longest = PROMPTS[1] + 2 * ANSWERS[1] if args.objective == "dpo" else LENGTHS.get(args.rows, (0, 1))[1]
     if args.tokens < longest:
         options.error(f"--tokens is {args.tokens}; rows have up to {longest}")
     if args.only:
@@ -400,7 +434,11 @@ def main() -> None:
     settings = {"model": args.shape or args.model.name, "rows": rows, "dtype": args.dtype, "tokens": args.tokens}
     ratio = result["ours"]["tokens_per_second"] / result["theirs"]["tokens_per_second"]
     settings |= {"objective": args.objective, "layers": args.layers}
+    settings |= {"trained": args.trained, "neighbour": args.neighbour, "waiting": waiting_policy()}
     name = "train-dpo" if args.objective == "dpo" else f"train-{args.rows}"
+    name += f"-{args.tokens}" if args.rows == "document" else ""
+    name += "-all" if args.trained == "all" else ""
+    name += "-beside-a-neighbour" if args.neighbour else ""
     report({**settings, **result, "ratio": ratio}, name, args.output)
     must_agree = 2 if args.dtype == "float32" else 1
     for step, (ours, theirs) in enumerate(zip(*(result[name]["losses"][:2] for name in SIDES[args.objective]))):

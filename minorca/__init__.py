@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from minorca.errors import UserError
+from minorca.waiting import set_waiting_policy
 
 if TYPE_CHECKING:
     from minorca.data.chat_template import render_chat
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = ["UserError", "load_model", "load_tokenizer", "render_chat"]
+
+# before anything here imports torch
+set_waiting_policy()
 
 _MODULES = {
     "load_model": "minorca.model.build",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from minorca.doctor.findings import EndOfChecks, Fact, Finding, reason_of
 from minorca.errors import UserError
 from minorca.host import host_processors
+from minorca.waiting import waiting_policy
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +73,7 @@ def devices() -> Iterator[Fact | Finding]:
         yield Finding(str(error), "update NVIDIA's driver, or install a build of torch for its CUDA", prevents=True)
         return
     if not found:
-        yield Fact("devices", "cpu", f"{torch.get_num_threads()} threads")
+        yield Fact("devices", "cpu", f"{torch.get_num_threads()} threads; how they wait: {waiting_policy()}")
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
         if driver and not torch.version.cuda:
             message = "there is an NVIDIA driver, and this build of torch is for the CPU alone"

@@ -39,6 +39,7 @@ from minorca.train.receipt import Receipt, kept_receipt, open_receipt
 from minorca.train.revisions import pin
 from minorca.train.run_length import RunLength, run_length
 from minorca.train.task_evaluation import open_tasks
+from minorca.waiting import waiting_policy
 
 log = logging.getLogger("minorca.train")
 
@@ -146,6 +147,8 @@ def _train(
         # the values that it has exchanged are not needed again
         learner.reference = None
     log.info("%s", learner.model.arch)
+    if world.device.type == "cpu":
+        log.info("%d threads; how they wait: %s", torch.get_num_threads(), waiting_policy())
     log.info("%s; %d steps, %d rows", parallel.describe(learner.model, world), length.steps, len(inputs.store))
     if found and state:
         best = _restore(found, state, learner, config, world)
