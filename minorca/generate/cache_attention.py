@@ -188,8 +188,10 @@ class _Blocks:
             out_1KED, lse_1KE = _flash(q_1KED, k_PSKD, v_PSKD, block.edges, 1, block.mask_EC)
             if block.whole is not None:
                 halves_2KED, lse_2KE = _flash(q_1KED, k_PSKD, v_PSKD, block.whole, 2)
-                share_3KE = torch.cat([lse_1KE, lse_2KE]).softmax(0)
-                out_1KED = (torch.cat([out_1KED, halves_2KED]) * share_3KE[..., None]).sum(0)
+                share_3KE1 = torch.cat([lse_1KE, lse_2KE]).softmax(0)[..., None]
+                out_1KED = out_1KED * share_3KE1[:1]
+                for half_KED, share_KE1 in zip(halves_2KED, share_3KE1[1:]):
+                    out_1KED += half_KED * share_KE1
             out_KGQD = out_1KED.view(kv_heads, self.group, -1, head_dim)
             out_RHD[block.rows].view(-1, kv_heads, self.group, head_dim).copy_(out_KGQD.permute(2, 0, 1, 3))
         return out_RHD[self.place_T]
