@@ -315,8 +315,9 @@ def host_time(side: Ours) -> dict:
 
 @contextlib.contextmanager
 def busy_neighbour() -> Iterator[None]:
-    """Another process that computes all the time, on one processor."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+    """Another process that computes all the time, on one processor, and ends with this one."""
+    code = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
         try:
             yield
         finally:
