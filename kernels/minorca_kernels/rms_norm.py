@@ -200,8 +200,8 @@ def _rms_norm_backward_torch(
         dweight = (dy.to(rstd.dtype) * x_hat).flatten(0, -2).sum(0).to(weight.dtype)
     dx_hat = dy.to(rstd.dtype) * weight
     # the normalisation removes the component along the normalised row
-    along_x = torch.linalg.vecdot(dx_hat, value)[..., None] / x.shape[-1] * rstd**3
-    dx = dx_hat.mul_(rstd).addcmul_(value, along_x, value=-1)
+    mean = torch.linalg.vecdot(dx_hat, value)[..., None] * rstd / x.shape[-1]
+    dx = dx_hat.addcmul_(value, mean * rstd, value=-1).mul_(rstd)
     return (dx if dtotal is None else dx.add_(dtotal)).to(x.dtype).contiguous(), dweight
 
 
