@@ -146,12 +146,14 @@ def _cross_entropy_torch(
     for start in range(0, len(logits), CACHED_ROWS):
         rows = slice(start, start + CACHED_ROWS)
         targets_R1 = targets[rows, None]
-        log_p = F.log_softmax(logits[rows], dim=-1, dtype=losses.dtype)
-        torch.neg(log_p.gather(1, targets_R1)[:, 0], out=losses[rows])
+        z = logits[rows].to(losses.dtype, copy=True)
+        # torch's log_softmax sums a row in order, and loses a digit
+        lse = torch.logsumexp(z, dim=-1)
+        torch.sub(lse, z.gather(1, targets_R1)[:, 0], out=losses[rows])
         if entropies is not None:
-            torch.neg(torch.linalg.vecdot(log_p.exp(), log_p), out=entropies[rows])
+            torch.sub(lse, torch.linalg.vecdot(z, torch.softmax(z, -1)), out=entropies[rows])
         if gradient:
-            logits[rows] = log_p.exp_().scatter_add_(1, targets_R1, log_p.new_full(targets_R1.shape, -1.0))
+            logits[rows] = z.sub_(lse[:, None]).exp_().scatter_add_(1, targets_R1, z.new_full(targets_R1.shape, -1.0))
 
 
 # ------------------------------------------------------------------------------------------- operators and autograd
