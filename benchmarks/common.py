@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import tempfile
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from minorca.host import processor_name
 from minorca.model.architecture import read_architecture
 from minorca.model.build import build_model, fast_dtype, load_model
 from minorca.model.layout import source_tensors
@@ -145,15 +145,12 @@ def machine() -> dict:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    def read(path: Path) -> str:
-        return path.read_text() if path.exists() else ""
-
     cuda = DEVICE.type == "cuda"
-    cpu = re.search(r"model name\s*: (.*)", read(Path("/proc/cpuinfo")))
-    processor = cpu[1] if cpu else platform.machine()
+    commit = ROOT / "COMMIT"
+    written = commit.read_text().strip() if commit.exists() else ""
     driver_query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
-        "device": torch.cuda.get_device_name() if cuda else processor,
+        "device": torch.cuda.get_device_name() if cuda else processor_name(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         # oneDNN's switch, such as AVX512_CORE_BF16 to do without AMX
@@ -163,7 +160,7 @@ def machine() -> dict:
         **{package: version(package) for package in ("torch", "triton", "transformers", "peft")},
         "cuda": torch.version.cuda,
         "cuda_driver": output_of(*driver_query) if cuda else None,
-        "commit": output_of("git", "describe", "--always", "--dirty") or read(ROOT / "COMMIT").strip() or None,
+        "commit": output_of("git", "describe", "--always", "--dirty") or written or None,
     }
 
 

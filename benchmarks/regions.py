@@ -80,12 +80,20 @@ def count(start: Callable[[], Iterator[str]]) -> dict[str, Counter]:
         if part is None:
             return counts
         for event in _operators(profiler):
-            shapes = [shape for shape in event.shapes() if shape]
             if PRODUCTS.search(event.name()):
-                left, right = shapes[:2] if len(shapes) == 2 or "addmm" not in event.name() else shapes[-2:]
-                counts[part].update(products=1, flops=2 * prod(left) * right[-1])
+                counts[part].update(products=1, flops=_flops(event))
             sizes = [prod(shape) * BYTES.get(dtype, 0) for shape, dtype in zip(event.shapes(), event.dtypes()) if shape]
             counts[part]["bytes"] += sum(sizes)
+
+
+def _flops(product: Any) -> int:
+    """The operations of a product's event."""
+    matrices = [shape for shape in product.shapes() if len(shape) >= 2]
+    # where there is something to add, the factors come after it; where there is an output, before it
+    left, right = matrices[-2:] if "add" in product.name() else matrices[:2]
+    # a layer's weight is [N, K]
+    columns = right[0] if "linear" in product.name() else right[-1]
+    return 2 * prod(left) * columns
 
 
 def _operators(profiler: profile) -> Iterator[Any]:

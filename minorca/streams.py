@@ -8,6 +8,8 @@ import os
 import sys
 from typing import cast
 
+from minorca.host import is_first_rank
+
 
 class _Descriptor(io.FileIO):
     """What a standard stream writes to.
@@ -88,8 +90,7 @@ def end_line() -> None:
         bar.close()
     sys.stderr.flush()
     # of torchrun's processes, which share standard error, the first has the bars
-    others_line = int(os.environ.get("RANK", 0)) > 0
-    if others_line or ("stderr" in _opened and _opened["stderr"].is_within_line):
+    if not is_first_rank() or ("stderr" in _opened and _opened["stderr"].is_within_line):
         sys.stderr.write("\n")
 
 

@@ -56,11 +56,11 @@ def _running_programs() -> int:
     system does not say.
     """
     counts = []
-    for _ in range(3):
+    for pause in (0, 0.002, 0.002):
+        time.sleep(pause)
         try:
             # "0.31 0.52 0.48 2/117 4321": 2 of 117 are running, this one among them
             counts.append(int(LOAD.read_text().split()[3].partition("/")[0]) - 1)
         except (OSError, IndexError, ValueError):
             return 0
-        time.sleep(0.002)
     return int(statistics.median(counts))

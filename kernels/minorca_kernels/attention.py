@@ -582,10 +582,11 @@ def _attention_backward_torch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Multiplies blocks of queries by the keys that they see, all query heads of a key head in one matrix product.
 
-    Weights and their gradients take products alike, q k^T and dout v^T, then (q k^T)^T q and (dout v^T)^T dout, so each
-    two are one product of twice as many matrices. The first also subtracts the log-sum-exp and delta, before it rounds:
-    what remains is small where a weight is large. Torch's backward takes 2 to 5 times as long in bf16 (64 to 1024
-    tokens), and supports no window. Names end in _p for a piece's part of a tensor, in _b for a block's; J is 2.
+    The weights p and the gradients ds of their scores take products alike, q k^T and dout v^T, and so do the gradients
+    of v and k, p^T dout and ds^T q: each two are one product of twice as many matrices. The first also subtracts the
+    log-sum-exp and delta, before it rounds: what remains is small where a weight is large. Torch's backward takes 2 to
+    5 times as long in bf16 (64 to 1024 tokens), and supports no window. Names end in _p for a piece's part of a tensor,
+    in _b for a block's; J is 2.
     """
     _, kv_heads, head_dim = k.shape
     scale = head_dim**-0.5
