@@ -220,12 +220,14 @@ def test_what_collectives_cost():
 
 @pytest.mark.slow
 def test_preferences_need_little_more_than_fine_tuning():
-    """At equal tokens a tenth more at most: the reference's values, and no logits but those of a chunk of rows."""
+    """At equal tokens a tenth more at most: the reference's values, and no logits but those of a chunk of rows. What
+    attention's backward works in may be less, as an answer is shorter than a document.
+    """
     fine_tuning = Case("").config
     preferences = changed(fine_tuning, {"train.objective": "dpo", "data.format": "preference"})
     estimator = Estimator(SMALL, machine("cpu", 1), 1)
-    less, more = (estimator(config).memory["total"] for config in (fine_tuning, preferences))
-    assert less < more < 1.1 * less
+    less, more = (estimator(config).memory for config in (fine_tuning, preferences))
+    assert less["activations"] < more["activations"] and more["total"] < 1.1 * less["total"]
 
 
 @pytest.mark.slow
