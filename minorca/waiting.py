@@ -3,8 +3,10 @@ loaded.
 
 As it comes, a thread of GNU's OpenMP that has done its share spins for milliseconds until the others have done theirs.
 Where another program computes too, one of them waits for a processor, and what spins keeps it from getting one. A
-thread that spins a thousand times, some microseconds, and then sleeps costs a quiet machine little; on a busy machine
-it may sleep at once. `python -m benchmarks.train_step --neighbour` measures it.
+thread that spins three thousand times, some tens of microseconds, and then sleeps costs a quiet machine little; on a
+busy machine it may sleep at once. `python -m benchmarks.train_step --neighbour` measures it. A thousand times would be
+a seventh better beside a busy program, and takes a tenth longer for a token alone: it is over before the operations
+between two products are.
 """
 
 import os
@@ -16,7 +18,7 @@ from pathlib import Path
 from minorca.host import host_processors
 
 LOAD = Path("/proc/loadavg")
-SPINS = 1000
+SPINS = 3000
 # what users say themselves, to GNU's, Intel's or any OpenMP
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 

@@ -30,10 +30,10 @@ def machine(monkeypatch, tmp_path):
 
 
 def test_threads_spin_shortly_on_a_quiet_machine(machine):
-    assert machine() == {"GOMP_SPINCOUNT": "1000"}
+    assert machine() == {"GOMP_SPINCOUNT": "3000"}
     # one program and two threads leave a processor
-    assert machine(BUSY, OMP_NUM_THREADS="2") == {"GOMP_SPINCOUNT": "1000"}
-    assert machine("no such file's format") == {"GOMP_SPINCOUNT": "1000"}
+    assert machine(BUSY, OMP_NUM_THREADS="2") == {"GOMP_SPINCOUNT": "3000"}
+    assert machine("no such file's format") == {"GOMP_SPINCOUNT": "3000"}
 
 
 def test_threads_sleep_where_more_run_than_there_are_processors(machine):

@@ -25,6 +25,7 @@ from minorca_kernels.decode_attention import (
     read_span,
     span_of,
 )
+from minorca_kernels.decode_on_cpu import DecodeOnCPU
 from minorca_kernels.dequantize_nf4 import dequantize_nf4
 from minorca_kernels.draw import draw, draw_definition
 from minorca_kernels.frozen_weight import (
@@ -60,6 +61,7 @@ from minorca_kernels.swiglu import swiglu, swiglu_definition
 
 __all__ = [
     "Adapter",
+    "DecodeOnCPU",
     "DenseWeight",
     "Factors",
     "FrozenWeight",

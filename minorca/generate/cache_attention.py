@@ -19,6 +19,7 @@ from torch import Tensor
 from minorca.generate.on_device import copy_to, row_multiple
 from minorca.model.attention import PackedAttention, visible
 from minorca_kernels import (
+    DecodeOnCPU,
     Span,
     decode_attention,
     decode_positions,
@@ -73,7 +74,7 @@ class PrefillAttention:
 
     def of_qkv(self, layer: int, qkv_TM: Tensor, cos_TP: Tensor, sin_TP: Tensor, heads: int, kv_heads: int) -> Tensor:
         """As `PackedAttention.of_qkv`."""
-        k_PSKD, v_PSKD = self.cache.kv_L2PSKD[layer]
+        k_PSKD, v_PSKD = self.cache.layers[layer]
         q_THD, *new = rope(qkv_TM, cos_TP, sin_TP, heads, kv_heads)
         for pages_PSKD, new_TKD in zip((k_PSKD, v_PSKD), new):
             pages_PSKD.flatten(0, 1).index_copy_(0, self.index_T, new_TKD)
@@ -218,7 +219,9 @@ class DecodeAttention:
         self.cos_NP, self.sin_NP, self.index_N, self.filled_N = decode_positions(
             lengths_N, cache.active_N, cache.frequencies_P, cache.table_NB, cache.tree.size
         )
-        self.spans = cache.spans() if cache.device.type == "cpu" else None
+        self.on_cpu = None
+        if not uses_triton(lengths_N):
+            self.on_cpu = DecodeOnCPU(self.cos_NP, self.sin_NP, self.index_N, cache.spans())
 
     def rope_tables(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
         """As `PackedAttention.rope_tables`; the cache knows both numbers."""
@@ -227,7 +230,9 @@ class DecodeAttention:
     def of_qkv(self, layer: int, qkv_NM: Tensor, cos_NP: Tensor, sin_NP: Tensor, heads: int, kv_heads: int) -> Tensor:
         """As `PackedAttention.of_qkv`; the cache knows the numbers of heads."""
         cache = self.cache
-        k_PSKD, v_PSKD = cache.kv_L2PSKD[layer]
+        k_PSKD, v_PSKD = cache.layers[layer]
+        if self.on_cpu is not None:
+            return self.on_cpu(qkv_NM, k_PSKD, v_PSKD)
         caches = k_PSKD.flatten(0, 1), v_PSKD.flatten(0, 1)
         q_NHD = rope_into_cache(qkv_NM, cos_NP, sin_NP, *caches, self.index_N)
-        return decode_attention(q_NHD, k_PSKD, v_PSKD, cache.table_NB, self.filled_N, cache.window, self.spans)
+        return decode_attention(q_NHD, k_PSKD, v_PSKD, cache.table_NB, self.filled_N, cache.window)

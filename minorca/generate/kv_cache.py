@@ -92,6 +92,8 @@ class KVCache:
         self.kv_L2PSKD = torch.zeros(
             arch.layers, 2, self.pages, PAGE, arch.kv_heads, arch.head_dim, dtype=dtype, device=device
         )
+        # of each layer its keys and values
+        self.layers = [tuple(kv_2PSKD.unbind()) for kv_2PSKD in self.kv_L2PSKD.unbind()]
         self.active_N = torch.zeros(slots, dtype=torch.int64, device=device)
         self.lengths_N = torch.zeros(slots, dtype=torch.int64, device=device)
         self.table_NB = torch.zeros(slots, -(-max_length // PAGE), dtype=torch.int32, device=device)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from minorca_kernels import (
+    DecodeOnCPU,
     decode_attention,
     decode_attention_definition,
     decode_positions,
@@ -119,10 +120,32 @@ def test_no_bit_depends_on_a_neighbour(dtype, threads, size, length, window, mon
             for t, alone in ((k, alone_k), (v, alone_v)):
                 t[table[position, :used].long()] = alone[alone_table[0, :used].long()]
             results.append(decode_attention(q, k, v, table, lengths_N, window)[position])
-            spans = decode_spans(table.tolist(), lengths, PAGE, window)
-            results.append(decode_attention(q, k, v, table, lengths_N, window, spans)[position])
     torch.set_num_threads(threads_before)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no kernel matters")
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (3, 1), (9, 3), (8, 2), (2, 2), (14, 2)])
+def test_a_layer_on_the_cpu_equals_the_definitions(heads, kv_heads, window, poisoned):
+    """Of sequences in adjacent pages and in others, and of an inactive one; the cache too."""
+    size, lengths = 16, [1, 40, 0, 33]
+    generator = torch.Generator().manual_seed(0)
+    qkv, k, v = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((4, (heads + 2 * kv_heads) * size), *2 * [(12, PAGE, kv_heads, size)])
+    )
+    table = torch.tensor([[1, 0, 0], [2, 3, 4], [0, 0, 0], [9, 5, 7]], dtype=torch.int32)
+    index = torch.tensor([PAGE, 4 * PAGE + 7, 3, 7 * PAGE])
+    tables = rope_tables(torch.tensor(lengths) - 1, size, 10000.0)
+    expected_k, expected_v = k.clone(), v.clone()
+    caches = expected_k.flatten(0, 1), expected_v.flatten(0, 1)
+    q = rope_into_cache_definition(qkv, *tables, *caches, index)
+    expected = decode_attention_definition(q, expected_k, expected_v, table, torch.tensor(lengths), window)
+    out = DecodeOnCPU(*tables, index, decode_spans(table.tolist(), lengths, PAGE, window))(qkv, k, v)
+    assert (
+        relative_error(out, expected) < 1e-12 and relative_error(k, expected_k) < 1e-12 and torch.equal(v, expected_v)
+    )
 
 
 def test_pages_can_be_shared():
