@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minorca_kernels.operator import can_skip_dispatch
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
@@ -180,7 +182,29 @@ class DenseWeight(FrozenWeight):
         local[start - first : start - first + len(rows)].copy_(rows)
 
     def linear(self, x_TK: Tensor) -> Tensor:
+        if len(x_TK) == 1 and self.reads_row_fast(self.weight) and can_skip_dispatch(x_TK):
+            return _linear_without_onednn(x_TK, self.weight)
         return F.linear(x_TK, self.weight)
+
+    @staticmethod
+    def reads_row_fast(weight_NK: Tensor) -> bool:
+        """Whether the product with one row needs no other layout."""
+        return weight_NK.dtype == torch.bfloat16 and not weight_NK.is_cuda
+
+
+def _linear_without_onednn(x_1K: Tensor, weight_NK: Tensor) -> Tensor:
+    """The product of one row by torch's own kernel, which reads the weight as fast as memory gives it; oneDNN's takes
+    up to 1.7 times as long. Torch takes it only where oneDNN is off, which it then is for other threads too: they lose
+    speed, at most.
+    """
+    onednn = torch.backends.mkldnn
+    if not onednn.enabled:
+        return F.linear(x_1K, weight_NK)
+    onednn.enabled = False
+    try:
+        return F.linear(x_1K, weight_NK)
+    finally:
+        onednn.enabled = True
 
 
 class PaddedWeight(DenseWeight):
@@ -239,8 +263,10 @@ class PrepackedWeight(FrozenWeight):
         return self.product(x_TK, [self.packed])
 
     @staticmethod
-    def is_faster(weight_NK: Tensor) -> bool:
-        """Whether this machine gains by it."""
+    def is_faster(weight_NK: Tensor, rows: int) -> bool:
+        """Whether this machine gains by it in products with so many rows."""
         if weight_NK.is_cuda or not torch.backends.mkldnn.is_available():
+            return False
+        if rows == 1 and DenseWeight.reads_row_fast(weight_NK):
             return False
         return weight_NK.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()

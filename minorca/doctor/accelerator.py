@@ -143,7 +143,7 @@ def back_ends() -> Iterator[Fact | Finding]:
     yield Fact("back ends", "kernels", kernels)
     yield Fact("back ends", "attention", _attention(device) if device.type == "cuda" else f"our own, in {kernels}")
     yield Fact("back ends", "fastest dtype", str(dtype).removeprefix("torch."))
-    prepacked = PrepackedWeight.is_faster(torch.empty(0, dtype=dtype, device=device))
+    prepacked = PrepackedWeight.is_faster(torch.empty(0, dtype=dtype, device=device), PrepackedWeight.ROWS)
     yield Fact("back ends", "prepacked weights", "for inference" if prepacked else "no")
     remedy = f"{_reinstall('torch', 'triton')}, and report it if that does not help"
     try:

@@ -385,7 +385,7 @@ def open_engine(
     adapter_choice = load_adapters(model, dict(adapters), alone)
     engine = Engine(model, slots, max_length, adapter_choice)
     # After the engine has checked the memory beside the model's parameters, which this replaces.
-    prepack(model)
+    prepack(model, slots)
     speed = f"{gigabytes:.2f} GB in {seconds:.2f} s, {gigabytes / seconds:.1f} GB/s"
     print(f"{path}: {speed}", file=sys.stderr, flush=True)
     return engine

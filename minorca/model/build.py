@@ -190,23 +190,27 @@ def remove_adapter(model: Mistral, choice: AdapterChoice, name: str) -> None:
             projection.row_lora = projection.row_lora.without(choice.index(name))
 
 
-def prepack(model: Mistral) -> Mistral:
+def prepack(model: Mistral, rows: int = PrepackedWeight.ROWS) -> Mistral:
     """Prepacks a model's weights in place, for inference alone, where this machine gains by it; returns the model.
 
     Projections are done one at a time, so that the model is never in memory twice; of the head there are two copies
     where it is also the embedding. Projections in NF4 become dense, which a CPU would make of them in every product.
     Projections with trained adapters stay as they are.
+
+    Args:
+        rows: of most products: the sequences that are decoded at once. One in bf16 needs no other layout.
     """
-    if not PrepackedWeight.is_faster(model.embedding.weight):
+    if model.embedding.weight.is_cuda:
         return model
+    packs = PrepackedWeight.is_faster(model.embedding.weight, rows)
     for _, projection in model.projections():
         if projection.lora is not None:
             continue
-        if isinstance(projection.base, DenseWeight):
+        if isinstance(projection.base, NF4Weight):
+            projection.base = DenseWeight(projection.base.dequantize(model.embedding.weight.dtype))
+        if packs and isinstance(projection.base, DenseWeight):
             projection.base = PrepackedWeight(projection.base.weight)
-        elif isinstance(projection.base, NF4Weight):
-            projection.base = PrepackedWeight(projection.base.dequantize(model.embedding.weight.dtype))
     head = model.embedding if model.head is None else model.head
-    if isinstance(head, DenseWeight):
+    if packs and isinstance(head, DenseWeight):
         model.head = PrepackedWeight(head.weight)
     return model

@@ -417,6 +417,21 @@ def test_prepacked_is_the_same_model(save_mistral):
         assert sum(p.numel() for p in model.layers.parameters()) == 2 * 2 * 64
 
 
+def test_one_sequence_in_bf16_needs_no_other_layout(save_mistral, monkeypatch):
+    """Torch's own kernel multiplies its row, as exactly; oneDNN is on afterwards, or off where it was."""
+    model = load_model(save_mistral()[0], torch.bfloat16, "cpu")
+    weight = model.layers[0].down.base
+    x = torch.randn(1, weight.in_features).bfloat16()
+    exact = x.double() @ weight.weight.double().T
+    for enabled in (True, False):
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
+        with torch.inference_mode():
+            assert relative_error(weight.linear(x), exact) < 2**-8
+        assert torch.backends.mkldnn.enabled is enabled
+    kinds = [{projection.base.kind for _, projection in prepack(model, rows).projections()} for rows in (1, 2)]
+    assert kinds == [{"dense"}, {"prepacked"}]
+
+
 def test_invalid_requests_are_named(model):
     engine = Engine(model, 1, 50)
     wrong = {
