@@ -183,7 +183,7 @@ def main() -> None:
         batches = sorted(map(int, args.batch.split(",")))
         lengths = list(map(int, args.first_token.split(",")))
         plain = {batch: limit(model, batch, args.new_tokens // 2) for batch in batches}
-        # one sequence needs no other layout
+        # for one sequence most weights keep their layout
         decoded = [
             decoding(prepack(model, batch), theirs, weights, batch, args.prompt_tokens, args.new_tokens, bandwidth)
             | {"products_without_prepacking_seconds": plain[batch]}

@@ -88,7 +88,7 @@ def main() -> None:
             peers[kind] = LlamaCpp(files / kind / f"model-{kind.upper()}.gguf")
             stack.callback(peers[kind].process.kill)
         model = load_model(source, getattr(torch, args.dtype), torch.device("cpu"))
-        # one needs no other layout
+        # for one sequence most weights keep their layout
         batches = sorted(map(int, args.batch.split(",")))
         runs = [compared(prepack(model, batch), peers, batch, args) for batch in batches]
     settings = {"model": args.shape or args.model.name, "layers": args.layers, "dtype": args.dtype}

@@ -117,14 +117,15 @@ def generation(run: Callable[[Tensor, int], object], args: argparse.Namespace, m
             run(prompts, tokens)
             yield str(tokens)
 
-    counts = {}
-    for batch in (1, 8):
+    def of_token(batch: int) -> Counter:
         few, more = count(functools.partial(parts, random_prompts(model, batch, 32))).values()
-        counts[f"token of {batch}"] = Counter({name: (more[name] - few[name]) // TOKENS for name in more})
+        return Counter({name: (more[name] - few[name]) // TOKENS for name in more})
+
+    one = of_token(1)
     prompt = count(functools.partial(parts, random_prompts(model, 1, args.tokens)))[str(TOKENS)]
     # the prompt gives the first token
-    counts["prompt"] = Counter({name: prompt[name] - (TOKENS - 1) * counts["token of 1"][name] for name in prompt})
-    return counts
+    counts = {"prompt": Counter({name: prompt[name] - (TOKENS - 1) * one[name] for name in prompt})}
+    return counts | {"token of 1": one, "token of 8": of_token(8)}
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict[str, Counter]]:
@@ -132,7 +133,11 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Counter]]:
         theirs: Any = peer(directory, model)
         theirs.generation_config.eos_token_id = None
         counts = {"theirs": generation(functools.partial(their_run, theirs), args, model)}
-        counts = {"ours": generation(functools.partial(our_run, prepack(model)), args, model)} | counts
+
+        def run(prompts: Tensor, tokens: int) -> object:
+            return our_run(prepack(model, len(prompts)), prompts, tokens)
+
+        counts = {"ours": generation(run, args, model)} | counts
     with model_under_test(args) as (directory, model):
         store = draw_document(model.arch.vocab_size, args.tokens)
         add_adapters(model, SETTINGS)

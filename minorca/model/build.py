@@ -198,19 +198,18 @@ def prepack(model: Mistral, rows: int = PrepackedWeight.ROWS) -> Mistral:
     Projections with trained adapters stay as they are.
 
     Args:
-        rows: of most products: the sequences that are decoded at once. One in bf16 needs no other layout.
+        rows: of most products: the sequences that are decoded at once. For one, most weights in bf16 stay as they are.
     """
     if model.embedding.weight.is_cuda:
         return model
-    packs = PrepackedWeight.is_faster(model.embedding.weight, rows)
     for _, projection in model.projections():
         if projection.lora is not None:
             continue
         if isinstance(projection.base, NF4Weight):
             projection.base = DenseWeight(projection.base.dequantize(model.embedding.weight.dtype))
-        if packs and isinstance(projection.base, DenseWeight):
+        if isinstance(projection.base, DenseWeight) and PrepackedWeight.is_faster(projection.base.weight, rows):
             projection.base = PrepackedWeight(projection.base.weight)
     head = model.embedding if model.head is None else model.head
-    if packs and isinstance(head, DenseWeight):
+    if isinstance(head, DenseWeight) and PrepackedWeight.is_faster(head.weight, rows):
         model.head = PrepackedWeight(head.weight)
     return model
