@@ -17,6 +17,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 
+from benchmarks.llama_cpp import PACKAGES
 from minorca import load_model, load_tokenizer, render_chat
 from minorca.data.chat_template import PROBES, resolve_template
 from minorca.data.portable_files import SAMPLE
@@ -153,8 +154,7 @@ def llama_cpp(pytestconfig):
         if not shutil.which("npm"):
             pytest.skip("npm is not installed")
         (directory / "package.json").write_text('{"private": true}')
-        packages = [f"{name}@3.22.1" for name in ("node-llama-cpp", "@node-llama-cpp/linux-x64")]
-        fetch(["npm", "install", "--ignore-scripts", "--omit=optional", *packages], directory)
+        fetch(["npm", "install", "--ignore-scripts", "--omit=optional", *PACKAGES], directory)
     shutil.copy(ROOT / "tests" / "export" / "llama_cpp.mjs", directory)
 
     def ask(model: Path, texts=(), prompts=(), count: int = 0, adapter: Path | None = None) -> dict:
