@@ -85,6 +85,12 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
     return options
 
 
+def write_config(args: argparse.Namespace, directory: str) -> None:
+    """The config.json of --shape with --layers."""
+    layers = {"num_hidden_layers": args.layers} if args.layers else {}
+    Path(directory, "config.json").write_text(json.dumps(SHAPES[args.shape] | layers))
+
+
 @contextlib.contextmanager
 def model_under_test(args: argparse.Namespace) -> Iterator[tuple[Path, Mistral]]:
     """A directory with a config.json, and minorca's model of it in args.dtype on the device, frozen."""
@@ -93,8 +99,7 @@ def model_under_test(args: argparse.Namespace) -> Iterator[tuple[Path, Mistral]]
         yield args.model, load_model(args.model, dtype, DEVICE)
         return
     with tempfile.TemporaryDirectory() as directory:
-        config = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
-        Path(directory, "config.json").write_text(json.dumps(config))
+        write_config(args, directory)
         model = build_model(read_architecture(directory), dtype).to_empty(device=DEVICE).eval()
         torch.manual_seed(0)
         for name, parameter in model.named_parameters():

@@ -19,7 +19,7 @@ import minorca  # noqa: F401  # isort: skip
 
 import torch
 
-from benchmarks.common import ROOT, SHAPES, parser, report, spread
+from benchmarks.common import ROOT, parser, report, spread, write_config
 from benchmarks.decode import ROUNDS, limit, our_run, random_prompts, step_seconds
 from minorca.export.gguf import export_gguf
 from minorca.model.build import load_model, prepack
@@ -28,12 +28,13 @@ HOME = ROOT / "build" / "node-llama-cpp"
 PACKAGES = [f"{name}@3.22.1" for name in ("node-llama-cpp", "@node-llama-cpp/linux-x64")]
 
 
-def install() -> None:
-    if not (HOME / "node_modules" / "@node-llama-cpp").exists():
-        HOME.mkdir(parents=True, exist_ok=True)
-        (HOME / "package.json").write_text('{"private": true}')
-        subprocess.run(["npm", "install", "--ignore-scripts", "--omit=optional", *PACKAGES], cwd=HOME, check=True)
-    shutil.copy(ROOT / "benchmarks" / "llama_cpp.mjs", HOME)
+def install(home: Path) -> None:
+    """node-llama-cpp and its binaries, unless they are there."""
+    if not (home / "node_modules" / "@node-llama-cpp").exists():
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "package.json").write_text('{"private": true}')
+        command = ["npm", "install", "--ignore-scripts", "--omit=optional", *PACKAGES]
+        subprocess.run(command, cwd=home, check=True, stdout=subprocess.DEVNULL)
 
 
 class LlamaCpp:
@@ -61,9 +62,8 @@ def model_directory(args) -> Iterator[Path]:
     import mistral_common
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    layers = {"num_hidden_layers": args.layers} if args.layers else {}
     with tempfile.TemporaryDirectory() as directory:
-        Path(directory, "config.json").write_text(json.dumps(SHAPES[args.shape] | layers))
+        write_config(args, directory)
         config = AutoConfig.from_pretrained(directory)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
         data = Path(mistral_common.__file__).parent / "data"
@@ -78,7 +78,8 @@ def main() -> None:
     options.add_argument("--prompt-tokens", type=int, default=32, metavar="N", help="default: 32")
     options.add_argument("--new-tokens", type=int, default=64, metavar="N", help="default: 64")
     args = options.parse_args()
-    install()
+    install(HOME)
+    shutil.copy(ROOT / "benchmarks" / "llama_cpp.mjs", HOME)
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(model_directory(args))
         files = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -251,8 +251,11 @@ def span_of(pages: Sequence[int], size: int, start: int, stop: int) -> Span:
 
 def read_span(pages_PSKD: Tensor, span: Span) -> Tensor:
     """Its keys or values [C, K, D]: a view where its pages are adjacent."""
-    chosen = pages_PSKD[span.pages] if isinstance(span.pages, slice) else pages_PSKD.index_select(0, span.pages)
-    return chosen.flatten(0, 1)[span.start : span.stop]
+    if isinstance(span.pages, slice):
+        chosen, first = pages_PSKD, span.pages.start * pages_PSKD.shape[1]
+    else:
+        chosen, first = pages_PSKD.index_select(0, span.pages), 0
+    return chosen.flatten(0, 1)[first + span.start : first + span.stop]
 
 
 def decode_spans(tables: Sequence[Sequence[int]], lengths: Sequence[int], size: int, window: int | None) -> list[Span]:
@@ -277,20 +280,14 @@ def attend_to_spans(q_NKED: Tensor, k_PSKD: Tensor, v_PSKD: Tensor, spans: list[
         q_NKED: E is a multiple of `FLASH_QUERIES`; the first `group` queries of a key head are its own.
     """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    page = k_PSKD.shape[1]
     sequences, kv_heads, _, head_dim = q_NKED.shape
-    k_SKD, v_SKD = k_PSKD.flatten(0, 1), v_PSKD.flatten(0, 1)
     out_NKGD = q_NKED.new_empty(sequences, kv_heads, group, head_dim)
     for span, q_1KED, out_1KGD in zip(spans, q_NKED.split(1), out_NKGD.split(1)):
         if not span.stop:
             out_1KGD.zero_()
             continue
-        if isinstance(span.pages, slice):
-            start = span.pages.start * page + span.start
-            k_CKD, v_CKD = (t.narrow(0, start, span.stop - span.start) for t in (k_SKD, v_SKD))
-        else:
-            k_CKD, v_CKD = read_span(k_PSKD, span), read_span(v_PSKD, span)
-        out_1KED, _ = flash(q_1KED, k_CKD.transpose(0, 1)[None], v_CKD.transpose(0, 1)[None])
+        k_1KCD, v_1KCD = (read_span(pages, span).transpose(0, 1)[None] for pages in (k_PSKD, v_PSKD))
+        out_1KED, _ = flash(q_1KED, k_1KCD, v_1KCD)
         out_1KGD.copy_(out_1KED.narrow(2, 0, group))
     return out_NKGD.view(sequences, -1, head_dim)
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 
-from benchmarks.llama_cpp import PACKAGES
+from benchmarks.llama_cpp import install
 from minorca import load_model, load_tokenizer, render_chat
 from minorca.data.chat_template import PROBES, resolve_template
 from minorca.data.portable_files import SAMPLE
@@ -150,11 +150,11 @@ def test_the_converter_writes_the_same_adapter(converter, tmp_path):
 def llama_cpp(pytestconfig):
     """llama_cpp(model, ...): what llama_cpp.mjs says of a request."""
     directory = pytestconfig.cache.mkdir("node-llama-cpp")
-    if not (directory / "node_modules" / "@node-llama-cpp").exists():
-        if not shutil.which("npm"):
-            pytest.skip("npm is not installed")
-        (directory / "package.json").write_text('{"private": true}')
-        fetch(["npm", "install", "--ignore-scripts", "--omit=optional", *PACKAGES], directory)
+    try:
+        install(directory)
+    # npm is not there, or finds no network
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"cannot be fetched: {error}")
     shutil.copy(ROOT / "tests" / "export" / "llama_cpp.mjs", directory)
 
     def ask(model: Path, texts=(), prompts=(), count: int = 0, adapter: Path | None = None) -> dict:
