@@ -34,8 +34,26 @@ class Optimizer(Protocol):
         ...
 
 
+# Values of a tensor that torch's loops on a CPU leave to one thread. The fused kernel's has all threads, however few.
+ONE_THREADS_SHARE = 32768
+
+
 class AdamW(torch.optim.AdamW):
-    """torch's."""
+    """torch's. On a CPU small parameters, as of adapters, are all updated by one thread: with more, these would begin
+    and end together for each of them.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        threads = torch.get_num_threads()
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        is_small = all(parameter.numel() <= ONE_THREADS_SHARE for parameter in parameters)
+        if threads == 1 or parameters[0].is_cuda or not is_small:
+            return super().step(closure)
+        torch.set_num_threads(1)
+        try:
+            return super().step(closure)
+        finally:
+            torch.set_num_threads(threads)
 
     def moments(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state.get(parameter) or {}
