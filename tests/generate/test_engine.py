@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from minorca import load_model
 from minorca.errors import UserError
-from minorca.generate.engine import Engine
+from minorca.generate.engine import CHUNK, IDLE_CHUNK, Engine
 from minorca.generate.kv_cache import SPARE_PAGES, KVCache, affordable_pages, pages_of
 from minorca.generate.request import Request
 from minorca.generate.sampling import Sampling
@@ -229,6 +229,20 @@ class Counted:
     def __init__(self, model):
         self.tokens = []
         model.register_forward_pre_hook(lambda module, arguments: self.tokens.append(len(arguments[0])))
+
+
+def test_more_of_a_prompt_is_computed_at_once_while_no_answer_waits(model):
+    counted = Counted(model)
+    run(Engine(model, 2, 1500), Request(prompt(1200), 1))
+    assert max(counted.tokens) == IDLE_CHUNK["cpu"]
+    engine = Engine(model, 2, 1500)
+    engine.add(Request(prompt(5), 500))
+    engine.step()
+    counted.tokens.clear()
+    engine.add(Request(prompt(1200), 1))
+    while engine.running == 2 or engine.waiting:
+        engine.step()
+    assert sum(counted.tokens) >= 1200 and max(counted.tokens) <= CHUNK["cpu"] < IDLE_CHUNK["cpu"]
 
 
 def test_samples_of_one_prompt_share_its_prefill(model):
