@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from minorca.host import processor_name
+from minorca.host import processor_field, processor_name
 from minorca.model.architecture import read_architecture
 from minorca.model.build import build_model, fast_dtype, load_model
 from minorca.model.layout import source_tensors
@@ -156,6 +156,8 @@ def machine() -> dict:
     driver_query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "device": torch.cuda.get_device_name() if cuda else processor_name(),
+        # tells processors of one name apart: 25 is AMD's Zen 3 and 4, 26 Zen 5
+        "cpu_family": processor_field("cpu family"),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         # oneDNN's switch, such as AVX512_CORE_BF16 to do without AMX

@@ -19,12 +19,17 @@ def is_first_rank() -> bool:
 
 
 def processor_name() -> str:
+    return processor_field("model name") or platform.machine()
+
+
+def processor_field(name: str) -> str | None:
+    """What Linux says of the first processor; None: nothing of that name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+        return None
+    fields = (line.partition(":") for line in lines)
+    return next((value.strip() for field, _, value in fields if field.strip() == name), None)
 
 
 def host_memory_bytes(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
