@@ -72,9 +72,9 @@ def plan(store: TokenStore, tokens: int) -> list[np.ndarray]:
 
 
 def draw_document(vocabulary: int, tokens: int) -> TokenStore:
-    """One random row, all of it trained."""
+    """One random row, all of it trained but its first token, as of all rows: nothing predicts it."""
     ids = np.random.default_rng(0).integers(vocabulary, size=tokens, dtype=np.int32)
-    return TokenStore(ids, np.ones(tokens, bool), np.array([0, tokens]))
+    return TokenStore(ids, np.arange(tokens) > 0, np.array([0, tokens]))
 
 
 def draw_rows(kind: str, vocabulary: int, tokens: int, all_trained: bool = False) -> TokenStore:
@@ -85,7 +85,7 @@ def draw_rows(kind: str, vocabulary: int, tokens: int, all_trained: bool = False
     while True:
         length = int(np.clip(random.lognormal(np.log(median), sigma), shortest, longest))
         ids = random.integers(vocabulary, size=length, dtype=np.int32)
-        trained = np.arange(length) >= (0 if all_trained else random.uniform(0.3, 0.7) * length)
+        trained = np.arange(length) >= (1 if all_trained else random.uniform(0.3, 0.7) * length)
         longer = TokenStore(
             np.concatenate([store.tokens, ids]),
             np.concatenate([store.trained, trained]),
