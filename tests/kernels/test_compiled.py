@@ -19,9 +19,8 @@ def run(*command, **options) -> subprocess.CompletedProcess:
     )
 
 
-# 86 has the limits of 89
 @pytest.mark.parametrize(
-    "options", ["--arch 90 --ranks 16", pytest.param("--arch 80 89 90 100 120", marks=pytest.mark.slow)]
+    "options", ["--arch 90 --ranks 16", pytest.param("--arch 80 86 89 90 100 120", marks=pytest.mark.slow)]
 )
 def test_every_kernel(options):
     result = run("-m", "benchmarks.compiled", *options.split(), stderr=subprocess.STDOUT)

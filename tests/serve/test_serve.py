@@ -1073,7 +1073,7 @@ def test_random_calls_get_an_answer_or_an_error(server):
 
 @pytest.mark.slow
 def test_many_random_calls_get_an_answer_or_an_error(server):
-    check_random_calls(server, 600)
+    check_random_calls(server, 1500)
 
 
 def check_random_calls(server, examples: int) -> None:
