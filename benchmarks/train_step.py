@@ -10,10 +10,10 @@ Their first losses must agree, and in fp32 the second. In bf16 these differ: PEF
 is rounded already, which loses most of an update as small as the first; minorca adds before it rounds. A side whose
 micro-batches do not fit into the GPU's memory halves them.
 
-Rows are packed, and the last part of each is trained; --trained all trains every token, as pretraining and most
-benchmarks do, and --rows document takes one row of --tokens tokens. --neighbour keeps another process busy, on a CPU:
-how threads wait for each other then decides, and torch is loaded here before minorca could set it (minorca/waiting.py):
-for what commands do, run this with GOMP_SPINCOUNT=3000.
+Rows are packed, and the last part of each is trained; --trained all trains every token that another predicts, as
+pretraining and most benchmarks do, and --rows document takes one row of --tokens tokens. --neighbour keeps another
+process busy, on a CPU: how threads wait for each other then decides, and torch is loaded here before minorca could set
+it (minorca/waiting.py): for what commands do, run this with GOMP_SPINCOUNT=3000.
 
 The sides alternate step by step, and only whole steps are timed: on CUDA the host runs ahead within one. The parts are
 those of two more steps, in which the host waits after each. Tokens per second do not count padding. Peak memory is what

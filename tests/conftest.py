@@ -49,6 +49,13 @@ def log_level():
     log.setLevel(level)
 
 
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct's real weights and tokenizer, as examples/make_model.py makes them."""

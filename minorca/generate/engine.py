@@ -54,8 +54,8 @@ from minorca_kernels import FrozenWeight, is_sharded
 # Prompt tokens that are computed between two decoding steps, by type of device: a GPU's products need more rows, until
 # their time is that of arithmetic and not of reading the weights.
 CHUNK = {"cuda": 2048, "cpu": 256}
-# And while no answer is running, which would wait. On a CPU a small model takes a tenth less time for as many tokens in
-# chunks of 512; with longer ones nothing is gained, and the next request waits for them.
+# And while no answer is running that would have to wait. On a CPU a small model takes a tenth less time for as many
+# tokens in chunks of 512; with longer ones nothing is gained, and the next request waits for them.
 IDLE_CHUNK = {"cuda": 2048, "cpu": 512}
 
 

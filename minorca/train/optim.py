@@ -34,8 +34,9 @@ class Optimizer(Protocol):
         ...
 
 
-# Values of a tensor that torch's loops on a CPU leave to one thread. The fused kernel's has all threads, however few.
-ONE_THREADS_SHARE = 32768
+# torch divides an operation on more values than these among the threads of a CPU (at::internal::GRAIN_SIZE); its fused
+# optimizers divide any.
+GRAIN_SIZE = 32768
 
 
 class AdamW(torch.optim.AdamW):
@@ -44,11 +45,10 @@ class AdamW(torch.optim.AdamW):
     """
 
     def step(self, closure: Any = None) -> Any:
-        threads = torch.get_num_threads()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        is_small = all(parameter.numel() <= ONE_THREADS_SHARE for parameter in parameters)
-        if threads == 1 or parameters[0].is_cuda or not is_small:
+        if parameters[0].is_cuda or any(parameter.numel() > GRAIN_SIZE for parameter in parameters):
             return super().step(closure)
+        threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             return super().step(closure)

@@ -86,13 +86,6 @@ def test_in_a_batch_as_alone(model):
         assert ids(tokens) == ids(alone) and relative_error(logprobs(tokens), logprobs(alone)) < 1e-5
 
 
-@pytest.fixture
-def two_threads():
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 # Two and three query heads a key head.
 @pytest.mark.parametrize("packed, heads, window", [(False, 4, WINDOW), (True, 6, WINDOW), (True, 4, None)])

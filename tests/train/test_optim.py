@@ -4,15 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from minorca.train.optim import ONE_THREADS_SHARE, AdamW
+from minorca.train.optim import GRAIN_SIZE, AdamW
 
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def draw(sizes: tuple[int, ...]) -> list[nn.Parameter]:
@@ -23,7 +17,7 @@ def draw(sizes: tuple[int, ...]) -> list[nn.Parameter]:
     return parameters
 
 
-@pytest.mark.parametrize("sizes, threads", [((1, 100, ONE_THREADS_SHARE), 1), ((100, ONE_THREADS_SHARE + 1), 2)])
+@pytest.mark.parametrize("sizes, threads", [((1, 100, GRAIN_SIZE), 1), ((100, GRAIN_SIZE + 1), 2)])
 def test_small_parameters_are_updated_by_one_thread_to_the_same_values(sizes, threads, monkeypatch):
     ours, theirs = draw(sizes), draw(sizes)
     optimizer = AdamW(ours, lr=0.1, weight_decay=0.1, fused=True)
