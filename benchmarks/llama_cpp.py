@@ -2,8 +2,8 @@
 
 llama.cpp is that of npm's node-llama-cpp, which is installed once into build/node-llama-cpp; it runs as a process of
 its own (llama_cpp.mjs) with as many threads, on files that minorca exports. Both continue the same random prompts. A
-step's time is as in benchmarks.decode; rounds alternate. A type of several bits stands beside minorca's dense weights,
-for minorca multiplies no others on a CPU.
+step's time is as in benchmarks.decode; rounds alternate. With `--quantize nf4` minorca's
+weights have 4 bits too.
 """
 
 import contextlib
@@ -73,6 +73,7 @@ def model_directory(args) -> Iterator[Path]:
 
 def main() -> None:
     options = parser("benchmarks.llama_cpp", "Greedy decoding on a CPU, minorca beside llama.cpp.")
+    options.add_argument("--quantize", choices=("none", "nf4"), default="none", help="minorca's weights")
     options.add_argument("--types", default="bf16,f16,q4_0", metavar="T,T", help="of its files; default: bf16,f16,q4_0")
     options.add_argument("--batch", default="1,8", metavar="N,N", help="sequences at once; default: 1,8")
     options.add_argument("--prompt-tokens", type=int, default=32, metavar="N", help="default: 32")
@@ -88,11 +89,16 @@ def main() -> None:
             export_gguf(source, None, files / kind, kind)
             peers[kind] = LlamaCpp(files / kind / f"model-{kind.upper()}.gguf")
             stack.callback(peers[kind].process.kill)
-        model = load_model(source, getattr(torch, args.dtype), torch.device("cpu"))
+        model = load_model(source, getattr(torch, args.dtype), torch.device("cpu"), quantize=args.quantize)
         # for one sequence most weights keep their layout
         batches = sorted(map(int, args.batch.split(",")))
         runs = [compared(prepack(model, batch), peers, batch, args) for batch in batches]
-    settings = {"model": args.shape or args.model.name, "layers": args.layers, "dtype": args.dtype}
+    settings = {
+        "model": args.shape or args.model.name,
+        "layers": args.layers,
+        "dtype": args.dtype,
+        "quantize": args.quantize,
+    }
     report({**settings, "packages": PACKAGES, "decoding": runs}, "llama_cpp", args.output)
 
 

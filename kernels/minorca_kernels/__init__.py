@@ -48,6 +48,7 @@ from minorca_kernels.lora_linear import (
 )
 from minorca_kernels.low_rank_update import STRATEGIES, padding_pays, write_update
 from minorca_kernels.nf4_weight import NF4Weight, QuantizedPart
+from minorca_kernels.prepacked_nf4 import PrepackedNF4Weight
 from minorca_kernels.repetition_penalty import repetition_penalty, repetition_penalty_definition
 from minorca_kernels.rms_norm import add_rms_norm, add_rms_norm_definition, rms_norm, rms_norm_definition
 from minorca_kernels.rope import rope, rope_definition, rope_frequencies, rope_tables
@@ -67,6 +68,7 @@ __all__ = [
     "FrozenWeight",
     "NF4Weight",
     "PaddedWeight",
+    "PrepackedNF4Weight",
     "PrepackedWeight",
     "QuantizedPart",
     "STRATEGIES",

@@ -42,12 +42,15 @@ class QuantizedPart(NamedTuple):
     nested_absmax: Tensor | None = None
     offset: Tensor | None = None
 
+    def scales(self) -> Tensor:
+        """The absmax values, fp32 [n / 64]."""
+        if self.nested_absmax is None or self.offset is None:
+            return self.absmax
+        return dequantize_absmax_definition(self.absmax, self.nested_absmax, self.offset)
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weights [n], by the definition."""
-        absmax = self.absmax
-        if self.nested_absmax is not None and self.offset is not None:
-            absmax = dequantize_absmax_definition(absmax, self.nested_absmax, self.offset)
-        return dequantize_nf4_definition(self.codes, absmax, dtype)
+        return dequantize_nf4_definition(self.codes, self.scales(), dtype)
 
 
 def _nested_blocks(rows: int, in_features: int) -> int:

@@ -21,7 +21,7 @@ from minorca.generate.prefix_tree import Node, PrefixTree
 from minorca.host import host_memory_bytes
 from minorca.model.architecture import Architecture
 from minorca.model.network import Mistral
-from minorca_kernels import NF4Weight, decode_spans, rope_frequencies
+from minorca_kernels import NF4Weight, PrepackedNF4Weight, decode_spans, rope_frequencies
 
 # Positions of a page, and queries of a block on the CPU.
 PAGE = 128
@@ -324,11 +324,14 @@ def affordable_pages(model: Mistral, slots: int, max_length: int, chunk: int) ->
         free = torch.cuda.mem_get_info(device)[0] + unused
     else:
         free = host_memory_bytes() - sum(parameter.nbytes for parameter in model.parameters())
-        # which become dense before the first step (`prepack`)
-        packed = [projection.base for _, projection in model.projections() if isinstance(projection.base, NF4Weight)]
-        values = sum(base.out_features * base.in_features for base in packed)
-        free += sum(parameter.nbytes for base in packed for parameter in base.parameters())
-        free -= values * model.embedding.weight.itemsize
+        # which `prepack` makes before the first step
+        dense = [
+            projection.base
+            for _, projection in model.projections()
+            if isinstance(projection.base, NF4Weight) and not PrepackedNF4Weight.supports(projection.base, model.dtype)
+        ]
+        free += sum(parameter.nbytes for base in dense for parameter in base.parameters())
+        free -= sum(base.out_features * base.in_features for base in dense) * model.dtype.itemsize
     page_bytes = 2 * arch.layers * PAGE * arch.kv_heads * arch.head_dim * model.dtype.itemsize
     one = pages_of(max_length, arch.window, chunk)
     room = int(MAX_MEMORY_SHARE * free) // page_bytes

@@ -18,7 +18,7 @@ from minorca.model.lora import AdapterChoice, LoRA, adapter_parameters, add_adap
 from minorca.model.network import Mistral
 from minorca.model.quantization import Quantization, parse_quantization
 from minorca.model.row_lora import RowLoRA
-from minorca_kernels import DenseWeight, NF4Weight, PrepackedWeight
+from minorca_kernels import DenseWeight, NF4Weight, PrepackedNF4Weight, PrepackedWeight
 
 log = logging.getLogger(__name__)
 
@@ -194,8 +194,9 @@ def prepack(model: Mistral, rows: int = PrepackedWeight.ROWS) -> Mistral:
     """Prepacks a model's weights in place, for inference alone, where this machine gains by it; returns the model.
 
     Projections are done one at a time, so that the model is never in memory twice; of the head there are two copies
-    where it is also the embedding. Projections in NF4 become dense, which a CPU would make of them in every product.
-    Projections with trained adapters stay as they are.
+    where it is also the embedding. Projections in NF4 stay in 4 bits where bitsandbytes multiplies them so; elsewhere
+    they become dense, which a CPU would make of them in every product. Projections with trained adapters stay as they
+    are.
 
     Args:
         rows: of most products: the sequences that are decoded at once. For one, most weights in bf16 stay as they are.
@@ -206,7 +207,10 @@ def prepack(model: Mistral, rows: int = PrepackedWeight.ROWS) -> Mistral:
         if projection.lora is not None:
             continue
         if isinstance(projection.base, NF4Weight):
-            projection.base = DenseWeight(projection.base.dequantize(model.embedding.weight.dtype))
+            if PrepackedNF4Weight.supports(projection.base, model.dtype):
+                projection.base = PrepackedNF4Weight(projection.base)
+                continue
+            projection.base = DenseWeight(projection.base.dequantize(model.dtype))
         if isinstance(projection.base, DenseWeight) and PrepackedWeight.is_faster(projection.base.weight, rows):
             projection.base = PrepackedWeight(projection.base.weight)
     head = model.embedding if model.head is None else model.head

@@ -16,7 +16,7 @@ from minorca.generate.kv_cache import SPARE_PAGES, KVCache, affordable_pages, pa
 from minorca.generate.request import Request
 from minorca.generate.sampling import Sampling
 from minorca.model.build import load_adapters, prepack
-from minorca_kernels import DenseWeight
+from minorca_kernels import DenseWeight, PrepackedNF4Weight
 from tests.helpers import random_adapter, relative_error
 
 WINDOW = 32
@@ -349,12 +349,14 @@ def page_bytes(model, page: int) -> int:
     return 2 * arch.layers * page * arch.kv_heads * arch.head_dim * 4
 
 
-def test_weights_in_four_bits_count_as_what_they_become(save_mistral, monkeypatch, page):
-    """On a CPU they are dense once they are used."""
+@pytest.mark.parametrize("stay", [False, True])
+def test_weights_in_four_bits_count_as_what_they_become(stay, save_mistral, monkeypatch, page):
+    """On a CPU they are dense once they are used, or stay as they are."""
     directory, theirs = save_mistral(intermediate_size=128)
     model = load_model(directory, torch.float32, "cpu", quantize="nf4")
-    dense = sum(parameter.nbytes for parameter in theirs.parameters())
-    for memory, fits in ((dense, False), (dense + 10 * page_bytes(model, page), True)):
+    monkeypatch.setattr(PrepackedNF4Weight, "supports", lambda weight, dtype: stay)
+    taken = sum(parameter.nbytes for parameter in (model if stay else theirs).parameters())
+    for memory, fits in ((taken, False), (taken + 10 * page_bytes(model, page), True)):
         sizes = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": memory}
         monkeypatch.setattr("minorca.host.os.sysconf", sizes.get)
         with contextlib.nullcontext() if fits else pytest.raises(UserError, match="are free after loading"):

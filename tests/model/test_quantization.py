@@ -20,9 +20,9 @@ from minorca.model.build import build_model, prepack
 from minorca.model.quantization import Quantization
 from minorca.serve import __main__ as serve_command
 from minorca.train import parallel
-from minorca_kernels import NF4Weight, local_part
+from minorca_kernels import NF4Weight, PrepackedNF4Weight, local_part, prepacked_nf4
 from tests.files.test_weights import as_bin, as_consolidated
-from tests.helpers import random_adapter, save_tokenizer
+from tests.helpers import random_adapter, relative_error, save_tokenizer
 
 SIZES = {"intermediate_size": 192}
 TOKENS = torch.randint(128, (40,), generator=torch.Generator().manual_seed(1))
@@ -96,8 +96,9 @@ def test_every_layout_is_quantized_alike(layout, save_mistral):
         assert torch.equal(ours, theirs), name
 
 
-def test_prepacking_makes_it_dense(save_mistral):
+def test_prepacking_makes_it_dense_without_bitsandbytes(save_mistral, monkeypatch):
     """In the layout that is fast; one sequence in bf16 needs none."""
+    monkeypatch.setattr(prepacked_nf4, "_bitsandbytes", lambda: None)
     directory, _ = save_mistral(**SIZES)
     for dtype, rows, kind, error in ((torch.float32, 8, "prepacked", 1e-4), (torch.bfloat16, 1, "dense", 0.05)):
         model = load_model(directory, dtype, "cpu", quantize="nf4")
@@ -106,6 +107,26 @@ def test_prepacking_makes_it_dense(save_mistral):
             prepack(model, rows)
             assert torch.allclose(model(TOKENS), before, atol=error)
         assert {projection.base.kind for _, projection in model.projections()} == {kind}
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_prepacking_keeps_four_bits(double_quant, save_mistral):
+    """Where bitsandbytes multiplies them: generation begins with the logits of the model that trains, but for bf16's
+    rounding, and its head is prepacked like another one.
+    """
+    directory, _ = save_mistral(**SIZES)
+    model = load_model(directory, torch.bfloat16, "cpu", quantize="nf4", double_quant=double_quant)
+    base = next(model.projections())[1].base
+    if not (isinstance(base, NF4Weight) and PrepackedNF4Weight.supports(base, torch.bfloat16)):
+        pytest.skip("needs bitsandbytes' product, on a CPU with AVX-512's bf16")
+    exact = load_model(directory, torch.float32, "cpu", quantize="nf4", double_quant=double_quant)
+    with torch.no_grad():
+        before, expected = model(TOKENS), exact(TOKENS)
+        assert prepack(model) is model
+        after = model(TOKENS)
+    assert {projection.base.kind for _, projection in model.projections()} == {"prepacked_nf4"}
+    assert model.head is not None and model.head.kind == "prepacked"
+    assert relative_error(after, expected) < 1.2 * relative_error(before, expected)
 
 
 @pytest.mark.parametrize("options", [{"quantize": "fp8"}, {"double_quant": False}, {"quantize": ["nf4"]}])
