@@ -199,7 +199,7 @@ def prepack(model: Mistral, rows: int = PrepackedWeight.ROWS) -> Mistral:
     are.
 
     Args:
-        rows: of most products: the sequences that are decoded at once. For one, most weights in bf16 stay as they are.
+        rows: of most products: the sequences that are decoded at once. For one, many weights in bf16 stay as they are.
     """
     if model.embedding.weight.is_cuda:
         return model

@@ -16,7 +16,7 @@ from minorca.generate.kv_cache import SPARE_PAGES, KVCache, affordable_pages, pa
 from minorca.generate.request import Request
 from minorca.generate.sampling import Sampling
 from minorca.model.build import load_adapters, prepack
-from minorca_kernels import DenseWeight, PrepackedNF4Weight
+from minorca_kernels import DenseWeight, PrepackedNF4Weight, PrepackedWeight
 from tests.helpers import random_adapter, relative_error
 
 WINDOW = 32
@@ -439,6 +439,17 @@ def test_one_sequence_in_bf16_needs_no_other_layout(save_mistral, monkeypatch):
     model = load_model(save_mistral()[0], torch.bfloat16, "cpu")
     kinds = [{projection.base.kind for _, projection in prepack(model, rows).projections()} for rows in (1, 2)]
     assert kinds == [{"dense"}, {"prepacked"}]
+
+
+def test_the_cpu_decides_on_large_weights_of_one_sequence(monkeypatch):
+    """With AVX-VNNI, as Zen 5 has it, they are prepacked, and small ones not."""
+    for has_vnni in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has_vnni=has_vnni: {"avx_vnni": has_vnni})
+        found = [
+            PrepackedWeight.is_faster(torch.empty(shape, dtype=torch.bfloat16), 1)
+            for shape in ((512, 4096), (514, 4096), (514, 4160))
+        ]
+        assert found == [False, has_vnni, True]
 
 
 def test_invalid_requests_are_named(model):
