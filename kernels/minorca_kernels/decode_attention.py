@@ -280,16 +280,22 @@ def attend_to_spans(q_NKED: Tensor, k_PSKD: Tensor, v_PSKD: Tensor, spans: list[
         q_NKED: E is a multiple of `FLASH_QUERIES`; the first `group` queries of a key head are its own.
     """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    sequences, kv_heads, _, head_dim = q_NKED.shape
-    out_NKGD = q_NKED.new_empty(sequences, kv_heads, group, head_dim)
-    for span, q_1KED, out_1KGD in zip(spans, q_NKED.split(1), out_NKGD.split(1)):
+    sequences, kv_heads, padded, head_dim = q_NKED.shape
+    # of all positions: one call then gives those of a sequence whose pages are adjacent
+    caches = [pages.flatten(0, 1).transpose(0, 1)[None] for pages in (k_PSKD, v_PSKD)]
+    page = k_PSKD.shape[1]
+    outs = []
+    for span, q_1KED in zip(spans, q_NKED.split(1)):
         if not span.stop:
-            out_1KGD.zero_()
+            outs.append(q_NKED.new_zeros(1, kv_heads, padded, head_dim))
             continue
-        k_1KCD, v_1KCD = (read_span(pages, span).transpose(0, 1)[None] for pages in (k_PSKD, v_PSKD))
-        out_1KED, _ = flash(q_1KED, k_1KCD, v_1KCD)
-        out_1KGD.copy_(out_1KED.narrow(2, 0, group))
-    return out_NKGD.view(sequences, -1, head_dim)
+        if isinstance(span.pages, slice):
+            first = span.pages.start * page + span.start
+            k_1KCD, v_1KCD = (cache.narrow(2, first, span.stop - span.start) for cache in caches)
+        else:
+            k_1KCD, v_1KCD = (read_span(pages, span).transpose(0, 1)[None] for pages in (k_PSKD, v_PSKD))
+        outs.append(flash(q_1KED, k_1KCD, v_1KCD)[0])
+    return torch.cat(outs).narrow(2, 0, group).reshape(sequences, -1, head_dim)
 
 
 # --------------------------------------------------------------------------------------------------------- operator
