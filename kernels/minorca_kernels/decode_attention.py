@@ -295,7 +295,7 @@ def attend_to_spans(q_NKED: Tensor, k_PSKD: Tensor, v_PSKD: Tensor, spans: list[
         else:
             k_1KCD, v_1KCD = (read_span(pages, span).transpose(0, 1)[None] for pages in (k_PSKD, v_PSKD))
         outs.append(flash(q_1KED, k_1KCD, v_1KCD)[0])
-    return torch.cat(outs).narrow(2, 0, group).reshape(sequences, -1, head_dim)
+    return torch.cat(outs).narrow(2, 0, group).reshape(sequences, -1, head_dim).contiguous()
 
 
 # --------------------------------------------------------------------------------------------------------- operator

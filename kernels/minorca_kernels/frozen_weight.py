@@ -273,8 +273,8 @@ class PrepackedWeight(FrozenWeight):
         """Whether this machine gains by it in products with so many rows."""
         if weight_NK.is_cuda or not torch.backends.mkldnn.is_available():
             return False
-        if rows == 1 and DenseWeight.reads_row_fast(weight_NK):
-            # On Zen 4, which lacks AVX-VNNI, this takes 1.2 to 1.4 times as long, on Zen 5 as long or 0.7 of it.
-            if weight_NK.numel() <= PrepackedWeight.SMALL or not torch.cpu.get_capabilities().get("avx_vnni"):
-                return False
+        # Of one row, this takes 1.2 to 1.4 times as long on Zen 4, which lacks AVX-VNNI, and 0.7 to 1 times on Zen 5.
+        gains_with_one = weight_NK.numel() > PrepackedWeight.SMALL and torch.cpu.get_capabilities().get("avx_vnni")
+        if rows == 1 and DenseWeight.reads_row_fast(weight_NK) and not gains_with_one:
+            return False
         return weight_NK.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
