@@ -48,6 +48,8 @@ setup(
         "gguf>=0.19,<0.20",
     ],
     extras_require={
+        # products with weights in 4 bits on a CPU
+        "bitsandbytes": ["bitsandbytes>=0.50,<0.51"],
         "eval": ["lm_eval==0.4.13"],
         "docs": DOCS,
         "test": [

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import sys
 from types import ModuleType
 
 import torch
@@ -18,16 +19,21 @@ ROWS_TOGETHER = 32
 @functools.cache
 def _bitsandbytes() -> ModuleType | None:
     """bitsandbytes.functional, where it is installed and has a product for this CPU: one with AVX-512's bf16."""
-    # It warns of a kernel from the hub that it does without.
+    # By Hugging Face's `kernels` bitsandbytes would download another product, and it warns where it cannot.
     logger = logging.getLogger("bitsandbytes")
-    level = logger.level
+    level, kernels = logger.level, sys.modules.get("kernels")
     logger.setLevel(logging.CRITICAL)
+    sys.modules["kernels"] = None  # pyright: ignore[reportArgumentType]
     try:
         from bitsandbytes import functional
-    except ImportError:
+    # not installed, or broken: weights are dequantized, as `minorca doctor` says
+    except Exception:
         return None
     finally:
         logger.setLevel(level)
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
     has_product = torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::gemv_4bit", "CPU")
     return functional if has_product and hasattr(functional, "_convert_weight_packed_for_cpu") else None
 

@@ -131,7 +131,7 @@ def back_ends() -> Iterator[Fact | Finding]:
     from minorca.device import default_device
     from minorca.doctor.smoke import smoke_tests
     from minorca.model.build import fast_dtype
-    from minorca_kernels import PrepackedWeight
+    from minorca_kernels import NF4Weight, PrepackedNF4Weight, PrepackedWeight
     from minorca_kernels.operator import uses_triton
 
     try:
@@ -145,6 +145,8 @@ def back_ends() -> Iterator[Fact | Finding]:
     yield Fact("back ends", "fastest dtype", str(dtype).removeprefix("torch."))
     prepacked = PrepackedWeight.is_faster(torch.empty(0, dtype=dtype, device=device), PrepackedWeight.ROWS)
     yield Fact("back ends", "prepacked weights", "for inference" if prepacked else "no")
+    stays = device.type == "cuda" or PrepackedNF4Weight.supports(NF4Weight((32,), 64, dtype), dtype)
+    yield Fact("back ends", "weights in NF4", "stay in 4 bits" if stays else "become dense for inference")
     remedy = f"{_reinstall('torch', 'triton')}, and report it if that does not help"
     try:
         for name, problem in smoke_tests(device, dtype):

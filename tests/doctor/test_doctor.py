@@ -46,6 +46,7 @@ def test_this_machine_is_told_truly():
     assert sections["packages"]["torch"].startswith(importlib.metadata.version("torch"))
     assert sections["devices"]["torch"].startswith(torch.__version__)
     assert sections["back ends"]["kernels"] == ("Triton" if torch.cuda.is_available() else "plain PyTorch")
+    assert sections["back ends"]["weights in NF4"] in ("stay in 4 bits", "become dense for inference")
     tried = [value for name, value in sections["back ends"].items() if "small model" in name]
     assert tried == ["as defined"] * 4
 

@@ -1,11 +1,14 @@
 """Weights in NF4 as bitsandbytes multiplies them on a CPU, beside its own module and exact products."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 from minorca_kernels import NF4Weight, PrepackedNF4Weight, prepacked_nf4
-from tests.helpers import relative_error
+from tests.helpers import ENVIRONMENT, relative_error
 
 # q, k and v, say
 PARTS, COLUMNS = (64, 32, 32), 192
@@ -70,3 +73,13 @@ def test_what_it_cannot_multiply(monkeypatch):
     for unsupported in (weight, odd):
         with pytest.raises(ValueError, match="no product for this weight"):
             PrepackedNF4Weight(unsupported)
+
+
+def test_bitsandbytes_downloads_nothing_and_says_nothing(supported, tmp_path):
+    """With Hugging Face's `kernels` it would take its product from the hub; others still find that package."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(*args, **options):\n    raise SystemExit('a download')\n")
+    code = "import sys, kernels; from minorca_kernels import prepacked_nf4; "
+    code += "assert prepacked_nf4._bitsandbytes() and sys.modules['kernels'] is kernels"
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}:{ENVIRONMENT['PYTHONPATH']}"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
