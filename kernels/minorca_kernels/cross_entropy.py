@@ -147,13 +147,18 @@ def _cross_entropy_torch(
         rows = slice(start, start + CACHED_ROWS)
         targets_R1 = targets[rows, None]
         z = logits[rows].to(losses.dtype, copy=True)
-        # torch's log_softmax sums a row in order, and loses a digit
-        lse = torch.logsumexp(z, dim=-1)
-        torch.sub(lse, z.gather(1, targets_R1)[:, 0], out=losses[rows])
+        target_R1 = z.gather(1, targets_R1)
+        # torch's log_softmax sums a row in order, and loses a digit; its logsumexp makes two more matrices like z
+        highest_R1 = z.amax(1, keepdim=True)
+        z.sub_(highest_R1)
+        e = z.exp_() if entropies is None else z.exp()
+        sum_R1 = e.sum(1, keepdim=True)
+        log_sum_R1 = sum_R1.log()
+        losses[rows] = (log_sum_R1 + highest_R1 - target_R1)[:, 0]
         if entropies is not None:
-            torch.sub(lse, torch.linalg.vecdot(z, torch.softmax(z, -1)), out=entropies[rows])
+            entropies[rows] = log_sum_R1[:, 0] - torch.linalg.vecdot(z, e) / sum_R1[:, 0]
         if gradient:
-            logits[rows] = z.sub_(lse[:, None]).exp_().scatter_add_(1, targets_R1, z.new_full(targets_R1.shape, -1.0))
+            logits[rows] = e.scatter_add_(1, targets_R1, -sum_R1).mul_(1 / sum_R1)
 
 
 # ------------------------------------------------------------------------------------------- operators and autograd

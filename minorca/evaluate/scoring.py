@@ -129,7 +129,8 @@ class Scorer:
         else:
             device = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
         versions = {"minorca": minorca.__version__, "torch": torch.__version__}
-        return versions | {"device": device, "dtype": str(self.model.dtype), "sizes": [*self.sizes]}
+        weights = sorted({projection.base.kind for _, projection in self.model.projections()})
+        return versions | {"device": device, "dtype": str(self.model.dtype), "weights": weights, "sizes": [*self.sizes]}
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
         """Of each request, a context and its continuation, both of one id at least."""

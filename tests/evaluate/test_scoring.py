@@ -74,19 +74,26 @@ def test_scores_are_those_of_transformers(dtype, bound, window, heads, kv_heads,
             assert logp == pytest.approx(reference, abs=bound) and is_greedy == greedy
 
 
-MODELS = ["float32", "bfloat16", "window", "adapter", "nf4", "prepacked"]
+MODELS = ["float32", "bfloat16", "window", "adapter", "nf4", "prepacked", "prepacked_nf4"]
 
 
 @pytest.fixture(params=MODELS)
 def model(request, save_mistral, tmp_path) -> Mistral:
     window = 20 if request.param == "window" else None
     directory, theirs = save_mistral(vocab_size=VOCABULARY, intermediate_size=128, sliding_window=window)
-    dtype = torch.bfloat16 if request.param == "bfloat16" else torch.float32
+    dtype = torch.bfloat16 if request.param in ("bfloat16", "prepacked_nf4") else torch.float32
     if request.param != "adapter":
-        model = load_model(directory, dtype, "cpu", quantize="nf4" if request.param == "nf4" else None)
-        return prepack(model) if request.param == "prepacked" else model
+        model = load_model(directory, dtype, "cpu", quantize="nf4" if "nf4" in request.param else None)
+        return prepack(model) if "prepacked" in request.param else model
     random_adapter(theirs, tmp_path / "adapter", ["q", "k", "v", "o", "gate", "up", "down"], r=4)
     return load_model(directory, dtype, "cpu", adapter=tmp_path / "adapter")
+
+
+def test_how_weights_are_stored_is_part_of_the_arithmetic(save_mistral):
+    """So that stored results of other kernels are not reused."""
+    model = load_model(save_mistral()[0], torch.float32, "cpu")
+    before = Scorer(model).arithmetic()
+    assert Scorer(prepack(model)).arithmetic() == before | {"weights": ["prepacked"]} != before
 
 
 @pytest.mark.parametrize("sizes", [SIZES, None], ids=["small", "default"])
