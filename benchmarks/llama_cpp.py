@@ -2,8 +2,7 @@
 
 llama.cpp is that of npm's node-llama-cpp, which is installed once into build/node-llama-cpp; it runs as a process of
 its own (llama_cpp.mjs) with as many threads, on files that minorca exports. Both continue the same random prompts. A
-step's time is as in benchmarks.decode; rounds alternate. With `--quantize nf4` minorca's
-weights have 4 bits too.
+step's time is as in benchmarks.decode; rounds alternate. With `--quantize nf4` minorca's weights have 4 bits too.
 """
 
 import contextlib
@@ -90,7 +89,7 @@ def main() -> None:
             peers[kind] = LlamaCpp(files / kind / f"model-{kind.upper()}.gguf")
             stack.callback(peers[kind].process.kill)
         model = load_model(source, getattr(torch, args.dtype), torch.device("cpu"), quantize=args.quantize)
-        # for one sequence most weights keep their layout
+        # for one sequence many weights keep their layout
         batches = sorted(map(int, args.batch.split(",")))
         runs = [compared(prepack(model, batch), peers, batch, args) for batch in batches]
     settings = {

@@ -19,7 +19,7 @@ ROWS_TOGETHER = 32
 @functools.cache
 def _bitsandbytes() -> ModuleType | None:
     """bitsandbytes.functional, where it is installed and has a product for this CPU: one with AVX-512's bf16."""
-    # By Hugging Face's `kernels` bitsandbytes would download another product, and it warns where it cannot.
+    # With Hugging Face's `kernels` bitsandbytes would download another product; without, it warns that it cannot.
     logger = logging.getLogger("bitsandbytes")
     level, kernels = logger.level, sys.modules.get("kernels")
     logger.setLevel(logging.CRITICAL)
