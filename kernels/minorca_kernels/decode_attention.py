@@ -233,9 +233,11 @@ def _decode_attention_triton(
 
 
 class Span(NamedTuple):
-    """Where a sequence's keys lie that a query sees: positions [start, stop) of these pages, laid end to end."""
+    """Where a sequence's keys lie that a query sees: positions [start, stop) of these pages, laid end to end; None: of
+    all pages, as where those of the sequence are adjacent.
+    """
 
-    pages: Tensor | slice
+    pages: Tensor | None
     start: int
     stop: int
 
@@ -244,18 +246,16 @@ def span_of(pages: Sequence[int], size: int, start: int, stop: int) -> Span:
     """Of a sequence whose positions [b size, (b + 1) size) are in pages[b], the positions [start, stop)."""
     first = start // size
     used = pages[first : -(-stop // size)]
-    is_run = all(page == used[0] + place for place, page in enumerate(used))
-    chosen = slice(used[0], used[0] + len(used)) if used and is_run else torch.tensor(used, dtype=torch.int64)
-    return Span(chosen, start - first * size, stop - first * size)
+    if used and all(page == used[0] + place for place, page in enumerate(used)):
+        offset = (used[0] - first) * size
+        return Span(None, offset + start, offset + stop)
+    return Span(torch.tensor(used, dtype=torch.int64), start - first * size, stop - first * size)
 
 
 def read_span(pages_PSKD: Tensor, span: Span) -> Tensor:
     """Its keys or values [C, K, D]: a view where its pages are adjacent."""
-    if isinstance(span.pages, slice):
-        chosen, first = pages_PSKD, span.pages.start * pages_PSKD.shape[1]
-    else:
-        chosen, first = pages_PSKD.index_select(0, span.pages), 0
-    return chosen.flatten(0, 1)[first + span.start : first + span.stop]
+    chosen = pages_PSKD if span.pages is None else pages_PSKD.index_select(0, span.pages)
+    return chosen.flatten(0, 1)[span.start : span.stop]
 
 
 def decode_spans(tables: Sequence[Sequence[int]], lengths: Sequence[int], size: int, window: int | None) -> list[Span]:
@@ -281,17 +281,15 @@ def attend_to_spans(q_NKED: Tensor, k_PSKD: Tensor, v_PSKD: Tensor, spans: list[
     """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     sequences, kv_heads, padded, head_dim = q_NKED.shape
-    # of all positions: one call then gives those of a sequence whose pages are adjacent
+    # of all pages: one call then gives a sequence's, where they are adjacent
     caches = [pages.flatten(0, 1).transpose(0, 1)[None] for pages in (k_PSKD, v_PSKD)]
-    page = k_PSKD.shape[1]
     outs = []
     for span, q_1KED in zip(spans, q_NKED.split(1)):
         if not span.stop:
             outs.append(q_NKED.new_zeros(1, kv_heads, padded, head_dim))
             continue
-        if isinstance(span.pages, slice):
-            first = span.pages.start * page + span.start
-            k_1KCD, v_1KCD = (cache.narrow(2, first, span.stop - span.start) for cache in caches)
+        if span.pages is None:
+            k_1KCD, v_1KCD = (cache.narrow(2, span.start, span.stop - span.start) for cache in caches)
         else:
             k_1KCD, v_1KCD = (read_span(pages, span).transpose(0, 1)[None] for pages in (k_PSKD, v_PSKD))
         outs.append(flash(q_1KED, k_1KCD, v_1KCD)[0])

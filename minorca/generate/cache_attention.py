@@ -99,7 +99,7 @@ class _Documents:
             begin, end = start // size * size, -(-stop // size) * size
             attend = PackedAttention(None, end - begin, cache.window, cache.device, begin - first)
             span = span_of(pages, size, first, end)
-            if isinstance(span.pages, Tensor):
+            if span.pages is not None:
                 span = span._replace(pages=copy_to(cache.device, span.pages))
             self.documents.append((attend, start - begin, end - stop, span))
 
